@@ -1,0 +1,46 @@
+# quickstart   set everything up, run the whole method on the embedded default, end with the report
+# test         set everything up, run the quick tests          (make test-slow: the slow ones)
+# check        ruff and pyright
+# setup        Debian packages for headless rendering, virtual environment, CPU torch, agra
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEBIAN_PACKAGES := libegl1 libgl1-mesa-dri
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-slow check setup system clean
+
+quickstart: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash runs/quickstart.sh
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/pyright
+
+setup: system $(VENV)/.installed
+
+# Debian and its relatives only; elsewhere the system's own OpenGL serves.
+system:
+	@if command -v dpkg-query >/dev/null && ! dpkg-query -W $(DEBIAN_PACKAGES) >/dev/null 2>&1; then \
+		$(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES); fi
+	@if ! $(PYTHON) -c 'import ensurepip' 2>/dev/null && command -v apt-get >/dev/null; then \
+		$(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-venv; fi
+
+# torch first and alone: a later resolver run then finds it there and does not fetch another build.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e '.[demo,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs build dist

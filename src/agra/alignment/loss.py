@@ -1,0 +1,103 @@
+"""The alignment objective: projectors P_k and the loss of AGRA.                                             Eqs. 5-6"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from agra.alignment.teacher import TeacherConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """What is aligned with what; the defaults are AGRA-DinoL8."""
+
+    layers: tuple[int, ...] = (8,)  # S_agra, 0-based (docs/paper.md #3)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    projector: Literal["mlp", "conv"] = "mlp"
+    """REPA's three-layer MLP, or iREPA's 3x3 convolution over each frame's grid. The paper does not say (#18)."""
+    hidden_dim: int = 2048  # of the MLP
+    include_observation: bool = True
+    """Align latent frame 0 too, as the sum over all T_v frames in Eq. 6 says (docs/paper.md #13)."""
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"AlignmentConfig.layers: expected at least one video layer, none twice, got {self.layers}")
+
+
+class Projector(nn.Module):
+    """P_k of Eq. 5: hidden states of one video layer to the teacher's feature space."""
+
+    def __init__(self, width: int, teacher_width: int, config: AlignmentConfig) -> None:
+        super().__init__()
+        if config.projector == "mlp":
+            hidden = config.hidden_dim
+            self.layers: nn.Module = nn.Sequential(
+                nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_width)
+            )
+        else:
+            self.layers = FrameConv(width, teacher_width)
+
+    def forward(self, hidden: Float[Tensor, "B T H W D"]) -> Float[Tensor, "B T H W P"]:
+        """Z_k of Eq. 5."""
+        return self.layers(hidden)
+
+
+class FrameConv(nn.Conv2d):
+    """A 3x3 convolution over the grid of every latent frame, channels last."""
+
+    def __init__(self, width: int, teacher_width: int) -> None:
+        super().__init__(width, teacher_width, kernel_size=3, padding=1)
+
+    def forward(self, input: Float[Tensor, "B T H W D"]) -> Float[Tensor, "B T H W P"]:
+        """Convolve each frame alone."""
+        batch = input.shape[:2]
+        return super().forward(input.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, batch)
+
+
+class Projectors(nn.ModuleDict):
+    """One projector for each aligned layer, keyed by the layer."""
+
+    def __init__(self, width: int, teacher_width: int, config: AlignmentConfig) -> None:
+        super().__init__({str(layer): Projector(width, teacher_width, config) for layer in config.layers})
+
+    def project(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> list[Float[Tensor, "B T H W P"]]:
+        """Z_k of every aligned layer, in the order of the config."""
+        return [projector(hidden[int(layer)]) for layer, projector in self.items()]
+
+
+def cosine(x: Float[Tensor, "*shape P"], y: Float[Tensor, "*shape P"], epsilon: float = 1e-8) -> Float[Tensor, "*shape"]:
+    """x.y / (|x| |y| + epsilon) in float32.                                                          Eq. 6, right"""
+    x, y = x.float(), y.float()
+    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + epsilon)
+
+
+def alignment_loss(
+    projected: Sequence[Float[Tensor, "B T H W P"]], targets: Float[Tensor, "B T H W P"]
+) -> Float[Tensor, ""]:
+    """Minus the mean cosine over layers, samples, latent frames and positions.                             Eq. 6
+
+    Raises ValueError where there is nothing to align or a shape differs from the targets'.
+    """
+    if not projected:
+        raise ValueError("alignment_loss: expected at least one projected layer, got none")
+    for index, z in enumerate(projected):
+        if z.shape != targets.shape:
+            raise ValueError(f"alignment_loss: projected[{index}] has shape {tuple(z.shape)}, the targets have "
+                             f"{tuple(targets.shape)}")
+    return -torch.stack([cosine(z, targets).mean() for z in projected]).mean()
+
+
+def cosine_gain(
+    projected: Sequence[Float[Tensor, "B T H W P"]], targets: Float[Tensor, "B T H W P"]
+) -> Float[Tensor, ""]:
+    """How much better the projection predicts the targets than their mean at each position does.
+
+    Mean cosine minus the mean cosine of the per-position batch mean. A static scene makes the plain cosine of the mean
+    feature about 0.9 already, so that the loss alone says little. Not in the paper.
+    """
+    constant = targets.mean(dim=0, keepdim=True).expand_as(targets)
+    return -alignment_loss(projected, targets) - cosine(constant, targets).mean()

@@ -1,0 +1,33 @@
+"""The tensors of one training step. Data makes them; `training/objective.py` consumes them."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One training step's samples: window of video as latents, the actions that go with it, and frozen features.
+
+    Letters: B samples, C latent channels, T latent frames, h x w the latent grid, L instruction tokens of width E,
+    S state and D action dimensions (padded to the widest embodiment), K horizon, H x W the video DiT's token grid,
+    P teacher width.
+    """
+
+    latents: Float[Tensor, "B C T h w"]  # normalised; latent frame 0 is the observation
+    instruction: Float[Tensor, "B L E"]  # tokens of the frozen text encoder
+    state: Float[Tensor, "B S"]  # normalised, zero where the embodiment lacks a dimension
+    actions: Float[Tensor, "B K D"]  # normalised
+    action_mask: Bool[Tensor, "B K D"]  # False where there is no action to learn
+    embodiment: Int[Tensor, "B"]  # row of the action DiT's banks
+    targets: Float[Tensor, "B T H W P"] | None = None  # the teacher's grid, Eq. 4; None where a stage needs none
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if v is not None})

@@ -1,0 +1,68 @@
+"""Flow matching in the paper's convention: noise level 1 is pure noise, the velocity points from data to noise.
+
+The samplers draw from torch's global generator, which the training loop seeds anew from (seed, step, rank) at every
+step, so that a resumed run draws what the interrupted one would have drawn.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _spread(level: Tensor, like: Tensor) -> Tensor:
+    """Give `level` trailing axes until it broadcasts against `like` from the left."""
+    if level.ndim > like.ndim or like.shape[: level.ndim] != level.shape:
+        raise ValueError(f"noise level of shape {tuple(level.shape)} does not lead data of shape {tuple(like.shape)}")
+    return level.reshape(*level.shape, *([1] * (like.ndim - level.ndim)))
+
+
+def interpolate(data: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """The noisy sample (1 - level) * data + level * noise.                                        Eqs. 8, 11
+
+    `level` has the leading axes of `data`, usually (B,), and is spread over the rest.
+    """
+    level = _spread(level, data)
+    return (1 - level) * data + level * noise
+
+
+def velocity(data: Tensor, noise: Tensor) -> Tensor:
+    """What the network predicts: d(noisy)/d(level) = noise - data.                                Eqs. 9, 13"""
+    return noise - data
+
+
+def logit_normal_levels(count: int, *, shift: float = 5.0) -> Tensor:
+    """Cosmos's default video noise levels, (count,) in (0, 1).                       A.1; Cosmos-Predict2.5
+
+    u = sigmoid(N(0, 1)), then shift * u / (1 + (shift - 1) * u); shift 1 leaves u alone.
+    """
+    u = torch.sigmoid(torch.randn(count))
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def uniform_levels(count: int) -> Tensor:
+    """Video noise levels uniform in [0, 1), (count,): the reading of A.3."""
+    return torch.rand(count)
+
+
+def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: float = 0.999) -> Tensor:
+    """GR00T's action noise levels in the paper's direction, (count,) in [0, 1].    Eq. 11; docs/paper.md #21
+
+    GR00T draws b ~ Beta(alpha, beta) and trains at time (scale - b) / scale with 1 as data; here the level is one
+    minus that, b / scale, clamped to [0, 1]: mostly high noise.
+    """
+    return (torch.distributions.Beta(alpha, beta).sample((count,)) / scale).clamp(0, 1)
+
+
+def euler(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
+    """Integrate from level 1 to 0 in `steps` equal steps: x -= v / steps.                    C.1
+
+    `predict(sample, level)` gets the level as (B,) and answers the velocity in the sample's shape.
+    """
+    if steps < 1:
+        raise ValueError(f"Euler needs at least one step, got {steps}")
+    sample = noise
+    for step in range(steps):
+        level = torch.full((len(noise),), 1 - step / steps, device=noise.device, dtype=torch.float32)
+        sample = sample - predict(sample, level) / steps
+    return sample

@@ -1,0 +1,172 @@
+"""The centre: which video pass feeds what, and the three losses.                                Eqs. 7, 18; A.3; Table 2"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from agra.alignment.loss import AlignmentConfig, Projectors, alignment_loss, cosine_gain
+from agra.batch import Batch
+from agra.flow import beta_levels, interpolate, logit_normal_levels, uniform_levels, velocity
+from agra.wam.model import WAM
+from agra.wam.video_dit import VideoOutput
+
+
+class Pass(StrEnum):
+    """The two forwards of the video DiT in a training step."""
+
+    DENOISING = "denoising"  # at the sampled noise level, as the video loss needs it
+    CONDITIONING = "conditioning"  # at noise level 1, as the action head meets it at inference
+
+
+class NoiseLevels(StrEnum):
+    """How the denoising pass's noise level is drawn (docs/paper.md #12)."""
+
+    LOGIT_NORMAL = "logit_normal"
+    UNIFORM = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Weights of the losses and the two passes' roles; the defaults are AGRA-ActionCondPass's, C.3.
+
+    guidance / aligned pass: conditioning / conditioning is AGRA, conditioning / denoising is AGRA-VideoPass,
+    denoising / denoising is AGRA-SharedDenoisingPass.
+    """
+
+    guidance_pass: Pass = Pass.CONDITIONING
+    aligned_pass: Pass = Pass.CONDITIONING
+    video_weight: float = 1.0
+    action_weight: float = 1.0
+    alignment_weight: float = 0.01
+    noise_levels: NoiseLevels = NoiseLevels.LOGIT_NORMAL
+    noise_shift: float = 5.0
+    action_draws: int = 1
+    """Action noise draws for each guidance. Not in the paper; cheap, since the head is small beside the video DiT."""
+    video_share: float = 1.0
+    """Share of the batch that takes the denoising pass. Not in the paper; saves time on small machines."""
+
+    def __post_init__(self) -> None:
+        for name in ("video_weight", "action_weight", "alignment_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ObjectiveConfig.{name}: expected at least 0, got {getattr(self, name)}")
+        if self.guidance_pass is Pass.DENOISING and self.aligned_pass is Pass.CONDITIONING:
+            raise ValueError("ObjectiveConfig: with guidance_pass=denoising there is no conditioning pass to align")
+        if self.action_draws < 1:
+            raise ValueError(f"ObjectiveConfig.action_draws: expected at least 1, got {self.action_draws}")
+        if not 0 < self.video_share <= 1:
+            raise ValueError(f"ObjectiveConfig.video_share: expected a share in (0, 1], got {self.video_share}")
+        if self.video_share < 1 and Pass.DENOISING in (self.guidance_pass, self.aligned_pass):
+            raise ValueError("ObjectiveConfig.video_share: must be 1 where guidance or alignment reads the denoising pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What one step is made of; None where the stage does not compute it."""
+
+    total: Float[Tensor, ""]
+    video: Float[Tensor, ""] | None = None
+    action: Float[Tensor, ""] | None = None
+    alignment: Float[Tensor, ""] | None = None
+    alignment_cosine_gain: Float[Tensor, ""] | None = None
+
+
+class Objective(nn.Module):
+    """A WAM with the projectors of its alignment: one root, whose forward is one training step's loss."""
+
+    def __init__(
+        self, wam: WAM, config: ObjectiveConfig, alignment: AlignmentConfig | None, teacher_width: int | None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.wam = wam
+        self.aligned_layers = () if alignment is None else alignment.layers
+        self.first_aligned_frame = 0 if alignment is None or alignment.include_observation else 1
+        self.projectors: Projectors | None = None
+        if alignment is not None:
+            num_layers = wam.config.video_dit.num_layers
+            if any(not 0 <= layer < num_layers for layer in alignment.layers):
+                raise ValueError(f"alignment.layers: expected 0..{num_layers - 1}, got {alignment.layers}")
+            if teacher_width is None:
+                raise ValueError("Objective: alignment needs the teacher's width")
+            self.projectors = Projectors(wam.config.video_dit.width, teacher_width, alignment)
+
+    def forward(self, batch: Batch) -> Losses:
+        """All losses whose weight is above zero, and only the passes that they need."""
+        config = self.config
+        acts = config.action_weight > 0
+        aligns = self.projectors is not None and config.alignment_weight > 0
+        guides_from = config.guidance_pass if acts else None
+        aligns_in = config.aligned_pass if aligns else None
+
+        video_loss = action_loss = align_loss = gain = None
+        hidden: dict[Pass, dict[int, Tensor]] = {}
+        if config.video_weight > 0 or Pass.DENOISING in (guides_from, aligns_in):
+            video_loss, output = self._denoising_pass(batch, self._layers(Pass.DENOISING, guides_from, aligns_in))
+            hidden[Pass.DENOISING] = output.hidden
+        if Pass.CONDITIONING in (guides_from, aligns_in):
+            hidden[Pass.CONDITIONING] = self.wam.condition(
+                batch.latents[:, :, :1],
+                torch.randn_like(batch.latents),
+                batch.instruction,
+                layers=self._layers(Pass.CONDITIONING, None, aligns_in),
+            )
+        if guides_from is not None:
+            action_loss = self.action_loss(batch, hidden[guides_from])
+        if aligns_in is not None:
+            align_loss, gain = self._alignment(batch, hidden[aligns_in])
+
+        weighted = (
+            (config.video_weight, video_loss),
+            (config.action_weight, action_loss),
+            (config.alignment_weight, align_loss),
+        )
+        total = sum((weight * loss for weight, loss in weighted if loss is not None and weight > 0),
+                    start=torch.zeros((), device=batch.latents.device))
+        return Losses(total=total, video=video_loss, action=action_loss, alignment=align_loss,
+                      alignment_cosine_gain=gain)
+
+    def _layers(self, which: Pass, guides_from: Pass | None, aligns_in: Pass | None) -> tuple[int, ...]:
+        wanted = set(self.wam.bridged_layers if guides_from is which else ())
+        return tuple(sorted(wanted | set(self.aligned_layers if aligns_in is which else ())))
+
+    def _denoising_pass(self, batch: Batch, layers: tuple[int, ...]) -> tuple[Tensor, VideoOutput]:
+        """L_vid over the future latent frames, whose velocity is not known beforehand.      Eqs. 8-9; docs/paper.md #13"""
+        count = max(1, round(self.config.video_share * len(batch)))
+        latents = batch.latents[:count]
+        if self.config.noise_levels is NoiseLevels.UNIFORM:
+            level = uniform_levels(count)
+        else:
+            level = logit_normal_levels(count, shift=self.config.noise_shift)
+        noise = torch.randn_like(latents)
+        output = self.wam.denoise(latents, noise, level.to(latents.device), batch.instruction[:count], layers=layers)
+        assert output.velocity is not None
+        error = (output.velocity - velocity(latents, noise))[:, :, 1:]
+        return error.float().square().mean(), output
+
+    def action_loss(self, batch: Batch, hidden: dict[int, Tensor]) -> Float[Tensor, ""]:
+        """L_act, averaged over the actions that the mask keeps.                                           Eqs. 11, 13"""
+        draws = self.config.action_draws
+        guidance = [g.repeat_interleave(draws, dim=0) for g in self.wam.guide(hidden)]
+        actions, mask, state, embodiment = (
+            x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment))
+        noise = torch.randn_like(actions)
+        level = beta_levels(len(actions)).to(actions.device)
+        noisy = interpolate(actions, noise, level)
+        predicted = self.wam.action_dit(noisy, state, level, guidance, embodiment).velocity
+        error = (predicted - velocity(actions, noise)).float().square()
+        return (error * mask).sum() / mask.sum()
+
+    def _alignment(self, batch: Batch, hidden: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """L_AGRA on the aligned pass, and how much better than a constant it is.                             Eqs. 5-6"""
+        if batch.targets is None:
+            raise ValueError("alignment: the batch holds no teacher targets; prepare them with `agra prepare`")
+        assert self.projectors is not None
+        first = self.first_aligned_frame
+        projected = [z[:, first:] for z in self.projectors.project(hidden)]
+        targets = batch.targets[:, first:]
+        loss = alignment_loss(projected, targets)
+        with torch.no_grad():
+            return loss, cosine_gain(projected, targets)

@@ -1,0 +1,141 @@
+"""What crosses between rooms: observations, action chunks, trials, episodes, and the two protocols.
+
+numpy only, so that a simulator or a robot client can import it without torch. Value ranges are stated once, here:
+frames are uint8 RGB, height x width x channel; states and actions are float32 in the robot's own units.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+REGIMES = ("in_distribution", "semantic", "instance", "attribute")
+"""The four evaluation regimes of the paper, C.2.2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embodiment:
+    """A robot's name and the meaning of every state and action dimension."""
+
+    name: str
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observation:
+    """What a policy sees at one instant: o_0, s_0 and c of Eq. 1."""
+
+    frame: np.ndarray  # (H, W, 3) uint8 RGB
+    state: np.ndarray  # (S,) float32
+    instruction: str
+    embodiment: str
+
+    def __post_init__(self) -> None:
+        if self.frame.dtype != np.uint8 or self.frame.ndim != 3 or self.frame.shape[2] != 3:
+            raise ValueError(
+                f"Observation.frame: expected (H, W, 3) uint8, got {self.frame.shape} {self.frame.dtype}"
+            )
+        if self.state.ndim != 1:
+            raise ValueError(f"Observation.state: expected one axis, got shape {self.state.shape}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActionChunk:
+    """What a policy answers: a_1:K of Eq. 1, un-normalised, and how long each part of the answer took."""
+
+    actions: np.ndarray  # (K, D) float32
+    timings: Mapping[str, float] = field(default_factory=dict)  # seconds by part
+
+    def __post_init__(self) -> None:
+        if self.actions.ndim != 2 or len(self.actions) == 0:
+            raise ValueError(f"ActionChunk.actions: expected (K, D) with K >= 1, got {self.actions.shape}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One evaluation trial as data: everything that decides what the simulator shows, JSON-serialisable.
+
+    `name` is unique in its list; `scene` is the simulator's own description (objects, positions, colours).
+    """
+
+    name: str
+    simulator: str
+    regime: str
+    task: str
+    seed: int
+    instruction: str
+    scene: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """What a simulator answers to one action: `progress` holds the partial scores reached so far."""
+
+    observation: Observation
+    success: bool
+    progress: Mapping[str, bool]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Episode:
+    """A recorded trajectory of N control steps; row n is what was seen before action n was sent."""
+
+    frames: np.ndarray  # (N, H, W, 3) uint8
+    states: np.ndarray  # (N, S) float32
+    actions: np.ndarray  # (N, D) float32
+    instruction: str
+    embodiment: str
+    fps: int
+    success: bool = False
+    progress: Mapping[str, bool] = field(default_factory=dict)
+    masks: np.ndarray | None = None  # (N, H, W) bool, the interaction mask of every frame
+
+    def __post_init__(self) -> None:
+        lengths = {
+            "frames": len(self.frames),
+            "states": len(self.states),
+            "actions": len(self.actions),
+            **({} if self.masks is None else {"masks": len(self.masks)}),
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"Episode: all fields need one row a step, got {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that acts: a checkpoint in this process, a server's client, a scripted expert."""
+
+    def reset(self, seed: int) -> None:
+        """Forget the last episode; every random number until the next reset follows from `seed`."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Answer the next K actions."""
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """A world that plays trials, one at a time."""
+
+    embodiment: Embodiment
+    fps: int
+    max_steps: int
+
+    def reset(self, trial: Trial) -> Observation:
+        """Set the trial's scene up; the same trial gives the same states and pixels."""
+
+    def step(self, action: np.ndarray) -> Step:
+        """Apply one (D,) action for one control period."""
+
+    def interaction_mask(self) -> np.ndarray:
+        """(H, W) bool: pixels of the acting hand and of the target object in the present frame (4.2.1)."""
+
+    def trials(self, regime: str) -> Sequence[Trial]:
+        """The fixed trial list of a regime."""
+
+    def close(self) -> None:
+        """Free the renderer."""

@@ -1,0 +1,208 @@
+"""The action DiT f_phi: GR00T-N1.5's flow-matching head in the paper's time convention.                Eqs. 11-13
+
+Sub-blocks alternate cross-attention to the guidance and self-attention over [state | action] tokens, cross first as in
+GR00T-N1.5, so that its weights fit; the paper lists self-attention first (docs/paper.md #6). State and action encoders
+and the decoder keep one set of weights per embodiment. Inside, GR00T's time runs from 0 (noise) to 1 (data): the
+noise level is turned into its time bucket here and nowhere else.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from agra.wam.bridge import Attention, FeedForward
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionDiTConfig:
+    """Shape of the action head; the defaults are GR00T-N1.5's, which C.1 describes (docs/paper.md #4, #5)."""
+
+    state_dim: int = 64
+    action_dim: int = 32
+    horizon: int = 16
+    num_embodiments: int = 1
+    num_blocks: int = 8  # pairs of one cross-attention and one self-attention sub-block
+    num_heads: int = 32
+    head_dim: int = 48
+    guidance_dim: int = 2048
+    hidden_dim: int = 1024  # of the encoders and of the output
+    future_tokens: int = 0  # learned tokens between state and actions: 32 in N1.5, none in the paper
+    dropout: float = 0.2
+    state_dropout: float = 0.0
+    """Chance of replacing a sample's whole state by zeros in training. Not in the paper."""
+    num_time_buckets: int = 1000
+    max_horizon: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.horizon <= self.max_horizon:
+            raise ValueError(f"ActionDiTConfig.horizon: expected 1..{self.max_horizon}, got {self.horizon}")
+        if not 0 <= self.state_dropout <= 1:
+            raise ValueError(f"ActionDiTConfig.state_dropout: expected a probability, got {self.state_dropout}")
+
+    @property
+    def width(self) -> int:
+        """Inner width of the sub-blocks."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionOutput:
+    """What one forward of the action DiT returns."""
+
+    velocity: Float[Tensor, "B K D"]
+    attention: tuple[Float[Tensor, "B heads Q N"], ...] | None = None
+    """Cross-attention weights of each block, if asked for; queries are [state | future tokens | K actions]."""
+
+
+class ActionDiT(nn.Module):
+    """f_phi: noisy actions, state, noise level and guidance to the action velocity."""
+
+    def __init__(self, config: ActionDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, hidden, n = config.width, config.hidden_dim, config.num_embodiments
+        self.state_encoder = EmbodimentMLP(n, config.state_dim, hidden, width)
+        self.action_encoder = ActionEncoder(n, config.action_dim, width)
+        self.action_decoder = EmbodimentMLP(n, hidden, hidden, config.action_dim)
+        self.position_embedding = nn.Embedding(config.max_horizon, width)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        self.future = nn.Embedding(config.future_tokens, width) if config.future_tokens else None
+        if self.future is not None:
+            nn.init.normal_(self.future.weight, std=0.02)
+        self.time_embedding = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(
+            SubBlock(config, config.guidance_dim if cross else width)
+            for _ in range(config.num_blocks) for cross in (True, False)
+        )
+        self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.project_out = nn.Linear(width, hidden)
+
+    def forward(
+        self,
+        noisy_actions: Float[Tensor, "B K D"],
+        state: Float[Tensor, "B S"],
+        noise_level: Float[Tensor, "B"],
+        guidance: Sequence[Float[Tensor, "B N G"]],
+        embodiment: Int[Tensor, "B"],
+        *,
+        return_attention: bool = False,
+    ) -> ActionOutput:
+        """The velocity noise - actions of Eq. 13; one guidance for each cross-attention block."""
+        if len(guidance) != self.config.num_blocks:
+            raise ValueError(f"guidance: expected {self.config.num_blocks}, one a cross-attention block, got "
+                             f"{len(guidance)}")
+        # The epsilon keeps levels such as 0.7 from falling into the bucket below by rounding.
+        bucket = ((1 - noise_level) * self.config.num_time_buckets + 1e-4).floor()
+        x = self._tokens(noisy_actions, state, bucket, embodiment)
+        time = self.time_embedding(_sinusoid(bucket, 256, shift=1.0, cosine_first=True).to(x.dtype))
+        attention: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            context = guidance[index // 2] if index % 2 == 0 else None
+            x, weights = block(x, context, time, return_attention and context is not None)
+            if weights is not None:
+                attention.append(weights)
+        shift, scale = self.modulation_out(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        x = self.project_out(self.norm_out(x) * (1 + scale) + shift)
+        velocity = self.action_decoder(x[:, -noisy_actions.shape[1] :], embodiment)
+        return ActionOutput(velocity=velocity, attention=tuple(attention) if return_attention else None)
+
+    def _tokens(self, noisy_actions: Tensor, state: Tensor, bucket: Tensor, embodiment: Tensor) -> Tensor:
+        if self.training and self.config.state_dropout > 0:
+            keep = torch.rand(len(state), 1, device=state.device) >= self.config.state_dropout
+            state = state * keep
+        actions = self.action_encoder(noisy_actions, bucket, embodiment)
+        actions = actions + self.position_embedding.weight[: actions.shape[1]]
+        parts = [self.state_encoder(state.unsqueeze(1), embodiment), actions]
+        if self.future is not None:
+            parts.insert(1, self.future.weight.expand(len(state), -1, -1))
+        return torch.cat(parts, dim=1)
+
+
+class SubBlock(nn.Module):
+    """Time-modulated norm, attention and feed-forward, each on a residual."""
+
+    def __init__(self, config: ActionDiTConfig, context_dim: int) -> None:
+        super().__init__()
+        width = config.width
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-5)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.attn = Attention(width, context_dim, config.num_heads, config.head_dim, config.dropout)
+        self.final_dropout = nn.Dropout(config.dropout)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-5)
+        self.ff = FeedForward(width, config.dropout)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None, time: Tensor, return_attention: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-attention to `context`, or self-attention where it is None.                                   Eq. 12"""
+        scale, shift = self.modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        h = self.norm1(x) * (1 + scale) + shift
+        source = h if context is None else context
+        if return_attention:
+            update, weights = self.attn.with_weights(h, source)
+        else:
+            update, weights = self.attn(h, source), None
+        x = x + self.final_dropout(update)
+        return x + self.ff(self.norm2(x)), weights
+
+
+class EmbodimentLinear(nn.Module):
+    """A bank of linear layers, one per embodiment: weight (n, in, out), bias (n, out)."""
+
+    def __init__(self, num_embodiments: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_embodiments, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.zeros(num_embodiments, out_dim))
+        nn.init.normal_(self.weight, std=1 / math.sqrt(in_dim))
+
+    def forward(self, x: Float[Tensor, "B N I"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B N O"]:
+        """Each sample through its own embodiment's layer."""
+        return torch.baddbmm(self.bias[embodiment].unsqueeze(1), x, self.weight[embodiment])
+
+
+class EmbodimentMLP(nn.Module):
+    """Two embodiment layers with a ReLU between."""
+
+    def __init__(self, num_embodiments: int, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.layer1 = EmbodimentLinear(num_embodiments, in_dim, hidden_dim)
+        self.layer2 = EmbodimentLinear(num_embodiments, hidden_dim, out_dim)
+
+    def forward(self, x: Float[Tensor, "B N I"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B N O"]:
+        """Encode states, or decode actions."""
+        return self.layer2(F.relu(self.layer1(x, embodiment)), embodiment)
+
+
+class ActionEncoder(nn.Module):
+    """Noisy actions joined with their time, per embodiment."""
+
+    def __init__(self, num_embodiments: int, action_dim: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.layer1 = EmbodimentLinear(num_embodiments, action_dim, width)
+        self.layer2 = EmbodimentLinear(num_embodiments, 2 * width, width)
+        self.layer3 = EmbodimentLinear(num_embodiments, width, width)
+
+    def forward(
+        self, actions: Float[Tensor, "B K D"], bucket: Float[Tensor, "B"], embodiment: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B K W"]:
+        """One token for each action of the chunk."""
+        x = self.layer1(actions, embodiment)
+        time = _sinusoid(bucket, self.width, shift=0.0, cosine_first=False).to(x.dtype)
+        x = torch.cat([x, time.unsqueeze(1).expand_as(x)], dim=-1)
+        return self.layer3(F.silu(self.layer2(x, embodiment)), embodiment)
+
+
+def _sinusoid(time: Float[Tensor, "B"], dim: int, *, shift: float, cosine_first: bool) -> Float[Tensor, "B dim"]:
+    """Sinusoidal features of `time` with frequencies 10000^(-i / (dim / 2 - shift)), in float32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / (half - shift))
+    angles = time.float()[:, None] * frequencies
+    parts = (angles.cos(), angles.sin()) if cosine_first else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=-1)

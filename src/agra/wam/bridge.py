@@ -1,0 +1,144 @@
+"""The multi-layer bridge: which video layers the action head reads, and how they become guidance.   Eqs. 2, 14-17, 20"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def bridged_layers(num_video_layers: int, num_action_blocks: int) -> tuple[int, ...]:
+    """The video layer that each action cross-attention block reads, 0-based, "output after block l".         Eq. 14
+
+    j (M - 1) / (N - 1) rounded to the nearest. The equation prints a floor, but C.1 lists the rounded layers
+    0, 4, 8, 12, 15, 19, 23, 27 for (28, 8), and only those contain the aligned layer 8.
+    """
+    if num_action_blocks < 2:
+        raise ValueError(f"Eq. 14 spreads at least two cross-attention blocks over the depth, got {num_action_blocks}; "
+                         "for a single-layer bridge name the layer itself")
+    if num_video_layers < 1:
+        raise ValueError(f"expected at least one video layer, got {num_video_layers}")
+    span = num_action_blocks - 1
+    return tuple((2 * j * (num_video_layers - 1) + span) // (2 * span) for j in range(num_action_blocks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig:
+    """Which layers are read and the shape of the projector; the defaults are C.1's."""
+
+    layers: tuple[int, ...] = bridged_layers(28, 8)
+    """One video layer for each action cross-attention block; repeats are allowed (AGRA-BridgeL8)."""
+    num_layers: int = 4
+    num_heads: int = 32
+    head_dim: int = 64
+    dropout: float = 0.2
+    position_grid: tuple[int, int, int] | None = None
+    """(T, H, W) of a learned position embedding added to the guidance. Not in the paper: Cosmos's rotary embedding is
+    relative, so a head trained from scratch cannot otherwise tell where a token is."""
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("BridgeConfig.layers: expected at least one video layer, got none")
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states and of the guidance."""
+        return self.num_heads * self.head_dim
+
+
+class Bridge(nn.Module):
+    """Proj_j of Eq. 15: a LayerNorm and a self-attention transformer, shared by all layers, applied to each alone."""
+
+    def __init__(self, config: BridgeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(config.num_layers))
+        self.positions = None
+        if config.position_grid is not None:
+            self.positions = nn.Parameter(torch.zeros(*config.position_grid, config.width))
+            nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> tuple[Float[Tensor, "B N D"], ...]:
+        """G_j for each cross-attention block, tokens flattened row-major; a layer read twice is projected once."""
+        missing = sorted(set(self.config.layers) - hidden.keys())
+        if missing:
+            raise ValueError(f"hidden states: the bridge reads layers {self.config.layers}, but {missing} are missing")
+        projected = {layer: self._project(hidden[layer]) for layer in dict.fromkeys(self.config.layers)}
+        return tuple(projected[layer] for layer in self.config.layers)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        x = self.norm(hidden)
+        if self.positions is not None:
+            x = x + self.positions
+        x = x.flatten(1, 3)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class SelfAttentionBlock(nn.Module):
+    """A pre-norm transformer block of GR00T-N1.5's vision-language self-attention: affine norms, tanh GELU, biases."""
+
+    def __init__(self, config: BridgeConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config.width, config.width, config.num_heads, config.head_dim, config.dropout)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.ff = FeedForward(config.width, config.dropout)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Attend, then feed forward, each on a residual."""
+        h = self.norm1(x)
+        x = x + self.attn(h, h)
+        return x + self.ff(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases; keys and values may come from another width."""
+
+    def __init__(self, width: int, context_width: int, num_heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        inner = num_heads * head_dim
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(width, inner)
+        self.to_k = nn.Linear(context_width, inner)
+        self.to_v = nn.Linear(context_width, inner)
+        self.to_out = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
+        """Softmax attention of `x` over `context`."""
+        query, key, value = self._project(x, context)
+        return self._out(F.scaled_dot_product_attention(query, key, value))
+
+    def with_weights(
+        self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]
+    ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B heads Q N"]]:
+        """The same result, and the attention weights that made it."""
+        query, key, value = self._project(x, context)
+        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        return self._out(weights @ value), weights
+
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = (self.to_q(x), self.to_k(context), self.to_v(context))
+        query, key, value = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts)
+        return query, key, value
+
+    def _out(self, x: Tensor) -> Tensor:
+        return self.dropout(self.to_out(x.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Sequential):
+    """Linear, tanh GELU, Linear at four times the width."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(width, 4 * width),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(dropout),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )

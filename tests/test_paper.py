@@ -1,0 +1,125 @@
+"""The paper's equations against arithmetic written independently, mostly with numpy loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from agra.alignment.loss import alignment_loss
+from agra.alignment.teacher import reference_frames
+from agra.flow import interpolate, velocity
+from agra.recipes import RECIPES, agra_dino_l8
+from agra.training.stages import Stage
+from agra.wam.bridge import bridged_layers
+from agra.wam.model import WAM
+
+
+def test_eq_6_alignment_loss():
+    """Minus the mean over k, t, u, v of x.y / (|x||y| + eps), by loops."""
+    rng = np.random.default_rng(0)
+    batch, frames, height, width, dim, layers = 2, 3, 2, 4, 5, 3
+    z = rng.normal(size=(layers, batch, frames, height, width, dim))
+    y = rng.normal(size=(batch, frames, height, width, dim))
+    z[0, 0, 0, 0, 0] = 0  # a zero vector must give cosine 0, not NaN
+    total = 0.0
+    for index in np.ndindex(layers, batch, frames, height, width):
+        a, b = z[index], y[index[1:]]
+        total += float(a @ b) / (math.sqrt(a @ a) * math.sqrt(b @ b) + 1e-8)
+    expected = -total / (layers * batch * frames * height * width)
+    ours = alignment_loss([torch.tensor(layer, dtype=torch.float32) for layer in z], torch.tensor(y, dtype=torch.float32))
+    assert ours.item() == pytest.approx(expected, abs=1e-6)
+    same = torch.tensor(y)
+    assert alignment_loss([3 * same, 0.1 * same], same).item() == pytest.approx(-1, abs=1e-6)
+    assert alignment_loss([-same], same).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_eq_6_is_float32_under_autocast():
+    x = torch.randn(1, 1, 2, 2, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = alignment_loss([x.bfloat16()], x.bfloat16())
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 5, 4, 6), (3, 16, 29)], ids=["Eqs. 8-9 latents", "Eqs. 11, 13 actions"])
+def test_eqs_8_9_11_13_flow(shape):
+    """z^tau = (1 - tau) z + tau eps; the target is eps - z, the derivative of z^tau by tau."""
+    rng = np.random.default_rng(1)
+    data, noise = rng.normal(size=shape), rng.normal(size=shape)
+    tau = rng.uniform(size=shape[0])
+    noisy = interpolate(torch.tensor(data), torch.tensor(noise), torch.tensor(tau)).numpy()
+    target = velocity(torch.tensor(data), torch.tensor(noise)).numpy()
+    for b in range(shape[0]):
+        np.testing.assert_allclose(noisy[b], (1 - tau[b]) * data[b] + tau[b] * noise[b], atol=1e-12)
+    step = 1e-4
+    ahead = interpolate(torch.tensor(data), torch.tensor(noise), torch.tensor(tau + step)).numpy()
+    np.testing.assert_allclose((ahead - noisy) / step, target, atol=1e-8)
+
+
+def test_eq_14_layers_are_those_of_c1():
+    assert bridged_layers(28, 8) == (0, 4, 8, 12, 15, 19, 23, 27)
+    for video, action in ((28, 8), (36, 8), (28, 16), (6, 4)):
+        exact = [j * (video - 1) / (action - 1) for j in range(action)]
+        assert bridged_layers(video, action) == tuple(math.floor(x + 0.5) for x in exact)
+
+
+def test_reference_frames_are_the_first_of_each_latent_frame():
+    """Latent frame 0 is frame 0; latent frame t covers 4t - 3 .. 4t."""
+    covered = {0: [0]} | {t: list(range(4 * t - 3, 4 * t + 1)) for t in range(1, 5)}
+    assert sorted(f for frames in covered.values() for f in frames) == list(range(17))
+    assert reference_frames(5) == tuple(frames[0] for frames in covered.values()) == (0, 1, 5, 9, 13)
+
+
+def test_default_recipe_is_c1_and_c3():
+    config = agra_dino_l8()
+    assert config.model.frame_size == (192, 336)
+    assert config.model.num_frames == 17
+    assert config.model.latent_shape == (16, 5, 24, 42)
+    assert math.prod(config.model.token_grid) == 1260
+    assert config.model.bridge.layers == (0, 4, 8, 12, 15, 19, 23, 27)
+    assert config.model.action_dit.num_blocks == 8
+    assert config.model.action_dit.num_heads == 32
+    assert config.model.action_dit.guidance_dim == 2048
+    assert config.model.action_dit.horizon == 16
+    assert config.alignment.layers == (8,)
+    assert config.alignment.teacher.kind == "dinov2"
+    assert tuple(config.alignment.teacher.input_size) == (448, 448)
+    stage = config.stage
+    assert (stage.batch_size, stage.steps, stage.warmup_share) == (256, 80_000, 0.05)
+    assert (stage.video_lr, stage.action_lr) == (1e-4, 1e-4)
+    objective = stage.objective
+    assert (objective.video_weight, objective.action_weight, objective.alignment_weight) == (1.0, 1.0, 0.01)
+
+
+def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
+    for name, recipe in RECIPES.items():
+        if name.startswith("tiny"):
+            continue
+        config = recipe(Stage.JOINT)
+        assert not config.model.video_dit.learned_positions, name
+        assert config.model.bridge.position_grid is None, name
+        assert config.model.action_dit.state_dropout == 0, name
+        assert config.data.early_window_fraction == 0, name
+        assert (config.stage.objective.action_draws, config.stage.objective.video_share) == (1, 1.0), name
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("stage", list(Stage))
+def test_every_recipe_builds_on_the_meta_device(name, stage):
+    config = RECIPES[name](stage)
+    with torch.device("meta"):
+        model = WAM(config.model)
+    video = sum(p.numel() for n, p in model.named_parameters() if "video_dit" in n)
+    assert video == (2_059_174_912 if not name.startswith("tiny") else sum(p.numel() for p in model.video_dit.parameters()))
+    assert config.stage.name is stage
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    stage = agra_dino_l8().stage
+    factors = [stage.learning_rate_factor(step) for step in range(stage.steps)]
+    assert factors.index(max(factors)) == pytest.approx(0.05 * stage.steps, abs=1)
+    assert max(factors) == 1
+    assert factors[-1] < 1e-8
+    middle = round(0.525 * stage.steps)
+    assert factors[middle] == pytest.approx(0.5, abs=1e-3)

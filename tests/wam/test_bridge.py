@@ -1,0 +1,59 @@
+"""The bridge: layer choice, one projector for all layers, repeats."""
+
+import pytest
+import torch
+
+from agra.wam.bridge import Bridge, BridgeConfig, bridged_layers
+
+TINY = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "dropout": 0.0}
+
+
+def _hidden(*layers):
+    torch.manual_seed(0)
+    return {layer: torch.randn(2, 3, 2, 4, 16) for layer in layers}
+
+
+@pytest.mark.parametrize(("video", "action", "expected"), [
+    (28, 8, (0, 4, 8, 12, 15, 19, 23, 27)), (6, 4, (0, 2, 3, 5)), (8, 8, tuple(range(8))), (1, 2, (0, 0))])
+def test_bridged_layers(video, action, expected):
+    assert bridged_layers(video, action) == expected
+
+
+def test_a_single_block_has_no_spread():
+    with pytest.raises(ValueError, match="at least two cross-attention blocks"):
+        bridged_layers(28, 1)
+
+
+def test_layers_are_projected_alone_by_shared_weights():
+    bridge = Bridge(BridgeConfig(layers=(0, 2), **TINY)).eval()
+    hidden = _hidden(0, 2)
+    first, second = bridge(hidden)
+    assert first.shape == (2, 24, 16)
+    hidden[2] = torch.zeros_like(hidden[2])
+    torch.testing.assert_close(bridge(hidden)[0], first)
+    swapped = bridge({0: hidden[0], 2: hidden[0]})
+    torch.testing.assert_close(swapped[0], swapped[1])
+    assert not torch.allclose(first, second)
+
+
+def test_a_repeated_layer_is_projected_once():
+    bridge = Bridge(BridgeConfig(layers=(1, 1, 1), **TINY))
+    calls = []
+    bridge.norm.register_forward_hook(lambda *_: calls.append(1))
+    guidance = bridge(_hidden(1))
+    assert len(guidance) == 3
+    assert guidance[0] is guidance[2]
+    assert calls == [1]
+
+
+def test_positions_tell_tokens_apart():
+    same = {0: torch.randn(1, 1, 1, 1, 16).expand(1, 3, 2, 4, 16)}
+    plain = Bridge(BridgeConfig(layers=(0,), **TINY)).eval()(same)[0]
+    placed = Bridge(BridgeConfig(layers=(0,), position_grid=(3, 2, 4), **TINY)).eval()(same)[0]
+    assert plain.std(dim=1).max() < 1e-5
+    assert placed.std(dim=1).max() > 1e-3
+
+
+def test_missing_layer_is_named():
+    with pytest.raises(ValueError, match=r"reads layers \(0, 2\), but \[2\] are missing"):
+        Bridge(BridgeConfig(layers=(0, 2), **TINY))(_hidden(0))

@@ -1,0 +1,141 @@
+"""Our forward of the Cosmos transformer against diffusers' own."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import diffusers.models.transformers.transformer_cosmos as stock
+import pytest
+import torch
+from diffusers import CosmosTransformer3DModel
+from torch.nn.functional import interpolate
+
+from agra.wam.video_dit import VideoDiT, VideoDiTConfig
+
+CONFIG = VideoDiTConfig(
+    latent_channels=6, num_layers=3, num_heads=2, head_dim=24, adaln_lora_dim=16, text_dim=20, text_projection_dim=None
+)
+
+
+@pytest.fixture(autouse=True)
+def _resize_without_torchvision(monkeypatch):
+    """The stock forward needs torchvision for one nearest resize of the padding mask; this is that resize."""
+    functional = SimpleNamespace(resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation))
+    stand_in = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    monkeypatch.setattr(stock, "transforms", stand_in, raising=False)
+
+
+def _random(config=CONFIG, seed=0):
+    torch.manual_seed(seed)
+    model = VideoDiT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def _inputs(batch=2, frames=3, size=(8, 12), text=(5, 20)):
+    mask = torch.zeros(batch, 1, frames, *size)
+    mask[:, :, 0] = 1
+    return torch.randn(batch, 6, frames, *size), torch.randn(batch, *text), mask
+
+
+def _stock(model, latents, level, text, mask):
+    return model.transformer(
+        hidden_states=latents,
+        timestep=level if level.ndim == 1 else level[:, None, :, None, None],
+        encoder_hidden_states=text,
+        condition_mask=mask,
+        padding_mask=torch.zeros(1, 1, 64, 96),
+    ).sample
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"learned_positions": True}, {"text_projection_dim": 30}], ids=["plain", "learned", "projection"]
+)
+def test_forward_equals_diffusers(per_frame, changes):
+    config = replace(CONFIG, **changes)
+    model = _random(config)
+    latents, text, mask = _inputs(text=(5, config.text_projection_dim or 20))
+    level = torch.rand(2, 3) if per_frame else torch.rand(2)
+    ours = model(latents, level, text, condition_mask=mask).velocity
+    theirs = _stock(model, latents, level, text, mask)
+    assert theirs.abs().max() > 0.5
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_gradients_equal_diffusers():
+    model = _random()
+    latents, text, mask = _inputs()
+    level = torch.rand(2, 3)
+    gradients = []
+    for forward in (lambda: model(latents, level, text, condition_mask=mask).velocity,
+                    lambda: _stock(model, latents, level, text, mask)):
+        model.zero_grad()
+        forward().square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_states_are_the_blocks_outputs():
+    model = _random()
+    latents, text, mask = _inputs()
+    level = torch.rand(2)
+    seen = {}
+    handles = [block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
+               for i, block in enumerate(model.transformer.transformer_blocks)]
+    _stock(model, latents, level, text, mask)
+    for handle in handles:
+        handle.remove()
+    hidden = model(latents, level, text, condition_mask=mask, layers=(0, 1, 2)).hidden
+    assert sorted(hidden) == [0, 1, 2]
+    for index, value in hidden.items():
+        assert value.shape == (2, 3, 4, 6, 48)
+        torch.testing.assert_close(value.flatten(1, 3), seen[index], atol=2e-5, rtol=0)
+
+
+def test_stops_after_the_last_wanted_layer():
+    model = _random()
+    latents, text, mask = _inputs()
+    output = model(latents, torch.rand(2), text, condition_mask=mask, layers=(1,), velocity=False)
+    assert output.velocity is None
+    output.hidden[1].square().mean().backward()
+    used = {name.split(".")[2] for name, p in model.named_parameters() if "transformer_blocks" in name and p.grad is not None}
+    assert used == {"0", "1"}
+
+
+def test_config_and_weights_interchange(tmp_path):
+    model = _random()
+    model.transformer.save_pretrained(tmp_path)
+    loaded = CosmosTransformer3DModel.from_pretrained(tmp_path)
+    written, original = json.loads(loaded.to_json_string()), json.loads(model.transformer.to_json_string())
+    assert {k: v for k, v in written.items() if k != "_name_or_path"} == original
+    for ours, theirs in zip(model.transformer.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert ours[0] == theirs[0]
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_paper_scale_has_cosmos_parameters():
+    with torch.device("meta"):
+        model = VideoDiT(VideoDiTConfig())
+    assert sum(p.numel() for p in model.parameters()) == 2_059_174_912
+    shapes = {name: tuple(p.shape) for name, p in model.transformer.named_parameters()}
+    assert shapes["patch_embed.proj.weight"] == (2048, 72)
+    assert shapes["transformer_blocks.27.ff.net.2.weight"] == (2048, 8192)
+    assert shapes["crossattn_proj.0.weight"] == (1024, 100352)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"layers": (3,)}, r"layers: expected 0\.\.2"),
+        ({"level": torch.rand(2, 2)}, r"noise_level: expected \(2,\) or \(2, 3\), got \(2, 2\)"),
+        ({"text": torch.rand(2, 5, 7)}, "instruction tokens: expected width 20, got 7"),
+    ],
+)
+def test_bad_input_is_named(kwargs, message):
+    latents, text, mask = _inputs()
+    with pytest.raises(ValueError, match=message):
+        _random()(latents, kwargs.get("level", torch.rand(2)), kwargs.get("text", text), condition_mask=mask,
+                  layers=kwargs.get("layers", ()))
