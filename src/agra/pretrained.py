@@ -5,14 +5,18 @@ A leaf, shared by the three frozen networks: the video codec, the text encoder a
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError
 from torch import nn
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -24,7 +28,7 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def frozen(module: AnyModule) -> AnyModule:
     """`module` itself, in evaluation mode and without gradients for its parameters."""
     return module.eval().requires_grad_(False)
 
@@ -46,20 +50,25 @@ def loading(what: str, *, source: str, revision: str | None, subfolder: str = ""
 
     Raises FileNotFoundError where something is missing, gated or out of reach, ValueError where a file is damaged.
     """
-    at = f"{source}/{subfolder}".rstrip("/") + (f" (revision {revision})" if revision else "")
+    local = Path(source).is_dir()
+    at = f"{source}/{subfolder}".rstrip("/") + (f" (revision {revision})" if revision and not local else "")
     try:
         yield
     except (OSError, EntryNotFoundError, HFValidationError) as error:
-        if Path(source).is_dir():
+        if local:
             remedy = f"the folder must hold {subfolder or 'the model'} as saved by save_pretrained"
-        else:
+        elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
             remedy = (
-                f"accept its terms at https://huggingface.co/{source} and run `hf auth login`, or download it to a "
-                "local folder and give that folder as the source"
+                f"accept its terms, if it has any, at https://huggingface.co/{source} and run `hf auth login`, "
+                "or download it to a folder and give that folder as the source"
             )
+        else:
+            remedy = f"{source} is neither a folder nor a hub id of the form owner/name"
         raise FileNotFoundError(f"{what}: cannot load {at}: {_first_line(error)}; {remedy}") from error
     except SafetensorError as error:
-        raise ValueError(f"{what}: the weights of {at} are damaged ({_first_line(error)}); download them again") from error
+        raise ValueError(
+            f"{what}: the weights of {at} are damaged ({_first_line(error)}); download them again"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """The frozen text encoder: instruction -> tokens that the video DiT attends to.                        C.1; Cosmos"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.utils import logging
 
 from agra.pretrained import frozen, loading, package_folder, weights_digest
 
@@ -97,8 +98,8 @@ class MiniLMEncoder(nn.Module):
     def from_package(cls, *, length: int = 16) -> Self:
         """Read the weights inside the installed package; nothing is downloaded."""
         folder = str(package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model")
-        with loading("MiniLM text encoder", source=folder, revision=None):
-            model = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+        with loading("MiniLM text encoder", source=folder, revision=None), _no_progress_bar():
+            model = AutoModel.from_pretrained(folder, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, tokenizer, length=length)
 
@@ -161,14 +162,13 @@ class CosmosReasonEncoder(nn.Module):
         projection: nn.Module | None = None,
     ) -> Self:
         """Load `text_encoder` and `tokenizer` of a hub id or a local folder; FileNotFoundError names the remedy."""
-        revision = None if Path(source).is_dir() else revision
         what = "Cosmos-Reason text encoder"
         with loading(what, source=source, revision=revision, subfolder="text_encoder"):
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                source, subfolder="text_encoder", revision=revision, dtype=dtype
+                source, subfolder="text_encoder", revision=revision or "main", dtype=dtype
             )
         with loading(what, source=source, revision=revision, subfolder="tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision or "main")
         return cls(model, tokenizer, length=length, projection=projection)
 
     @cached_property
@@ -200,7 +200,7 @@ class CosmosReasonEncoder(nn.Module):
             {"role": "system", "content": [{"type": "text", "text": COSMOS_SYSTEM_MESSAGE}]},
             {"role": "user", "content": [{"type": "text", "text": instruction}]},
         ]
-        return self.tokenizer.apply_chat_template(
+        encoded: Any = self.tokenizer.apply_chat_template(
             chat,
             add_generation_prompt=False,
             add_vision_id=False,
@@ -208,7 +208,8 @@ class CosmosReasonEncoder(nn.Module):
             truncation=True,
             padding="max_length",
             return_dict=True,
-        )["input_ids"]
+        )
+        return encoded["input_ids"]
 
     def _project(self, tokens: Tensor) -> Tensor:
         assert self.projection is not None
@@ -224,3 +225,15 @@ def _standardise(hidden: Tensor) -> Tensor:
 def _check_instructions(instructions: Sequence[str]) -> None:
     if isinstance(instructions, str) or not instructions:
         raise ValueError(f"expected a sequence of at least one instruction, got {instructions!r}")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Load without transformers' progress bar: for a model that loads in a second."""
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bar:
+            logging.enable_progress_bar()

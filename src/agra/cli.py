@@ -1,0 +1,301 @@
+"""The command line. Every command is a function; errors a user can mend are one line and exit code 1.
+
+Heavy imports happen inside the commands, so that `agra --help` answers at once and a torch-free install can collect.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from agra.config import RunConfig
+    from agra.types import Policy, Simulator
+
+REGIME_NAMES = Literal["in_distribution", "semantic", "instance", "attribute"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `agra`. Set AGRA_TRACEBACK=1 to see where an error came from."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        raise SystemExit(0 if arguments else 2)
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            raise ValueError(_unknown("command", name, COMMANDS))
+        COMMANDS[name](rest)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("AGRA_TRACEBACK"):
+            raise
+        print(f"agra: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("agra: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# --- collect ---------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    simulator: Annotated[str, tyro.conf.Positional],
+    output: Path,
+    episodes: int = 200,
+    seed: int = 0,
+    workers: int = 2,
+) -> None:
+    """Record demonstrations of the scripted expert as a LeRobot v3.0 dataset. Interrupted, it goes on where it was.
+
+    Args:
+        simulator: a registered simulator, e.g. tabletop.
+        output: folder of the new dataset.
+        episodes: how many demonstrations.
+        seed: decides every scene and all noise; the number of workers changes nothing.
+        workers: processes that play episodes side by side.
+    """
+    from agra.collect import collect as run
+
+    run(simulator, output, episodes=episodes, seed=seed, workers=workers)
+
+
+# --- prepare and train -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Where a run is kept and what it starts from."""
+
+    output: Path
+    """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
+    init: Path | None = None
+    """Checkpoint, or run folder, of the stage before."""
+    device: str = "cpu"
+    threads: int | None = None
+    """Threads of torch; by default OMP_NUM_THREADS, or all cores."""
+
+
+def _train(arguments: list[str]) -> None:
+    """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
+    options, config = _recipe_arguments("train", arguments, TrainOptions)
+    from agra.run import train
+
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    done = train(config, output=options.output, init=options.init, device=options.device)
+    if not done:
+        print(f"stopped by a signal; the same command resumes from {options.output}", file=sys.stderr)
+        raise SystemExit(130)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How the frozen features are computed."""
+
+    device: str = "cpu"
+
+
+def _prepare(arguments: list[str]) -> None:
+    """Cache what frozen networks compute for a recipe: agra prepare RECIPE --data.path DATASET [--stage adapt]"""
+    options, config = _recipe_arguments("prepare", arguments, PrepareOptions)
+    from agra.run import prepare
+
+    for folder in prepare(config, device=options.device):
+        print(folder)
+
+
+def _recipe_arguments(command: str, arguments: list[str], options: type) -> tuple:
+    """RECIPE, --stage NAME, then every field of the config as a flag (--stage.steps, --data.path ...)."""
+    from agra.recipes import RECIPES
+    from agra.training.stages import Stage
+
+    if not arguments or arguments[0].startswith("-"):
+        print(f"usage: agra {command} RECIPE [--stage {{{','.join(Stage)}}}] [flags]; recipes: {', '.join(RECIPES)}; "
+              f"`agra {command} RECIPE --help` lists the flags")
+        raise SystemExit(0 if "-h" in arguments or "--help" in arguments else 2)
+    name, *rest = arguments
+    if name not in RECIPES:
+        raise ValueError(_unknown("recipe", name, RECIPES))
+    stage = Stage.JOINT
+    if "--stage" in rest:
+        at = rest.index("--stage")
+        value = rest[at + 1] if at + 1 < len(rest) else ""
+        if value not in list(Stage):
+            raise ValueError(_unknown("stage", value, list(Stage)))
+        stage = Stage(value)
+        del rest[at : at + 2]
+    return _parse(command, name, RECIPES[name](stage), rest, options)
+
+
+def _parse(command: str, recipe: str, config: "RunConfig", rest: list[str], options: type) -> tuple:
+    from agra.config import RunConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        run: Annotated[options, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: config)
+
+    parsed = tyro.cli(Arguments, args=rest, prog=f"agra {command} {recipe}", config=(tyro.conf.FlagConversionOff,))
+    return parsed.run, parsed.config
+
+
+def recipes() -> None:
+    """List the recipes."""
+    from agra.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name:28}{(recipe.__doc__ or '').strip().splitlines()[0]}")
+
+
+# --- evaluate and compare --------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    policy: Annotated[str, tyro.conf.Positional],
+    simulator: str = "tabletop",
+    regimes: tuple[REGIME_NAMES, ...] = ("in_distribution", "semantic", "instance", "attribute"),
+    output: Path | None = None,
+    execute_steps: int = 8,
+    limit: int | None = None,
+    videos: int = 1,
+    name: str | None = None,
+    device: str = "cpu",
+) -> None:
+    """Play the trials of C.2.2 and write one JSON line for each. Interrupted, it goes on where it was.
+
+    Args:
+        policy: a checkpoint or run folder, or `expert` for the simulator's scripted expert.
+        simulator: a registered simulator.
+        regimes: which of the four regimes to play.
+        output: results file; by default results.jsonl in the run's folder.
+        execute_steps: actions executed of each chunk before the policy is asked again.
+        limit: play only so many trials of each regime, evenly spread.
+        videos: trials of each regime to record as mp4 beside the results.
+        name: the policy's name in results; by default its folder's.
+        device: where the policy runs.
+    """
+    from agra.evaluation.protocols import Protocol, regime_trials
+    from agra.evaluation.results import print_summary, read_results
+    from agra.evaluation.rollout import evaluate as run
+    from agra.simulators.registry import make
+
+    world = make(simulator)
+    try:
+        acting = _policy(policy, world, name, device)
+        if output is None:
+            if policy == "expert":
+                raise ValueError("--output: give a results file for the expert")
+            output = Path(policy) / "results.jsonl"
+        trials = regime_trials(world, regimes, limit=limit)
+        protocol = Protocol(execute_steps=1 if policy == "expert" else execute_steps)
+        run(acting, world, trials, output=output, protocol=protocol, videos=videos,
+            policy_name=name or ("expert" if policy == "expert" else Path(policy).name))
+    finally:
+        world.close()
+    print_summary(read_results(output))
+
+
+def _policy(policy: str, world: "Simulator", name: str | None, device: str) -> "Policy":
+    if policy == "expert":
+        from agra.simulators.registry import expert
+
+        return expert(world)
+    from agra.policy import WAMPolicy
+
+    return WAMPolicy.load(policy, name=name, device=device)
+
+
+def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Pair two policies' trials: success side by side, differences, McNemar's exact test.
+
+    Args:
+        a: a results file.
+        b: another one, over the same trials.
+    """
+    from agra.evaluation.results import compare as pair
+    from agra.evaluation.results import print_comparison, read_results
+
+    print_comparison(pair(read_results(a), read_results(b)))
+
+
+# --- diagnose and report ---------------------------------------------------------------------------------------------
+
+
+def diagnose(
+    policies: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    simulator: str = "tabletop",
+    samples: int = 40,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Where a policy's actions come from: attention, interventions, PCA; into the folder `diagnosis` of each run.
+
+    The samples are moments of the scripted expert's episodes on evaluation trials, the same for every policy, with the
+    interaction mask that the simulator renders.
+
+    Args:
+        policies: checkpoint or run folders.
+        simulator: the world that the samples come from.
+        samples: how many, spread evenly over the four regimes.
+        seed: decides the noise and the background sets.
+        device: where the policies run.
+    """
+    from agra.run import diagnose as run
+
+    for policy in policies:
+        run(policy, simulator=simulator, samples=samples, seed=seed, device=device)
+
+
+def report(
+    policies: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    output: Path = Path("report.html"),
+    adapt: Path | None = None,
+) -> None:
+    """One HTML page that lays runs side by side: training, evaluation, grounding, pictures.
+
+    Args:
+        policies: run folders; each gives what it holds of metrics.jsonl, results.jsonl and diagnosis/.
+        output: the page.
+        adapt: folder of the adapt-stage run that all of them started from.
+    """
+    from agra.run import report as run
+
+    print(run(policies, output=output, adapt=adapt))
+
+
+def _command(function: Callable[..., None]) -> Callable[[list[str]], None]:
+    def run(arguments: list[str]) -> None:
+        tyro.cli(function, args=arguments, prog=f"agra {function.__name__}")
+
+    run.__doc__ = function.__doc__
+    return run
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "collect": _command(collect),
+    "prepare": _prepare,
+    "train": _train,
+    "evaluate": _command(evaluate),
+    "compare": _command(compare),
+    "diagnose": _command(diagnose),
+    "report": _command(report),
+    "recipes": _command(recipes),
+}
+
+
+def _help() -> str:
+    lines = [f"  {name:10}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "usage: agra COMMAND [flags]\n\n" + "\n".join(lines) + "\n\n`agra COMMAND --help` lists a command's flags."
+
+
+def _unknown(what: str, name: str, known: Sequence[str] | dict) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+    return f"unknown {what} {name!r}; did you mean {close[0]!r}? Known: {', '.join(known)}"

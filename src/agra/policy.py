@@ -1,0 +1,148 @@
+"""WAMPolicy: a checkpoint that acts. Normalise, condition, act, un-normalise.                              A.2; C.1"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from agra.config import RunConfig
+from agra.data.normalize import NormStats
+from agra.training import checkpoint
+from agra.training.stages import Stage
+from agra.types import ActionChunk, Observation
+from agra.wam.codec import Codec, load_codec, to_video
+from agra.wam.model import WAM
+from agra.wam.text import TextEncoder, load_text_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyInputs:
+    """Observations as the model takes them."""
+
+    observation_latent: Float[Tensor, "B C 1 h w"]
+    instruction: Float[Tensor, "B L E"]
+    state: Float[Tensor, "B S"]
+    embodiment: Int[Tensor, "B"]
+
+
+class WAMPolicy:
+    """An `agra.types.Policy` around a trained WAM; `act` runs one conditioning pass and a few Euler steps.
+
+    The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
+    seed and observations give the same actions.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: RunConfig,
+        model: WAM,
+        codec: Codec,
+        text: TextEncoder,
+        stats: Mapping[str, NormStats],
+        device: torch.device | str = "cpu",
+        action_steps: int = 4,
+    ) -> None:
+        self.name, self.config, self.stats = name, config, stats
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.codec, self.text = codec, text
+        self.action_steps = action_steps
+        self._tokens: dict[str, Tensor] = {}
+        self.reset(0)
+
+    @classmethod
+    def load(cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu") -> "WAMPolicy":
+        """Rebuild a policy from a checkpoint folder, or from its run's folder (the newest checkpoint), alone.
+
+        Raises FileNotFoundError where there is none, ValueError where a file is damaged or the checkpoint is one of the
+        adapt stage, whose action head has not been trained.
+        """
+        folder = checkpoint.resolve(path)
+        checkpoint.verify(folder)
+        config = checkpoint.read_config(folder)
+        if config.stage.name is Stage.ADAPT:
+            raise ValueError(f"{folder}: a checkpoint of the adapt stage cannot act; take one of joint or finetune")
+        with torch.device("meta"):
+            model = WAM(config.model)
+        model.to_empty(device="cpu")
+        checkpoint.load_weights(model, folder / "model.safetensors")
+        codec_file = folder / "codec.safetensors"
+        codec = load_codec(config.model.codec, codec_file if codec_file.is_file() else None)
+        stats = NormStats.load_all(folder / "norm_stats.json")
+        return cls(name=name or Path(path).name, config=config, model=model, codec=codec.to(device),
+                   text=load_text_encoder(config.model.text), stats=stats, device=device)
+
+    def reset(self, seed: int) -> None:
+        """Start an episode: every random number until the next reset follows from `seed`."""
+        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    @torch.inference_mode()
+    def act(self, observation: Observation) -> ActionChunk:
+        """The next chunk of actions, in the robot's units."""
+        start = time.perf_counter()
+        inputs = self.prepare([observation])
+        prepared = time.perf_counter()
+        video_noise, action_noise = self._draw(1, self._generator)
+        guidance = self.model.guide(
+            self.model.condition(inputs.observation_latent, video_noise, inputs.instruction))
+        conditioned = time.perf_counter()
+        actions = self.model.act(guidance, inputs.state, inputs.embodiment, action_noise, steps=self.action_steps)
+        answer = self.unnormalize(actions, observation.embodiment)[0]
+        done = time.perf_counter()
+        return ActionChunk(actions=answer, timings={
+            "prepare": prepared - start, "condition": conditioned - prepared, "act": done - conditioned})
+
+    @torch.inference_mode()
+    def prepare(self, observations: Sequence[Observation]) -> PolicyInputs:
+        """Observations to model inputs: resize and encode frames, look up instructions, normalise states."""
+        model, head = self.config.model, self.config.model.action_dit
+        videos = [to_video(o.frame[None], model.frame_size) for o in observations]
+        states = torch.zeros(len(observations), head.state_dim)
+        for row, observation in zip(states, observations, strict=True):
+            normalized = self._stats(observation.embodiment).normalize("state", observation.state)
+            row[: len(normalized)] = torch.as_tensor(normalized)
+        rows = [self.config.data.embodiments.index(o.embodiment) for o in observations]
+        return PolicyInputs(
+            observation_latent=self.codec.encode(torch.cat(videos).to(self.device)),
+            instruction=torch.stack([self._instruction(o.instruction) for o in observations]).to(self.device),
+            state=states.to(self.device),
+            embodiment=torch.tensor(rows, device=self.device),
+        )
+
+    def video_noise(self, count: int, seed: int) -> Float[Tensor, "B C T h w"]:
+        """The conditioning pass's noise, for diagnostics that hold it fixed."""
+        return self._draw(count, torch.Generator().manual_seed(seed))[0]
+
+    def action_noise(self, count: int, seed: int) -> Float[Tensor, "B K D"]:
+        """The action head's starting noise, for diagnostics that hold it fixed."""
+        return self._draw(count, torch.Generator().manual_seed(seed))[1]
+
+    def unnormalize(self, actions: Float[Tensor, "B K D"], embodiment: str) -> np.ndarray:
+        """Model output to the robot's units, (B, K, the embodiment's own D) float32."""
+        stats = self._stats(embodiment)
+        own = actions[..., : stats.action_dim].float().cpu().numpy()
+        return stats.unnormalize("action", own).astype(np.float32)
+
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        head = self.config.model.action_dit
+        video = torch.randn(count, *self.config.model.latent_shape, generator=generator)
+        action = torch.randn(count, head.horizon, head.action_dim, generator=generator)
+        return video.to(self.device), action.to(self.device)
+
+    def _stats(self, embodiment: str) -> NormStats:
+        if embodiment not in self.stats:
+            raise ValueError(f"policy {self.name}: not trained on embodiment {embodiment!r}; it knows {sorted(self.stats)}")
+        return self.stats[embodiment]
+
+    def _instruction(self, instruction: str) -> Tensor:
+        if instruction not in self._tokens:
+            # float16 as in the cache that training read
+            self._tokens[instruction] = self.text.encode([instruction])[0].half().float()
+        return self._tokens[instruction]

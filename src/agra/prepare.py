@@ -1,0 +1,136 @@
+"""What the frozen parts compute, once for every dataset: latents, teacher targets, instruction tokens.      C.1; Eqs. 3-4
+
+Here the frozen encoders of `wam` and `alignment` meet the cache of `data`. A codec that is fit on data is fit here too.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agra.alignment.teacher import Teacher, interpolate_grid, load_teacher, reference_frames
+from agra.config import RunConfig
+from agra.data import cache
+from agra.data.lerobot import LeRobotDataset
+from agra.data.mixture import held_out
+from agra.types import Episode
+from agra.wam.codec import Codec, PatchPCACodec, load_codec, to_video
+from agra.wam.model import WAMConfig
+from agra.wam.text import TextEncoder, load_text_encoder
+
+_CODEC_EPISODES = 64  # enough for a 768 x 768 covariance of 8 x 8 x 4 patches
+
+
+class Latents:
+    """Latents of the window that starts at each control step: (N, C, T, h, w) float16."""
+
+    name = "latents"
+
+    def __init__(self, codec: Codec, model: WAMConfig, frame_stride: int) -> None:
+        self.codec, self.model, self.stride = codec, model, frame_stride
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Codec and geometry."""
+        return {"codec": self.codec.key, "frame_size": list(self.model.frame_size),
+                "num_frames": self.model.num_frames, "frame_stride": self.stride}
+
+    def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
+        """Past the episode's end the last frame repeats."""
+        video = to_video(episode.frames, self.model.frame_size)[0]  # (3, N, h, w)
+        offsets = torch.arange(self.model.num_frames) * self.stride
+        rows = (torch.arange(len(episode))[:, None] + offsets).clamp(max=len(episode) - 1)
+        encoded = [self.codec.encode(video[:, chosen].transpose(0, 1)) for chosen in rows.split(16)]
+        return {"latents": torch.cat(encoded).half().cpu().numpy()}
+
+
+class Targets:
+    """The teacher's grid of every frame on the video DiT's token grid: (N, H, W, P) float16.                 Eqs. 3-4"""
+
+    name = "targets"
+
+    def __init__(self, teacher: Teacher, model: WAMConfig) -> None:
+        self.teacher, self.grid = teacher, model.token_grid[1:]
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Teacher and grid."""
+        return {"teacher": self.teacher.key, "grid": list(self.grid)}
+
+    def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
+        """Each frame alone, from the recorded resolution."""
+        frames = torch.as_tensor(episode.frames)
+        grids = [interpolate_grid(self.teacher(chosen), self.grid) for chosen in frames.split(16)]
+        return {"targets": torch.cat(grids).half().cpu().numpy()}
+
+
+class Instruction:
+    """The instruction's tokens: (L, E) float16."""
+
+    name = "instruction"
+
+    def __init__(self, text: TextEncoder) -> None:
+        self.text = text
+        self._known: dict[str, np.ndarray] = {}
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The text encoder."""
+        return {"text": self.text.key}
+
+    def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
+        """Each wording is encoded once."""
+        if episode.instruction not in self._known:
+            self._known[episode.instruction] = self.text.encode([episode.instruction])[0].half().cpu().numpy()
+        return {"instruction": self._known[episode.instruction]}
+
+
+def features(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device | str = "cpu") -> list[cache.Feature]:
+    """The frozen features that the config's stage needs, each knowing the key that it is cached under."""
+    codec = open_codec(config, dataset).to(device)
+    wanted: list[cache.Feature] = [
+        Latents(codec, config.model, config.data.frame_stride),
+        Instruction(load_text_encoder(config.model.text)),
+    ]
+    if config.aligns:
+        assert config.alignment is not None
+        wanted.append(Targets(load_teacher(config.alignment.teacher).to(device), config.model))
+    return wanted
+
+
+def open_codec(config: RunConfig, dataset: LeRobotDataset) -> Any:
+    """The frozen codec; a patch PCA is fit on the training episodes the first time and kept in the cache folder."""
+    if config.model.codec.kind != "patch_pca":
+        return load_codec(config.model.codec)
+    path = codec_file(config, dataset)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PatchPCACodec.fit(_codec_videos(config, dataset), channels=config.model.codec.channels).save(path)
+    return load_codec(config.model.codec, path)
+
+
+def codec_file(config: RunConfig, dataset: LeRobotDataset) -> Path:
+    """Where the codec fit on this dataset's training episodes lies."""
+    decides = {"dataset": dataset.fingerprint, "frame_size": config.model.frame_size, "stride": config.data.frame_stride,
+               "channels": config.model.codec.channels, "held_out": config.data.validation_fraction}
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.data.cache) / f"codec-{digest}.safetensors"
+
+
+def _codec_videos(config: RunConfig, dataset: LeRobotDataset) -> Iterator[Tensor]:
+    training = [i for i in range(dataset.num_episodes) if i not in held_out(dataset.num_episodes, config.data)]
+    chosen = np.linspace(0, len(training) - 1, min(len(training), _CODEC_EPISODES)).round().astype(int)
+    for index in chosen:
+        frames = dataset.episode(training[index]).frames[:: config.data.frame_stride]
+        whole = (len(frames) - 1) // 4 * 4 + 1
+        yield to_video(frames[:whole], config.model.frame_size)
+
+
+def window_references(config: RunConfig) -> tuple[int, ...]:
+    """The control steps after the observation whose frames stand for the latent frames of a window."""
+    return tuple(i * config.data.frame_stride for i in reference_frames(config.model.latent_shape[1]))

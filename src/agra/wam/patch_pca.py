@@ -1,0 +1,186 @@
+"""The embedded video codec: a closed-form, causal space-time patch PCA. It needs training frames and no download."""
+
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agra.pretrained import weights_digest
+
+TIME_STRIDE = 4
+PATCH = 8
+MAX_CHANNELS = 3 * PATCH**2
+"""Values in a patch of one frame: more components than that do not exist."""
+_FILE_FORMAT = "agra.patch_pca.1"
+_ROUNDING_VARIANCE = (2 / 255) ** 2 / 12
+"""Variance that rounding to 8 bits adds to a pixel in [-1, 1]."""
+
+
+def check_video(video: Tensor, space_stride: int) -> None:
+    """Raise ValueError unless the video has 1 + 4k frames of a size that the strides divide."""
+    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+        raise ValueError(f"expected float video (B, 3, T, H, W), got {tuple(video.shape)} {video.dtype}")
+    num_frames, height, width = video.shape[2:]
+    if num_frames % TIME_STRIDE != 1:
+        below = max(num_frames - 1, 0) // TIME_STRIDE * TIME_STRIDE + 1
+        raise ValueError(
+            f"{num_frames} frames don't fit a causal codec of stride 4: use {below} or {below + TIME_STRIDE}"
+        )
+    if height % space_stride or width % space_stride or not height or not width:
+        raise ValueError(f"frames of {height}x{width} don't fit: both sides must be multiples of {space_stride}")
+
+
+def check_latents(latents: Tensor, channels: int) -> None:
+    """Raise ValueError unless the latents are (B, channels, T, h, w)."""
+    if latents.ndim != 5 or latents.shape[1] != channels:
+        raise ValueError(f"expected latents (B, {channels}, T, h, w), got {tuple(latents.shape)}")
+
+
+class _Moments:
+    """Mean and covariance of rows that arrive in pieces, by the pairwise update of Chan, Golub and LeVeque (1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.scatter: Tensor | float = 0.0
+
+    def add(self, rows: Float[Tensor, "N D"]) -> None:
+        """Take in N more rows; products in the rows' own precision, sums in float64."""
+        mean = rows.mean(0)
+        centred = rows - mean
+        scatter, delta = (centred.T @ centred).double(), mean.double() - self.mean
+        total = self.count + len(rows)
+        self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.count * len(rows) / total)
+        self.mean = self.mean + delta * (len(rows) / total)
+        self.count = total
+
+    def principal(self, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (D,), the leading directions (D, channels) and their standard deviations (channels,), float32."""
+        assert isinstance(self.scatter, Tensor)
+        assert isinstance(self.mean, Tensor)
+        values, vectors = torch.linalg.eigh(self.scatter.cpu() / self.count)
+        basis = vectors.flip(1)[:, :channels]
+        # An eigenvector's sign is arbitrary: make its largest entry positive.
+        basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+        # A direction weaker than the rounding noise carries no picture: don't blow it up to unit variance.
+        deviation = values.flip(0)[:channels].clamp_min(_ROUNDING_VARIANCE).sqrt()
+        return self.mean.cpu().float(), basis.float(), deviation.float()
+
+
+class PatchPCACodec(nn.Module):
+    """Closed-form codec: principal components of 8x8 patches, whitened channel by channel.
+
+    The first frame's patches have 192 values, those of every following group of four frames 768; each kind has its
+    own mean and its own `channels` components, divided by their standard deviations over the training frames.
+    """
+
+    time_stride = TIME_STRIDE
+    space_stride = PATCH
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise ValueError(f"a patch has {MAX_CHANNELS} values: expected 1 to that many channels, got {channels}")
+        self.channels = channels
+        for name, length in (("first", MAX_CHANNELS), ("group", TIME_STRIDE * MAX_CHANNELS)):
+            self.register_buffer(f"{name}_mean", torch.zeros(length))
+            self.register_buffer(f"{name}_basis", torch.zeros(length, channels))
+            self.register_buffer(f"{name}_scale", torch.ones(channels))
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, videos: Iterable[Float[Tensor, "B 3 F H W"]], *, channels: int = 24) -> Self:
+        """Fit to training video in [-1, 1], given piece by piece (sizes may differ) and read once.
+
+        Any frame may start a window, so the frames 0, 4, 8.. all count as first frames.
+        Raises ValueError where there is no video or a piece doesn't fit the strides.
+        """
+        codec, first, group = cls(channels), _Moments(), _Moments()
+        for video in videos:
+            check_video(video, PATCH)
+            first.add(_patches(video[:, :, ::TIME_STRIDE], 1).flatten(0, -2))
+            if video.shape[2] > 1:
+                group.add(_patches(video[:, :, 1:], TIME_STRIDE).flatten(0, -2))
+        if not group.count:
+            raise ValueError("the patch PCA needs at least one piece of 5 frames or more to be fitted")
+        for name, moments in (("first", first), ("group", group)):
+            for field, value in zip(("mean", "basis", "scale"), moments.principal(channels), strict=True):
+                codec.get_buffer(f"{name}_{field}").copy_(value)
+        return codec
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Kind, channels and a hash of the fitted components."""
+        return {"kind": "patch_pca", "channels": self.channels, "weights": weights_digest(self)}
+
+    @torch.no_grad()
+    def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
+        """Whitened components, one vector for each 8x8 patch of frame 0 and of every following group of four."""
+        check_video(video, PATCH)
+        latents = [self._project("first", _patches(video[:, :, :1], 1))]
+        if video.shape[2] > 1:
+            latents.append(self._project("group", _patches(video[:, :, 1:], TIME_STRIDE)))
+        return torch.cat(latents, dim=1).movedim(-1, 1).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B C T h w"]) -> Float[Tensor, "B 3 F H W"]:
+        """The nearest video in [-1, 1] that the components can express."""
+        check_latents(latents, self.channels)
+        rows = latents.movedim(1, -1)
+        video = [_unpatch(self._expand("first", rows[:, :1]), 1)]
+        if latents.shape[2] > 1:
+            video.append(_unpatch(self._expand("group", rows[:, 1:]), TIME_STRIDE))
+        return torch.cat(video, dim=2).clamp(-1, 1)
+
+    def _project(self, name: str, rows: Tensor) -> Tensor:
+        mean, basis, scale = (self.get_buffer(f"{name}_{field}") for field in ("mean", "basis", "scale"))
+        return (rows - mean) @ basis / scale
+
+    def _expand(self, name: str, rows: Tensor) -> Tensor:
+        mean, basis, scale = (self.get_buffer(f"{name}_{field}") for field in ("mean", "basis", "scale"))
+        return (rows * scale) @ basis.T + mean
+
+    def save(self, path: Path | str) -> None:
+        """Write one safetensors file, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, partial, metadata={"format": _FILE_FORMAT})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for any other file."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no fitted patch PCA codec at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") != _FILE_FORMAT:
+                    raise ValueError(f"{path}: not a fitted patch PCA codec ({_FILE_FORMAT})")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            codec = cls(len(tensors["first_scale"]))
+            codec.load_state_dict(tensors)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged patch PCA codec ({str(error).splitlines()[0]})") from error
+        return codec
+
+
+def _patches(video: Float[Tensor, "B 3 F H W"], depth: int) -> Float[Tensor, "B T h w D"]:
+    """Cut video into patches of `depth` frames and 8x8 pixels, each a row ordered (channel, frame, y, x)."""
+    batch, _, num_frames, height, width = video.shape
+    split = video.float().reshape(batch, 3, num_frames // depth, depth, height // PATCH, PATCH, width // PATCH, PATCH)
+    return split.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+
+def _unpatch(rows: Float[Tensor, "B T h w D"], depth: int) -> Float[Tensor, "B 3 F H W"]:
+    """The inverse of `_patches`."""
+    split = rows.unflatten(-1, (3, depth, PATCH, PATCH)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return split.flatten(6).flatten(4, 5).flatten(2, 3)

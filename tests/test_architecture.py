@@ -1,0 +1,105 @@
+"""Who may know whom: an AST walk over every import of the package."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent / "src"
+FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in (ROOT / "agra").rglob("*.py")}
+MEETING_PLACES = ("agra.training.objective", "agra.diagnostics", "agra.config", "agra.recipes", "agra.prepare", "agra.cli")
+DOORS = {
+    "diffusers": ("agra.wam.video_dit", "agra.wam.codec"),
+    "transformers": ("agra.wam.text", "agra.alignment", "agra.pretrained"),
+    "mujoco": ("agra.simulators.tabletop",),
+    "pyarrow": ("agra.data",),
+    "av": ("agra.data",),
+    "onnx": ("agra.alignment",),
+}
+
+
+def _imports(name, *, types=False):
+    """Modules that a file imports, wherever in it; those under TYPE_CHECKING only with `types`."""
+    tree = ast.parse(FILES[name].read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:
+            skipped.update(id(child) for child in ast.walk(node))
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in FILES else str(node.module)
+
+
+def _under(name, *rooms):
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+def _ours(name):
+    return {m for m in _imports(name) if _under(m, "agra")} - {name}
+
+
+def test_no_cycle():
+    list(TopologicalSorter({name: _ours(name) & FILES.keys() for name in FILES}).static_order())
+
+
+def test_leaves_know_nothing():
+    for leaf in ("agra.types", "agra.batch", "agra.flow"):
+        assert not _ours(leaf), leaf
+
+
+def test_only_the_command_line_knows_recipes():
+    assert [name for name in FILES if "agra.recipes" in _ours(name)] in (["agra.cli"], [])
+
+
+def test_wam_knows_only_the_leaves():
+    allowed = ("agra.wam", "agra.flow", "agra.batch", "agra.types", "agra.pretrained")
+    for name in FILES:
+        if _under(name, "agra.wam"):
+            assert all(_under(m, *allowed) for m in _ours(name)), (name, _ours(name))
+
+
+def test_wam_and_alignment_meet_only_where_they_should():
+    for name in FILES:
+        if not _under(name, *MEETING_PLACES):
+            rooms = {room for room in ("agra.wam", "agra.alignment") if any(_under(m, room) for m in _ours(name))}
+            assert len(rooms) < 2, name
+            assert not (_under(name, "agra.alignment") and rooms == {"agra.wam"}), name
+
+
+def test_evaluation_sees_policies_and_simulators_only():
+    for name in FILES:
+        if _under(name, "agra.evaluation"):
+            assert all(_under(m, "agra.evaluation", "agra.types", "agra.data") for m in _ours(name)), (name, _ours(name))
+
+
+def test_heavy_libraries_have_one_door():
+    for name in FILES:
+        for library, doors in DOORS.items():
+            if any(_under(m, library) for m in _imports(name)):
+                assert _under(name, *doors), f"{name} imports {library}"
+
+
+def test_simulators_and_robots_need_no_torch():
+    rooms = ("agra.types", "agra.simulators", "agra.evaluation", "agra.data.normalize", "agra.collect")
+    light = sorted(name for name in FILES if _under(name, *rooms) and not _under(name, "agra.simulators.tabletop"))
+    code = f"import sys, importlib\nfor m in {light}: importlib.import_module(m)\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    for name in FILES:
+        if _under(name, "agra.simulators.tabletop"):
+            assert not any(_under(m, "torch") for m in _imports(name)), name
+
+
+def test_files_stay_readable():
+    """Median near 120 lines, few over 300."""
+    lengths = sorted(len(path.read_text().splitlines()) for path in FILES.values() if path.name != "__init__.py")
+    assert lengths[len(lengths) // 2] <= 200
+    assert sum(length > 300 for length in lengths) <= len(lengths) // 8

@@ -1,0 +1,151 @@
+"""A run is the same run however often it is stopped."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agra.config import RunConfig
+from agra.recipes import at_stage
+from agra.training import checkpoint
+from agra.training.loop import Trainer, initialize, seed_everything
+from agra.training.objective import Objective
+from agra.training.stages import Stage
+from agra.wam.model import WAM
+
+
+def make_trainer(config, output, make_batch, *, on_step=None, validation=True):
+    seed_everything(config.stage.seed, 2**31 + 1)
+    alignment = config.alignment if config.aligns else None
+    objective = Objective(WAM(config.model), config.stage.objective, alignment, 6 if alignment else None)
+
+    def batch(step):
+        if on_step is not None:
+            on_step(step)
+        return make_batch(config, seed=step)
+
+    held_out = (lambda: make_batch(config, seed=10_000)) if validation else None
+    return Trainer(config, objective, batch=batch, validation=held_out, output=output, extra_files={})
+
+
+def _weights(folder):
+    found = checkpoint.newest(folder)
+    return {name: load_file(found / name) for name in ("model.safetensors", "projectors.safetensors", "optimizer.safetensors")}
+
+
+def _assert_same(a, b):
+    for name in a:
+        assert a[name].keys() == b[name].keys()
+        for key in a[name]:
+            assert torch.equal(a[name][key], b[name][key]), (name, key)
+
+
+def _rows(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in rows]
+
+
+@pytest.mark.parametrize("stop_before", [1, 3, 4, 5])
+def test_resumed_run_equals_uninterrupted_bit_for_bit(small_config, make_batch, tmp_path, stop_before):
+    """An exception in the middle of a step stands for a kill: nothing after the last checkpoint survives it."""
+    assert make_trainer(small_config, tmp_path / "whole", make_batch).run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(step):
+        if step == stop_before:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make_trainer(small_config, tmp_path / "cut", make_batch, on_step=kill).run()
+    started = []
+    assert make_trainer(small_config, tmp_path / "cut", make_batch, on_step=started.append).run()
+    assert started[0] == stop_before // small_config.stage.save_every * small_config.stage.save_every
+    _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
+    assert _rows(tmp_path / "whole") == _rows(tmp_path / "cut")
+
+
+def test_sigterm_saves_and_the_rest_follows(small_config, make_batch, tmp_path):
+    make_trainer(small_config, tmp_path / "whole", make_batch).run()
+    stopped = make_trainer(small_config, tmp_path / "cut", make_batch,
+                           on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None).run()
+    assert stopped is False
+    assert checkpoint.newest(tmp_path / "cut").name == "step_000003"
+    assert make_trainer(small_config, tmp_path / "cut", make_batch).run()
+    _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
+
+
+def test_training_lowers_the_loss(small_config, make_batch, tmp_path):
+    config = replace(small_config, stage=replace(small_config.stage, steps=60, video_lr=3e-3, action_lr=3e-3))
+    trainer = make_trainer(config, tmp_path, lambda config, seed: make_batch(config, seed=0), validation=False)
+    trainer.run()
+    rows = _rows(tmp_path)
+    for name in ("action_loss", "alignment_loss"):
+        first, last = (sum(row[name] for row in part) / 10 for part in (rows[:10], rows[-10:]))
+        assert last < first - 0.1, name
+
+
+def test_metrics_name_what_the_stage_computes(small_config, make_batch, tmp_path):
+    make_trainer(small_config, tmp_path / "joint", make_batch).run()
+    row = _rows(tmp_path / "joint")[0]
+    assert {"step", "loss", "video_loss", "action_loss", "alignment_loss", "alignment_cosine_gain", "learning_rate"} <= row.keys()
+    assert {f"gradient_norm/{name}" for name in ("video_dit", "bridge", "action_dit", "projectors")} <= row.keys()
+    adapt = at_stage(small_config, Stage.ADAPT)
+    make_trainer(adapt, tmp_path / "adapt", make_batch).run()
+    row = _rows(tmp_path / "adapt")[0]
+    assert "action_loss" not in row
+    assert "gradient_norm/video_dit" in row
+    assert "gradient_norm/action_dit" not in row
+
+
+def test_stages_hand_over_what_c3_says(small_config, make_batch, tmp_path):
+    adapt = at_stage(small_config, Stage.ADAPT)
+    make_trainer(adapt, tmp_path / "adapt", make_batch).run()
+    joint = make_trainer(small_config, tmp_path / "joint", make_batch)
+    fresh = {k: v.clone() for k, v in joint.objective.wam.state_dict().items()}
+    initialize(joint.objective, checkpoint.resolve(tmp_path / "adapt"), Stage.JOINT)
+    adapted = load_file(checkpoint.newest(tmp_path / "adapt") / "model.safetensors")
+    for name, value in joint.objective.wam.state_dict().items():
+        assert torch.equal(value, adapted[name] if name.startswith("video_dit.") else fresh[name]), name
+    joint.run()
+    finetune = make_trainer(at_stage(small_config, Stage.FINETUNE), tmp_path / "finetune", make_batch)
+    initialize(finetune.objective, checkpoint.resolve(tmp_path / "joint"), Stage.FINETUNE)
+    finetune.run()
+    before = load_file(checkpoint.newest(tmp_path / "joint") / "model.safetensors")
+    after = load_file(checkpoint.newest(tmp_path / "finetune") / "model.safetensors")
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == name.startswith("video_dit."), name
+    with pytest.raises(ValueError, match="a joint checkpoint does not start an adapt stage"):
+        initialize(joint.objective, checkpoint.resolve(tmp_path / "joint"), Stage.ADAPT)
+
+
+def test_other_settings_do_not_resume_silently(small_config, make_batch, tmp_path):
+    make_trainer(small_config, tmp_path, make_batch).run()
+    other = replace(small_config, stage=replace(small_config.stage, video_lr=0.5))
+    with pytest.raises(ValueError, match=r"made by another config \(stage.video_lr is 0.0015 there and 0.5 here\)"):
+        make_trainer(other, tmp_path, make_batch).run()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_config, make_batch, tmp_path):
+    def poisoned(config, seed):
+        batch = make_batch(config, seed=seed)
+        return replace(batch, actions=batch.actions * float("nan")) if seed == 3 else batch
+
+    with pytest.raises(ValueError, match="step 3: the loss is nan"):
+        make_trainer(small_config, tmp_path, poisoned, validation=False).run()
+    checkpoint.verify(checkpoint.newest(tmp_path))
+    assert checkpoint.newest(tmp_path).name == "step_000002"
+
+
+def test_config_json_round_trip(small_config, tmp_path):
+    assert RunConfig.from_json(small_config.to_json()) == small_config
+    text = small_config.to_json().replace('"video_lr"', '"vidoe_lr"')
+    with pytest.raises(ValueError, match=r"here.json: .*vidoe_lr.*closest known key is 'video_lr'"):
+        RunConfig.from_json(text, "here.json")
+    with pytest.raises(ValueError, match=r"here.json: not JSON"):
+        RunConfig.from_json("{", "here.json")

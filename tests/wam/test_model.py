@@ -1,0 +1,108 @@
+"""The WAM's three verbs: denoise, condition, act."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agra.wam.model import WAM
+
+
+@pytest.fixture()
+def wam(small_config):
+    torch.manual_seed(0)
+    model = WAM(small_config.model).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def _spy(wam):
+    calls = []
+    forward = wam.video_dit.forward
+
+    def spy(latents, level, *args, **kwargs):
+        calls.append((latents.detach().clone(), level.clone(), kwargs))
+        return forward(latents, level, *args, **kwargs)
+
+    wam.video_dit.forward = spy
+    return calls
+
+
+def test_condition_is_pure_noise_behind_a_clean_observation(wam, small_config, make_batch):
+    batch, calls = make_batch(small_config), _spy(wam)
+    noise = torch.randn_like(batch.latents)
+    hidden = wam.condition(batch.latents[:, :, :1], noise, batch.instruction, layers=(1,))
+    latents, level, kwargs = calls[0]
+    assert torch.equal(latents[:, :, 0], batch.latents[:, :, 0])
+    assert torch.equal(latents[:, :, 1:], noise[:, :, 1:])
+    assert level[:, 1:].eq(1).all()
+    assert level[:, 0].eq(1e-4).all()
+    assert kwargs["condition_mask"][:, :, 0].eq(1).all()
+    assert kwargs["condition_mask"][:, :, 1:].eq(0).all()
+    assert sorted(hidden) == [0, 1, 3]
+    assert hidden[1].shape == (4, *small_config.model.token_grid, 32)
+    assert all(h.requires_grad for h in hidden.values())
+
+
+def test_future_latents_do_not_enter_the_conditioning_pass(wam, small_config, make_batch):
+    """What the robot cannot see must not guide it: only latent frame 0 of the window counts."""
+    batch = make_batch(small_config)
+    noise = torch.randn_like(batch.latents)
+    other = batch.latents.clone()
+    other[:, :, 1:] += 5
+    first = wam.condition(batch.latents[:, :, :1], noise, batch.instruction)
+    second = wam.condition(other[:, :, :1], noise, batch.instruction)
+    assert all(torch.equal(first[layer], second[layer]) for layer in first)
+
+
+def test_denoise_mixes_the_future_and_keeps_the_observation(wam, small_config, make_batch):
+    batch, calls = make_batch(small_config), _spy(wam)
+    noise, level = torch.randn_like(batch.latents), torch.tensor([0.0, 0.3, 0.7, 1.0])
+    output = wam.denoise(batch.latents, noise, level, batch.instruction, layers=(2,))
+    latents, levels, _ = calls[0]
+    assert torch.equal(latents[:, :, 0], batch.latents[:, :, 0])
+    torch.testing.assert_close(latents[0, :, 1:], batch.latents[0, :, 1:])
+    torch.testing.assert_close(latents[3, :, 1:], noise[3, :, 1:])
+    torch.testing.assert_close(levels[:, 1], level)
+    assert output.velocity.shape == batch.latents.shape
+    assert sorted(output.hidden) == [2]
+
+
+def test_pre_trained_cosmos_gives_the_observation_the_common_level(wam, small_config, make_batch):
+    wam.config = replace(small_config.model, condition_noise_level=None)
+    batch, calls = make_batch(small_config), _spy(wam)
+    wam.denoise(batch.latents, torch.randn_like(batch.latents), torch.rand(4), batch.instruction)
+    assert calls[0][1].shape == (4,)
+
+
+def test_act_takes_euler_steps_under_fixed_guidance(wam, small_config, make_batch):
+    batch = make_batch(small_config)
+    hidden = wam.condition(batch.latents[:, :, :1], torch.randn_like(batch.latents), batch.instruction)
+    guidance = wam.guide(hidden)
+    noise = torch.randn_like(batch.actions)
+    acted = wam.act(guidance, batch.state, batch.embodiment, noise, steps=2)
+    by_hand = noise
+    for level in (1.0, 0.5):
+        step = wam.action_dit(by_hand, batch.state, torch.full((4,), level), guidance, batch.embodiment).velocity
+        by_hand = by_hand - step / 2
+    torch.testing.assert_close(acted, by_hand)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_frames": 8}, r"num_frames: a causal 4x codec takes 1 \+ 4n frames, got 8"),
+    ({"frame_size": (30, 48)}, r"frame_size: expected multiples of \(16, 16\), got \(30, 48\)"),
+])
+def test_shapes_that_do_not_fit_are_refused(small_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(small_config.model, **changes)
+
+
+def test_bridge_and_head_must_agree(small_config):
+    model = small_config.model
+    with pytest.raises(ValueError, match="expected 2 layers, one for each cross-attention block"):
+        replace(model, bridge=replace(model.bridge, layers=(0, 1, 3)))
+    with pytest.raises(ValueError, match=r"bridge.layers: expected layers 0\.\.3, got \(0, 4\)"):
+        replace(model, bridge=replace(model.bridge, layers=(0, 4)))
+    with pytest.raises(ValueError, match="must agree"):
+        replace(model, action_dit=replace(model.action_dit, guidance_dim=64))
