@@ -185,9 +185,7 @@ def _attempt(
     return tried
 
 
-def _demonstrate(
-    player: Demonstrator, numbered: tuple[int, Trial], *, staging_path: Path, noise: ActionNoise
-) -> bool:
+def _demonstrate(player: Demonstrator, numbered: tuple[int, Trial], *, staging_path: Path, noise: ActionNoise) -> bool:
     """Play one trial, put what it gave into the staging folder, and tell whether it succeeded."""
     index, trial = numbered
     perturb = noise.start(player.simulator.embodiment, trial.seed)

@@ -3,19 +3,28 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from agra.alignment.teacher import load_teacher
 from agra.config import RunConfig
 from agra.data import cache
 from agra.data.lerobot import LeRobotDataset
 from agra.data.mixture import WindowSampler
 from agra.data.normalize import NormStats
+from agra.diagnostics.diagnosis import diagnose as examine
+from agra.diagnostics.probe import ProbeSample, samples_from_episode
+from agra.diagnostics.report import PolicyEntry, build_report
+from agra.evaluation.protocols import regime_trials
+from agra.evaluation.rollout import run_episode
+from agra.policy import WAMPolicy
 from agra.prepare import codec_file, features, window_references
+from agra.simulators.registry import expert, make
 from agra.training import checkpoint
 from agra.training.loop import Trainer, initialize, seed_everything
 from agra.training.objective import Objective
+from agra.types import REGIMES
 from agra.wam.model import WAM
+
+_MOMENTS = (0.0, 0.15, 0.3, 0.45)
+"""Shares of an expert episode at which policies are examined: from the first look to the grasp."""
 
 
 def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
@@ -47,3 +56,64 @@ def train(config: RunConfig, *, output: Path, init: Path | None = None, device: 
     trainer = Trainer(config, objective, batch=sampler.batch, validation=sampler.validation_batch, output=output,
                       extra_files=extra, device=device)
     return trainer.run()
+
+
+def probe_samples(simulator: str, count: int, references: Sequence[int]) -> list[ProbeSample]:
+    """Moments of the scripted expert's episodes on evaluation trials, evenly spread over regimes and `_MOMENTS`.
+
+    `references` are the control steps from the observation to each latent frame's reference frame.
+    """
+    world = make(simulator)
+    try:
+        acting = expert(world)
+        found: list[ProbeSample] = []
+        for trial in regime_trials(world, limit=-(-count // len(REGIMES))):
+            episode = run_episode(acting, world, trial, execute_steps=1, masks=True)
+            step = int(_MOMENTS[len(found) % len(_MOMENTS)] * len(episode))
+            found += samples_from_episode(episode, [step], references, trial=trial.name, regime=trial.regime)
+        return found
+    finally:
+        world.close()
+
+
+def diagnose(run: Path, *, simulator: str, samples: int, seed: int = 0, device: str = "cpu") -> Path:
+    """Examine a run's newest checkpoint and write its folder `diagnosis`."""
+    policy = WAMPolicy.load(run, device=device)
+    teacher = name = None
+    if policy.config.alignment is not None:
+        settings = policy.config.alignment.teacher
+        network = load_teacher(settings).to(device)
+        teacher, name = (lambda frames: network(frames).cpu().numpy()), settings.kind
+    probes = probe_samples(simulator, samples, window_references(policy.config))
+    output = checkpoint.resolve(run).parent / "diagnosis"
+    examine(policy, probes, output, teacher=teacher, teacher_name=name or "", seed=seed)
+    return output
+
+
+def report(runs: Sequence[Path], *, output: Path, adapt: Path | None = None) -> Path:
+    """Lay runs side by side in one HTML page; each gives what its folder holds."""
+    return build_report([_entry(run, adapt) for run in runs], output)
+
+
+def _entry(run: Path, adapt: Path | None) -> PolicyEntry:
+    newest = checkpoint.resolve(run)
+    config = checkpoint.read_config(newest)
+    logs = {config.stage.name: newest.parent / "metrics.jsonl"} | ({} if adapt is None else {"adapt": adapt / "metrics.jsonl"})
+    results, diagnosis = newest.parent / "results.jsonl", newest.parent / "diagnosis"
+    return PolicyEntry(
+        name=run.name,
+        description=_describe(config),
+        training_logs={stage: path for stage, path in logs.items() if path.is_file()},
+        results=results if results.is_file() else None,
+        diagnosis=diagnosis if diagnosis.is_dir() else None,
+        config=newest / "config.json",
+    )
+
+
+def _describe(config: RunConfig) -> str:
+    if config.alignment is None:
+        return "World action model without alignment"
+    layers = ", ".join(map(str, config.alignment.layers))
+    objective = config.stage.objective
+    return (f"World action model with AGRA: video layer {layers} aligned with {config.alignment.teacher.kind} on the "
+            f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}")

@@ -62,6 +62,13 @@ def interpolate_grid(
     return resized.movedim(1, -1).contiguous()
 
 
+def bfloat16_helps(device: torch.device) -> bool:
+    """Whether `device` multiplies in bfloat16 natively. A CPU that doesn't emulates it, tens of times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """Which frozen visual encoder; the defaults are the paper's where it names them."""
@@ -74,16 +81,18 @@ class TeacherConfig:
     """(height, width) that frames are resized to, each a multiple of the patch; the aspect may change."""
     layer: int | None = None
     """Read the output after this block (0-based), through the final LayerNorm; None reads the last."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs under autocast; features are float32 either way."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """bfloat16 runs under autocast, auto only where the device has instructions for it; features are float32."""
 
     def __post_init__(self) -> None:
         if self.kind not in (*_MODEL_TYPES, "packaged_dinov2_small"):
             raise ValueError(
                 f'TeacherConfig.kind: expected "dinov2", "siglip" or "packaged_dinov2_small", got {self.kind!r}'
             )
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f'TeacherConfig.precision: expected "float32" or "bfloat16", got {self.precision!r}')
+        if self.precision not in ("float32", "bfloat16", "auto"):
+            raise ValueError(
+                f'TeacherConfig.precision: expected "float32", "bfloat16" or "auto", got {self.precision!r}'
+            )
         if len(self.input_size) != 2 or min(self.input_size) < 1:
             raise ValueError(f"TeacherConfig.input_size: expected (height, width), got {self.input_size}")
         if self.layer is not None and self.layer < 0:
@@ -140,7 +149,10 @@ class Teacher(nn.Module):
         """
         inputs = self.preprocess(frames)
         extra = {"interpolate_pos_encoding": True} if self.config.kind == "siglip" else {}
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        half = self.config.precision == "bfloat16" or (
+            self.config.precision == "auto" and bfloat16_helps(inputs.device)
+        )
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half):
             tokens = self.model(inputs, **extra).last_hidden_state
         height, width = self.grid_size
         # A class token and registers, where there are any, come first.
@@ -148,7 +160,8 @@ class Teacher(nn.Module):
 
     def preprocess(self, frames: np.ndarray | Tensor) -> Float[Tensor, "N 3 H W"]:
         """Resize and standardise frames as the encoder was trained on."""
-        frames = torch.as_tensor(frames)
+        if not isinstance(frames, Tensor):
+            frames = torch.from_numpy(np.array(frames))  # a copy: decoded frames may be read-only or flipped views
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"expected frames (N, H, W, 3) uint8, got {tuple(frames.shape)} {frames.dtype}")
         images = frames.to(self.get_buffer("mean").device).movedim(-1, 1).float()

@@ -1,4 +1,4 @@
-"""The frozen video codec: frames <-> normalised latents.                                     C.1; Wan 2.1
+"""The frozen video codec: frames <-> normalised latents.                                            C.1; Wan 2.1
 
 Both codecs are causal with a time stride of 4 and a space stride of 8: latent frame 0 covers frame 0 alone, latent
 frame t >= 1 covers frames 4t-3..4t, so 1 + 4k frames become 1 + k latent frames and the latent of an observation needs
@@ -89,7 +89,8 @@ def to_video(frames: np.ndarray | Tensor, size: tuple[int, int]) -> Float[Tensor
 
     Bilinear and antialiased where the size changes, exact where it doesn't.
     """
-    frames = torch.as_tensor(frames)
+    if not isinstance(frames, Tensor):
+        frames = torch.from_numpy(np.array(frames))  # a copy: decoded frames may be read-only or flipped views
     if frames.dtype != torch.uint8 or frames.ndim < 4 or frames.shape[-1] != 3:
         raise ValueError(f"expected frames (..., T, H, W, 3) uint8, got {tuple(frames.shape)} {frames.dtype}")
     *_, num_frames, height, width, _ = frames.shape

@@ -45,6 +45,9 @@ class WAMConfig:
         step = 8 * video.patch_size[1], 8 * video.patch_size[2]
         if self.frame_size[0] % step[0] or self.frame_size[1] % step[1]:
             raise ValueError(f"frame_size: expected multiples of {step}, got {self.frame_size}")
+        largest = max(video.max_size[i] // video.patch_size[i] for i in range(3))  # rows of the rotary table
+        if max(self.token_grid) > largest:
+            raise ValueError(f"video_dit.max_size {video.max_size} is too small for the token grid {self.token_grid}")
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -152,24 +152,27 @@ class PatchPCACodec(nn.Module):
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, partial, metadata={"format": _FILE_FORMAT})
+        save_file(tensors, partial, metadata={"format": _FILE_FORMAT, "weights": weights_digest(self)})
         os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for any other file."""
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a damaged or another file."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no fitted patch PCA codec at {path}")
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") != _FILE_FORMAT:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FILE_FORMAT:
                     raise ValueError(f"{path}: not a fitted patch PCA codec ({_FILE_FORMAT})")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             codec = cls(len(tensors["first_scale"]))
             codec.load_state_dict(tensors)
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged patch PCA codec ({str(error).splitlines()[0]})") from error
+        if codec.key["weights"] != metadata.get("weights"):
+            raise ValueError(f"{path}: damaged patch PCA codec (its components don't match their own hash)")
         return codec
 
 

@@ -1,0 +1,44 @@
+"""Time two ways of doing the same thing in turn and print their ratio."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def compare(
+    name: str, ours: Callable[[], object], alternative: Callable[[], object], *, unit: str, rounds: int
+) -> dict[str, object]:
+    """Alternate the two `rounds` times after a warm-up; medians in `unit` (seconds a call), ratio alternative / ours.
+
+    `spread` is the smallest and largest ratio of a round's own pair, which shows how noisy the machine was.
+    """
+    for function in (ours, alternative):
+        function()
+    times: dict[str, list[float]] = {"ours": [], "alternative": []}
+    for index in range(rounds):
+        pair = (("ours", ours), ("alternative", alternative))
+        for label, function in pair if index % 2 == 0 else pair[::-1]:
+            start = time.perf_counter()
+            function()
+            times[label].append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(times["ours"], times["alternative"], strict=True)]
+    medians = {label: statistics.median(values) for label, values in times.items()}
+    return {
+        "name": name,
+        "ratio": round(statistics.median(ratios), 3),
+        "ours": round(medians["ours"], 5),
+        "alternative": round(medians["alternative"], 5),
+        "unit": unit,
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        "rounds": rounds,
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+
+
+def finish(result: dict[str, object]) -> None:
+    """Print the one JSON line that every benchmark ends with."""
+    print(json.dumps(result))

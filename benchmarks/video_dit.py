@@ -1,0 +1,55 @@
+"""Our forward of the Cosmos transformer against diffusers' own: same weights, shapes and results, forward and backward.
+
+The alternative is the stock forward with per-frame noise levels as its pipeline calls it; the one thing taken from it is
+torchvision's nearest resize of the padding mask, replaced by torch's, so that it runs without torchvision.
+"""
+
+import argparse
+from types import SimpleNamespace
+
+import diffusers.models.transformers.transformer_cosmos as stock
+import torch
+from torch.nn.functional import interpolate
+
+from agra.wam.video_dit import VideoDiT, VideoDiTConfig
+from benchmarks.side_by_side import compare, finish
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batch")
+    quick = parser.parse_args().quick
+    stock.transforms = SimpleNamespace(  # type: ignore[attr-defined]
+        functional=SimpleNamespace(resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation)),
+        InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+    )
+    torch.manual_seed(0)
+    config = VideoDiTConfig(latent_channels=24, num_layers=6, num_heads=2, head_dim=64, adaln_lora_dim=32, text_dim=384,
+                            text_projection_dim=None, max_size=(8, 64, 64), rope_scale=(1.0, 1.0, 1.0))
+    model = VideoDiT(config)
+    for batch, frames, size, label in ((8 if quick else 16, 3, (8, 14), "84 tokens"), (4 if quick else 8, 5, (24, 42), "1,260 tokens")):
+        latents, text = torch.randn(batch, 24, frames, *size), torch.randn(batch, 16, 384)
+        mask = torch.zeros(batch, 1, frames, *size)
+        mask[:, :, 0] = 1
+        level = torch.rand(batch, frames)
+        padding = torch.zeros(1, 1, *size)
+
+        def ours() -> torch.Tensor:
+            output = model(latents, level, text, condition_mask=mask).velocity
+            output.square().mean().backward()
+            return output
+
+        def theirs() -> torch.Tensor:
+            output = model.transformer(latents, level[:, None, :, None, None], text, condition_mask=mask,
+                                       padding_mask=padding, return_dict=False)[0]
+            output.square().mean().backward()
+            return output
+
+        difference = (ours() - theirs()).abs().max().item()
+        result = compare(f"video_dit {label}", ours, theirs, unit="s, forward and backward", rounds=3 if quick else 9)
+        print(f"{label}: {result['ratio']}x {result['spread']}, largest difference of the outputs {difference:.1e}")
+    finish(result | {"max_abs_difference": difference})
+
+
+if __name__ == "__main__":
+    main()

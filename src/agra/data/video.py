@@ -1,0 +1,135 @@
+"""The one door to PyAV: frames to mp4 and back, and many episodes in one file.
+
+Frames are (N, H, W, 3) uint8 RGB with even H and W (4:2:0 chroma). H.264 is preferred to AV1: at equal PSNR it encodes
+three times faster on one core and every player and browser opens it.
+"""
+
+import io
+import os
+from pathlib import Path
+from types import TracebackType
+
+import av
+import av.container
+import av.error
+import numpy as np
+
+GROUP_OF_PICTURES = 8
+"""Frames between key frames: the most that is decoded in vain when a reader seeks."""
+
+OPTIONS = {"crf": "16", "preset": "veryfast", "g": str(GROUP_OF_PICTURES), "bf": "0"}
+"""libx264 settings; without B-frames presentation order is coding order, so files can be joined packet by packet."""
+
+
+def encode_frames(frames: np.ndarray, *, fps: int) -> bytes:
+    """An mp4 of `frames` (N, H, W, 3) uint8; the same frames give the same bytes on any number of cores.
+
+    Raises ValueError for another shape or dtype, no frames, or an odd height or width.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
+        raise ValueError(f"video frames: expected (N, H, W, 3) uint8 with N >= 1, got {frames.shape} {frames.dtype}")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"video frames: height and width must be even, got {height} x {width}")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options=OPTIONS)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # more threads cut the picture differently: other bytes
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            # Averaging the chroma of 2 x 2 pixels is 0.2 dB better than the default filter.
+            container.mux(stream.encode(picture.reformat(format="yuv420p", interpolation="AREA")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:
+    """Write `frames` (N, H, W, 3) uint8 as an mp4, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(encode_frames(frames, fps=fps))
+    os.replace(temporary, path)
+
+
+def decode_frames(path: Path, *, start: float, count: int, fps: float) -> np.ndarray:
+    """Decode `count` frames of `path` from `start` seconds on: (count, H, W, 3) uint8 RGB.
+
+    Raises FileNotFoundError without the file, ValueError where it is damaged or holds fewer frames.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: video file is missing; copy or collect the dataset again")
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: holds no video stream; copy or collect the dataset again")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            # Without this a damaged packet would be painted over and trained on.
+            stream.codec_context.options = {"err_detect": "explode"}
+            time_base = stream.time_base
+            assert time_base is not None
+            container.seek(int(start / time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is None or float(frame.pts * time_base) < start - 0.5 / fps:
+                    continue
+                frames.append(frame.to_ndarray(format="rgb24"))
+                if len(frames) == count:
+                    return np.stack(frames)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: damaged video ({error.strerror}); copy or collect the dataset again") from error
+    raise ValueError(
+        f"{path}: expected {count} frames from {start:.3f} s on, found {len(frames)}; copy or collect the dataset again"
+    )
+
+
+class VideoFile:
+    """An mp4 that grows by whole encoded episodes, without encoding them again.
+
+    Every episode must come from `encode_frames` with the same size and rate: they share the first one's header.
+    """
+
+    def __init__(self, path: Path, *, fps: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.fps, self.num_frames, self.num_bytes = path, fps, 0, 0
+        self._container: av.container.OutputContainer = av.open(str(path), "w", format="mp4")
+        self._stream = None
+        self._header: bytes | None = None
+
+    def append(self, video: bytes, *, num_frames: int) -> tuple[float, float]:
+        """Add one encoded episode; return its (from, to) in seconds."""
+        with av.open(io.BytesIO(video), "r") as source:
+            stream = source.streams.video[0]
+            if self._stream is None:
+                self._stream = self._container.add_stream_from_template(stream)
+                self._header = stream.codec_context.extradata
+            if stream.codec_context.extradata != self._header or stream.frames != num_frames:
+                raise ValueError(
+                    f"{self.path}: cannot append {stream.frames} frames of {stream.width} x {stream.height}:"
+                    f" expected {num_frames} frames in the size and settings of the file's first episode"
+                )
+            assert stream.time_base is not None
+            offset = round(self.num_frames / self.fps / stream.time_base)
+            for packet in source.demux(stream):
+                if packet.pts is None or packet.dts is None:  # the demuxer's end mark
+                    continue
+                packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                packet.stream = self._stream
+                self._container.mux(packet)
+        start = self.num_frames / self.fps
+        self.num_frames += num_frames
+        self.num_bytes += len(video)
+        return start, self.num_frames / self.fps
+
+    def close(self) -> None:
+        """Write the index; the file is readable only afterwards."""
+        self._container.close()
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,264 @@
+"""What moves the action: interventions on the hidden tokens that the action DiT reads.   3.2, 4.2.1; Table 1, Figs. 2, 5
+
+The hidden states are computed once; tokens are replaced in copies of them, and only the guidance path (bridge and
+action DiT) runs again, with the same action noise on both sides. The deviation Delta is the Euclidean distance
+between the two action chunks, normalised as the model predicts them, over all K x D entries (or chosen dimensions).
+
+Every intervention is a table that names, for each position, the token that it gets: one of the N = T * H * W tokens of
+the same sample and layer, their mean (number N), or zeros (N + 1). The identity table therefore copies, and changes
+nothing to the last bit. Unless chosen otherwise an intervention acts in every bridged layer and latent frame at once;
+the paper leaves that open.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from agra.diagnostics.attention import require_eval
+
+if TYPE_CHECKING:  # only the interface is needed, and importing the model loads diffusers
+    from agra.wam.model import WAM
+
+Kind = Literal["zero", "mean", "shuffle", "swap"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Unit = Literal["column", "token"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """One sample as the guidance path needs it: what `WAM.condition` returned, and the other inputs of `WAM.act`."""
+
+    hidden: Mapping[int, Float[Tensor, "T H W D"]]  # at least the bridged layers
+    state: Float[Tensor, "S"]
+    embodiment: Int[Tensor, ""]
+    noise: Float[Tensor, "K D"]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(T, H, W) of the hidden states."""
+        t, h, w, _ = next(iter(self.hidden.values())).shape
+        return t, h, w
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SetDeviation:
+    """Delta(I) and Delta(B) of one sample under one kind of intervention."""
+
+    interaction: float
+    background: tuple[float, ...]  # one a draw
+
+
+def token_table(
+    tokens: Bool[Tensor, "R T H W"], kind: Kind, *, generator: torch.Generator | None = None
+) -> Int[Tensor, "R N"]:
+    """The tables that intervene on the chosen tokens of R rows.
+
+    `zero` and `mean` replace them; the mean is over all tokens of the sample and layer. `shuffle` permutes them among
+    themselves in one random cycle, so that each one moves if there are two. `swap` exchanges them with as many random
+    tokens of the complement. The two random kinds need a CPU `generator`; `ValueError` where the complement is too small.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown intervention {kind!r}: expected one of {', '.join(KINDS)}")
+    chosen = tokens.flatten(1).cpu()
+    rows, count = chosen.shape
+    table = torch.arange(count).repeat(rows, 1)
+    if kind in ("zero", "mean"):
+        return torch.where(chosen, count if kind == "mean" else count + 1, table)
+    if generator is None:
+        raise ValueError(f"intervention {kind!r} draws at random: pass a generator")
+    for row in range(rows):
+        inside = chosen[row].nonzero().flatten()
+        inside = inside[torch.randperm(len(inside), generator=generator)]
+        if kind == "shuffle":
+            table[row, inside] = inside.roll(1)
+            continue
+        outside = (~chosen[row]).nonzero().flatten()
+        if len(outside) < len(inside):
+            raise ValueError(
+                f"swap: {len(inside)} chosen tokens, but only {len(outside)} outside to exchange them with"
+            )
+        partners = outside[torch.randperm(len(outside), generator=generator)[: len(inside)]]
+        table[row, inside], table[row, partners] = partners, inside
+    return table
+
+
+def intervene(hidden: Float[Tensor, "T H W D"], table: Int[Tensor, "R N"]) -> Float[Tensor, "R T H W D"]:
+    """R copies of one sample's hidden states with their tokens taken as the tables say."""
+    tokens = hidden.flatten(0, 2)
+    mean = tokens.mean(dim=0, keepdim=True)
+    tokens = torch.cat([tokens, mean, torch.zeros_like(mean)])
+    return tokens[table.to(tokens.device)].unflatten(1, hidden.shape[:3])
+
+
+@torch.no_grad()
+def action_deviation(
+    model: "WAM",
+    probe: Probe,
+    table: Int[Tensor, "R N"],
+    *,
+    layers: Sequence[int] | None = None,
+    dimensions: Sequence[int] | None = None,
+    steps: int = 4,
+    batch: int = 32,
+    advance: Callable[[int], None] | None = None,
+) -> Float[Tensor, "R"]:
+    """Delta of each of R interventions on one sample, float32, on the CPU.
+
+    `layers` restricts the intervention to some bridged layers, `dimensions` the distance to some action dimensions
+    (those that the embodiment has). The untouched prediction is computed in a batch of the same size, and each row is
+    compared with its row there: kernels may round differently by batch size, and that must not look like an effect.
+    `advance` is called with the number of rows done, for a progress bar.
+    """
+    require_eval(model)
+    chosen = set(model.bridged_layers if layers is None else layers)
+    if not chosen <= set(model.bridged_layers):
+        raise ValueError(f"layers {sorted(chosen)}: the action DiT reads only {sorted(set(model.bridged_layers))}")
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
+    count = table.shape[1]
+    untouched = torch.arange(count).expand(1, -1)
+    rounds = max(1, -(-len(table) // batch))
+    size = -(-len(table) // rounds)
+
+    def act(tables: Tensor) -> Tensor:
+        hidden = {
+            layer: intervene(probe.hidden[layer], tables if layer in chosen else untouched.expand(len(tables), -1))
+            for layer in set(model.bridged_layers)
+        }
+        guidance = model.guide(hidden)
+        state, embodiment, noise = (
+            x.expand(len(tables), *x.shape) for x in (probe.state, probe.embodiment, probe.noise)
+        )
+        return model.act(guidance, state, embodiment, noise, steps=steps).float()
+
+    if not len(table):
+        return torch.zeros(0)
+    reference = act(untouched.expand(size, -1))
+    deviations = []
+    for start in range(0, len(table), size):
+        part = table[start : start + size].cpu()
+        padded = torch.cat([part, untouched.expand(size - len(part), -1)])
+        change = (act(padded) - reference)[: len(part)]
+        change = change if dimensions is None else change[..., list(dimensions)]
+        deviations.append(change.flatten(1).norm(dim=1).cpu())
+        if advance is not None:
+            advance(len(part))
+    return torch.cat(deviations)
+
+
+def single_token_sets(
+    grid: tuple[int, int, int], *, unit: Unit = "column", frames: Sequence[int] | None = None
+) -> Bool[Tensor, "R T H W"]:
+    """One set for every cell of a sensitivity map.
+
+    `column`: a spatial position in all chosen latent frames at once, H * W sets. `token`: every token of the chosen
+    frames by itself, frames * H * W sets.
+    """
+    t, h, w = grid
+    chosen = list(range(t)) if frames is None else [range(t)[frame] for frame in frames]
+    cells = torch.eye(h * w, dtype=torch.bool).view(h * w, h, w)
+    if unit == "column":
+        sets = torch.zeros(h * w, t, h, w, dtype=torch.bool)
+        sets[:, chosen] = cells[:, None]
+        return sets
+    if unit != "token":
+        raise ValueError(f"unknown unit {unit!r}: expected column or token")
+    sets = torch.zeros(len(chosen), h * w, t, h, w, dtype=torch.bool)
+    for row, frame in enumerate(chosen):
+        sets[row, :, frame] = cells
+    return sets.flatten(0, 1)
+
+
+def sensitivity_map(
+    model: "WAM",
+    probe: Probe,
+    *,
+    kind: Kind,
+    unit: Unit = "column",
+    layers: Sequence[int] | None = None,
+    frames: Sequence[int] | None = None,
+    dimensions: Sequence[int] | None = None,
+    steps: int = 4,
+    batch: int = 32,
+    generator: torch.Generator | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Float[Tensor, "H W"] | Float[Tensor, "frames H W"]:
+    """Delta of replacing each token by itself: (H, W) for `column`, (chosen frames, H, W) for `token`.      Figs. 2, 5
+
+    Not scaled; figures stretch each map to [0, 1]. A shuffle within one token is no change, and is refused.
+    """
+    sets = single_token_sets(probe.grid, unit=unit, frames=frames)
+    if kind == "shuffle" and int(sets[0].sum()) < 2:
+        raise ValueError("shuffle within a single token changes nothing: choose another intervention")
+    deviations = action_deviation(
+        model,
+        probe,
+        token_table(sets, kind, generator=generator),
+        layers=layers,
+        dimensions=dimensions,
+        steps=steps,
+        batch=batch,
+        advance=advance,
+    )
+    _, h, w = probe.grid
+    return deviations.view(h, w) if unit == "column" else deviations.view(-1, h, w)
+
+
+def matched_background(
+    interaction: Bool[Tensor, "T H W"], draws: int, *, generator: torch.Generator
+) -> Bool[Tensor, "draws T H W"]:
+    """Random sets B outside I with as many tokens as I in every latent frame, so |B| = |I|.                   4.2.1
+
+    Matched frame by frame, since the observed frame and the imagined ones need not matter alike. `ValueError` where a
+    frame has too few tokens left.
+    """
+    background = torch.zeros(draws, *interaction.shape, dtype=torch.bool)
+    for frame, inside in enumerate(interaction.flatten(1).cpu()):
+        outside, wanted = (~inside).nonzero().flatten(), int(inside.sum())
+        if len(outside) < wanted:
+            raise ValueError(
+                f"latent frame {frame}: the interaction mask covers {wanted} of {len(inside)} tokens, too many to"
+                " match with background"
+            )
+        for draw in range(draws):
+            picked = outside[torch.randperm(len(outside), generator=generator)[:wanted]]
+            background[draw, frame].view(-1)[picked] = True
+    return background
+
+
+def set_deviation(
+    model: "WAM",
+    probe: Probe,
+    interaction: Bool[Tensor, "T H W"],
+    *,
+    kinds: Sequence[Kind] = KINDS,
+    draws: int = 8,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    dimensions: Sequence[int] | None = None,
+    steps: int = 4,
+    batch: int = 32,
+    advance: Callable[[int], None] | None = None,
+) -> dict[Kind, SetDeviation]:
+    """Delta(I) and Delta(B) of each kind, with the same `draws` background sets for all kinds.                4.2.1
+
+    `seed` decides the sets and the random interventions; give each sample its own. Feed the answer's deviations to
+    `agra.diagnostics.metrics.matched_sensitivity_ratio`.
+    """
+    if not interaction.any() or draws < 1:
+        raise ValueError(f"expected a non-empty interaction mask and draws >= 1, got {draws} draws")
+    generator = torch.Generator().manual_seed(seed)
+    background = matched_background(interaction, draws, generator=generator)
+    sets = torch.cat([interaction[None].cpu(), background])
+    tables = torch.cat([token_table(sets, kind, generator=generator) for kind in kinds])
+    deviations = action_deviation(
+        model, probe, tables, layers=layers, dimensions=dimensions, steps=steps, batch=batch, advance=advance
+    )
+    rows = deviations.view(len(kinds), 1 + draws).tolist()
+    return {
+        kind: SetDeviation(interaction=row[0], background=tuple(row[1:])) for kind, row in zip(kinds, rows, strict=True)
+    }

@@ -1,0 +1,258 @@
+"""Grounding metrics and their intervals: where the action head looks, what moves the action.   4.2.1, Fig. 4(c), Table 1
+
+numpy in, numpy out, no torch. Grids are (..., T, H, W): latent frame, token row, token column; (H, W) is one latent
+frame. A grid unit is the side of one token of the video DiT.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+Statistic = Callable[[np.ndarray], float | np.floating]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A statistic over `count` samples from `groups` independent units, with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    groups: int
+
+    def includes(self, reference: float) -> bool:
+        """Whether the interval allows `reference`; an undefined interval allows everything."""
+        return not (reference < self.low or reference > self.high)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SensitivityRatio:
+    """The Matched Sensitivity Ratio over samples, in the three usual ways of averaging; `ratio` is the one we quote.
+
+    `ratio` is the median of the per-sample ratios: the paper defines R per sample, and the median is the average that
+    a few samples with a background deviation near zero cannot take over, and that gives 1/R when both sides trade
+    places. `mean` is the plain mean of the ratios, `ratio_of_means` the quotient of the two summed deviations.
+    """
+
+    ratio: Estimate
+    mean: Estimate
+    ratio_of_means: Estimate
+    per_sample: np.ndarray  # (N,), NaN where neither side moves the action
+    undefined: int  # how many NaN, left out of every average
+
+
+def _grid(attention: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as (..., T, H, W), mask broadcast; checks that attention is a mass and the mask a mask."""
+    attention, mask = np.asarray(attention, dtype=np.float64), np.asarray(mask)
+    if mask.dtype != np.bool_ and not np.isin(mask, (0, 1)).all():
+        raise ValueError("mask: expected booleans (or 0 and 1), got other values; threshold it first")
+    if attention.ndim < 2 or mask.ndim < 2:
+        raise ValueError(f"expected grids of (..., T, H, W) or (H, W), got {attention.shape} and {mask.shape}")
+    if not np.isfinite(attention).all() or (attention < 0).any():
+        raise ValueError("attention: expected finite, non-negative weights")
+    attention = attention[None] if attention.ndim == 2 else attention
+    mask = mask[None] if mask.ndim == 2 else mask
+    try:
+        return attention, np.broadcast_to(mask.astype(bool), attention.shape)
+    except ValueError:
+        raise ValueError(f"mask of shape {mask.shape} does not broadcast to attention {attention.shape}") from None
+
+
+def attention_in_mask_ratio(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Share of the attention mass that falls inside the interaction mask, in [0, 1].                        4.2.1
+
+    `attention` is (..., T, H, W) or (H, W), of any scale; `mask` broadcasts to it. All mass of a sample counts
+    together, whatever its latent frame; the answer has the leading shape. Uniform attention scores the mask's own
+    share of the grid, which is the baseline to compare with. Raises `ValueError` where there is no mass at all.
+    """
+    attention, mask = _grid(attention, mask)
+    total = attention.sum(axis=(-3, -2, -1))
+    if (total == 0).any():
+        raise ValueError("attention: a sample has no mass at all, its share inside the mask is undefined")
+    return np.where(mask, attention, 0).sum(axis=(-3, -2, -1)) / total
+
+
+def _centroid(mass: np.ndarray) -> np.ndarray:
+    """(..., H, W) -> (..., 2): mean (row + .5, column + .5) under `mass`, NaN where there is none."""
+    rows, columns = np.arange(mass.shape[-2]) + 0.5, np.arange(mass.shape[-1]) + 0.5
+    total = mass.sum(axis=(-2, -1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        row = (mass.sum(axis=-1) * rows).sum(axis=-1) / total
+        column = (mass.sum(axis=-2) * columns).sum(axis=-1) / total
+    return np.stack([row, column], axis=-1)
+
+
+def centroid_error(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Distance between the attention's centroid and the mask's centroid, in grid units.                     4.2.1
+
+    Shapes as in `attention_in_mask_ratio`. Both centroids are weighted means of (row + .5, column + .5), taken in
+    each latent frame by itself and averaged over the latent frames; a frame with an empty mask or without attention
+    has no centroid and is left out. A sample without any frame left is NaN.
+    """
+    attention, mask = _grid(attention, mask)
+    distance = np.linalg.norm(_centroid(attention) - _centroid(mask.astype(np.float64)), axis=-1)
+    known = np.isfinite(distance)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(known, distance, 0).sum(axis=-1) / known.sum(axis=-1)
+
+
+def mask_to_grid(mask: np.ndarray, grid: tuple[int, int], *, threshold: float = 0.25) -> np.ndarray:
+    """Pixel masks (..., H, W) as token masks (..., h, w), bool.
+
+    A token belongs to the mask when at least `threshold` of its area is covered (areas are exact, also where H/h is
+    no integer). A mask too small or too scattered for any token to reach the threshold keeps its most covered token,
+    so that only an empty mask stays empty.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold: expected a share in (0, 1], got {threshold}")
+    mask = np.asarray(mask)
+    if mask.ndim < 2 or min(grid) < 1:
+        raise ValueError(f"expected a mask (..., H, W) and a grid of at least 1 x 1, got {mask.shape} and {grid}")
+    covered = _overlap(grid[0], mask.shape[-2]) @ mask.astype(np.float64) @ _overlap(grid[1], mask.shape[-1]).T
+    most = covered.max(axis=(-2, -1), keepdims=True)
+    return (covered > 0) & (covered >= np.minimum(threshold - 1e-9, most))
+
+
+def _overlap(cells: int, pixels: int) -> np.ndarray:
+    """(cells, pixels): the share of each cell's length that each pixel covers; rows sum to one."""
+    edges = np.arange(cells + 1) * pixels / cells
+    starts = np.arange(pixels)
+    lengths = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
+    return lengths.clip(min=0) * cells / pixels
+
+
+def _units(rows: np.ndarray, groups: Sequence[object] | None) -> list[np.ndarray]:
+    """`rows` sorted into independent units: one unit a row without `groups`."""
+    if groups is None:
+        return [np.array([row]) for row in rows]
+    units: dict[object, list[int]] = {}
+    for row in rows.tolist():
+        units.setdefault(groups[row], []).append(row)
+    return [np.array(unit) for unit in units.values()]
+
+
+def _resample(
+    statistic: Statistic,
+    known: np.ndarray,
+    groups: Sequence[object] | None,
+    *,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> Estimate:
+    """Percentile bootstrap of `statistic(rows)` over the row numbers where `known`, drawing whole groups of them."""
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"expected a confidence in (0, 1) and at least one resample, got {confidence}, {resamples}")
+    if groups is not None and len(groups) != len(known):
+        raise ValueError(f"groups: expected one label for each of {len(known)} values, got {len(groups)}")
+    rows = np.flatnonzero(known)
+    units = _units(rows, groups)
+    value = float(statistic(rows)) if len(rows) else float("nan")
+    low = high = float("nan")
+    if len(units) > 1 and np.isfinite(value):
+        drawn = stats.bootstrap(
+            (np.arange(len(units)),),
+            lambda chosen: statistic(np.concatenate([units[unit] for unit in chosen])),
+            vectorized=False,
+            n_resamples=resamples,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        low, high = map(float, drawn.confidence_interval)
+    return Estimate(value=value, low=low, high=high, count=len(rows), groups=len(units))
+
+
+def bootstrap_interval(
+    values: np.ndarray,
+    *,
+    statistic: Statistic = np.mean,
+    groups: Sequence[object] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """`statistic` of the finite entries of `values` (N,) with its percentile bootstrap interval.
+
+    `groups` names the independent unit of each value: samples cut from one trial resemble each other, so whole
+    trials are drawn. With fewer than two units the interval is NaN.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"values: expected one axis, got shape {values.shape}")
+    return _resample(
+        lambda rows: statistic(values[rows]),
+        np.isfinite(values),
+        groups,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def paired_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    statistic: Statistic = np.mean,
+    groups: Sequence[object] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """`statistic(a) - statistic(b)` for two measurements (N,) of the same samples, with its bootstrap interval.
+
+    Pairs are kept together; a pair with a value that is not finite is left out on both sides.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"paired_difference: expected two arrays of one shape (N,), got {a.shape} and {b.shape}")
+    return _resample(
+        lambda rows: statistic(a[rows]) - statistic(b[rows]),
+        np.isfinite(a) & np.isfinite(b),
+        groups,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def matched_sensitivity_ratio(
+    deviation_interaction: np.ndarray,
+    deviation_background: np.ndarray,
+    *,
+    groups: Sequence[object] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> SensitivityRatio:
+    """R = Delta(I) / Delta(B): how much more the action heeds the interaction tokens than as many others.      4.2.1
+
+    `deviation_interaction` is (N,); `deviation_background` is (N,) or (N, draws), for background sets with |B| = |I|,
+    whose deviations are averaged over the draws first. A sample in which neither side moves the action has no ratio
+    and is left out and counted; one in which only the background does not move it has an infinite one.
+    """
+    inside = np.asarray(deviation_interaction, dtype=np.float64)
+    outside = np.asarray(deviation_background, dtype=np.float64)
+    if inside.ndim != 1 or outside.ndim not in (1, 2) or len(outside) != len(inside) or 0 in outside.shape[1:]:
+        raise ValueError(f"deviations: expected (N,) and (N,) or (N, draws), got {inside.shape} and {outside.shape}")
+    if not (np.isfinite(inside).all() and np.isfinite(outside).all()) or (inside < 0).any() or (outside < 0).any():
+        raise ValueError("deviations: expected finite, non-negative distances")
+    outside = outside.mean(axis=1) if outside.ndim == 2 else outside
+    known = inside + outside > 0
+
+    def estimate(statistic: Statistic) -> Estimate:
+        return _resample(statistic, known, groups, confidence=confidence, resamples=resamples, seed=seed)
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = inside / outside
+        return SensitivityRatio(
+            ratio=estimate(lambda rows: np.median(ratios[rows])),
+            mean=estimate(lambda rows: np.mean(ratios[rows])),
+            ratio_of_means=estimate(lambda rows: np.divide(inside[rows].sum(), outside[rows].sum())),
+            per_sample=ratios,
+            undefined=int((~known).sum()),
+        )

@@ -1,0 +1,125 @@
+"""Probe samples: moments of recorded episodes at which a policy is examined, with their interaction masks.   4.2.1
+
+A sample holds what the policy sees at one control step and, for every latent frame, the recorded reference frame and
+its interaction mask. The policy gets the observation only; the later frames come from the recording and serve to say
+where the interaction was. numpy only, and stored without pickle.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agra.types import REGIMES, Episode, Observation
+
+ARRAYS = ("state", "frames", "masks")
+TEXTS = ("trial", "step", "regime", "instruction", "embodiment")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbeSample:
+    """One moment of one trial; (trial, step) names it."""
+
+    trial: str
+    step: int  # control step of the observation
+    regime: str
+    instruction: str
+    embodiment: str
+    state: np.ndarray  # (S,) float32, in the robot's units
+    frames: np.ndarray  # (T, H, W, 3) uint8 RGB: the reference frame of every latent frame; 0 is the observation
+    masks: np.ndarray  # (T, H, W) bool: acting hand and target object in those frames
+
+    def __post_init__(self) -> None:
+        if self.regime not in REGIMES:
+            raise ValueError(f"ProbeSample.regime: expected one of {', '.join(REGIMES)}, got {self.regime!r}")
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[-1] != 3 or not len(self.frames):
+            raise ValueError(
+                f"ProbeSample.frames: expected (T, H, W, 3) uint8, got {self.frames.shape} {self.frames.dtype}"
+            )
+        if self.masks.dtype != np.bool_ or self.masks.shape != self.frames.shape[:-1]:
+            raise ValueError(
+                f"ProbeSample.masks: expected {self.frames.shape[:-1]} bool, got {self.masks.shape} {self.masks.dtype}"
+            )
+        if self.state.ndim != 1:
+            raise ValueError(f"ProbeSample.state: expected one axis, got shape {self.state.shape}")
+
+    @property
+    def observation(self) -> Observation:
+        """What the policy is shown."""
+        return Observation(
+            frame=self.frames[0], state=self.state, instruction=self.instruction, embodiment=self.embodiment
+        )
+
+
+def samples_from_episode(
+    episode: Episode,
+    steps: Sequence[int],
+    reference_offsets: Sequence[int],
+    *,
+    trial: str,
+    regime: str,
+) -> list[ProbeSample]:
+    """The samples of an episode at the control steps `steps`.
+
+    `reference_offsets` are the control steps from the observation to the reference frame of each latent frame, (0, 1,
+    5, 9, 13) times the video stride for five latent frames. Past the end of the episode its last frame repeats.
+    Raises `ValueError` if the episode has no masks or a step lies outside it.
+    """
+    if episode.masks is None:
+        raise ValueError(f"trial {trial}: the episode was recorded without interaction masks")
+    offsets = np.asarray(reference_offsets)
+    if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (offsets < 0).any():
+        raise ValueError(
+            f"reference_offsets: expected 0 first and nothing negative, got {tuple(map(int, offsets.ravel()))}"
+        )
+    for step in steps:
+        if not 0 <= step < len(episode):
+            raise ValueError(f"trial {trial}: step {step} lies outside the episode's {len(episode)} steps")
+
+    def sample(step: int) -> ProbeSample:
+        rows = np.minimum(step + offsets, len(episode) - 1)
+        assert episode.masks is not None
+        return ProbeSample(
+            trial=trial,
+            step=int(step),
+            regime=regime,
+            instruction=episode.instruction,
+            embodiment=episode.embodiment,
+            state=episode.states[step],
+            frames=episode.frames[rows],
+            masks=episode.masks[rows],
+        )
+
+    return [sample(step) for step in steps]
+
+
+def save_samples(samples: Sequence[ProbeSample], folder: Path) -> None:
+    """Write `samples.npz` (arrays) and `samples.json` (the rest) into `folder`, each by renaming."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{i}/{name}": getattr(sample, name) for i, sample in enumerate(samples) for name in ARRAYS}
+    texts = [{name: getattr(sample, name) for name in TEXTS} for sample in samples]
+    with open(folder / "samples.npz.tmp", "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    (folder / "samples.json.tmp").write_text(json.dumps({"samples": texts}, indent=1) + "\n")
+    for name in ("samples.npz", "samples.json"):
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def load_samples(folder: Path) -> list[ProbeSample]:
+    """The samples that `save_samples` wrote; `ValueError` names what does not fit."""
+    folder = Path(folder)
+    if not (folder / "samples.json").is_file() or not (folder / "samples.npz").is_file():
+        raise FileNotFoundError(f"{folder}: expected samples.json and samples.npz")
+    texts = json.loads((folder / "samples.json").read_text())["samples"]
+    with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
+        wanted = {f"{i}/{name}" for i in range(len(texts)) for name in ARRAYS}
+        if wanted != set(arrays.files):
+            raise ValueError(
+                f"{folder}: samples.json lists {len(texts)} samples, samples.npz holds {len(arrays.files)} arrays,"
+                f" expected {len(wanted)}"
+            )
+        return [ProbeSample(**text, **{n: arrays[f"{i}/{n}"] for n in ARRAYS}) for i, text in enumerate(texts)]

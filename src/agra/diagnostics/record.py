@@ -1,0 +1,127 @@
+"""What a diagnosis leaves behind: a folder that `agra report` and other programs read without torch.
+
+    diagnosis.json   policy, seed, settings, grid, and a summary with intervals
+    metrics.jsonl    one object per sample
+    arrays.npz       attention and masks of every sample; pictures of the gallery's samples
+
+Written to temporary names and renamed, `diagnosis.json` last. Nothing is pickled.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agra.diagnostics.metrics import Estimate, bootstrap_interval, matched_sensitivity_ratio
+
+FORMAT = 1
+FILES = ("metrics.jsonl", "arrays.npz", "diagnosis.json")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Diagnosis:
+    """One policy's diagnosis. Letters: n samples, g of them in the gallery, J cross-attention blocks.
+
+    `arrays` holds `attention` (n, J, T, H, W) float32 and `mask` (n, T, H, W) bool on the token grid; for the gallery
+    `frames` (g, T, h, w, 3) uint8, `frame_masks` (g, T, h, w) bool, `sensitivity_KIND` (g, H, W) or (g, T, H, W)
+    float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8.
+    """
+
+    header: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """(trial, step) of every sample."""
+        return [(row["trial"], row["step"]) for row in self.rows]
+
+    def values(self, name: str) -> np.ndarray:
+        """A number of every sample (n,), NaN where it is null."""
+        return np.array([math.nan if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
+
+    def deviations(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        """Delta(I) (n,) and Delta(B) (n, draws) of an intervention, NaN where a sample could not be matched."""
+        draws = int(self.header["settings"]["draws"])
+        cells = [row["deviation"][kind] if row["deviation"] else None for row in self.rows]
+        inside = [math.nan if cell is None else cell["interaction"] for cell in cells]
+        outside = [[math.nan] * draws if cell is None else cell["background"] for cell in cells]
+        return np.array(inside), np.array(outside, dtype=np.float64).reshape(-1, draws)
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+    """The grounding metrics over all samples, with bootstrap intervals that draw whole trials."""
+
+    def mean(name: str) -> dict[str, float]:
+        values = [math.nan if row[name] is None else row[name] for row in rows]
+        return asdict(bootstrap_interval(np.array(values), groups=[row["trial"] for row in rows], seed=seed))
+
+    names = ("in_mask_ratio", "uniform_in_mask_ratio", "centroid_error", "uniform_centroid_error")
+    summary: dict[str, Any] = {name: mean(name) for name in names}
+    matched = [row for row in rows if row["deviation"]]
+    for kind in kinds:
+        ratio = matched_sensitivity_ratio(
+            np.array([row["deviation"][kind]["interaction"] for row in matched]),
+            np.array([row["deviation"][kind]["background"] for row in matched]).reshape(len(matched), -1)
+            if matched
+            else np.zeros(0),
+            groups=[row["trial"] for row in matched],
+            seed=seed,
+        )
+        estimates = {n: asdict(getattr(ratio, n)) for n in ("ratio", "mean", "ratio_of_means")}
+        summary[f"sensitivity_{kind}"] = {**estimates, "undefined": ratio.undefined}
+    return summary
+
+
+def estimate(entry: Mapping[str, float | int | None]) -> Estimate:
+    """An `Estimate` as it was before it became JSON, where null stands for NaN."""
+    return Estimate(**{name: math.nan if value is None else value for name, value in entry.items()})  # type: ignore[arg-type]
+
+
+def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
+    """Write the three files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(plain(row), allow_nan=False) + "\n" for row in diagnosis.rows]
+    (folder / "metrics.jsonl.tmp").write_text("".join(lines))
+    with open(folder / "arrays.npz.tmp", "wb") as file:
+        np.savez_compressed(file, **diagnosis.arrays)  # type: ignore[arg-type]
+    header = json.dumps(plain({"format": FORMAT, **diagnosis.header}), indent=2, allow_nan=False)
+    (folder / "diagnosis.json.tmp").write_text(header + "\n")
+    for name in FILES:
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def read_diagnosis(folder: Path) -> Diagnosis:
+    """Read what `write_diagnosis` wrote; `FileNotFoundError` or `ValueError` names what is missing or unfit."""
+    folder = Path(folder)
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: no {name}; run `agra diagnose` with this folder as output")
+    header = json.loads((folder / "diagnosis.json").read_text())
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{folder}/diagnosis.json: expected format {FORMAT}, got {header.get('format')}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    with np.load(folder / "arrays.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    if len(arrays["attention"]) != len(rows):
+        raise ValueError(f"{folder}: {len(rows)} samples in metrics.jsonl, {len(arrays['attention'])} in arrays.npz")
+    return Diagnosis(header=header, rows=rows, arrays=arrays)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite become null, numpy scalars become Python numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,105 @@
+"""The report's comparison tables: one column a policy, then each policy against the first, in words.
+
+Every statement of a difference carries its interval, and one whose interval includes no difference says so.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agra.diagnostics.metrics import Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A number, and under it its interval or count."""
+
+    text: str
+    range: str = ""
+    clear: bool = False  # whether the evidence settles a comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One quantity: a cell a policy, and a verdict for each policy but the first."""
+
+    label: str
+    hint: str = ""
+    cells: Sequence[Cell]
+    extra: Cell | None = None
+    verdicts: Sequence[Cell] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows under a common head; `extra` heads one more column, for a baseline."""
+
+    corner: str
+    rows: Sequence[Row]
+    extra: str = ""
+
+
+MISSING = Cell(text="–")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` with `digits` significant digits and a true minus sign, without exponents where it is readable."""
+    if not math.isfinite(value):
+        return "∞" if value == math.inf else "–"
+    if value == 0:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{places}f}" if places <= 6 else f"{value:.{digits}g}"
+    return text.replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share as a percentage; one decimal below ten per cent unless it is whole."""
+    if not math.isfinite(share):
+        return "–"
+    value = 100 * share
+    whole = abs(value) >= 10 or abs(value - round(value)) < 0.05
+    return f"{value:.0f}\u00a0%" if whole else f"{value:.1f}\u00a0%"
+
+
+def between(low: float, high: float, form=number) -> str:
+    """An interval in brackets, or a remark that there is none."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "no interval"
+    return f"[{form(low)}, {form(high)}]"
+
+
+def estimate_cell(estimate: Estimate | None, form=number) -> Cell:
+    """A metric's value over its interval."""
+    if estimate is None or not estimate.count:
+        return MISSING
+    return Cell(text=form(estimate.value), range=between(estimate.low, estimate.high, form))
+
+
+def difference_cell(difference: Estimate | None, *, name: str, form=number) -> Cell:
+    """What a paired difference, `name` minus the reference, allows to say: higher, lower or no difference shown."""
+    if difference is None or not difference.count:
+        return Cell(text="not comparable: no finite values in common")
+    signed = f"{'+' if difference.value > 0 else ''}{form(difference.value)}"
+    span = f"difference {signed} {between(difference.low, difference.high, form)}, n\u00a0=\u00a0{difference.count}"
+    if not math.isfinite(difference.low) or not math.isfinite(difference.high):
+        return Cell(text="too few trials for an interval", range=span)
+    if difference.includes(0):
+        return Cell(text="no difference shown", range=span)
+    return Cell(text=f"{name} {'higher' if difference.value > 0 else 'lower'}", range=span, clear=True)
+
+
+def mcnemar_cell(
+    only_ours: int, only_reference: int, p: float, trials: int, *, name: str, reference: str, alpha: float = 0.05
+) -> Cell:
+    """McNemar's test in words: trials that exactly one of the two policies solved, and the p value."""
+    if not trials:
+        return Cell(text="not comparable: no common trials")
+    shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+    shown = shown.replace(" ", "\u00a0")
+    span = f"of {trials} trials {name} alone succeeded in {only_ours}, {reference} alone in {only_reference}; {shown}"
+    if p >= alpha:
+        return Cell(text="no difference shown", range=span)
+    return Cell(
+        text=f"{name} succeeds {'more' if only_ours > only_reference else 'less'} often", range=span, clear=True
+    )

@@ -1,0 +1,229 @@
+"""The one loop that plays a policy in a simulator: evaluation counts its episodes, collection keeps them."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from agra.evaluation.protocols import Protocol
+from agra.evaluation.results import Results, TrialResult, read_results
+from agra.types import REGIMES, ActionChunk, Episode, Observation, Policy, Simulator, Step, Trial
+from agra.workers import as_finished
+
+
+def run_episode(
+    policy: Policy,
+    simulator: Simulator,
+    trial: Trial,
+    *,
+    execute_steps: int,
+    max_steps: int | None = None,
+    termination: Literal["step", "chunk"] = "step",
+    perturb: Callable[[np.ndarray], np.ndarray] | None = None,
+    record: bool = True,
+    masks: bool = False,
+) -> Episode:
+    """Play `trial` and return what happened, one row a control step.
+
+    The simulator is reset before the policy (a scripted expert plans from the scene). Of each chunk the first
+    `execute_steps` actions are executed; a policy that answers fewer is asked again sooner. `execute_steps`,
+    `max_steps` and `termination` are those of `agra.evaluation.protocols.Protocol`. `perturb` turns an action (D,)
+    into the one executed, while the row keeps the policy's own. Without `record` the frames are empty,
+    (N, 0, 0, 3); with `masks` every row has the simulator's interaction mask.
+    """
+    limit = simulator.max_steps if max_steps is None else max_steps
+    if execute_steps < 1 or limit < 1:
+        raise ValueError(f"execute_steps and max_steps must be at least 1, got {execute_steps} and {limit}")
+    observation = simulator.reset(trial)
+    policy.reset(trial.seed)
+    seen: list[Observation] = []
+    actions: list[np.ndarray] = []
+    interaction: list[np.ndarray] = []
+    step: Step | None = None
+    done = False
+    while not done and len(actions) < limit:
+        chunk = policy.act(observation).actions[: min(execute_steps, limit - len(actions))]
+        for index, action in enumerate(chunk):
+            if masks:
+                interaction.append(simulator.interaction_mask())
+            seen.append(observation)
+            actions.append(np.array(action, dtype=np.float32))
+            step = simulator.step(action if perturb is None else perturb(action))
+            observation = step.observation
+            if step.success and (termination == "step" or index == len(chunk) - 1):
+                done = True
+                break
+    assert step is not None
+    return Episode(
+        frames=np.stack([o.frame if record else np.empty((0, 0, 3), np.uint8) for o in seen]),
+        states=np.stack([o.state for o in seen]).astype(np.float32),
+        actions=np.stack(actions),
+        instruction=trial.instruction,
+        embodiment=simulator.embodiment.name,
+        fps=simulator.fps,
+        success=done,
+        progress=dict(step.progress),
+        masks=np.stack(interaction) if masks else None,
+    )
+
+
+class TimedPolicy:
+    """A policy that notes how long each of its calls took since the last reset, in seconds."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.seconds: list[float] = []
+
+    def reset(self, seed: int) -> None:
+        """Reset the policy and the notes."""
+        self.seconds = []
+        self.policy.reset(seed)
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """The policy's answer."""
+        start = time.perf_counter()
+        chunk = self.policy.act(observation)
+        self.seconds.append(time.perf_counter() - start)
+        return chunk
+
+
+def evaluate(
+    policy: Policy,
+    simulator: Simulator,
+    trials: Sequence[Trial],
+    *,
+    policy_name: str,
+    protocol: Protocol,
+    output: str | Path,
+    videos: int = 0,
+    workers: int = 1,
+    make_player: Callable[[], tuple[Policy, Simulator]] | None = None,
+    progress: bool = True,
+) -> Results:
+    """Play every trial once and write the results file `output`; what it already holds is not played again.
+
+    The file has a header and one line a trial, appended as soon as the trial ends, so that a kill loses the running
+    trials only; at the end the lines are put in the order of the trials' names. `videos` saves an mp4 of that many
+    first trials of each regime under `<output's stem>-videos/`. With `workers` > 1 each process plays with its own
+    `make_player()`, which must be picklable; the outcomes do not depend on the number of workers.
+
+    Raises ValueError where `output` was written under another header (policy, protocol, trials or versions).
+    """
+    path = Path(output)
+    header = _header(policy_name, simulator, trials, protocol)
+    finished = _open_results(path, header)
+    if workers > 1 and make_player is None:
+        raise ValueError("evaluate: more than one worker needs make_player, to give each its own simulator")
+    if workers == 1 or make_player is None:
+        make_player = partial(_pair, policy, simulator)
+    missing = [trial for trial in trials if trial.name not in finished]
+    filmed = {trial.name for regime in REGIMES for trial in [t for t in trials if t.regime == regime][:videos]}
+    play = partial(_play_trial, protocol=protocol, output=path, filmed=frozenset(filmed))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with path.open("a", encoding="utf-8") as file, Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task(policy_name, total=len(trials), completed=len(finished))
+        successes = sum(finished.values())
+        for result in as_finished(play, missing, make_player=make_player, workers=workers):
+            file.write(_line(asdict(result)))
+            file.flush()
+            successes += result.success
+            bar.update(task, advance=1, description=f"{policy_name}: {successes} successes")
+    results = read_results(path)
+    ordered = sorted(results.trials, key=lambda result: result.trial)
+    _replace(path, [header, *map(asdict, ordered)])
+    return Results(header=header, trials=tuple(ordered))
+
+
+def _pair(policy: Policy, simulator: Simulator) -> tuple[Policy, Simulator]:
+    return policy, simulator
+
+
+def _play_trial(
+    player: tuple[Policy, Simulator], trial: Trial, *, protocol: Protocol, output: Path, filmed: frozenset[str]
+) -> TrialResult:
+    policy, simulator = TimedPolicy(player[0]), player[1]
+    film = trial.name in filmed
+    start = time.perf_counter()
+    episode = run_episode(policy, simulator, trial, record=film, **asdict(protocol))
+    wall = time.perf_counter() - start
+    video = f"{output.stem}-videos/{trial.name.replace('/', '_')}.mp4" if film else None
+    if video:
+        from agra.data.video import write_video  # not needed, and not installed, where nothing is filmed
+
+        write_video(output.parent / video, episode.frames, fps=episode.fps)
+    milliseconds = 1000 * np.array(policy.seconds)
+    p50, p95 = np.percentile(milliseconds, [50, 95])
+    return TrialResult(
+        trial=trial.name,
+        regime=trial.regime,
+        task=trial.task,
+        seed=trial.seed,
+        instruction=trial.instruction,
+        success=episode.success,
+        progress={name: bool(value) for name, value in episode.progress.items()},
+        steps=len(episode),
+        calls=len(policy.seconds),
+        wall_s=round(wall, 4),
+        policy_ms={"mean": round(float(milliseconds.mean()), 3), "p50": round(p50, 3), "p95": round(p95, 3)},
+        video=video,
+    )
+
+
+def _header(policy: str, simulator: Simulator, trials: Sequence[Trial], protocol: Protocol) -> dict[str, Any]:
+    """Everything that has to agree before trials may share a results file."""
+    simulators = sorted({trial.simulator for trial in trials})
+    if len(simulators) != 1:
+        raise ValueError(f"evaluate: expected trials of one simulator, got {', '.join(simulators) or 'no trials'}")
+    packages = ("agra", "numpy", "mujoco", "gymnasium", "torch", "diffusers", "transformers")
+    installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
+    counts = {regime: sum(trial.regime == regime for trial in trials) for regime in REGIMES}
+    listed = json.dumps(sorted(map(asdict, trials), key=lambda trial: trial["name"]), sort_keys=True)
+    header = {
+        "policy": policy,
+        "simulator": simulators[0],
+        "protocol": asdict(protocol),
+        "embodiment": simulator.embodiment.name,
+        "max_steps": protocol.max_steps or simulator.max_steps,
+        "num_trials": len(trials),
+        "regimes": {k: {"played": n, "full": len(simulator.trials(k))} for k, n in counts.items() if n},
+        "trials_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+        "versions": {name: metadata.version(name) for name in packages if name in installed},
+    }
+    return json.loads(json.dumps(header))  # as it reads back from the file
+
+
+def _open_results(path: Path, header: dict[str, Any]) -> dict[str, bool]:
+    """Successes of the trials that `path` already holds, by name; a new file gets its header."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, [header])
+        return {}
+    known = read_results(path, partial=True)
+    for key in header:
+        if known.header.get(key) != header[key]:
+            raise ValueError(
+                f"{path}: holds results with {key} {known.header.get(key)!r} instead of {header[key]!r};"
+                " choose another output or remove the file"
+            )
+    # A killed writer may have left half a line: keep the whole ones.
+    _replace(path, [header, *map(asdict, known.trials)])
+    return {result.trial: result.success for result in known.trials}
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(map(_line, records)), encoding="utf-8")
+    os.replace(temporary, path)

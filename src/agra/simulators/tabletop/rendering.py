@@ -1,0 +1,64 @@
+"""Colour frames and per-pixel geom ids of a scene's fixed camera, all scenes through one OpenGL context."""
+
+import mujoco
+import numpy as np
+
+from agra.simulators.tabletop import gl_error
+from agra.simulators.tabletop.scene import Scene
+
+MAX_GEOMS = 800
+
+
+class Renderer:
+    """Renders scenes that share their textures and materials. Raises ImportError where OpenGL does not work."""
+
+    def __init__(self, scene: Scene, frame_size: tuple[int, int]) -> None:
+        height, width = frame_size
+        try:
+            self._gl = mujoco.GLContext(width, height)
+            self._gl.make_current()
+            self._context = mujoco.MjrContext(scene.model, mujoco.mjtFontScale.mjFONTSCALE_50)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
+            raise gl_error(error) from error
+        self._view = mujoco.MjvScene(scene.model, MAX_GEOMS)
+        self._option = mujoco.MjvOption()
+        self._rect = mujoco.MjrRect(0, 0, width, height)
+        self._camera = mujoco.MjvCamera()
+        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._camera.fixedcamid = 0
+        self._pixels = np.empty((height, width, 3), np.uint8)
+
+    def frame(self, scene: Scene) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        self._update(scene)
+        return self._render()
+
+    def mask(self, scene: Scene, wanted: np.ndarray) -> np.ndarray:
+        """(H, W) bool: pixels of the geoms for which `wanted` (ngeom,) is true."""
+        self._update(scene)
+        flags = self._view.flags
+        flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = True
+        pixels = self._render().astype(np.int32)
+        flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = False
+        chosen = np.zeros(self._view.ngeom + 1, bool)
+        geom_kind = int(mujoco.mjtObj.mjOBJ_GEOM)
+        for geom in self._view.geoms[: self._view.ngeom]:
+            if geom.objtype == geom_kind and geom.segid >= 0:
+                chosen[geom.segid + 1] = wanted[geom.objid]
+        return chosen[pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]]
+
+    def close(self) -> None:
+        """Free the OpenGL context."""
+        self._context.free()
+        self._gl.free()
+
+    def _update(self, scene: Scene) -> None:
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(scene.model, scene.data, self._option, None, self._camera, everything, self._view)
+
+    def _render(self) -> np.ndarray:
+        self._gl.make_current()
+        mujoco.mjr_render(self._rect, self._view, self._context)
+        mujoco.mjr_readPixels(self._pixels, None, self._rect, self._context)
+        return self._pixels[::-1].copy()

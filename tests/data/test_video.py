@@ -1,0 +1,86 @@
+import av
+import numpy as np
+import pytest
+
+from agra.data.video import VideoFile, decode_frames, encode_frames, write_video
+
+
+def moving_square(count: int, *, shade: int = 90, height: int = 64, width: int = 96) -> np.ndarray:
+    """A shaded background and a bright square that moves two pixels a frame."""
+    background = np.linspace(shade, shade + 60, width).astype(np.uint8)
+    frames = np.repeat(np.tile(background[None, :, None], (height, 1, 3))[None], count, axis=0)
+    for index, frame in enumerate(frames):
+        frame[20:40, 4 + 2 * index : 24 + 2 * index] = (200, 60, 40)
+    return frames
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+def test_frames_come_back_close(tmp_path):
+    frames = moving_square(20)
+    write_video(tmp_path / "a.mp4", frames, fps=10)
+    decoded = decode_frames(tmp_path / "a.mp4", start=0, count=20, fps=10)
+    assert decoded.shape == frames.shape
+    assert decoded.dtype == np.uint8
+    assert psnr(decoded, frames) > 36
+    assert not (tmp_path / "a.mp4.tmp").exists()
+
+
+def test_same_frames_same_bytes_and_key_frames_every_eight():
+    frames = moving_square(20)
+    assert encode_frames(frames, fps=10) == encode_frames(frames, fps=10)
+
+
+def test_stream_is_what_browsers_play(tmp_path):
+    write_video(tmp_path / "a.mp4", moving_square(20), fps=10)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 10)
+        keys = [packet.is_keyframe for packet in container.demux(stream) if packet.pts is not None]
+    assert [i for i, key in enumerate(keys) if key] == [0, 8, 16]
+
+
+def test_joined_episodes_are_found_by_their_timestamps(tmp_path):
+    episodes = [moving_square(5, shade=20), moving_square(9, shade=100), moving_square(12, shade=180)]
+    with VideoFile(tmp_path / "joined.mp4", fps=10) as file:
+        spans = [file.append(encode_frames(e, fps=10), num_frames=len(e)) for e in episodes]
+    assert spans == [(0, 0.5), (0.5, 1.4), (1.4, 2.6)]
+    for (start, _), episode in zip(reversed(spans), reversed(episodes), strict=True):
+        assert psnr(decode_frames(tmp_path / "joined.mp4", start=start, count=len(episode), fps=10), episode) > 36
+    middle = decode_frames(tmp_path / "joined.mp4", start=0.9, count=3, fps=10)
+    assert psnr(middle, episodes[1][4:7]) > 36
+
+
+def test_joining_refuses_another_size(tmp_path):
+    with VideoFile(tmp_path / "joined.mp4", fps=10) as file:
+        file.append(encode_frames(moving_square(3), fps=10), num_frames=3)
+        with pytest.raises(ValueError, match="cannot append 3 frames of 80 x 64"):
+            file.append(encode_frames(moving_square(3, width=80), fps=10), num_frames=3)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [np.zeros((2, 8, 9, 3), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((0, 8, 8, 3), np.uint8), np.zeros((8, 8, 3))],
+)
+def test_unfit_frames_are_refused(frames):
+    with pytest.raises(ValueError, match="video frames"):
+        encode_frames(frames, fps=10)
+
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(FileNotFoundError, match=r"a\.mp4: video file is missing"):
+        decode_frames(path, start=0, count=1, fps=10)
+    write_video(path, moving_square(20), fps=10)
+    with pytest.raises(ValueError, match=r"a\.mp4: expected 21 frames .* found 20"):
+        decode_frames(path, start=0, count=21, fps=10)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a\.mp4: damaged video"):
+        decode_frames(path, start=0, count=20, fps=10)
+    start = whole.index(b"mdat") + 900
+    path.write_bytes(whole[:start] + bytes(400) + whole[start + 400 :])
+    with pytest.raises(ValueError, match=r"a\.mp4"):
+        decode_frames(path, start=0, count=20, fps=10)

@@ -1,0 +1,45 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+from point_world import COUNTS, PointWorld
+
+from agra.evaluation.protocols import TRIALS_PER_REGIME, Protocol, regime_trials
+from agra.types import REGIMES
+
+
+def test_full_lists_are_the_paper_s():
+    trials = regime_trials(PointWorld())
+    counts = {regime: sum(trial.regime == regime for trial in trials) for regime in REGIMES}
+    assert counts == TRIALS_PER_REGIME == COUNTS == dict(zip(REGIMES, (50, 40, 50, 40), strict=True))
+
+
+def test_a_limit_is_spread_evenly_and_always_the_same():
+    trials = regime_trials(PointWorld(), ["attribute", "in_distribution"], limit=5)
+    assert [trial.name[-2:] for trial in trials] == ["00", "08", "16", "24", "32", "00", "10", "20", "30", "40"]
+    assert [trial.regime for trial in trials] == ["attribute"] * 5 + ["in_distribution"] * 5
+    assert trials == regime_trials(PointWorld(), ["attribute", "in_distribution"], limit=5)
+    assert len(regime_trials(PointWorld(), ["semantic"], limit=1000)) == 40
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="unknown regime 'unseen'; there are in_distribution, semantic"):
+        regime_trials(PointWorld(), ["unseen"])
+    with pytest.raises(ValueError, match="limit: expected at least 1"):
+        regime_trials(PointWorld(), limit=0)
+
+    class Twice(PointWorld):
+        def trials(self, regime):
+            return [replace(trial, name="same") for trial in super().trials(regime)]
+
+    with pytest.raises(ValueError, match="'same' occurs more than once"):
+        regime_trials(Twice())
+
+
+@pytest.mark.parametrize("change", [{"execute_steps": 0}, {"max_steps": 0}, {"termination": "end"}])
+def test_protocol_is_checked(change):
+    with pytest.raises(ValueError, match=f"Protocol.{next(iter(change))}"):
+        Protocol(**change)

@@ -1,0 +1,243 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+TESTS = str(Path(__file__).parents[1])
+sys.path.insert(0, TESTS)
+
+import numpy as np
+import pytest
+from point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
+
+from agra.evaluation.protocols import Protocol, regime_trials
+from agra.evaluation.results import read_results
+from agra.evaluation.rollout import TimedPolicy, evaluate, run_episode
+from agra.types import ActionChunk, Policy
+
+TRIAL = make_trial("t", "semantic", 5)
+PROTOCOL = Protocol(execute_steps=4)
+
+
+class Scripted:
+    """Answers chunks of given targets and keeps what it saw."""
+
+    def __init__(self, *chunks: list[tuple[float, float]]) -> None:
+        self.chunks = [np.array(chunk, dtype=np.float32) for chunk in chunks]
+
+    def reset(self, seed: int) -> None:
+        self.seed, self.seen = seed, []
+
+    def act(self, observation) -> ActionChunk:
+        self.seen.append(observation)
+        return ActionChunk(actions=self.chunks[min(len(self.seen), len(self.chunks)) - 1])
+
+
+def world_at(dot, square) -> tuple[PointWorld, object]:
+    return PointWorld(), replace(TRIAL, scene={"dot": dot, "square": square, "reachable": True})
+
+
+def test_rows_are_what_was_seen_before_each_action():
+    world, trial = world_at([0.1, 0.1], [0.9, 0.9])
+    policy = Scripted([(0.2, 0.1), (0.3, 0.1), (0.4, 0.1)], [(0.4, 0.2), (0.4, 0.3), (0.4, 0.4)])
+    episode = run_episode(policy, world, trial, execute_steps=2, max_steps=5, masks=True)
+    assert policy.seed == trial.seed
+    assert np.allclose(episode.actions, [(0.2, 0.1), (0.3, 0.1), (0.4, 0.2), (0.4, 0.3), (0.4, 0.2)])
+    assert np.allclose(episode.states, [(0.1, 0.1), (0.2, 0.1), (0.3, 0.1), (0.4, 0.2), (0.4, 0.3)])
+    assert [float(o.state[0]) for o in policy.seen] == pytest.approx([0.1, 0.3, 0.4])
+    assert (episode.success, episode.progress, len(episode)) == (False, {"near": False}, 5)
+    assert episode.frames.shape == (5, 32, 48, 3)
+    assert episode.masks is not None
+    assert episode.masks.shape == (5, 32, 48)
+    for frame, mask in zip(episode.frames, episode.masks, strict=True):
+        assert np.array_equal(mask, (frame != 120).any(-1))
+
+
+def test_stops_at_the_first_success_and_at_the_simulator_s_limit():
+    world, trial = world_at([0.1, 0.5], [0.3, 0.5])
+    episode = run_episode(Scripted([(0.9, 0.5)] * 8), world, trial, execute_steps=8)
+    assert (len(episode), episode.success, episode.progress) == (2, True, {"near": True})
+    assert len(run_episode(Scripted([(0.1, 0.5)]), world, trial, execute_steps=8)) == world.max_steps
+
+
+def test_chunk_termination_looks_only_after_the_chunk():
+    """The dot runs through the square within a chunk: a success by the step, none by the chunk."""
+    world, trial = world_at([0.1, 0.5], [0.3, 0.5])
+    through = Scripted([(0.9, 0.5)] * 8)
+    assert run_episode(through, world, trial, execute_steps=4, termination="step", max_steps=8).success
+    assert not run_episode(through, world, trial, execute_steps=4, termination="chunk", max_steps=8).success
+    assert run_episode(through, world, trial, execute_steps=2, termination="chunk", max_steps=8).success
+    assert run_episode(through, world, trial, execute_steps=4, termination="chunk", max_steps=2).success
+
+
+def test_noise_is_executed_and_the_clean_action_recorded():
+    world, trial = world_at([0.1, 0.1], [0.9, 0.9])
+    episode = run_episode(Scripted([(0.15, 0.1)]), world, trial, execute_steps=1, max_steps=3, perturb=lambda a: a + 0.03)
+    assert np.allclose(episode.actions, (0.15, 0.1))
+    assert np.allclose(episode.states[1], (0.18, 0.13))
+
+
+def test_without_record_there_are_no_pixels():
+    episode = run_episode(Wanderer(world := PointWorld()), world, TRIAL, execute_steps=4, record=False)
+    assert episode.frames.shape == (len(episode), 0, 0, 3)
+
+
+def test_same_trial_same_episode():
+    policy, world = wanderer()
+    first = run_episode(policy, world, TRIAL, execute_steps=4)
+    run_episode(policy, world, make_trial("u", "semantic", 6), execute_steps=4)
+    again = run_episode(policy, world, TRIAL, execute_steps=4)
+    for name in ("frames", "states", "actions"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+    with pytest.raises(ValueError, match="execute_steps and max_steps must be at least 1"):
+        run_episode(policy, world, TRIAL, execute_steps=0)
+
+
+def test_timed_policy():
+    policy = TimedPolicy(Scripted([(0.0, 0.0)]))
+    assert isinstance(policy, Policy)
+    run_episode(policy, PointWorld(), TRIAL, execute_steps=1, max_steps=7)
+    assert len(policy.seconds) == 7
+    assert min(policy.seconds) > 0
+    policy.reset(0)
+    assert policy.seconds == []
+
+
+def play(output, **changes):
+    policy, world = wanderer()
+    options = {"policy_name": "wanderer", "protocol": PROTOCOL, "output": output, "progress": False} | changes
+    trials = options.pop("trials", regime_trials(world, limit=6))
+    return evaluate(policy, world, trials, **options)
+
+
+def outcomes(path):
+    return [trial.same_outcome() for trial in read_results(path).trials]
+
+
+def test_evaluation_writes_header_lines_and_videos(tmp_path):
+    results = play(tmp_path / "r.jsonl", videos=1)
+    assert results == read_results(tmp_path / "r.jsonl")
+    header = results.header
+    assert (header["policy"], header["simulator"], header["embodiment"]) == ("wanderer", "point", "dot")
+    assert header["protocol"] == {"execute_steps": 4, "max_steps": None, "termination": "step"}
+    assert header["max_steps"] == 30
+    assert header["regimes"]["semantic"] == {"played": 6, "full": 40}
+    assert {"agra", "numpy"} <= set(header["versions"])
+    assert len(results.trials) == header["num_trials"] == 24
+    names = [trial.trial for trial in results.trials]
+    assert names == sorted(names)
+    assert 0 < sum(trial.success for trial in results.trials) < 24
+    for trial in results.trials:
+        assert trial.calls == -(-trial.steps // 4)
+        assert 0 < trial.policy_ms["p50"] <= trial.policy_ms["p95"]
+        if trial.video:
+            assert (tmp_path / trial.video).stat().st_size > 500
+    filmed = [trial.trial for trial in results.trials if trial.video]
+    assert filmed == ["attribute/00", "in_distribution/00", "instance/00", "semantic/00"]
+
+
+def test_outcomes_do_not_depend_on_the_workers(tmp_path):
+    play(tmp_path / "one.jsonl")
+    play(tmp_path / "two.jsonl", workers=2, make_player=wanderer)
+    assert outcomes(tmp_path / "one.jsonl") == outcomes(tmp_path / "two.jsonl")
+    with pytest.raises(ValueError, match="more than one worker needs make_player"):
+        play(tmp_path / "three.jsonl", workers=2)
+
+
+class Dies(Wanderer):
+    """Fails in its 60th call."""
+
+    calls = 0
+
+    def act(self, observation) -> ActionChunk:
+        Dies.calls += 1
+        if Dies.calls == 60:
+            raise KeyboardInterrupt
+        return super().act(observation)
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path):
+    play(tmp_path / "whole.jsonl")
+    world = PointWorld()
+    path = tmp_path / "r.jsonl"
+    Dies.calls = 0
+    options = {"policy_name": "wanderer", "protocol": PROTOCOL, "output": path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Dies(world), world, regime_trials(world, limit=6), **options)
+    finished = read_results(path, partial=True).trials
+    assert 3 < len(finished) < 24
+    with path.open("a") as file:
+        file.write('{"trial": "attribute/0')  # what a kill within a write leaves
+    play(path)
+    assert outcomes(path) == outcomes(tmp_path / "whole.jsonl")
+    kept = {trial.trial: trial for trial in read_results(path).trials}
+    assert all(kept[trial.trial] == trial for trial in finished)  # times too: they were not played again
+
+
+def test_a_killed_evaluation_goes_on(tmp_path):
+    """SIGKILL from outside after some lines; at most the running trial is lost."""
+    play(tmp_path / "whole.jsonl")
+    path = tmp_path / "r.jsonl"
+    script = textwrap.dedent(f"""
+        import sys, time; sys.path.insert(0, {TESTS!r})
+        from point_world import PointWorld, Wanderer
+        from agra.evaluation.protocols import Protocol, regime_trials
+        from agra.evaluation.rollout import evaluate
+        class Slow(PointWorld):
+            def reset(self, trial):
+                time.sleep(0.05)
+                return super().reset(trial)
+        world = Slow()
+        evaluate(Wanderer(world), world, regime_trials(world, limit=6), policy_name="wanderer",
+                 protocol=Protocol(execute_steps=4), output={str(path)!r}, progress=False)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 5):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 5 <= len(read_results(path, partial=True).trials) < 24
+    play(path)
+    assert outcomes(path) == outcomes(tmp_path / "whole.jsonl")
+
+
+def test_another_header_is_refused(tmp_path):
+    path = tmp_path / "r.jsonl"
+    play(path)
+    before = path.read_bytes()
+    trials = regime_trials(PointWorld(), limit=6)
+    moved = [replace(trials[0], scene={**trials[0].scene, "dot": [0.5, 0.5]}), *trials[1:]]
+    for key, change in {
+        "policy": {"policy_name": "other"},
+        "protocol": {"protocol": Protocol(execute_steps=8)},
+        "trials_sha256": {"trials": moved},
+    }.items():
+        with pytest.raises(ValueError, match=rf"r\.jsonl: holds results with {key} .* instead of .*; choose another"):
+            play(path, **change)
+    assert path.read_bytes() == before
+    play(path)  # finished: nothing is played, nothing changes
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="expected trials of one simulator, got no trials"):
+        play(tmp_path / "none.jsonl", trials=[])
+
+
+def test_expert_is_a_policy(tmp_path):
+    world = PointWorld()
+    results = evaluate(
+        Expert(world),
+        world,
+        regime_trials(world, ["instance"]),
+        policy_name="expert",
+        protocol=Protocol(execute_steps=1),
+        output=tmp_path / "expert.jsonl",
+        progress=False,
+    )
+    assert sum(trial.success for trial in results.trials) == 50
+
+
+def test_imports_no_torch():
+    code = "import sys, agra.evaluation.rollout; sys.exit('torch' in sys.modules or 'av' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,133 @@
+"""Demonstrations to an acting policy, through every stage, on a world without a renderer and with the real frozen parts."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from point_world import PointWorld, demonstrator, make_trial
+
+from agra import run
+from agra.collect import collect
+from agra.evaluation.protocols import Protocol
+from agra.evaluation.results import read_results
+from agra.evaluation.rollout import evaluate
+from agra.policy import WAMPolicy
+from agra.recipes import at_stage, tiny
+from agra.training import checkpoint
+from agra.training.stages import Stage
+from agra.wam.bridge import bridged_layers
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with demonstrations, and a config for them."""
+    folder = tmp_path_factory.mktemp("end_to_end")
+    collect("point", folder / "demonstrations", episodes=12, seed=0, demonstrator=demonstrator, progress=False)
+    config = tiny()
+    model = replace(
+        config.model,
+        frame_size=(32, 48),
+        video_dit=replace(config.model.video_dit, num_layers=3),
+        bridge=replace(config.model.bridge, layers=bridged_layers(3, 2), position_grid=(3, 2, 3)),
+        action_dit=replace(config.model.action_dit, num_blocks=2, horizon=8),
+    )
+    teacher = replace(config.alignment.teacher, input_size=(28, 42))
+    alignment = replace(config.alignment, layers=(1,), teacher=teacher)
+    data = replace(config.data, path=str(folder / "demonstrations"), cache=str(folder / "cache"), embodiments=("dot",),
+                   frame_stride=1)
+    stage = replace(config.stage, steps=6, batch_size=8, save_every=3, validate_every=3, log_every=1)
+    return folder, replace(config, model=model, alignment=alignment, data=data, stage=stage)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    folder, config = world
+    run.prepare(config)
+    previous = None
+    for stage in Stage:
+        assert run.train(at_stage(config, stage), output=folder / stage, init=previous)
+        previous = folder / stage
+    return folder, config
+
+
+def test_training_needs_prepared_features(world):
+    folder, config = world
+    data = replace(config.data, cache=str(folder / "empty"))
+    with pytest.raises(FileNotFoundError, match="not prepared; run agra prepare"):
+        run.train(replace(config, data=data), output=folder / "nowhere")
+
+
+def test_each_stage_computes_its_losses(trained):
+    folder, _ = trained
+    logged = {stage: json.loads((folder / stage / "metrics.jsonl").read_text().splitlines()[0]) for stage in Stage}
+    losses = {stage: {k for k in row if k.endswith("_loss")} for stage, row in logged.items()}
+    assert losses[Stage.ADAPT] == {"video_loss"}
+    assert losses[Stage.JOINT] == {"video_loss", "action_loss", "alignment_loss"}
+    assert losses[Stage.FINETUNE] == {"action_loss"}
+
+
+@pytest.mark.parametrize("stage", [Stage.JOINT, Stage.FINETUNE])
+def test_a_policy_is_rebuilt_from_its_checkpoint_alone(trained, tmp_path, stage):
+    folder, _ = trained
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(checkpoint.newest(folder / stage), copy)
+    policy, moved = WAMPolicy.load(folder / stage), WAMPolicy.load(copy)
+    observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
+    policy.reset(5)
+    moved.reset(5)
+    first = policy.act(observation)
+    assert first.actions.shape == (8, 2)
+    assert set(first.timings) == {"prepare", "condition", "act"}
+    np.testing.assert_array_equal(first.actions, moved.act(observation).actions)
+    assert not np.array_equal(first.actions, policy.act(observation).actions)  # fresh noise for every chunk
+    policy.reset(5)
+    np.testing.assert_array_equal(first.actions, policy.act(observation).actions)
+
+
+def test_actions_come_back_in_the_robots_units(trained):
+    folder, _ = trained
+    policy = WAMPolicy.load(folder / Stage.JOINT)
+    stats = policy.stats["dot"]
+    extremes = torch.zeros(1, 2, policy.config.model.action_dit.action_dim)
+    extremes[0, 0], extremes[0, 1] = -1, 1
+    low, high = policy.unnormalize(extremes, "dot")[0]
+    np.testing.assert_allclose(low, stats.action["min"], atol=1e-6)
+    np.testing.assert_allclose(high, stats.action["max"], atol=1e-6)
+
+
+def test_evaluation_runs_the_checkpoint(trained, tmp_path):
+    folder, _ = trained
+    world = PointWorld()
+    trials = [make_trial(f"in_distribution/{i}", "in_distribution", i) for i in range(3)]
+    evaluate(WAMPolicy.load(folder / Stage.JOINT), world, trials, output=tmp_path / "results.jsonl",
+             protocol=Protocol(execute_steps=4), policy_name="joint")
+    assert len(read_results(tmp_path / "results.jsonl").trials) == 3
+
+
+def test_what_cannot_act_is_refused(trained):
+    folder, _ = trained
+    with pytest.raises(ValueError, match="a checkpoint of the adapt stage cannot act"):
+        WAMPolicy.load(folder / Stage.ADAPT)
+    policy = WAMPolicy.load(folder / Stage.JOINT)
+    observation = replace(PointWorld().reset(make_trial("t", "in_distribution", 3)), embodiment="gr1")
+    with pytest.raises(ValueError, match=r"not trained on embodiment 'gr1'; it knows \['dot'\]"):
+        policy.act(observation)
+
+
+def test_a_flipped_byte_is_named(trained, tmp_path):
+    folder, _ = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint.newest(folder / Stage.JOINT), copy)
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 4
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors: checksum differs"):
+        WAMPolicy.load(copy)

@@ -1,0 +1,82 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+
+TESTS = str(Path(__file__).parent)
+sys.path.insert(0, TESTS)
+
+import pytest
+
+from agra.workers import as_finished
+
+
+def player() -> list[int]:
+    return [os.getpid()]
+
+
+def play(state: list[int], item: int) -> tuple[int, int, int]:
+    state.append(item)
+    if item == 13:
+        raise ValueError("unlucky item")
+    if item == 99:
+        os._exit(3)
+    return item, state[0], len(state)
+
+
+def wait(state: list[int], item: int) -> int:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    return item
+
+
+def test_one_worker_is_this_process():
+    found = list(as_finished(play, range(4), make_player=player, workers=1))
+    assert found == [(item, os.getpid(), item + 2) for item in range(4)]
+    assert list(as_finished(play, [], make_player=player, workers=4)) == []
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_each_process_keeps_its_player(workers):
+    import test_workers
+
+    found = list(as_finished(test_workers.play, range(8), make_player=test_workers.player, workers=workers))
+    assert sorted(item for item, _, _ in found) == list(range(8))
+    processes = {process for _, process, _ in found}
+    assert os.getpid() not in processes
+    assert len(processes) <= workers
+    assert sum(max(n for _, p, n in found if p == process) - 1 for process in processes) == 8
+
+
+def test_failures_arrive():
+    import test_workers
+
+    for items, error in (([1, 13], ValueError), ([1, 99], BrokenExecutor)):
+        with pytest.raises(error):
+            list(as_finished(test_workers.play, items, make_player=test_workers.player, workers=2))
+    with pytest.raises(ValueError, match="workers: expected at least 1"):
+        list(as_finished(play, [1], make_player=player, workers=0))
+
+
+def test_workers_end_with_a_killed_parent():
+    script = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {TESTS!r})
+        import test_workers
+        from agra.workers import as_finished
+        if __name__ == "__main__":
+            list(as_finished(test_workers.wait, [1, 2], make_player=test_workers.player, workers=2))
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    for _ in range(200):
+        if not any(Path(f"/proc/{worker}").exists() for worker in workers):
+            return
+        time.sleep(0.05)
+    pytest.fail("workers outlive their parent")
