@@ -5,16 +5,17 @@ import sys
 import textwrap
 from pathlib import Path
 
-TESTS = str(Path(__file__).parent)
-sys.path.insert(0, TESTS)
+sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import pytest
-from point_world import PointWorld, demonstrator, training_trials
 
 from agra.collect import ActionNoise, collect
 from agra.data.lerobot import LeRobotDataset
 from agra.types import Embodiment
+from point_world import PointWorld, demonstrator, training_trials
+
+TESTS = str(Path(__file__).parent)
 
 NOISE = ActionNoise(std={"a_*": 0.02})
 

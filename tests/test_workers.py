@@ -7,12 +7,13 @@ import time
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
-TESTS = str(Path(__file__).parent)
-sys.path.insert(0, TESTS)
+sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
 from agra.workers import as_finished
+
+TESTS = str(Path(__file__).parent)
 
 
 def player() -> list[int]:

@@ -6,6 +6,7 @@ Here the frozen encoders of `wam` and `alignment` meet the cache of `data`. A co
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from agra.config import RunConfig
 from agra.data import cache
 from agra.data.lerobot import LeRobotDataset
 from agra.data.mixture import held_out
+from agra.training import checkpoint
 from agra.types import Episode
 from agra.wam.codec import Codec, PatchPCACodec, load_codec, to_video
 from agra.wam.model import WAMConfig
@@ -90,20 +92,42 @@ class Instruction:
         return {"instruction": self._known[episode.instruction]}
 
 
-def features(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device | str = "cpu") -> list[cache.Feature]:
-    """The frozen features that the config's stage needs, each knowing the key that it is cached under."""
-    codec = open_codec(config, dataset).to(device)
+def prepare(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device | str = "cpu") -> dict[str, Path]:
+    """Compute and cache what the config's stage needs; returns each feature's folder by name.
+
+    Leaves an index beside the folders, so that training finds them without loading a frozen network.
+    """
     wanted: list[cache.Feature] = [
-        Latents(codec, config.model, config.data.frame_stride),
+        Latents(_open_codec(config, dataset).to(device), config.model, config.data.frame_stride),
         Instruction(load_text_encoder(config.model.text)),
     ]
     if config.aligns:
         assert config.alignment is not None
         wanted.append(Targets(load_teacher(config.alignment.teacher).to(device), config.model))
-    return wanted
+    root = Path(config.data.cache)
+    folders = cache.prepare(dataset, wanted, root)
+    found = {feature.name: folder for feature, folder in zip(wanted, folders, strict=True)}
+    checkpoint.write_text(_index(config, dataset), json.dumps({k: v.name for k, v in found.items()}, indent=2) + "\n")
+    return found
 
 
-def open_codec(config: RunConfig, dataset: LeRobotDataset) -> Any:
+def open_features(config: RunConfig, dataset: LeRobotDataset) -> dict[str, cache.CachedFeature]:
+    """What `prepare` made for these settings and this dataset. Raises FileNotFoundError naming the remedy."""
+    index = _index(config, dataset)
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{config.data.cache}: nothing is prepared for {config.data.path} with these settings; run agra prepare with "
+            "the same recipe, stage and flags"
+        )
+    return {name: cache.CachedFeature.open(index.parent / folder) for name, folder in json.loads(index.read_text()).items()}
+
+
+def codec_file(config: RunConfig, dataset: LeRobotDataset) -> Path:
+    """Where the codec fit on this dataset's training episodes lies."""
+    return Path(config.data.cache) / f"codec-{_digest(_codec_settings(config, dataset))}.safetensors"
+
+
+def _open_codec(config: RunConfig, dataset: LeRobotDataset) -> Any:
     """The frozen codec; a patch PCA is fit on the training episodes the first time and kept in the cache folder."""
     if config.model.codec.kind != "patch_pca":
         return load_codec(config.model.codec)
@@ -114,12 +138,21 @@ def open_codec(config: RunConfig, dataset: LeRobotDataset) -> Any:
     return load_codec(config.model.codec, path)
 
 
-def codec_file(config: RunConfig, dataset: LeRobotDataset) -> Path:
-    """Where the codec fit on this dataset's training episodes lies."""
-    decides = {"dataset": dataset.fingerprint, "frame_size": config.model.frame_size, "stride": config.data.frame_stride,
-               "channels": config.model.codec.channels, "held_out": config.data.validation_fraction}
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(config.data.cache) / f"codec-{digest}.safetensors"
+def _index(config: RunConfig, dataset: LeRobotDataset) -> Path:
+    """Named after all settings that the features follow from, as the config states them."""
+    teacher = asdict(config.alignment.teacher) if config.alignment is not None and config.aligns else None
+    settings = {"codec": _codec_settings(config, dataset), "text": asdict(config.model.text), "teacher": teacher,
+                "num_frames": config.model.num_frames, "camera": dataset.camera}
+    return Path(config.data.cache) / f"prepared-{_digest(settings)}.json"
+
+
+def _codec_settings(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Any]:
+    return {"dataset": dataset.fingerprint, "frame_size": config.model.frame_size, "stride": config.data.frame_stride,
+            "codec": asdict(config.model.codec), "held_out": config.data.validation_fraction}
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _codec_videos(config: RunConfig, dataset: LeRobotDataset) -> Iterator[Tensor]:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from agra import prepare as frozen
 from agra.alignment.teacher import load_teacher
 from agra.config import RunConfig
-from agra.data import cache
 from agra.data.lerobot import LeRobotDataset
 from agra.data.mixture import WindowSampler
 from agra.data.normalize import NormStats
@@ -15,7 +15,7 @@ from agra.diagnostics.report import PolicyEntry, build_report
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
 from agra.policy import WAMPolicy
-from agra.prepare import codec_file, features, window_references
+from agra.prepare import codec_file, window_references
 from agra.simulators.registry import expert, make
 from agra.training import checkpoint
 from agra.training.loop import Trainer, initialize, seed_everything
@@ -30,14 +30,13 @@ _MOMENTS = (0.0, 0.15, 0.3, 0.45)
 def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
     """Compute and cache the frozen features that the config's stage needs; returns their folders."""
     dataset = LeRobotDataset(config.data.path, camera=config.data.camera)
-    return cache.prepare(dataset, features(config, dataset, device=device), Path(config.data.cache))
+    return list(frozen.prepare(config, dataset, device=device).values())
 
 
 def train(config: RunConfig, *, output: Path, init: Path | None = None, device: str = "cpu") -> bool:
     """Train one stage into `output`, resuming a run found there. False if a signal stopped it early."""
     dataset = LeRobotDataset(config.data.path, camera=config.data.camera)
-    wanted = features(config, dataset, device=device)
-    opened = {feature.name: cache.CachedFeature.open(dataset, feature, Path(config.data.cache)) for feature in wanted}
+    opened = frozen.open_features(config, dataset)
     stats = {dataset.embodiment: NormStats.of(dataset, config.data.normalization)}
     sampler = WindowSampler(config.data, dataset, opened, stats, horizon=config.model.action_dit.horizon,
                             references=window_references(config), batch_size=config.stage.batch_size,

@@ -42,7 +42,7 @@ class Words(Brightness):
         return {"words": np.array([[len(word)] for word in episode.instruction.split()], dtype=np.float16)}
 
 
-@pytest.fixture()
+@pytest.fixture
 def dataset(tmp_path) -> LeRobotDataset:
     rng = np.random.default_rng(0)
     episodes = [
@@ -65,7 +65,7 @@ def test_values_and_partial_reads(dataset, tmp_path):
     (path,) = prepare(dataset, [feature], tmp_path / "cache", progress=False)
     assert path == folder(dataset, feature, tmp_path / "cache")
     for limit in (0, 10**9):
-        cached = CachedFeature.open(dataset, feature, tmp_path / "cache", memory_limit=limit)
+        cached = CachedFeature.open(folder(dataset, feature, tmp_path / "cache"), memory_limit=limit)
         assert (cached._memory is None) == (limit == 0)
         assert cached.shape == (16,)
         for index, length in enumerate(LENGTHS):
@@ -106,7 +106,7 @@ def test_key_camera_and_contents_decide(dataset, tmp_path):
 def test_missing_and_unfinished(dataset, tmp_path):
     root = tmp_path / "cache"
     with pytest.raises(FileNotFoundError, match="feature 'brightness' is not prepared; run agra prepare"):
-        CachedFeature.open(dataset, Brightness(), root)
+        CachedFeature.open(folder(dataset, Brightness(), root))
 
     class Fails(Brightness):
         def compute(self, episode: Episode) -> dict[str, np.ndarray]:
@@ -117,13 +117,13 @@ def test_missing_and_unfinished(dataset, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         prepare(dataset, [Fails()], root, progress=False)
     with pytest.raises(FileNotFoundError, match="only 2 of 3 episodes are prepared; run agra prepare"):
-        CachedFeature.open(dataset, Brightness(), root)
+        CachedFeature.open(folder(dataset, Brightness(), root))
     feature = Brightness()
     (path,) = prepare(dataset, [feature], root, progress=False)
     assert feature.computed == 1
     (path / "episode-000001.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"episode-000001\.safetensors: prepared file is missing"):
-        CachedFeature.open(dataset, feature, root)
+        CachedFeature.open(folder(dataset, feature, root))
 
 
 def test_kill_leaves_nothing_half(dataset, tmp_path):
@@ -149,7 +149,7 @@ def test_kill_leaves_nothing_half(dataset, tmp_path):
     feature = Brightness()
     prepare(dataset, [feature], tmp_path, progress=False)
     assert feature.computed == 2
-    cached = CachedFeature.open(dataset, feature, tmp_path)
+    cached = CachedFeature.open(folder(dataset, feature, tmp_path))
     assert np.array_equal(cached.read(1), Brightness().compute(dataset.episode(1))["brightness"])
 
 
@@ -158,9 +158,9 @@ def test_damage_is_named(dataset, tmp_path):
     file = path / "episode-000002.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"episode-000002\.safetensors: damaged .* run agra prepare"):
-        CachedFeature.open(dataset, Brightness(), tmp_path)
+        CachedFeature.open(folder(dataset, Brightness(), tmp_path))
     with pytest.raises(ValueError, match=r"episode-000002\.safetensors: damaged"):
-        CachedFeature.open(dataset, Brightness(), tmp_path, memory_limit=0).read(2, rows=[1])
+        CachedFeature.open(folder(dataset, Brightness(), tmp_path), memory_limit=0).read(2, rows=[1])
 
 
 def test_episodes_that_disagree_are_refused(dataset, tmp_path):

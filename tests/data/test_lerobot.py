@@ -39,7 +39,7 @@ def original(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def copy(original, tmp_path) -> Path:
     shutil.copytree(original, tmp_path / "copy")
     return tmp_path / "copy"
@@ -107,7 +107,7 @@ def test_cameras_are_chosen_by_name(copy):
 
 
 def test_missing_dataset_and_files(copy, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no LeRobot dataset here.*agra collect"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no LeRobot dataset here.*agra collect"):
         LeRobotDataset(tmp_path / "nowhere")
     (copy / DATA).unlink()
     with pytest.raises(FileNotFoundError, match=r"data/chunk-000/file-000\.parquet: file is missing"):
@@ -176,7 +176,7 @@ def test_frames_that_disagree(copy):
 def test_announced_episodes_that_are_missing(copy):
     path = copy / "meta/info.json"
     path.write_text(path.read_text().replace('"total_episodes": 3', '"total_episodes": 4'))
-    with pytest.raises(ValueError, match="expected the episodes 0 to 3 .* found 3 rows"):
+    with pytest.raises(ValueError, match=r"expected the episodes 0 to 3 .* found 3 rows"):
         LeRobotDataset(copy)
 
 

@@ -92,7 +92,9 @@ def test_rows(written):
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == list(LENGTHS)
     assert {file.metadata.row_group(0).column(i).compression for i in range(8)} == {"SNAPPY"}
     reference = pq.read_schema(REFERENCE / "data/chunk-000/file-000.parquet")
-    assert [(f.name, f.type) for f in file.schema_arrow if f.name != "next.done"] == [(f.name, f.type) for f in reference]
+    assert [(f.name, f.type) for f in file.schema_arrow if f.name != "next.done"] == [
+        (f.name, f.type) for f in reference
+    ]
     assert file.schema_arrow.field("next.done").type == pa.bool_()
     rows = file.read().to_pydict()
     assert rows["index"] == list(range(21))
@@ -188,7 +190,7 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="there: already exists"):
         LeRobotWriter(tmp_path / "there", embodiment=ROBOT, fps=10)
     mixed = [EPISODES[0], make_episode(1, 5, height=64)]
-    with pytest.raises(ValueError, match="episode 1 differs from episode 0 in 'observation.images.ego_view'"):
+    with pytest.raises(ValueError, match=r"episode 1 differs from episode 0 in 'observation.images.ego_view'"):
         write_dataset(tmp_path / "mixed", mixed, embodiment=ROBOT, fps=10)
     with pytest.raises(ValueError, match=r"observation.state: expected \(N, 1\)"):
         write_dataset(
@@ -197,6 +199,6 @@ def test_refusals(tmp_path):
             embodiment=Embodiment(name="bot", state_names=("a",), action_names=("u", "v")),
             fps=10,
         )
-    with pytest.raises(ValueError, match="extra column 'next.reward'"):
+    with pytest.raises(ValueError, match=r"extra column 'next.reward'"):
         encode_episode(EPISODES[0], extra={"next.reward": np.zeros(3)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 from torch import Tensor
 
 from agra.batch import Batch
-from agra.data.cache import CachedFeature, prepare
+from agra.data.cache import CachedFeature, folder, prepare
 from agra.data.lerobot import LeRobotDataset
 from agra.data.lerobot_writer import write_dataset
 from agra.data.mixture import DataConfig, WindowSampler, held_out
@@ -68,7 +68,7 @@ def parts(tmp_path_factory):
     dataset = LeRobotDataset(root / "set")
     features = [Labels("latents"), Labels("instruction"), Labels("targets")]
     prepare(dataset, features, root, progress=False)
-    opened = {f.name: CachedFeature.open(dataset, f, root) for f in features}
+    opened = {f.name: CachedFeature.open(folder(dataset, f, root)) for f in features}
     return dataset, opened, {"bot": NormStats.of(dataset, "min_max")}
 
 

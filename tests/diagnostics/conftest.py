@@ -68,6 +68,7 @@ class StandInPolicy:
 
     name = "stand-in"
     action_steps = 4
+    config = SimpleNamespace(alignment=SimpleNamespace(layers=(2,)))
 
     def __init__(self, model) -> None:
         self.model = model.eval()

@@ -144,7 +144,7 @@ def test_malformed_lines_are_named(tmp_path):
     write(path, A)
     lines = path.read_text().splitlines(keepends=True)
     cases = {
-        3: lines[:2] + ["{broken\n"] + lines[3:],
+        3: [*lines[:2], "{broken\n", *lines[3:]],
         4: [*lines[:3], json.dumps({"trial": "x"}) + "\n", *lines[4:]],
         6: [*lines[:5], lines[2], *lines[6:]],
         1: lines[1:],

@@ -6,17 +6,18 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-TESTS = str(Path(__file__).parents[1])
-sys.path.insert(0, TESTS)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import pytest
-from point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
 
 from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import TimedPolicy, evaluate, run_episode
 from agra.types import ActionChunk, Policy
+from point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
+
+TESTS = str(Path(__file__).parents[1])
 
 TRIAL = make_trial("t", "semantic", 5)
 PROTOCOL = Protocol(execute_steps=4)
@@ -75,7 +76,9 @@ def test_chunk_termination_looks_only_after_the_chunk():
 
 def test_noise_is_executed_and_the_clean_action_recorded():
     world, trial = world_at([0.1, 0.1], [0.9, 0.9])
-    episode = run_episode(Scripted([(0.15, 0.1)]), world, trial, execute_steps=1, max_steps=3, perturb=lambda a: a + 0.03)
+    episode = run_episode(
+        Scripted([(0.15, 0.1)]), world, trial, execute_steps=1, max_steps=3, perturb=lambda a: a + 0.03
+    )
     assert np.allclose(episode.actions, (0.15, 0.1))
     assert np.allclose(episode.states[1], (0.18, 0.13))
 

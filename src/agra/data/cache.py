@@ -81,20 +81,15 @@ class CachedFeature:
         self._memory = [self._load(index) for index in range(self.num_episodes)] if in_memory else None
 
     @classmethod
-    def open(
-        cls, dataset: LeRobotDataset, feature: Feature, root: Path, *, memory_limit: int = 2 * 2**30
-    ) -> "CachedFeature":
-        """Open a feature that `prepare` has finished; up to `memory_limit` bytes are read into memory.
+    def open(cls, path: Path, *, memory_limit: int = 2 * 2**30) -> "CachedFeature":
+        """Open a folder that `prepare` has finished; up to `memory_limit` bytes are read into memory.
 
         Raises FileNotFoundError where it is missing or unfinished.
         """
-        path = folder(dataset, feature, root)
         if not (path / MANIFEST).is_file():
             there = len(list(path.glob("*.safetensors")))
-            state = f"only {there} of {dataset.num_episodes} episodes are prepared" if there else "not prepared"
-            raise FileNotFoundError(
-                f"{path}: feature {feature.name!r} is {state}; run agra prepare with these settings"
-            )
+            state = f"only {there} episodes are prepared" if there else "not prepared"
+            raise FileNotFoundError(f"{path}: {state}; run agra prepare with these settings")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         missing = [index for index in range(manifest["episodes"]) if not _file(path, index).is_file()]
         if missing:

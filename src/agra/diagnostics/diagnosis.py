@@ -46,7 +46,7 @@ class DiagnosisConfig:
     gallery: int = 6
     """Samples, spread over the list, that get maps and pictures."""
     pca_layers: tuple[int, ...] | None = None
-    """Video layers to picture; None takes the bridged ones."""
+    """Video layers to picture; None takes the bridged and the aligned ones."""
     mask_threshold: float = 0.25
     """Share of a token's pixels that the mask must cover."""
     steps: int | None = None
@@ -114,12 +114,17 @@ def diagnose(
         "teacher": teacher_name if teacher is not None else None,
         "grid": list(stacked["mask"].shape[1:]),
         "bridged_layers": list(policy.model.bridged_layers),
+        "aligned_layers": list(_aligned_layers(policy)),
         "gallery": gallery.tolist(),
         "summary": summarise(rows, config.kinds, seed=seed),
     }
     diagnosis = Diagnosis(header=header, rows=rows, arrays=stacked)
     write_diagnosis(diagnosis, output)
     return diagnosis
+
+
+def _aligned_layers(policy: "WAMPolicy") -> tuple[int, ...]:
+    return () if policy.config.alignment is None else policy.config.alignment.layers
 
 
 class _Instrument:
@@ -134,9 +139,8 @@ class _Instrument:
         inputs = policy.prepare([sample.observation])
         self.state, self.embodiment = inputs.state, inputs.embodiment
         self.noise = policy.action_noise(1, self.seed)
-        self.pca_layers = tuple(
-            sorted(set(self.model.bridged_layers if config.pca_layers is None else config.pca_layers))
-        )
+        read = {*self.model.bridged_layers, *_aligned_layers(policy)}
+        self.pca_layers = tuple(sorted(read if config.pca_layers is None else set(config.pca_layers)))
         self.hidden: dict[int, Tensor] = self.model.condition(
             inputs.observation_latent,
             policy.video_noise(1, self.seed),

@@ -19,7 +19,8 @@ import numpy as np
 from agra.diagnostics.figures import Series, line_chart, swatch
 from agra.diagnostics.record import Diagnosis, plain, read_diagnosis
 from agra.diagnostics.report_evaluation import evaluation_section
-from agra.diagnostics.report_grounding import RAMP, gallery_section, grounding_section
+from agra.diagnostics.report_gallery import RAMP, gallery_section
+from agra.diagnostics.report_grounding import grounding_section
 from agra.diagnostics.report_tables import Table, number
 from agra.evaluation.results import Results, read_results
 

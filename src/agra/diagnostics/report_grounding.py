@@ -1,6 +1,5 @@
-"""The report's grounding tables and its gallery, from diagnosis folders.                        4.2.1; Table 1, Figs. 2-5"""
+"""The report's grounding tables and charts, from diagnosis folders.                                4.2.1; Table 1, Fig. 4"""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from agra.diagnostics.figures import Interval, data_uri, interval_chart, outline, packed, packed_colours
+from agra.diagnostics.figures import Interval, interval_chart
 from agra.diagnostics.metrics import (
     Estimate,
     SensitivityRatio,
@@ -28,9 +27,6 @@ from agra.diagnostics.report_tables import (
     number,
     percent,
 )
-
-RAMP = ((0, 0, 4), (50, 10, 94), (120, 28, 109), (188, 55, 84), (236, 105, 37), (251, 180, 26), (252, 255, 164))
-"""Dark to bright with steadily rising lightness, readable under every common colour vision deficiency."""
 
 Column = tuple[int, str, Diagnosis | None]
 """A policy's number, name and diagnosis."""
@@ -179,7 +175,6 @@ def _average_rows(
             cells=[
                 estimate_cell(getattr(ratios[i, kind], name)) if (i, kind) in ratios else MISSING for i, _, _ in columns
             ],
-            verdicts=[Cell(text="") for _ in columns[1:]],
         )
         for kind in kinds
         for name, label in averages
@@ -213,178 +208,49 @@ def _note(diagnoses: Sequence[Diagnosis], named: Sequence[tuple[str, Diagnosis]]
     return " ".join(parts)
 
 
+def block_names(diagnoses: Sequence[Diagnosis]) -> list[str]:
+    """The cross-attention blocks, 1-based, with the video layer that each reads where all policies agree on it."""
+    names = []
+    for block in range(max(d.arrays["attention"].shape[1] for d in diagnoses)):
+        layers = {d.header["bridged_layers"][block] for d in diagnoses if block < len(d.header["bridged_layers"])}
+        names.append(f"block {block + 1}" + (f", video layer {layers.pop()}" if len(layers) == 1 else ""))
+    return names
+
+
+Groups = list[tuple[str, list[Interval]]]
+
+
+def _dot(name: str, index: int, estimate: Estimate, form=number) -> Interval:
+    label = f"{name}: {form(estimate.value)}"
+    return Interval(label=label, index=index, value=estimate.value, low=estimate.low, high=estimate.high)
+
+
+def _ceiling(groups: Groups, least: float) -> float:
+    """The end of an axis from 0 that shows everything finite, and at least `least`."""
+    ends = [end for _, dots in groups for dot in dots for end in (dot.value, dot.high)]
+    return 1.06 * max([least, *(end for end in ends if math.isfinite(end))])
+
+
 def _block_chart(known: Sequence[tuple[int, str, Diagnosis]]) -> Markup:
-    blocks = max(d.arrays["attention"].shape[1] for _, _, d in known)
-    groups, ceiling, even = [], 0.0, math.nan
-    for block in range(blocks):
-        dots = []
-        for index, name, diagnosis in known:
-            rows = [row["in_mask_ratio_by_block"] for row in diagnosis.rows]
-            values = np.array([math.nan if r is None or block >= len(r) else r[block] for r in rows])
-            one = bootstrap_interval(values, groups=_trials(diagnosis), resamples=500)
-            dots.append(
-                Interval(
-                    label=f"{name}: {percent(one.value)}", index=index, value=one.value, low=one.low, high=one.high
-                )
-            )
-            ceiling = max([ceiling, *(v for v in (one.value, one.high) if math.isfinite(v))])
-        layers = {d.header["bridged_layers"][block] for _, _, d in known if block < len(d.header["bridged_layers"])}
-        layer = f", video layer {layers.pop()}" if len(layers) == 1 else ""
-        groups.append((f"block {block + 1}{layer}", dots))
-        even = float(np.nanmean(known[0][2].values("uniform_in_mask_ratio")))
-    limits = (0.0, max(ceiling, even if math.isfinite(even) else 0, 0.01) * 1.08)
-    reference = even if math.isfinite(even) else None
-    return interval_chart(
-        groups, title="Attention in the mask by block", limits=limits, percent=True, reference=reference
-    )
+    def estimate(diagnosis: Diagnosis, block: int) -> Estimate:
+        rows = [row["in_mask_ratio_by_block"] for row in diagnosis.rows]
+        values = np.array([math.nan if row is None or block >= len(row) else row[block] for row in rows])
+        return bootstrap_interval(values, groups=_trials(diagnosis), resamples=500)
+
+    groups: Groups = [
+        (title, [_dot(name, index, estimate(diagnosis, block), percent) for index, name, diagnosis in known])
+        for block, title in enumerate(block_names([d for _, _, d in known]))
+    ]
+    shares = known[0][2].values("uniform_in_mask_ratio")
+    even = float(shares[np.isfinite(shares)].mean()) if np.isfinite(shares).any() else None
+    limits = (0.0, _ceiling(groups, even or 0.01))
+    return interval_chart(groups, title="Attention in the mask by block", limits=limits, percent=True, reference=even)
 
 
 def _ratio_chart(
     known: Sequence[tuple[int, str, Diagnosis]], kinds: Sequence[str], ratios: dict[tuple[int, str], SensitivityRatio]
 ) -> Markup:
-    groups, ceiling = [], 1.2
-    for kind in kinds:
-        dots = []
-        for index, name, _ in known:
-            one = ratios[index, kind].ratio
-            dots.append(
-                Interval(label=f"{name}: {number(one.value)}", index=index, value=one.value, low=one.low, high=one.high)
-            )
-            ceiling = max([ceiling, *(v for v in (one.value, one.high) if math.isfinite(v))])
-        groups.append((TITLES[kind], dots))
-    return interval_chart(groups, title="Matched sensitivity ratio", limits=(0.0, ceiling * 1.05), reference=1.0)
-
-
-def gallery_section(columns: Sequence[Column]) -> dict[str, Any] | None:
-    """The samples that all diagnosed policies have pictures of; None if there are none."""
-    known = [(i, d) for i, _, d in columns if d is not None and d.header["gallery"]]
-    if not known:
-        return None
-    pictured = [{d.keys[row]: place for place, row in enumerate(d.header["gallery"])} for _, d in known]
-    keys = [key for key in pictured[0] if all(key in other for other in pictured)]
-    if not keys:
-        return None
-    first = known[0][1]
-    kinds = [kind for kind in TITLES if all(f"sensitivity_{kind}" in d.arrays for _, d in known)]
-    layers = sorted(
-        {int(n.removeprefix("pca_layer_")) for _, d in known for n in d.arrays if n.startswith("pca_layer_")}
-    )
-    samples, payload = [], []
-    for key in keys:
-        places = [place[key] for place in pictured]
-        payload.append(_sample_data([(d, p) for (_, d), p in zip(known, places, strict=True)], kinds, layers))
-        samples.append(_sample_head(first, places[0], payload[-1], [i for i, _ in known], known, key, kinds, layers))
-    frames = int(first.header["grid"][0])
-    data = {"frames": frames, "ramp": RAMP, "samples": payload}
-    bridged = {tuple(d.header["bridged_layers"]) for _, d in known}
-    blocks = max(d.arrays["attention"].shape[1] for _, d in known)
-    names = [f"block {b + 1}" + (f" (video layer {first.header['bridged_layers'][b]})" if len(bridged) == 1 else "")
-             for b in range(blocks)]  # fmt: skip
-    return {
-        "samples": samples,
-        "data": Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
-        "frames": frames,
-        "blocks": ["mean of all blocks", *names],
-        "layers": layers,
-        "layer": layers[len(layers) // 2] if layers else None,
-        "columns": 1 + len(kinds) + bool(layers),
-        "teacher": next((d.header["teacher"] for _, d in known if d.header["teacher"]), None),
-        "intro": (
-            "What each policy reads, and what moves its action, at the same moments under the same noise. The policy sees "
-            "the first frame only; the later frames and masks come from the recording and stand for the latent frames "
-            "that the video DiT imagines. Samples are spread evenly over the list, not chosen."
-        ),
-        "legend": _legend(first, kinds, bool(layers)),
-    }
-
-
-def _sample_data(arms: Sequence[tuple[Diagnosis, int]], kinds: Sequence[str], layers: Sequence[int]) -> dict[str, Any]:
-    """What the page's script draws from, for one sample."""
-    diagnosis, place = arms[0]
-    frames, masks = diagnosis.arrays["frames"][place], diagnosis.arrays["frame_masks"][place]
-
-    def arm(diagnosis: Diagnosis, place: int) -> dict[str, Any]:
-        attention = diagnosis.arrays["attention"][diagnosis.header["gallery"][place]]
-        return {
-            "attention": packed(np.concatenate([attention.mean(axis=0, keepdims=True), attention])),
-            "maps": {kind: packed(diagnosis.arrays[f"sensitivity_{kind}"][place]) for kind in kinds},
-            "pca": {
-                str(layer): packed_colours(diagnosis.arrays[f"pca_layer_{layer}"][place])
-                for layer in layers
-                if f"pca_layer_{layer}" in diagnosis.arrays
-            },
-        }
-
-    teacher = next((d.arrays["pca_teacher"][p] for d, p in arms if "pca_teacher" in d.arrays), None)
-    return {
-        "frames": [data_uri(frame) for frame in frames],
-        "outlines": [outline(mask) for mask in masks],
-        "teacher": None if teacher is None else packed_colours(teacher),
-        "arms": [arm(*a) for a in arms],
-    }
-
-
-def _sample_head(
-    first: Diagnosis,
-    place: int,
-    data: dict[str, Any],
-    indices: Sequence[int],
-    known: Sequence[tuple[int, Diagnosis]],
-    key: tuple[str, int],
-    kinds: Sequence[str],
-    layers: Sequence[int],
-) -> dict[str, Any]:
-    """What the template prints around one sample's pictures."""
-    row = first.rows[first.header["gallery"][place]]
-    height, width = first.arrays["frames"].shape[2:4]
-
-    def panels(diagnosis: Diagnosis, arm: dict[str, Any]) -> list[dict[str, str]]:
-        own = diagnosis.rows[diagnosis.keys.index(key)]
-        share = own["in_mask_ratio"]
-        caption = "" if share is None else f"{percent(share)} in mask, evenly {percent(own['uniform_in_mask_ratio'])}"
-        heat = [
-            {"kind": "map", "name": kind, "title": f"Sensitivity, {kind}", "caption": f"peak\u00a0Δ\u00a0{number(arm['maps'][kind]['peak'], 2)}"}
-            for kind in kinds
-        ]  # fmt: skip
-        pca = [{"kind": "pca", "name": "", "title": "Video DiT PCA", "caption": ""}] if layers else []
-        return [{"kind": "attention", "name": "", "title": "Attention", "caption": caption}, *heat, *pca]
-
-    arms = [
-        {"index": index, "position": position, "panels": panels(diagnosis, data["arms"][position])}
-        for position, (index, (_, diagnosis)) in enumerate(zip(indices, known, strict=True))
+    groups: Groups = [
+        (TITLES[kind], [_dot(name, index, ratios[index, kind].ratio) for index, name, _ in known]) for kind in kinds
     ]
-    return {
-        "instruction": row["instruction"],
-        "regime": row["regime"].replace("_", " "),
-        "trial": row["trial"],
-        "step": row["step"],
-        "width": int(width),
-        "height": int(height),
-        "first": data["frames"][0],
-        "teacher": data["teacher"] is not None,
-        "arms": arms,
-    }
-
-
-def _legend(first: Diagnosis, kinds: Sequence[str], pictured: bool) -> list[str]:
-    lines = [
-        "Attention: averaged over heads, action tokens and denoising steps, without the state token. The colours of a "
-        "picture run from its least to its greatest value, so a dull picture may still be an even one: compare the "
-        "percentage in the mask with what evenly spread attention would give."
-    ]
-    if kinds:
-        cell = (
-            "one position in all latent frames at once, so these maps do not change with the latent frame"
-            if first.header["settings"]["map_unit"] == "column"
-            else "one token of one latent frame"
-        )
-        lines.append(
-            f"Sensitivity: how far the normalised action chunk moves (Δ, Euclidean) when the hidden tokens of a cell, {cell}, "
-            "are replaced in every bridged layer by their mean over the sample, or by zeros; same action noise on both sides."
-        )
-    if pictured:
-        lines.append(
-            "PCA: the first three principal components as red, green and blue, fitted jointly over all samples shown, for "
-            "each layer and the teacher alone. Colours can be compared between samples of one source, not between sources."
-        )
-    return lines
+    return interval_chart(groups, title="Matched sensitivity ratio", limits=(0.0, _ceiling(groups, 1.2)), reference=1.0)

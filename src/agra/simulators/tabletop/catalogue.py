@@ -227,7 +227,9 @@ CONTAINERS: tuple[Container, ...] = (BOX, PLATE, BOWL, BASKET)
 
 
 def _oval() -> tuple[Part, ...]:
-    base = tuple(disc(0.048, 0.003, (0.55, 0.33, 0.15), (x, 0, 0.003)) for x in (-0.015, -0.0075, 0, 0.0075, 0.015))
+    # Heights differ by a hair, so that overlapping tops do not flicker.
+    xs = (0.0, -0.0075, 0.0075, -0.015, 0.015)
+    base = tuple(disc(0.048, 0.003 - 0.0002 * i, (0.66, 0.42, 0.20), (x, 0, 0.003)) for i, x in enumerate(xs))
     return (*base, *ring(0.050, 0.006, 0.0035, (BROWN,), z=0.007, count=24, stretch=1.3))
 
 
@@ -349,8 +351,8 @@ FURNITURE = {container.name: container for container in (*CONTAINERS, *PLATES, S
 DEFAULT_TABLECLOTH = "grey"
 TABLECLOTHS: dict[str, tuple[Colour, Colour]] = {
     "grey": ((0.50, 0.53, 0.57), (0.53, 0.56, 0.60)),
-    "blue checks": ((0.30, 0.45, 0.72), (0.78, 0.84, 0.92)),
-    "sand": ((0.80, 0.70, 0.52), (0.76, 0.66, 0.48)),
-    "plum": ((0.42, 0.24, 0.34), (0.46, 0.27, 0.38)),
+    "blue checks": ((0.20, 0.36, 0.66), (0.44, 0.57, 0.80)),
+    "green": ((0.24, 0.45, 0.30), (0.28, 0.50, 0.34)),
+    "plum": ((0.40, 0.22, 0.33), (0.46, 0.26, 0.38)),
 }
 """Two colours of a woven pattern each; the default one is the only one in training."""

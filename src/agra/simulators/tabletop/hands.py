@@ -16,7 +16,7 @@ SIDES = ("left", "right")
 ARM_JOINTS = ("x", "y", "z", "yaw")
 LOW = {"x": -0.26, "y": -0.15, "z": 0.006, "yaw": -1.75}
 HIGH = {"x": 0.26, "y": 0.19, "z": 0.24, "yaw": 1.75}
-REST = {"left": (-0.205, -0.105, 0.12, 0.0), "right": (0.205, -0.105, 0.12, 0.0)}
+REST = {"left": (-0.170, -0.135, 0.045, 0.0), "right": (0.170, -0.135, 0.045, 0.0)}
 """x, y, z in metres and yaw in radians: the workspace, and where episodes begin."""
 
 
@@ -62,6 +62,16 @@ class HandModel:
     def rest(self) -> np.ndarray:
         """The action that keeps both hands where episodes begin, (D,) float32."""
         return np.array([v for side in SIDES for v in (*REST[side], *self.grips.values())], np.float32)
+
+    def grip(self, opening: float) -> tuple[float, ...]:
+        """The grip actions that put the fingers `opening` metres apart, around the hand's middle."""
+        share = min(max(opening, 0.0) / self.widest, 1.0)
+        return tuple(share * widest for widest in self.grips.values())
+
+    @cached_property
+    def widest(self) -> float:
+        """Largest distance between opposing fingers, metres."""
+        return sum(self.grips.values())
 
     def dims(self, side: str) -> slice:
         """Where a side's values are in state and action."""

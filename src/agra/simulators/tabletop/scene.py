@@ -110,6 +110,19 @@ class Scene:
         offset = (self.rotation(container).T @ (self.position(name) - self.position(container)))[:2] / spec.inside
         return bool(np.linalg.norm(offset) <= 1) if spec.round else bool(np.abs(offset).max() <= 1)
 
+    def shadows(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Where discs of shade belong: centres (x, y) and half sizes (x, y)."""
+        discs = []
+        for name, item in self.items.items():
+            low, high = bounds(item.parts)
+            half = np.abs(self.rotation(name)) @ ((high - low) / 2)
+            discs.append((self.position(name)[:2] + [0.004, 0.006], half[:2] * 1.08))
+        for side in SIDES:
+            x, y, _, yaw = self.state()[self.hands.dims(side)][:4]
+            half = np.array([0.045 * abs(np.cos(yaw)) + 0.014, 0.045 * abs(np.sin(yaw)) + 0.014])
+            discs.append((np.array([x, y]), half))
+        return discs
+
     def geoms_of(self, *bodies: str) -> np.ndarray:
         """Whether each geom belongs to one of these bodies or to a finger of these hands, (ngeom,) bool."""
         ids = [i for i in range(self.model.nbody) if self.model.body(i).name in bodies]
@@ -210,7 +223,9 @@ def _empty_spec(tablecloth: str, frame_size: tuple[int, int]) -> "mujoco.MjSpec"
     spec.option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
     spec.option.impratio = 5
     spec.visual.global_.offheight, spec.visual.global_.offwidth = frame_size
-    spec.visual.quality.shadowsize = 1024
+    # Software rendering pays for every vertex and sample; frames are reduced before use anyway.
+    spec.visual.quality.offsamples, spec.visual.quality.shadowsize = 0, 0
+    spec.visual.quality.numslices, spec.visual.quality.numstacks, spec.visual.quality.numquads = 16, 8, 2
     spec.visual.headlight.ambient = [0.38] * 3
     spec.visual.headlight.diffuse = [0.30] * 3
     spec.visual.headlight.specular = [0.05] * 3
@@ -222,13 +237,13 @@ def _empty_spec(tablecloth: str, frame_size: tuple[int, int]) -> "mujoco.MjSpec"
             name=name, type=mujoco.mjtTexture.mjTEXTURE_2D, builtin=mujoco.mjtBuiltin.mjBUILTIN_CHECKER, rgb1=warp, rgb2=weft,
             width=64, height=64,
         )
-        material = spec.add_material(name=name, texrepeat=[16, 16], texuniform=True, specular=0.05, reflectance=0.0)
+        material = spec.add_material(name=name, texrepeat=[24, 24], texuniform=True, specular=0.05, reflectance=0.0)
         material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
     world = spec.worldbody
     world.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1.5, 1.5, 0.1], material=tablecloth, friction=[1, 0.005, 0.0003], condim=4)
     world.add_light(
         type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, pos=[-0.3, -0.4, 1.2], dir=[0.28, 0.30, -1.0], diffuse=[0.55] * 3,
-        specular=[0.15] * 3, castshadow=True,
+        specular=[0.15] * 3, castshadow=False,
     )
     eye, aim = np.array([0.0, -0.46, 0.56]), np.array([0.0, 0.012, 0.0])
     back = (eye - aim) / np.linalg.norm(eye - aim)

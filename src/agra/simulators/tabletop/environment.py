@@ -1,0 +1,94 @@
+"""`Tabletop`: the embedded world as an `agra.types.Simulator`, 10 control steps a second."""
+
+import numpy as np
+
+from agra.simulators.tabletop.goals import GOALS, PickAndPlace
+from agra.simulators.tabletop.hands import HAND_MODELS
+from agra.simulators.tabletop.rendering import Renderer
+from agra.simulators.tabletop.scene import Scene
+from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
+from agra.simulators.tabletop.tasks import trials as regime_trials
+from agra.types import Observation, Step, Trial
+
+MAX_STEPS = {PICK_AND_PLACE: 80, OPEN_STEAMER: 140}
+"""Control steps after which an episode of a task is over."""
+
+
+class Tabletop:
+    """Two hands at a table, seen by one camera. State and action: `embodiment` names their dimensions.
+
+    State: position (metres), yaw (radians) and finger openings (metres) of the left and the right hand. Action: targets
+    for the same, clipped to the workspace. The same trial gives the same states and pixels, whatever was played before.
+
+    `frame_size` is (height, width) of the frames; `hands` names the embodiment, see `hands.HAND_MODELS`.
+    Raises ImportError where OpenGL does not work.
+    """
+
+    fps = 10
+    max_steps = max(MAX_STEPS.values())
+
+    def __init__(self, *, frame_size: tuple[int, int] = (128, 224), hands: str = "tabletop") -> None:
+        if len(frame_size) != 2 or min(frame_size) < 16:
+            raise ValueError(f"frame_size: expected (height, width) of at least 16 pixels each, got {frame_size}")
+        if hands not in HAND_MODELS:
+            raise ValueError(f"unknown hands {hands!r}; there are {', '.join(HAND_MODELS)}")
+        self.hands = HAND_MODELS[hands]
+        self.embodiment = self.hands.embodiment
+        self.frame_size = frame_size
+        self._renderer: Renderer | None = None
+        self._scene: Scene | None = None
+
+    def reset(self, trial: Trial) -> Observation:
+        """Set up the trial's scene. Raises ValueError for a trial of another simulator or an unknown thing in it."""
+        if trial.task not in GOALS:
+            raise ValueError(f"trial {trial.name!r}: unknown task {trial.task!r}; there are {', '.join(GOALS)}")
+        self.trial = trial
+        self._scene = Scene(trial.scene, self.hands, self.frame_size)
+        self.goal: PickAndPlace = GOALS[trial.task](self._scene, trial.scene)
+        if self._renderer is None:
+            self._renderer = Renderer(self._scene, self.frame_size)
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> Step:
+        """Move towards the targets `action` (D,) for a tenth of a second."""
+        action = np.asarray(action, dtype=np.float64)
+        expected = (len(self.embodiment.action_names),)
+        if action.shape != expected or not np.isfinite(action).all():
+            raise ValueError(f"action: expected {expected} finite numbers, got shape {action.shape}: {action}")
+        self.scene.step(action)
+        success = self.goal.update()
+        return Step(observation=self._observe(), success=success, progress=dict(self.goal.progress))
+
+    def interaction_mask(self) -> np.ndarray:
+        """(H, W) bool: the acting hand and what it is to move; with the steamer, the left hand and the lid come first."""
+        geoms = self.scene.geoms_of(f"{self.goal.acting_hand}_hand", self.goal.acting_target)
+        assert self._renderer is not None
+        return self._renderer.mask(self.scene, geoms)
+
+    def trials(self, regime: str) -> tuple[Trial, ...]:
+        """The fixed trials of a regime, C.2.2."""
+        return regime_trials(regime, simulator=self.embodiment.name)
+
+    def max_steps_for(self, trial: Trial) -> int:
+        """Control steps after which this trial's task is over."""
+        return MAX_STEPS[trial.task]
+
+    def close(self) -> None:
+        """Free the renderer; the next reset makes a new one."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    @property
+    def scene(self) -> Scene:
+        """The physics of the running trial: privileged, for experts and tests."""
+        if self._scene is None:
+            raise ValueError("Tabletop: reset(trial) comes before anything else")
+        return self._scene
+
+    def _observe(self) -> Observation:
+        assert self._renderer is not None
+        frame = self._renderer.frame(self.scene)
+        return Observation(
+            frame=frame, state=self.scene.state(), instruction=self.trial.instruction, embodiment=self.embodiment.name
+        )
