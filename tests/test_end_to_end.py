@@ -60,7 +60,7 @@ def trained(world):
 def test_training_needs_prepared_features(world):
     folder, config = world
     data = replace(config.data, cache=str(folder / "empty"))
-    with pytest.raises(FileNotFoundError, match="nothing is prepared for"):
+    with pytest.raises(FileNotFoundError, match="no latents prepared for"):
         run.train(replace(config, data=data), output=folder / "nowhere")
 
 

@@ -95,7 +95,7 @@ class Instruction:
 def prepare(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device | str = "cpu") -> dict[str, Path]:
     """Compute and cache what the config's stage needs; returns each feature's folder by name.
 
-    Leaves an index beside the folders, so that training finds them without loading a frozen network.
+    Leaves a file beside each folder by which training finds it without loading a frozen network.
     """
     wanted: list[cache.Feature] = [
         Latents(_open_codec(config, dataset).to(device), config.model, config.data.frame_stride),
@@ -104,22 +104,24 @@ def prepare(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device 
     if config.aligns:
         assert config.alignment is not None
         wanted.append(Targets(load_teacher(config.alignment.teacher).to(device), config.model))
-    root = Path(config.data.cache)
-    folders = cache.prepare(dataset, wanted, root)
+    folders = cache.prepare(dataset, wanted, Path(config.data.cache))
     found = {feature.name: folder for feature, folder in zip(wanted, folders, strict=True)}
-    checkpoint.write_text(_index(config, dataset), json.dumps({k: v.name for k, v in found.items()}, indent=2) + "\n")
+    for name, path in _indices(config, dataset).items():
+        checkpoint.write_text(path, json.dumps(found[name].name) + "\n")
     return found
 
 
 def open_features(config: RunConfig, dataset: LeRobotDataset) -> dict[str, cache.CachedFeature]:
     """What `prepare` made for these settings and this dataset. Raises FileNotFoundError naming the remedy."""
-    index = _index(config, dataset)
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{config.data.cache}: nothing is prepared for {config.data.path} with these settings; run agra prepare with "
-            "the same recipe, stage and flags"
-        )
-    return {name: cache.CachedFeature.open(index.parent / folder) for name, folder in json.loads(index.read_text()).items()}
+    opened = {}
+    for name, path in _indices(config, dataset).items():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{config.data.cache}: no {name} prepared for {config.data.path} with these settings; run agra prepare "
+                "with the same recipe, stage and flags"
+            )
+        opened[name] = cache.CachedFeature.open(path.parent / json.loads(path.read_text()))
+    return opened
 
 
 def codec_file(config: RunConfig, dataset: LeRobotDataset) -> Path:
@@ -138,12 +140,17 @@ def _open_codec(config: RunConfig, dataset: LeRobotDataset) -> Any:
     return load_codec(config.model.codec, path)
 
 
-def _index(config: RunConfig, dataset: LeRobotDataset) -> Path:
-    """Named after all settings that the features follow from, as the config states them."""
-    teacher = asdict(config.alignment.teacher) if config.alignment is not None and config.aligns else None
-    settings = {"codec": _codec_settings(config, dataset), "text": asdict(config.model.text), "teacher": teacher,
-                "num_frames": config.model.num_frames, "camera": dataset.camera}
-    return Path(config.data.cache) / f"prepared-{_digest(settings)}.json"
+def _indices(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Path]:
+    """Per feature that the stage needs, a file naming its folder; the file is named after what the config says of it."""
+    camera = {"dataset": dataset.fingerprint, "camera": dataset.camera}
+    settings: dict[str, dict[str, Any]] = {
+        "latents": camera | _codec_settings(config, dataset) | {"num_frames": config.model.num_frames},
+        "instruction": camera | asdict(config.model.text),
+    }
+    if config.aligns:
+        assert config.alignment is not None
+        settings["targets"] = camera | asdict(config.alignment.teacher) | {"grid": config.model.token_grid[1:]}
+    return {name: Path(config.data.cache) / f"{name}-{_digest(value)}.json" for name, value in settings.items()}
 
 
 def _codec_settings(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Any]:

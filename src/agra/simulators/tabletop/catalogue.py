@@ -314,7 +314,7 @@ NOVEL_BUNS: tuple[Item, ...] = (
     Item(
         name="flower bun",
         parts=(
-            *(blob((0.015, 0.015, 0.017), (0.98, 0.55, 0.62), (x, y, 0)) for x in (-0.0125, 0.0125) for y in (-0.0125, 0.0125)),
+            *(ball(0.0165, (0.98, 0.55, 0.62), (x, y, 0)) for x in (-0.0115, 0.0115) for y in (-0.0115, 0.0115)),
             ball(0.008, YELLOW, (0, 0, 0.012), solid=False),
         ),
         faces=True,

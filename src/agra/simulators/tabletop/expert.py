@@ -6,7 +6,7 @@ import numpy as np
 
 from agra.simulators.tabletop.catalogue import LID, LID_KNOB, STEAMER
 from agra.simulators.tabletop.environment import Tabletop
-from agra.simulators.tabletop.goals import PickAndPlace, lid_aside
+from agra.simulators.tabletop.goals import LIFTED, PickAndPlace, lid_aside
 from agra.simulators.tabletop.parts import bounds
 from agra.simulators.tabletop.scene import Scene
 from agra.simulators.tabletop.tasks import OPEN_STEAMER
@@ -61,7 +61,7 @@ def _open(hand: "Hand") -> np.ndarray:
     spot = np.array([steamer[0] - 0.185, steamer[1] - 0.005])
     lid = scene.position(LID.name)
     put_down = np.linalg.norm(lid[:2] - spot) < 0.03 and scene.bottom(LID.name) < 0.012
-    return hand.move(LID.name, _knob(scene, hand.yaw), spot, floor=0.0, clear=STEAMER.rim + 0.012, arrived=bool(put_down))
+    return hand.move(LID.name, _knob(scene, hand.yaw), spot, floor=0.0, clear=STEAMER.rim + LIFTED + 0.012, arrived=bool(put_down))
 
 
 def _knob(scene: Scene, yaw: float) -> Grasp:
@@ -140,7 +140,7 @@ class Hand:
 
     def _let_go(self, name: str) -> np.ndarray:
         """Open; then rise, and go back to rest."""
-        if self.scene.touched_by_hand(name, self.side):
+        if self.scene.touched_by_hand(name, self.side) and self.opening < self.widest - 0.003:
             return self.towards(self.tips, self.yaw, self.widest)
         return self.retreat()
 

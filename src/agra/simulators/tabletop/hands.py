@@ -136,6 +136,8 @@ HUMAN_HAND = HandModel(
     tints={"left": (0.15, 0.30, 0.62), "right": (0.62, 0.12, 0.20)},
 )
 HAND_MODELS = {model.name: model for model in (GRIPPER, HUMAN_HAND)}
+STIFF = (0.008, 1.0)
+"""MuJoCo's solref, seconds and damping ratio: at its default, light things would give way to fingers by centimetres."""
 FRICTION = {"finger": (1.6, 0.02, 0.0005), "item": (1.0, 0.005, 0.0003)}
 
 
@@ -154,6 +156,7 @@ def add_part(body: "mujoco.MjsBody", part: Part, *, density: float, friction: st
         rgba=[*colour, 1.0],
         friction=FRICTION[friction],
         condim=4,
+        solref=STIFF,
     )
     if part.solid:
         geom.density = density

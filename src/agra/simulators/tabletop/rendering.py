@@ -1,5 +1,8 @@
 """Colour frames and per-pixel geom ids of a scene's fixed camera, all scenes through one OpenGL context."""
 
+import weakref
+from typing import Any
+
 import mujoco
 import numpy as np
 
@@ -22,6 +25,8 @@ class Renderer:
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
             raise gl_error(error) from error
+        # Also at the interpreter's exit, before the OpenGL library is taken down.
+        self._free = weakref.finalize(self, _free, self._context, self._gl)
         self._view = mujoco.MjvScene(scene.model, MAX_GEOMS)
         self._option = mujoco.MjvOption()
         self._rect = mujoco.MjrRect(0, 0, width, height)
@@ -51,15 +56,14 @@ class Renderer:
         return chosen[pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]]
 
     def close(self) -> None:
-        """Free the OpenGL context."""
-        self._context.free()
-        self._gl.free()
+        """Free the OpenGL context; may be called again."""
+        self._free()
 
     def _add_shadows(self, scene: Scene) -> None:
         """A dark disc on the table under every loose thing and hand: the depth cue of a shadow map at none of its cost."""
         for at, size in scene.shadows():
             geom = self._view.geoms[self._view.ngeom]
-            mujoco.mjv_initGeom(geom, mujoco.mjtGeom.mjGEOM_CYLINDER, [*size, 0.0002], [*at, 0.0004], np.eye(3).flatten(), SHADOW)
+            mujoco.mjv_initGeom(geom, mujoco.mjtGeom.mjGEOM_ELLIPSOID, [*size, 0.0004], [*at, 0.0], np.eye(3).flatten(), SHADOW)
             geom.category = mujoco.mjtCatBit.mjCAT_DECOR
             self._view.ngeom += 1
 
@@ -72,3 +76,8 @@ class Renderer:
         mujoco.mjr_render(self._rect, self._view, self._context)
         mujoco.mjr_readPixels(self._pixels, None, self._rect, self._context)
         return self._pixels[::-1].copy()
+
+
+def _free(context: "mujoco.MjrContext", gl: Any) -> None:
+    context.free()
+    gl.free()
