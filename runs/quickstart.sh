@@ -9,36 +9,37 @@ OUT=${OUT:-outputs/quickstart}
 DATA="--data.path $OUT/demonstrations --data.cache $OUT/cache"
 mkdir -p "$OUT"
 
-# Two processes of one thread beat one of two on two cores.
+# Two processes of one thread beat one of two on two cores: the two arms train, play and are examined side by side.
 export OMP_NUM_THREADS=1
-both() { # run the same command for the two arms side by side; fail if either fails
-  "$@" wam & local first=$!
-  "$@" agra & local second=$!
+both() {
+  "$1" wam tiny_wam & local first=$!
+  "$1" agra tiny & local second=$!
   wait $first && wait $second
 }
 
 # 1. Demonstrations by the scripted expert: a LeRobot v3.0 dataset.
-agra collect tabletop --output "$OUT/demonstrations" --episodes 200 --seed 0 --workers 2
+agra collect tabletop --output "$OUT/demonstrations" --episodes 150 --seed 0 --workers 2
 
 # 2. Frozen features: the codec is fit, then latents, instruction tokens and DINOv2 targets are cached.
 OMP_NUM_THREADS=2 agra prepare tiny $DATA
 
-# 3. Adapt: the video DiT alone, shared by both arms.
-OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 200 $DATA
+# 3. Adapt: the video DiT alone on the video loss; both arms start from it.
+OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 120 $DATA
 
 # 4. Joint: the same data, steps and seed for both arms; AGRA adds its loss.
-joint() {
-  local recipe=tiny; [ "$1" = wam ] && recipe=tiny_wam
-  agra train $recipe --stage joint --init "$OUT/adapt" --output "$OUT/$1" $DATA
-}
+joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1_joint" --stage.steps 240 $DATA; }
 both joint
 
-# 5. Evaluate on the four regimes, the same trials for both.
-evaluate() { agra evaluate "$OUT/$1"; }
+# 5. Finetune: the video DiT is frozen, the action loss alone trains bridge and action head.
+finetune() { agra train "$2" --stage finetune --init "$OUT/$1_joint" --output "$OUT/$1" --stage.steps 120 $DATA; }
+both finetune
+
+# 6. Evaluate on the four regimes, the same trials for both.
+evaluate() { agra evaluate "$OUT/$1" --limit 20; }
 both evaluate
 agra compare "$OUT/wam/results.jsonl" "$OUT/agra/results.jsonl"
 
-# 6. Diagnose and report.
+# 7. Diagnose and report.
 diagnose() { agra diagnose "$OUT/$1"; }
 both diagnose
-agra report "$OUT/wam" "$OUT/agra" --adapt "$OUT/adapt" --output "$OUT/report.html"
+agra report "$OUT/wam" "$OUT/agra" --output "$OUT/report.html"

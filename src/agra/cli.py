@@ -74,8 +74,8 @@ class TrainOptions:
 
     output: Path
     """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
-    init: Path | None = None
-    """Checkpoint, or run folder, of the stage before."""
+    init: str | None = None
+    """Checkpoint, or run folder, of the stage before; or a diffusers model (folder or hub id) for its transformer."""
     device: str = "cpu"
     threads: int | None = None
     """Threads of torch; by default OMP_NUM_THREADS, or all cores."""
@@ -257,18 +257,17 @@ def diagnose(
 def report(
     policies: Annotated[tuple[Path, ...], tyro.conf.Positional],
     output: Path = Path("report.html"),
-    adapt: Path | None = None,
 ) -> None:
     """One HTML page that lays runs side by side: training, evaluation, grounding, pictures.
 
     Args:
-        policies: run folders; each gives what it holds of metrics.jsonl, results.jsonl and diagnosis/.
+        policies: run folders; each gives what it holds of metrics.jsonl, results.jsonl and diagnosis/, and the
+            metrics of the stages that it started from.
         output: the page.
-        adapt: folder of the adapt-stage run that all of them started from.
     """
     from agra.run import report as run
 
-    print(run(policies, output=output, adapt=adapt))
+    print(run(policies, output=output))
 
 
 def _command(function: Callable[..., None]) -> Callable[[list[str]], None]:

@@ -101,7 +101,7 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     data = DataConfig(frame_stride=2, early_window_fraction=0.5, embodiments=("tabletop", "tabletop_human"))
     objective = ObjectiveConfig(alignment_weight=0.2, action_draws=2, video_share=0.5)
     training = StageConfig(
-        objective=objective, steps=600, batch_size=32, video_lr=1.5e-3, action_lr=1.5e-3, weight_decay=1e-4,
+        objective=objective, steps=600, batch_size=16, video_lr=1.5e-3, action_lr=1.5e-3, weight_decay=1e-4,
         precision="float32", validate_every=100, save_every=200,
     )
     return at_stage(RunConfig(model=model, alignment=alignment, data=data, stage=training), stage)

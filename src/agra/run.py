@@ -1,5 +1,7 @@
 """A config or a run's folder in, files out: what the commands do, for use from Python as well."""
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +35,7 @@ def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
     return list(frozen.prepare(config, dataset, device=device).values())
 
 
-def train(config: RunConfig, *, output: Path, init: Path | None = None, device: str = "cpu") -> bool:
+def train(config: RunConfig, *, output: Path, init: str | Path | None = None, device: str = "cpu") -> bool:
     """Train one stage into `output`, resuming a run found there. False if a signal stopped it early."""
     dataset = LeRobotDataset(config.data.path, camera=config.data.camera)
     opened = frozen.open_features(config, dataset)
@@ -46,8 +48,11 @@ def train(config: RunConfig, *, output: Path, init: Path | None = None, device: 
     teacher_width = opened["targets"].shape[-1] if "targets" in opened else None
     objective = Objective(WAM(config.model), config.stage.objective, config.alignment if config.aligns else None,
                           teacher_width)
-    if init is not None:
-        initialize(objective, checkpoint.resolve(init), config.stage.name)
+    if checkpoint.newest(output) is None:
+        if init is not None:
+            initialize(objective, init, config.stage.name)
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(_origin(output), json.dumps({"init": _relative(init, output)}) + "\n")
     extra = {"norm_stats.json": lambda path: NormStats.save_all(stats, path)}
     if config.model.codec.kind == "patch_pca":
         fitted = codec_file(config, dataset)
@@ -89,15 +94,40 @@ def diagnose(run: Path, *, simulator: str, samples: int, seed: int = 0, device: 
     return output
 
 
-def report(runs: Sequence[Path], *, output: Path, adapt: Path | None = None) -> Path:
-    """Lay runs side by side in one HTML page; each gives what its folder holds."""
-    return build_report([_entry(run, adapt) for run in runs], output)
+def report(runs: Sequence[Path], *, output: Path) -> Path:
+    """Lay runs side by side in one HTML page; each gives what its folder, and those it started from, hold."""
+    return build_report([_entry(run) for run in runs], output)
 
 
-def _entry(run: Path, adapt: Path | None) -> PolicyEntry:
+def _origin(run: Path) -> Path:
+    """The file that says what a run started from."""
+    return run / "origin.json"
+
+
+def _relative(init: str | Path | None, output: Path) -> str | None:
+    """`init` as seen from the run's folder, so that both may be moved together; a hub id stays as it is."""
+    if init is None or not Path(init).is_dir():
+        return None if init is None else str(init)
+    return os.path.relpath(init, output)
+
+
+def _lineage(run: Path) -> list[Path]:
+    """The run's folder and, before it, those that it started from, as far as they are still there."""
+    found = [run]
+    while _origin(found[0]).is_file():
+        init = json.loads(_origin(found[0]).read_text())["init"]
+        earlier = None if init is None else found[0] / init
+        if earlier is None or not earlier.is_dir():
+            break
+        found.insert(0, earlier if checkpoint.newest(earlier) else earlier.parent)
+    return found
+
+
+def _entry(run: Path) -> PolicyEntry:
     newest = checkpoint.resolve(run)
     config = checkpoint.read_config(newest)
-    logs = {config.stage.name: newest.parent / "metrics.jsonl"} | ({} if adapt is None else {"adapt": adapt / "metrics.jsonl"})
+    logs = {checkpoint.read_config(checkpoint.resolve(path)).stage.name: path / "metrics.jsonl"
+            for path in _lineage(newest.parent)}
     results, diagnosis = newest.parent / "results.jsonl", newest.parent / "diagnosis"
     return PolicyEntry(
         name=run.name,

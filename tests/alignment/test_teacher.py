@@ -14,7 +14,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-import agra.alignment.teacher
+import agra.precision
 import agra.pretrained
 from agra.alignment.packaged_dinov2 import MODEL_FILE, PACKAGE
 from agra.alignment.teacher import TeacherConfig, interpolate_grid, load_teacher, reference_frames
@@ -205,7 +205,7 @@ def test_bfloat16_stays_close(packaged):
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_auto_precision_follows_the_device(packaged, monkeypatch, helps):
-    monkeypatch.setattr(agra.alignment.teacher, "bfloat16_helps", lambda device: helps)
+    monkeypatch.setattr(agra.precision, "bfloat16_helps", lambda device: helps)
     auto = load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 196), precision="auto"))
     assert torch.equal(auto(picture(1)), packaged(picture(1))) != helps
 

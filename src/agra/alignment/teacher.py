@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from agra.alignment.packaged_dinov2 import CONFIG, read_packaged_dinov2
+from agra.precision import Precision, autocast
 from agra.pretrained import frozen, loading, weights_digest
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -62,13 +63,6 @@ def interpolate_grid(
     return resized.movedim(1, -1).contiguous()
 
 
-def bfloat16_helps(device: torch.device) -> bool:
-    """Whether `device` multiplies in bfloat16 natively. A CPU that doesn't emulates it, tens of times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """Which frozen visual encoder; the defaults are the paper's where it names them."""
@@ -81,8 +75,8 @@ class TeacherConfig:
     """(height, width) that frames are resized to, each a multiple of the patch; the aspect may change."""
     layer: int | None = None
     """Read the output after this block (0-based), through the final LayerNorm; None reads the last."""
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    """bfloat16 runs under autocast, auto only where the device has instructions for it; features are float32."""
+    precision: Precision = "float32"
+    """Features are float32 whatever it is."""
 
     def __post_init__(self) -> None:
         if self.kind not in (*_MODEL_TYPES, "packaged_dinov2_small"):
@@ -149,10 +143,7 @@ class Teacher(nn.Module):
         """
         inputs = self.preprocess(frames)
         extra = {"interpolate_pos_encoding": True} if self.config.kind == "siglip" else {}
-        half = self.config.precision == "bfloat16" or (
-            self.config.precision == "auto" and bfloat16_helps(inputs.device)
-        )
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=half):
+        with autocast(inputs.device, self.config.precision):
             tokens = self.model(inputs, **extra).last_hidden_state
         height, width = self.grid_size
         # A class token and registers, where there are any, come first.

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from agra.batch import Batch
 from agra.config import RunConfig
+from agra.precision import autocast
 from agra.training import checkpoint
 from agra.training.objective import Losses, Objective
 from agra.training.stages import Stage, freeze, modules, parameter_groups
@@ -141,8 +142,7 @@ class Trainer:
         return {f"validation/{name}": value for name, value in _row(self._losses(batch)).items()}
 
     def _losses(self, batch: Batch) -> Losses:
-        half = self.stage.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+        with autocast(self.device, self.stage.precision):
             return self.objective(batch.to(self.device))
 
     @contextmanager
@@ -175,22 +175,28 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
 
 
-def initialize(objective: Objective, source: Path, stage: Stage) -> None:
-    """Start a stage from a checkpoint of an earlier one.                                                            C.3
+def initialize(objective: Objective, source: str | Path, stage: Stage) -> None:
+    """Start a stage from a checkpoint of an earlier one, or from a pretrained video DiT.                            C.3
 
-    From `adapt` the video DiT is taken and the rest stays fresh; from `joint` everything is.
+    From `adapt` the video DiT is taken and the rest stays fresh; from `joint` everything is. A `source` that is not a
+    checkpoint of ours is a diffusers model: a folder or hub id whose `transformer` is the video DiT.
     """
-    checkpoint.verify(source)
-    earlier = checkpoint.read_config(source).stage.name
-    weights = source / "model.safetensors"
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "transformer").is_dir():
+        objective.wam.video_dit.load_pretrained(str(source))
+        return
+    found = checkpoint.resolve(folder)
+    checkpoint.verify(found)
+    earlier = checkpoint.read_config(found).stage.name
+    weights = found / "model.safetensors"
     if earlier is Stage.ADAPT:
         checkpoint.load_weights(objective.wam.video_dit, weights, prefix="video_dit.")
         return
     if stage is Stage.ADAPT:
-        raise ValueError(f"{source}: a {earlier} checkpoint does not start an adapt stage")
+        raise ValueError(f"{found}: a {earlier} checkpoint does not start an adapt stage")
     checkpoint.load_weights(objective.wam, weights)
-    if objective.projectors is not None and (source / "projectors.safetensors").is_file():
-        checkpoint.load_weights(objective.projectors, source / "projectors.safetensors")
+    if objective.projectors is not None and (found / "projectors.safetensors").is_file():
+        checkpoint.load_weights(objective.projectors, found / "projectors.safetensors")
 
 
 def _row(losses: Losses) -> dict[str, float]:

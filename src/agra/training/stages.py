@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
 
 from torch import nn
 
+from agra.precision import Precision
 from agra.training.objective import Objective, ObjectiveConfig
 
 
@@ -42,7 +42,7 @@ class StageConfig:
     weight_decay: float = 1e-5
     betas: tuple[float, float] = (0.95, 0.999)
     clip_norm: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "auto"
     seed: int = 0
     log_every: int = 10
     validate_every: int = 1_000

@@ -19,6 +19,8 @@ from diffusers import CosmosTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from agra.pretrained import loading
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDiTConfig:
@@ -140,6 +142,24 @@ class VideoDiT(nn.Module):
         expected = config.text_dim if config.text_projection_dim is None else (
             f"{config.text_dim} (projected) or {config.text_projection_dim} (raw)")
         raise ValueError(f"instruction tokens: expected width {expected}, got {width}")
+
+    def load_pretrained(self, source: str, *, revision: str | None = None) -> None:
+        """Take the weights of a diffusers model's `transformer`, from a folder or a hub id.
+
+        Raises FileNotFoundError where they are out of reach, ValueError where they have another shape than the config.
+        """
+        with loading("video DiT", source=source, revision=revision, subfolder="transformer"):
+            found = CosmosTransformer3DModel.from_pretrained(
+                source, subfolder="transformer", revision=revision or "main", low_cpu_mem_usage=True
+            )
+        ours, theirs = self.transformer.state_dict(), found.state_dict()
+        odd = sorted(set(ours) ^ set(theirs)) or [name for name in ours if ours[name].shape != theirs[name].shape]
+        if odd:
+            raise ValueError(
+                f"{source}: its transformer does not fit this recipe's video DiT; {len(odd)} entries differ, the first is "
+                f"{odd[0]!r}"
+            )
+        self.transformer.load_state_dict(theirs)
 
     def _check(self, layers: Sequence[int], noise_level: Tensor, latents: Tensor) -> int:
         if any(not 0 <= layer < self.config.num_layers for layer in layers):

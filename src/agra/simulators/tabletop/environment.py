@@ -10,8 +10,8 @@ from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
 from agra.simulators.tabletop.tasks import trials as regime_trials
 from agra.types import Observation, Step, Trial
 
-MAX_STEPS = {PICK_AND_PLACE: 80, OPEN_STEAMER: 140}
-"""Control steps after which an episode of a task is over."""
+MAX_STEPS = {PICK_AND_PLACE: 60, OPEN_STEAMER: 100}
+"""Control steps after which an episode of a task is over: about three times what the expert needs."""
 
 
 class Tabletop:

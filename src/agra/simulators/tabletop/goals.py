@@ -14,7 +14,8 @@ from agra.simulators.tabletop.scene import Scene
 from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
 
 NEAR = 0.05
-"""Metres between a hand's finger tips and a thing's origin that count as having approached it."""
+"""Metres, seen from above, between a hand's finger tips and a thing's origin that count as having approached it, once
+the tips are lower than its top: passing over it does not count."""
 LIFTED = 0.025
 """Metres above where it lay that count as lifted."""
 AT_REST = 0.05
@@ -33,7 +34,7 @@ def resting(scene: Scene, name: str, container: str) -> bool:
 class PickAndPlace:
     """The right hand puts the target into or onto the goal. Progress: approached, grasped, placed.
 
-    `approached`: of all loose things, the target was the first that the right hand came near. `grasped`: the target
+    `approached`: of all loose things, the target was the first that the right hand reached for. `grasped`: the target
     was lifted while the right hand touched it. `placed`: success at some instant.
     """
 
@@ -69,9 +70,9 @@ class PickAndPlace:
         """Notes the first thing that the hand comes near."""
         if self._first is None:
             tips = self.scene.state()[self.scene.hands.dims(side)][:3]
-            distance = {name: np.linalg.norm(self.scene.position(name) - tips) for name in sorted(candidates)}
-            nearest = min(distance, key=lambda name: distance[name])
-            if distance[nearest] < NEAR:
+            away = {name: np.linalg.norm((self.scene.position(name) - tips)[:2]) for name in sorted(candidates)}
+            nearest = min(away, key=lambda name: away[name])
+            if away[nearest] < NEAR and tips[2] < self.scene.top(nearest):
                 self._first = nearest
         self.progress["approached"] |= self._first == meant
 

@@ -1,0 +1,102 @@
+"""The tabletop as a Gymnasium environment, for other people's algorithms: `gymnasium.make("agra/Tabletop-v0")`.
+
+Needs this module imported: `import agra.simulators.tabletop.gymnasium_env`.
+"""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from agra.simulators.tabletop.environment import Tabletop
+from agra.simulators.tabletop.tasks import training_trials
+from agra.types import Observation, Trial
+
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
+_TRIALS = 1_000_000
+OVERSHOOT = 0.1
+"""How far states may lie outside the actions' limits."""
+
+
+class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
+    """Observation: `frame` (H, W, 3) uint8, `state` (D,) float32 and `instruction`; action (D,) float32 targets.
+
+    Metres and radians, as in `Tabletop.embodiment`. The reward is 1 at the step that succeeds and ends the episode, else
+    0; an episode without success is truncated at its task's step limit. `info` holds `success`, the partial scores of
+    `progress`, and the trial's name. `reset(seed=...)` draws a training scene; `reset(options={"trial": trial})` plays
+    the given one. A `render_mode` of "rgb_array" renders the same frame.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": Tabletop.fps}  # noqa: RUF012 (Gymnasium's own convention)
+
+    def __init__(
+        self,
+        *,
+        frame_size: tuple[int, int] = (128, 224),
+        hands: str = "tabletop",
+        steamer_fraction: float = 0.25,
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f'render_mode: expected None or "rgb_array", got {render_mode!r}')
+        self.world = Tabletop(frame_size=frame_size, hands=hands)
+        self.render_mode = render_mode
+        self.steamer_fraction = steamer_fraction
+        low, high = self.world.hands.limits
+        self.action_space = spaces.Box(low, high, dtype=np.float32)
+        self.observation_space = spaces.Dict({
+            "frame": spaces.Box(0, 255, (*frame_size, 3), np.uint8),
+            "state": spaces.Box(low - OVERSHOOT, high + OVERSHOOT, dtype=np.float32),
+            "instruction": spaces.Text(min_length=1, max_length=128, charset=_CHARACTERS),
+        })
+        self._trial: Trial | None = None
+        self._steps = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode: of the trial in `options`, else of a training scene drawn from `seed`."""
+        super().reset(seed=seed)
+        unknown = set(options or {}) - {"trial"}
+        if unknown:
+            raise ValueError(f"reset options: unknown {sorted(unknown)}; there is 'trial'")
+        self._trial = (options or {}).get("trial") or self._draw()
+        self._steps = 0
+        self._last = self.world.reset(self._trial)
+        return self._observation(self._last), self._info(False, self.world.goal.progress)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """One control step of a tenth of a second."""
+        if self._trial is None:
+            raise ValueError("TabletopEnv: reset comes before step")
+        step = self.world.step(action)
+        self._steps += 1
+        self._last = step.observation
+        truncated = not step.success and self._steps >= self.world.max_steps_for(self._trial)
+        info = self._info(step.success, step.progress)
+        return self._observation(step.observation), float(step.success), step.success, truncated, info
+
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        """The last frame, where `render_mode` is "rgb_array"."""
+        return self._last.frame if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self.world.close()
+
+    def _draw(self) -> Trial:
+        seed = int(self.np_random.integers(_TRIALS))
+        name = self.world.embodiment.name
+        return training_trials(1, seed, steamer_fraction=self.steamer_fraction, simulator=name)[0]
+
+    def _observation(self, seen: Observation) -> dict[str, Any]:
+        return {"frame": seen.frame, "state": seen.state, "instruction": seen.instruction}
+
+    def _info(self, success: bool, progress: Any) -> dict[str, Any]:
+        assert self._trial is not None
+        return {"success": success, "progress": dict(progress), "trial": self._trial.name}
+
+
+gymnasium.register("agra/Tabletop-v0", entry_point=TabletopEnv)
+gymnasium.register("agra/TabletopHuman-v0", entry_point=TabletopEnv, kwargs={"hands": "tabletop_human"})

@@ -1,0 +1,198 @@
+import os
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import agra.simulators.tabletop.gymnasium_env  # noqa: F401 (registers the environments)
+from agra.evaluation.rollout import run_episode
+from agra.simulators.registry import expert, make
+from agra.simulators.tabletop.environment import MAX_STEPS, Tabletop
+from agra.simulators.tabletop.tasks import training_trials
+
+
+@pytest.fixture(scope="module")
+def world():
+    made = Tabletop()
+    yield made
+    made.close()
+
+
+def first(world, regime):
+    return world.trials(regime)[0]
+
+
+def test_same_trial_same_states_and_pixels(world):
+    trial = first(world, "semantic")
+    one = run_episode(expert(world), world, trial, execute_steps=1, masks=True)
+    run_episode(expert(world), world, first(world, "attribute"), execute_steps=1)  # something else in between
+    with_new = Tabletop()
+    two = run_episode(expert(with_new), with_new, trial, execute_steps=1, masks=True)
+    with_new.close()
+    again = run_episode(expert(world), world, trial, execute_steps=1, masks=True)
+    for other in (two, again):
+        np.testing.assert_array_equal(one.frames, other.frames)
+        np.testing.assert_array_equal(one.states, other.states)
+        np.testing.assert_array_equal(one.masks, other.masks)
+
+
+@pytest.mark.parametrize("name", ["tabletop", "tabletop_human"])
+@pytest.mark.parametrize("regime", ["in_distribution", "semantic", "instance", "attribute"])
+def test_expert_solves_a_share_of_every_regime(name, regime):
+    world = make(name, frame_size=(16, 28))
+    for trial in world.trials(regime)[::6]:
+        episode = run_episode(expert(world), world, trial, execute_steps=1)
+        assert episode.success, trial.name
+        assert all(episode.progress.values()), (trial.name, episode.progress)
+        assert len(episode) <= MAX_STEPS[trial.task] / 2
+    world.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tabletop", "tabletop_human"])
+def test_expert_solves_at_least_95_percent_of_every_regime(name):
+    world = make(name, frame_size=(16, 28))
+    for regime in ("in_distribution", "semantic", "instance", "attribute"):
+        outcomes = [run_episode(expert(world), world, trial, execute_steps=1).success for trial in world.trials(regime)]
+        assert np.mean(outcomes) >= 0.95
+    outcomes = [run_episode(expert(world), world, t, execute_steps=1).success for t in training_trials(100, 7)]
+    assert np.mean(outcomes) >= 0.95
+    world.close()
+
+
+def test_hands_that_rest_move_nothing_and_succeed_at_nothing(world):
+    observation = world.reset(first(world, "in_distribution"))
+    name = world.trial.scene["target"]["name"]
+    before = world.scene.position(name)
+    for _ in range(20):
+        step = world.step(observation.state)
+    np.testing.assert_allclose(world.scene.position(name), before, atol=1e-3)
+    assert not step.success
+    assert not any(step.progress.values())
+
+
+def test_taking_the_wrong_thing_is_no_progress(world):
+    trial = next(t for t in world.trials("semantic") if t.name.startswith("semantic/pick"))
+    world.reset(trial)
+    wrong = trial.scene["distractors"][0]["name"]
+    world.goal.target = wrong  # what the expert reads
+    acting = expert(world)
+    observation, goal = world.reset(trial), world.goal
+    goal_target = goal.target
+    for _ in range(40):
+        goal.target = wrong
+        action = acting.act(observation).actions[0]
+        goal.target = goal_target
+        step = world.step(action)
+        observation = step.observation
+    assert world.scene.within(wrong, goal.goal)
+    assert not step.success
+    assert step.progress == {"approached": False, "grasped": False, "placed": False}
+
+
+def test_holding_is_not_placing(world):
+    """Success needs an open hand: at no step of the expert's way does it come while the hand touches the thing."""
+    trial = first(world, "in_distribution")
+    observation = world.reset(trial)
+    acting, success = expert(world), False
+    for _ in range(60):
+        step = world.step(acting.act(observation).actions[0])
+        observation = step.observation
+        if step.success:
+            assert not world.scene.touched_by_hand(world.goal.target)
+            success = True
+            break
+    assert success
+
+
+def test_mask_covers_the_acting_hand_and_its_object_only(world):
+    trial = next(t for t in world.trials("semantic") if t.name.startswith("semantic/pick"))
+    world.reset(trial)
+    mask = world.interaction_mask()
+    scene = world.scene
+    alone = {name: world._renderer.mask(scene, scene.geoms_of(name)) for name in (*scene.items, *scene.containers, "right_hand", "left_hand")}
+    np.testing.assert_array_equal(mask, alone["right_hand"] | alone[trial.scene["target"]["name"]])
+    for name, pixels in alone.items():
+        assert pixels.any(), name
+        if name not in ("right_hand", trial.scene["target"]["name"]):
+            assert not (mask & pixels).any(), name
+
+
+def test_steamer_mask_begins_with_the_left_hand_and_the_lid(world):
+    trial = first(world, "attribute")
+    observation = world.reset(trial)
+    acting = expert(world)
+    assert (world.goal.acting_hand, world.goal.acting_target) == ("left", "lid")
+    while not world.goal.progress["lid_set_aside"]:
+        observation = world.step(acting.act(observation).actions[0]).observation
+    assert (world.goal.acting_hand, world.goal.acting_target) == ("right", trial.scene["target"]["name"])
+
+
+def test_bad_actions_and_orders_are_named(world):
+    world.reset(first(world, "instance"))
+    with pytest.raises(ValueError, match=r"action: expected \(10,\) finite numbers, got shape \(3,\)"):
+        world.step(np.zeros(3))
+    with pytest.raises(ValueError, match="finite"):
+        world.step(np.full(10, np.nan))
+    with pytest.raises(ValueError, match=r"reset\(trial\) comes before"):
+        _ = Tabletop().scene
+    with pytest.raises(ValueError, match="unknown hands 'claw'; there are tabletop, tabletop_human"):
+        Tabletop(hands="claw")
+
+
+@pytest.mark.parametrize("name", ["agra/Tabletop-v0", "agra/TabletopHuman-v0"])
+@pytest.mark.filterwarnings("error", "ignore:.*symmetric and normalized space.*")
+def test_gymnasium_checker(name):
+    env = gymnasium.make(name, frame_size=(32, 56), render_mode="rgb_array")
+    check_env(env.unwrapped)
+    env.close()
+
+
+def test_gymnasium_episode_ends():
+    env = gymnasium.make("agra/Tabletop-v0", frame_size=(32, 56)).unwrapped
+    trial = env.world.trials("in_distribution")[0]
+    observation, info = env.reset(seed=3, options={"trial": trial})
+    assert (info["trial"], observation["instruction"]) == (trial.name, trial.instruction)
+    acting, rewards = expert(env.world), []
+    terminated = truncated = False
+    while not (terminated or truncated):
+        observation, reward, terminated, truncated, info = env.step(acting.act(env._last).actions[0])
+        rewards.append(reward)
+    assert terminated
+    assert (sum(rewards), rewards[-1], info["success"]) == (1.0, 1.0, True)
+    env.reset(options={"trial": trial})
+    for count in range(1, 200):
+        *_, terminated, truncated, info = env.step(env.world.hands.rest)
+        if truncated:
+            break
+    assert (count, terminated, info["success"]) == (MAX_STEPS[trial.task], False, False)
+    with pytest.raises(ValueError, match="reset options: unknown"):
+        env.reset(options={"scene": 1})
+    env.close()
+
+
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_no_opengl_is_one_line(backend, tmp_path):
+    """As on a machine without the library: every attempt to load it fails."""
+    code = f"""
+import ctypes, ctypes.util
+missing = lambda name: any(library in str(name) for library in ("EGL", "OSMesa", "libGL"))
+find, load = ctypes.util.find_library, ctypes.CDLL.__init__
+def load_or_fail(self, name, *rest, **more):
+    if missing(name):
+        raise OSError(f"{{name}}: cannot open shared object file")
+    load(self, name, *rest, **more)
+ctypes.util.find_library = lambda name: None if missing(name) or name == "GL" else find(name)
+ctypes.CDLL.__init__ = load_or_fail
+from agra.cli import main
+main(["evaluate", "expert", "--output", {str(tmp_path / "results.jsonl")!r}, "--limit", "1"])
+"""
+    environment = {"MUJOCO_GL": backend, "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"agra: error: no usable OpenGL library for MUJOCO_GL={backend}: install the Debian packages")
+    assert not list(tmp_path.iterdir())

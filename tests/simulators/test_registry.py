@@ -1,0 +1,43 @@
+import pytest
+
+from agra.simulators import registry
+from agra.types import Simulator
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_every_registered_simulator_keeps_the_contract(name):
+    """One conformance test over all: trials, shapes, ranges, masks, limits."""
+    world = registry.make(name, frame_size=(32, 56))
+    assert isinstance(world, Simulator)
+    try:
+        for regime, count in {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}.items():
+            trials = world.trials(regime)
+            assert len(trials) == count
+            assert len({trial.name for trial in trials}) == count
+            assert {(trial.regime, trial.simulator) for trial in trials} == {(regime, name)}
+            first = world.reset(trials[0])
+            assert first.frame.shape == (32, 56, 3)
+            assert first.state.shape == (len(world.embodiment.state_names),)
+            assert (first.instruction, first.embodiment) == (trials[0].instruction, world.embodiment.name)
+            step = world.step(registry.expert(world).act(first).actions[0])
+            assert not step.success
+            assert set(step.progress.values()) == {False}
+            mask = world.interaction_mask()
+            assert mask.shape == (32, 56)
+            assert 0.002 < mask.mean() < 0.3
+    finally:
+        world.close()
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"unknown simulator 'tabeltop'; did you mean 'tabletop'\?"):
+        registry.make("tabeltop")
+
+
+def test_no_expert():
+    class Other:
+        class embodiment:
+            name = "other"
+
+    with pytest.raises(ValueError, match="other: this simulator has no scripted expert"):
+        registry.expert(Other())
