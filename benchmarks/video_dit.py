@@ -5,10 +5,12 @@ torchvision's nearest resize of the padding mask, replaced by torch's, so that i
 """
 
 import argparse
+from functools import partial
 from types import SimpleNamespace
 
 import diffusers.models.transformers.transformer_cosmos as stock
 import torch
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from agra.wam.video_dit import VideoDiT, VideoDiTConfig
@@ -20,35 +22,54 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batch")
     quick = parser.parse_args().quick
     stock.transforms = SimpleNamespace(  # type: ignore[attr-defined]
-        functional=SimpleNamespace(resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation)),
+        functional=SimpleNamespace(
+            resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation)
+        ),
         InterpolationMode=SimpleNamespace(NEAREST="nearest"),
     )
     torch.manual_seed(0)
-    config = VideoDiTConfig(latent_channels=24, num_layers=6, num_heads=2, head_dim=64, adaln_lora_dim=32, text_dim=384,
-                            text_projection_dim=None, max_size=(8, 64, 64), rope_scale=(1.0, 1.0, 1.0))
+    config = VideoDiTConfig(
+        latent_channels=24,
+        num_layers=6,
+        num_heads=2,
+        head_dim=64,
+        adaln_lora_dim=32,
+        text_dim=384,
+        text_projection_dim=None,
+        max_size=(8, 64, 64),
+        rope_scale=(1.0, 1.0, 1.0),
+    )
     model = VideoDiT(config)
-    for batch, frames, size, label in ((8 if quick else 16, 3, (8, 14), "84 tokens"), (4 if quick else 8, 5, (24, 42), "1,260 tokens")):
+    for batch, frames, size, label in (
+        (8 if quick else 16, 3, (8, 14), "84 tokens"),
+        (4 if quick else 8, 5, (24, 42), "1,260 tokens"),
+    ):
         latents, text = torch.randn(batch, 24, frames, *size), torch.randn(batch, 16, 384)
         mask = torch.zeros(batch, 1, frames, *size)
         mask[:, :, 0] = 1
         level = torch.rand(batch, frames)
-        padding = torch.zeros(1, 1, *size)
 
-        def ours() -> torch.Tensor:
-            output = model(latents, level, text, condition_mask=mask).velocity
-            output.square().mean().backward()
-            return output
-
-        def theirs() -> torch.Tensor:
-            output = model.transformer(latents, level[:, None, :, None, None], text, condition_mask=mask,
-                                       padding_mask=padding, return_dict=False)[0]
-            output.square().mean().backward()
-            return output
-
+        ours = partial(_ours, model, latents, level, text, mask)
+        theirs = partial(_theirs, model, latents, level, text, mask)
         difference = (ours() - theirs()).abs().max().item()
         result = compare(f"video_dit {label}", ours, theirs, unit="s, forward and backward", rounds=3 if quick else 9)
         print(f"{label}: {result['ratio']}x {result['spread']}, largest difference of the outputs {difference:.1e}")
     finish(result | {"max_abs_difference": difference})
+
+
+def _ours(model: VideoDiT, latents: Tensor, level: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    output = model(latents, level, text, condition_mask=mask).velocity
+    output.square().mean().backward()
+    return output
+
+
+def _theirs(model: VideoDiT, latents: Tensor, level: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    padding = torch.zeros(1, 1, *latents.shape[3:])
+    levels = level[:, None, :, None, None]
+    arguments = {"condition_mask": mask, "padding_mask": padding, "return_dict": False}
+    output = model.transformer(latents, levels, text, **arguments)[0]
+    output.square().mean().backward()
+    return output
 
 
 if __name__ == "__main__":

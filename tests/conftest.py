@@ -10,7 +10,7 @@ from agra.recipes import tiny
 from agra.wam.bridge import bridged_layers
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_config():
     """tiny() made smaller still: 4 video layers of width 32, 2 action blocks, 32 x 48 frames."""
     config = tiny()
@@ -19,11 +19,30 @@ def small_config():
         config.model,
         frame_size=(32, 48),
         codec=replace(config.model.codec, channels=4),
-        video_dit=replace(config.model.video_dit, latent_channels=4, num_layers=4, num_heads=2, head_dim=16,
-                          adaln_lora_dim=8, text_dim=12),
-        bridge=replace(config.model.bridge, layers=layers, num_layers=1, num_heads=2, head_dim=16, position_grid=(3, 2, 3)),
-        action_dit=replace(config.model.action_dit, state_dim=5, action_dim=3, horizon=4, num_blocks=2, num_heads=2,
-                           head_dim=16, guidance_dim=32, hidden_dim=16, state_dropout=0.0),
+        video_dit=replace(
+            config.model.video_dit,
+            latent_channels=4,
+            num_layers=4,
+            num_heads=2,
+            head_dim=16,
+            adaln_lora_dim=8,
+            text_dim=12,
+        ),
+        bridge=replace(
+            config.model.bridge, layers=layers, num_layers=1, num_heads=2, head_dim=16, position_grid=(3, 2, 3)
+        ),
+        action_dit=replace(
+            config.model.action_dit,
+            state_dim=5,
+            action_dim=3,
+            horizon=4,
+            num_blocks=2,
+            num_heads=2,
+            head_dim=16,
+            guidance_dim=32,
+            hidden_dim=16,
+            state_dropout=0.0,
+        ),
     )
     alignment = replace(config.alignment, layers=(1,), hidden_dim=16)
     stage = replace(config.stage, steps=6, batch_size=4, log_every=1, validate_every=3, save_every=2)
@@ -49,6 +68,6 @@ def random_batch(config, count=4, seed=0, teacher_width=6):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_batch():
     return random_batch

@@ -7,8 +7,19 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "src"
-FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in (ROOT / "agra").rglob("*.py")}
-MEETING_PLACES = ("agra.training.objective", "agra.diagnostics", "agra.config", "agra.recipes", "agra.prepare", "agra.run", "agra.cli")
+FILES = {
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in (ROOT / "agra").rglob("*.py")
+}
+MEETING_PLACES = (
+    "agra.training.objective",
+    "agra.diagnostics",
+    "agra.config",
+    "agra.recipes",
+    "agra.prepare",
+    "agra.run",
+    "agra.cli",
+)
 DOORS = {
     "diffusers": ("agra.wam.video_dit", "agra.wam.codec"),
     "transformers": ("agra.wam.text", "agra.alignment", "agra.pretrained"),
@@ -77,7 +88,9 @@ def test_wam_and_alignment_meet_only_where_they_should():
 def test_evaluation_sees_policies_and_simulators_only():
     for name in FILES:
         if _under(name, "agra.evaluation"):
-            assert all(_under(m, "agra.evaluation", "agra.types", "agra.data.video", "agra.workers") for m in _ours(name)), (name, _ours(name))
+            assert all(
+                _under(m, "agra.evaluation", "agra.types", "agra.data.video", "agra.workers") for m in _ours(name)
+            ), (name, _ours(name))
 
 
 def test_heavy_libraries_have_one_door():

@@ -11,8 +11,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from point_world import PointWorld, demonstrator, make_trial
-
 from agra import run
 from agra.collect import collect
 from agra.evaluation.protocols import Protocol
@@ -23,6 +21,7 @@ from agra.recipes import at_stage, tiny
 from agra.training import checkpoint
 from agra.training.stages import Stage
 from agra.wam.bridge import bridged_layers
+from point_world import PointWorld, demonstrator, make_trial
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,13 @@ def world(tmp_path_factory):
     )
     teacher = replace(config.alignment.teacher, input_size=(28, 42))
     alignment = replace(config.alignment, layers=(1,), teacher=teacher)
-    data = replace(config.data, path=str(folder / "demonstrations"), cache=str(folder / "cache"), embodiments=("dot",),
-                   frame_stride=1)
+    data = replace(
+        config.data,
+        path=str(folder / "demonstrations"),
+        cache=str(folder / "cache"),
+        embodiments=("dot",),
+        frame_stride=1,
+    )
     stage = replace(config.stage, steps=6, batch_size=8, save_every=3, validate_every=3, log_every=1)
     return folder, replace(config, model=model, alignment=alignment, data=data, stage=stage)
 
@@ -106,8 +110,14 @@ def test_evaluation_runs_the_checkpoint(trained, tmp_path):
     folder, _ = trained
     world = PointWorld()
     trials = [make_trial(f"in_distribution/{i}", "in_distribution", i) for i in range(3)]
-    evaluate(WAMPolicy.load(folder / Stage.JOINT), world, trials, output=tmp_path / "results.jsonl",
-             protocol=Protocol(execute_steps=4), policy_name="joint")
+    evaluate(
+        WAMPolicy.load(folder / Stage.JOINT),
+        world,
+        trials,
+        output=tmp_path / "results.jsonl",
+        protocol=Protocol(execute_steps=4),
+        policy_name="joint",
+    )
     assert len(read_results(tmp_path / "results.jsonl").trials) == 3
 
 

@@ -27,7 +27,9 @@ def test_eq_6_alignment_loss():
         a, b = z[index], y[index[1:]]
         total += float(a @ b) / (math.sqrt(a @ a) * math.sqrt(b @ b) + 1e-8)
     expected = -total / (layers * batch * frames * height * width)
-    ours = alignment_loss([torch.tensor(layer, dtype=torch.float32) for layer in z], torch.tensor(y, dtype=torch.float32))
+    ours = alignment_loss(
+        [torch.tensor(layer, dtype=torch.float32) for layer in z], torch.tensor(y, dtype=torch.float32)
+    )
     assert ours.item() == pytest.approx(expected, abs=1e-6)
     same = torch.tensor(y)
     assert alignment_loss([3 * same, 0.1 * same], same).item() == pytest.approx(-1, abs=1e-6)
@@ -111,7 +113,9 @@ def test_every_recipe_builds_on_the_meta_device(name, stage):
     with torch.device("meta"):
         model = WAM(config.model)
     video = sum(p.numel() for n, p in model.named_parameters() if "video_dit" in n)
-    assert video == (2_059_174_912 if not name.startswith("tiny") else sum(p.numel() for p in model.video_dit.parameters()))
+    assert video == (
+        2_059_174_912 if not name.startswith("tiny") else sum(p.numel() for p in model.video_dit.parameters())
+    )
     assert config.stage.name is stage
 
 

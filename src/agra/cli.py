@@ -4,12 +4,16 @@ Heavy imports happen inside the commands, so that `agra --help` answers at once 
 """
 
 import difflib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -118,8 +122,10 @@ def _recipe_arguments(command: str, arguments: list[str], options: type) -> tupl
     from agra.training.stages import Stage
 
     if not arguments or arguments[0].startswith("-"):
-        print(f"usage: agra {command} RECIPE [--stage {{{','.join(Stage)}}}] [flags]; recipes: {', '.join(RECIPES)}; "
-              f"`agra {command} RECIPE --help` lists the flags")
+        print(
+            f"usage: agra {command} RECIPE [--stage {{{','.join(Stage)}}}] [flags]; recipes: {', '.join(RECIPES)}; "
+            f"`agra {command} RECIPE --help` lists the flags"
+        )
         raise SystemExit(0 if "-h" in arguments or "--help" in arguments else 2)
     name, *rest = arguments
     if name not in RECIPES:
@@ -143,8 +149,30 @@ def _parse(command: str, recipe: str, config: "RunConfig", rest: list[str], opti
         run: Annotated[options, tyro.conf.arg(name="")]  # type: ignore[valid-type]
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: config)
 
-    parsed = tyro.cli(Arguments, args=rest, prog=f"agra {command} {recipe}", config=(tyro.conf.FlagConversionOff,))
+    settings = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    parsed = _from_flags(Arguments, rest, f"agra {command} {recipe}", settings)
     return parsed.run, parsed.config
+
+
+def _from_flags(target: Callable[..., Any], arguments: list[str], program: str, settings: Sequence[Any] = ()) -> Any:
+    """`target` called with what the flags say. Raises ValueError with tyro's complaint in one line."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(target, args=arguments, prog=program, config=settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(complaint.getvalue(), program)) from None
+
+
+def _one_line(box: str, program: str) -> str:
+    """The first paragraph of tyro's framed message, and the flag that it thinks was meant."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rules = [i for i, line in enumerate(lines) if line and set(line) <= {"─", " "}] or [len(lines)]
+    meant = re.search(r"Perhaps you meant:\W+(--[\w.-]+)", "\n".join(lines))
+    hint = f"; did you mean {meant[1]}?" if meant else ""
+    return f"{' '.join(lines[: rules[0]])}{hint} (see {program} --help)"
 
 
 def recipes() -> None:
@@ -196,8 +224,15 @@ def evaluate(
             output = Path(policy) / "results.jsonl"
         trials = regime_trials(world, regimes, limit=limit)
         protocol = Protocol(execute_steps=1 if policy == "expert" else execute_steps)
-        run(acting, world, trials, output=output, protocol=protocol, videos=videos,
-            policy_name=name or ("expert" if policy == "expert" else Path(policy).name))
+        run(
+            acting,
+            world,
+            trials,
+            output=output,
+            protocol=protocol,
+            videos=videos,
+            policy_name=name or ("expert" if policy == "expert" else Path(policy).name),
+        )
     finally:
         world.close()
     print_summary(read_results(output))
@@ -270,9 +305,20 @@ def report(
     print(run(policies, output=output))
 
 
+def _bound(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """`function` with the same signature, that returns a call to make later: parsing errors are not the command's."""
+
+    @wraps(function)
+    def later(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return partial(function, *arguments, **options)
+
+    return later
+
+
 def _command(function: Callable[..., None]) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
-        tyro.cli(function, args=arguments, prog=f"agra {function.__name__}")
+        call = _from_flags(_bound(function), arguments, f"agra {function.__name__}")
+        call()
 
     run.__doc__ = function.__doc__
     return run
@@ -296,5 +342,10 @@ def _help() -> str:
 
 
 def _unknown(what: str, name: str, known: Sequence[str] | dict) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
-    return f"unknown {what} {name!r}; did you mean {close[0]!r}? Known: {', '.join(known)}"
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return f"unknown {what} {name!r}; did you mean {close[0]!r}? Known: {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -95,14 +95,12 @@ class Collected:
 
 def scripted_demonstrator(simulator_name: str) -> Demonstrator:
     """The demonstrator of a registered simulator. Raises ValueError for one without a scripted expert."""
-    if simulator_name.split("-")[0] != "tabletop":
-        raise ValueError(f"simulator {simulator_name!r} has no scripted expert to collect with; tabletop has one")
     from agra.simulators import registry
-    from agra.simulators.tabletop.expert import ScriptedExpert
     from agra.simulators.tabletop.tasks import training_trials
 
     simulator = registry.make(simulator_name)
-    return Demonstrator(simulator=simulator, expert=ScriptedExpert(simulator), trials=training_trials)
+    expert = registry.expert(simulator)
+    return Demonstrator(simulator=simulator, expert=expert, trials=partial(training_trials, simulator=simulator_name))
 
 
 def collect(

@@ -31,8 +31,10 @@ class RunConfig:
             if outside:
                 raise ValueError(f"alignment.layers: expected 0..{self.model.video_dit.num_layers - 1}, got {outside}")
         if len(self.data.embodiments) > self.model.action_dit.num_embodiments:
-            raise ValueError(f"model.action_dit.num_embodiments: {self.model.action_dit.num_embodiments} rows for the "
-                             f"embodiments {self.data.embodiments}")
+            raise ValueError(
+                f"model.action_dit.num_embodiments: {self.model.action_dit.num_embodiments} rows for the "
+                f"embodiments {self.data.embodiments}"
+            )
 
     @property
     def aligns(self) -> bool:

@@ -76,8 +76,15 @@ class WAMPolicy:
         codec_file = folder / "codec.safetensors"
         codec = load_codec(config.model.codec, codec_file if codec_file.is_file() else None)
         stats = NormStats.load_all(folder / "norm_stats.json")
-        return cls(name=name or Path(path).name, config=config, model=model, codec=codec.to(device),
-                   text=load_text_encoder(config.model.text), stats=stats, device=device)
+        return cls(
+            name=name or Path(path).name,
+            config=config,
+            model=model,
+            codec=codec.to(device),
+            text=load_text_encoder(config.model.text),
+            stats=stats,
+            device=device,
+        )
 
     def reset(self, seed: int) -> None:
         """Start an episode: every random number until the next reset follows from `seed`."""
@@ -90,14 +97,15 @@ class WAMPolicy:
         inputs = self.prepare([observation])
         prepared = time.perf_counter()
         video_noise, action_noise = self._draw(1, self._generator)
-        guidance = self.model.guide(
-            self.model.condition(inputs.observation_latent, video_noise, inputs.instruction))
+        guidance = self.model.guide(self.model.condition(inputs.observation_latent, video_noise, inputs.instruction))
         conditioned = time.perf_counter()
         actions = self.model.act(guidance, inputs.state, inputs.embodiment, action_noise, steps=self.action_steps)
         answer = self.unnormalize(actions, observation.embodiment)[0]
         done = time.perf_counter()
-        return ActionChunk(actions=answer, timings={
-            "prepare": prepared - start, "condition": conditioned - prepared, "act": done - conditioned})
+        return ActionChunk(
+            actions=answer,
+            timings={"prepare": prepared - start, "condition": conditioned - prepared, "act": done - conditioned},
+        )
 
     @torch.inference_mode()
     def prepare(self, observations: Sequence[Observation]) -> PolicyInputs:
@@ -138,7 +146,9 @@ class WAMPolicy:
 
     def _stats(self, embodiment: str) -> NormStats:
         if embodiment not in self.stats:
-            raise ValueError(f"policy {self.name}: not trained on embodiment {embodiment!r}; it knows {sorted(self.stats)}")
+            raise ValueError(
+                f"policy {self.name}: not trained on embodiment {embodiment!r}; it knows {sorted(self.stats)}"
+            )
         return self.stats[embodiment]
 
     def _instruction(self, instruction: str) -> Tensor:

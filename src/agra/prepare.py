@@ -39,8 +39,12 @@ class Latents:
     @property
     def key(self) -> dict[str, Any]:
         """Codec and geometry."""
-        return {"codec": self.codec.key, "frame_size": list(self.model.frame_size),
-                "num_frames": self.model.num_frames, "frame_stride": self.stride}
+        return {
+            "codec": self.codec.key,
+            "frame_size": list(self.model.frame_size),
+            "num_frames": self.model.num_frames,
+            "frame_stride": self.stride,
+        }
 
     def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
         """Past the episode's end the last frame repeats."""
@@ -154,8 +158,13 @@ def _indices(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Path]:
 
 
 def _codec_settings(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Any]:
-    return {"dataset": dataset.fingerprint, "frame_size": config.model.frame_size, "stride": config.data.frame_stride,
-            "codec": asdict(config.model.codec), "held_out": config.data.validation_fraction}
+    return {
+        "dataset": dataset.fingerprint,
+        "frame_size": config.model.frame_size,
+        "stride": config.data.frame_stride,
+        "codec": asdict(config.model.codec),
+        "held_out": config.data.validation_fraction,
+    }
 
 
 def _digest(settings: Mapping[str, Any]) -> str:

@@ -20,7 +20,6 @@ from agra.wam.text import TextConfig
 from agra.wam.video_dit import VideoDiTConfig
 
 
-
 def agra_dino_l8(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA-DinoL8, the paper's default: video layer 8 aligned with DINOv2 on the conditioning pass.        4.1, C.1, C.3"""
     return at_stage(RunConfig(data=DataConfig()), stage)
@@ -86,13 +85,31 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
         codec=CodecConfig(kind="patch_pca", channels=24),
         text=TextConfig(kind="minilm"),
         video_dit=VideoDiTConfig(
-            latent_channels=24, num_layers=6, num_heads=2, head_dim=64, adaln_lora_dim=32, text_dim=384,
-            text_projection_dim=None, max_size=(8, 32, 32), rope_scale=(1.0, 1.0, 1.0), learned_positions=True,
+            latent_channels=24,
+            num_layers=6,
+            num_heads=2,
+            head_dim=64,
+            adaln_lora_dim=32,
+            text_dim=384,
+            text_projection_dim=None,
+            max_size=(8, 32, 32),
+            rope_scale=(1.0, 1.0, 1.0),
+            learned_positions=True,
         ),
-        bridge=BridgeConfig(layers=layers, num_layers=1, num_heads=2, head_dim=64, dropout=0.0, position_grid=(3, 4, 7)),
+        bridge=BridgeConfig(
+            layers=layers, num_layers=1, num_heads=2, head_dim=64, dropout=0.0, position_grid=(3, 4, 7)
+        ),
         action_dit=ActionDiTConfig(
-            state_dim=16, action_dim=16, num_embodiments=2, num_blocks=4, num_heads=2, head_dim=64, guidance_dim=128,
-            hidden_dim=128, dropout=0.0, state_dropout=0.5,
+            state_dim=16,
+            action_dim=16,
+            num_embodiments=2,
+            num_blocks=4,
+            num_heads=2,
+            head_dim=64,
+            guidance_dim=128,
+            hidden_dim=128,
+            dropout=0.0,
+            state_dropout=0.5,
         ),
     )
     alignment = AlignmentConfig(
@@ -101,8 +118,15 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     data = DataConfig(frame_stride=2, early_window_fraction=0.5, embodiments=("tabletop", "tabletop_human"))
     objective = ObjectiveConfig(alignment_weight=0.2, action_draws=2, video_share=0.5)
     training = StageConfig(
-        objective=objective, steps=600, batch_size=16, video_lr=1.5e-3, action_lr=1.5e-3, weight_decay=1e-4,
-        precision="float32", validate_every=100, save_every=200,
+        objective=objective,
+        steps=600,
+        batch_size=16,
+        video_lr=1.5e-3,
+        action_lr=1.5e-3,
+        weight_decay=1e-4,
+        precision="float32",
+        validate_every=100,
+        save_every=200,
     )
     return at_stage(RunConfig(model=model, alignment=alignment, data=data, stage=training), stage)
 
@@ -141,6 +165,17 @@ def _passes(config: RunConfig, *, guidance: Pass, aligned: Pass) -> RunConfig:
 Recipe = Callable[[Stage], RunConfig]
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
-    for recipe in (agra_dino_l8, wam, freeze_backbone, agra_dino_l15, agra_dino_l4_8_12, agra_siglip_l8, agra_bridge_l8,
-                   agra_video_pass, agra_shared_denoising_pass, tiny, tiny_wam)
+    for recipe in (
+        agra_dino_l8,
+        wam,
+        freeze_backbone,
+        agra_dino_l15,
+        agra_dino_l4_8_12,
+        agra_siglip_l8,
+        agra_bridge_l8,
+        agra_video_pass,
+        agra_shared_denoising_pass,
+        tiny,
+        tiny_wam,
+    )
 }

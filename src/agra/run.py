@@ -40,14 +40,23 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
     dataset = LeRobotDataset(config.data.path, camera=config.data.camera)
     opened = frozen.open_features(config, dataset)
     stats = {dataset.embodiment: NormStats.of(dataset, config.data.normalization)}
-    sampler = WindowSampler(config.data, dataset, opened, stats, horizon=config.model.action_dit.horizon,
-                            references=window_references(config), batch_size=config.stage.batch_size,
-                            seed=config.stage.seed, max_state_dim=config.model.action_dit.state_dim,
-                            max_action_dim=config.model.action_dit.action_dim)
+    sampler = WindowSampler(
+        config.data,
+        dataset,
+        opened,
+        stats,
+        horizon=config.model.action_dit.horizon,
+        references=window_references(config),
+        batch_size=config.stage.batch_size,
+        seed=config.stage.seed,
+        max_state_dim=config.model.action_dit.state_dim,
+        max_action_dim=config.model.action_dit.action_dim,
+    )
     seed_everything(config.stage.seed, 2**31 + 1)
     teacher_width = opened["targets"].shape[-1] if "targets" in opened else None
-    objective = Objective(WAM(config.model), config.stage.objective, config.alignment if config.aligns else None,
-                          teacher_width)
+    objective = Objective(
+        WAM(config.model), config.stage.objective, config.alignment if config.aligns else None, teacher_width
+    )
     if checkpoint.newest(output) is None:
         if init is not None:
             initialize(objective, init, config.stage.name)
@@ -57,8 +66,15 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
     if config.model.codec.kind == "patch_pca":
         fitted = codec_file(config, dataset)
         extra["codec.safetensors"] = lambda path: path.write_bytes(fitted.read_bytes())
-    trainer = Trainer(config, objective, batch=sampler.batch, validation=sampler.validation_batch, output=output,
-                      extra_files=extra, device=device)
+    trainer = Trainer(
+        config,
+        objective,
+        batch=sampler.batch,
+        validation=sampler.validation_batch,
+        output=output,
+        extra_files=extra,
+        device=device,
+    )
     return trainer.run()
 
 
@@ -126,8 +142,10 @@ def _lineage(run: Path) -> list[Path]:
 def _entry(run: Path) -> PolicyEntry:
     newest = checkpoint.resolve(run)
     config = checkpoint.read_config(newest)
-    logs = {checkpoint.read_config(checkpoint.resolve(path)).stage.name: path / "metrics.jsonl"
-            for path in _lineage(newest.parent)}
+    logs = {
+        checkpoint.read_config(checkpoint.resolve(path)).stage.name: path / "metrics.jsonl"
+        for path in _lineage(newest.parent)
+    }
     results, diagnosis = newest.parent / "results.jsonl", newest.parent / "diagnosis"
     return PolicyEntry(
         name=run.name,
@@ -144,5 +162,7 @@ def _describe(config: RunConfig) -> str:
         return "World action model without alignment"
     layers = ", ".join(map(str, config.alignment.layers))
     objective = config.stage.objective
-    return (f"World action model with AGRA: video layer {layers} aligned with {config.alignment.teacher.kind} on the "
-            f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}")
+    return (
+        f"World action model with AGRA: video layer {layers} aligned with {config.alignment.teacher.kind} on the "
+        f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}"
+    )

@@ -34,9 +34,7 @@ class Observation:
 
     def __post_init__(self) -> None:
         if self.frame.dtype != np.uint8 or self.frame.ndim != 3 or self.frame.shape[2] != 3:
-            raise ValueError(
-                f"Observation.frame: expected (H, W, 3) uint8, got {self.frame.shape} {self.frame.dtype}"
-            )
+            raise ValueError(f"Observation.frame: expected (H, W, 3) uint8, got {self.frame.shape} {self.frame.dtype}")
         if self.state.ndim != 1:
             raise ValueError(f"Observation.state: expected one axis, got shape {self.state.shape}")
 
@@ -112,9 +110,11 @@ class Policy(Protocol):
 
     def reset(self, seed: int) -> None:
         """Forget the last episode; every random number until the next reset follows from `seed`."""
+        ...
 
     def act(self, observation: Observation) -> ActionChunk:
         """Answer the next K actions."""
+        ...
 
 
 @runtime_checkable
@@ -127,15 +127,20 @@ class Simulator(Protocol):
 
     def reset(self, trial: Trial) -> Observation:
         """Set the trial's scene up; the same trial gives the same states and pixels."""
+        ...
 
     def step(self, action: np.ndarray) -> Step:
         """Apply one (D,) action for one control period."""
+        ...
 
     def interaction_mask(self) -> np.ndarray:
         """(H, W) bool: pixels of the acting hand and of the target object in the present frame (4.2.1)."""
+        ...
 
     def trials(self, regime: str) -> Sequence[Trial]:
         """The fixed trial list of a regime."""
+        ...
 
     def close(self) -> None:
         """Free the renderer."""
+        ...

@@ -105,7 +105,7 @@ def test_key_camera_and_contents_decide(dataset, tmp_path):
 
 def test_missing_and_unfinished(dataset, tmp_path):
     root = tmp_path / "cache"
-    with pytest.raises(FileNotFoundError, match="brightness-[0-9a-f]+: not prepared; run agra prepare"):
+    with pytest.raises(FileNotFoundError, match=r"brightness-[0-9a-f]+: not prepared; run agra prepare"):
         CachedFeature.open(folder(dataset, Brightness(), root))
 
     class Fails(Brightness):

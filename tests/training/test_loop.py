@@ -34,7 +34,10 @@ def make_trainer(config, output, make_batch, *, on_step=None, validation=True):
 
 def _weights(folder):
     found = checkpoint.newest(folder)
-    return {name: load_file(found / name) for name in ("model.safetensors", "projectors.safetensors", "optimizer.safetensors")}
+    return {
+        name: load_file(found / name)
+        for name in ("model.safetensors", "projectors.safetensors", "optimizer.safetensors")
+    }
 
 
 def _assert_same(a, b):
@@ -72,8 +75,12 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(small_config, make_batch, 
 
 def test_sigterm_saves_and_the_rest_follows(small_config, make_batch, tmp_path):
     make_trainer(small_config, tmp_path / "whole", make_batch).run()
-    stopped = make_trainer(small_config, tmp_path / "cut", make_batch,
-                           on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None).run()
+    stopped = make_trainer(
+        small_config,
+        tmp_path / "cut",
+        make_batch,
+        on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None,
+    ).run()
     assert stopped is False
     assert checkpoint.newest(tmp_path / "cut").name == "step_000003"
     assert make_trainer(small_config, tmp_path / "cut", make_batch).run()
@@ -93,7 +100,15 @@ def test_training_lowers_the_loss(small_config, make_batch, tmp_path):
 def test_metrics_name_what_the_stage_computes(small_config, make_batch, tmp_path):
     make_trainer(small_config, tmp_path / "joint", make_batch).run()
     row = _rows(tmp_path / "joint")[0]
-    assert {"step", "loss", "video_loss", "action_loss", "alignment_loss", "alignment_cosine_gain", "learning_rate"} <= row.keys()
+    assert {
+        "step",
+        "loss",
+        "video_loss",
+        "action_loss",
+        "alignment_loss",
+        "alignment_cosine_gain",
+        "learning_rate",
+    } <= row.keys()
     assert {f"gradient_norm/{name}" for name in ("video_dit", "bridge", "action_dit", "projectors")} <= row.keys()
     adapt = at_stage(small_config, Stage.ADAPT)
     make_trainer(adapt, tmp_path / "adapt", make_batch).run()

@@ -76,11 +76,14 @@ def test_adapt_computes_the_video_loss_alone(small_config, make_batch):
     assert trained == {"video_dit"}
 
 
-@pytest.mark.parametrize(("guidance", "aligned", "denoised", "conditioned"), [
-    (Pass.CONDITIONING, Pass.CONDITIONING, (), (0, 1, 3)),
-    (Pass.CONDITIONING, Pass.DENOISING, (1,), (0, 3)),
-    (Pass.DENOISING, Pass.DENOISING, (0, 1, 3), None),
-])
+@pytest.mark.parametrize(
+    ("guidance", "aligned", "denoised", "conditioned"),
+    [
+        (Pass.CONDITIONING, Pass.CONDITIONING, (), (0, 1, 3)),
+        (Pass.CONDITIONING, Pass.DENOISING, (1,), (0, 3)),
+        (Pass.DENOISING, Pass.DENOISING, (0, 1, 3), None),
+    ],
+)
 def test_table_2_is_two_fields(small_config, make_batch, guidance, aligned, denoised, conditioned):
     """Which layers each pass is asked for, in the three variants of Table 2."""
     objective = _objective(small_config, guidance_pass=guidance, aligned_pass=aligned, video_share=1.0)
@@ -139,12 +142,15 @@ def test_missing_targets_are_named(small_config, make_batch):
         _objective(small_config)(replace(make_batch(small_config), targets=None))
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: ObjectiveConfig(guidance_pass=Pass.DENOISING), "there is no conditioning pass to align"),
-    (lambda: ObjectiveConfig(alignment_weight=-1), "alignment_weight: expected at least 0, got -1"),
-    (lambda: StageConfig(name=Stage.ADAPT), r"stage.objective.action_weight: must be 0 in the adapt stage"),
-    (lambda: StageConfig(steps=0), "stage.steps: expected at least 1, got 0"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ObjectiveConfig(guidance_pass=Pass.DENOISING), "there is no conditioning pass to align"),
+        (lambda: ObjectiveConfig(alignment_weight=-1), "alignment_weight: expected at least 0, got -1"),
+        (lambda: StageConfig(name=Stage.ADAPT), r"stage.objective.action_weight: must be 0 in the adapt stage"),
+        (lambda: StageConfig(steps=0), "stage.steps: expected at least 1, got 0"),
+    ],
+)
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

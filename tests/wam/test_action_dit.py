@@ -8,8 +8,18 @@ import torch
 from agra.wam.action_dit import ActionDiT, ActionDiTConfig
 from agra.wam.bridge import Bridge, BridgeConfig
 
-TINY = ActionDiTConfig(state_dim=5, action_dim=3, horizon=4, num_embodiments=2, num_blocks=2, num_heads=2, head_dim=8,
-                       guidance_dim=12, hidden_dim=16, dropout=0.0)
+TINY = ActionDiTConfig(
+    state_dim=5,
+    action_dim=3,
+    horizon=4,
+    num_embodiments=2,
+    num_blocks=2,
+    num_heads=2,
+    head_dim=8,
+    guidance_dim=12,
+    hidden_dim=16,
+    dropout=0.0,
+)
 
 
 def _count(module):
@@ -27,7 +37,7 @@ def _inputs(batch=3, config=TINY, tokens=7):
     }
 
 
-@pytest.fixture()
+@pytest.fixture
 def head():
     torch.manual_seed(0)
     return ActionDiT(TINY).eval()

@@ -13,8 +13,10 @@ def _hidden(*layers):
     return {layer: torch.randn(2, 3, 2, 4, 16) for layer in layers}
 
 
-@pytest.mark.parametrize(("video", "action", "expected"), [
-    (28, 8, (0, 4, 8, 12, 15, 19, 23, 27)), (6, 4, (0, 2, 3, 5)), (8, 8, tuple(range(8))), (1, 2, (0, 0))])
+@pytest.mark.parametrize(
+    ("video", "action", "expected"),
+    [(28, 8, (0, 4, 8, 12, 15, 19, 23, 27)), (6, 4, (0, 2, 3, 5)), (8, 8, tuple(range(8))), (1, 2, (0, 0))],
+)
 def test_bridged_layers(video, action, expected):
     assert bridged_layers(video, action) == expected
 

@@ -8,7 +8,7 @@ import torch
 from agra.wam.model import WAM
 
 
-@pytest.fixture()
+@pytest.fixture
 def wam(small_config):
     torch.manual_seed(0)
     model = WAM(small_config.model).eval()
@@ -89,10 +89,13 @@ def test_act_takes_euler_steps_under_fixed_guidance(wam, small_config, make_batc
     torch.testing.assert_close(acted, by_hand)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"num_frames": 8}, r"num_frames: a causal 4x codec takes 1 \+ 4n frames, got 8"),
-    ({"frame_size": (30, 48)}, r"frame_size: expected multiples of \(16, 16\), got \(30, 48\)"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 8}, r"num_frames: a causal 4x codec takes 1 \+ 4n frames, got 8"),
+        ({"frame_size": (30, 48)}, r"frame_size: expected multiples of \(16, 16\), got \(30, 48\)"),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused(small_config, changes, message):
     with pytest.raises(ValueError, match=message):
         replace(small_config.model, **changes)

@@ -20,7 +20,9 @@ CONFIG = VideoDiTConfig(
 @pytest.fixture(autouse=True)
 def _resize_without_torchvision(monkeypatch):
     """The stock forward needs torchvision for one nearest resize of the padding mask; this is that resize."""
-    functional = SimpleNamespace(resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation))
+    functional = SimpleNamespace(
+        resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation)
+    )
     stand_in = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
     monkeypatch.setattr(stock, "transforms", stand_in, raising=False)
 
@@ -69,8 +71,10 @@ def test_gradients_equal_diffusers():
     latents, text, mask = _inputs()
     level = torch.rand(2, 3)
     gradients = []
-    for forward in (lambda: model(latents, level, text, condition_mask=mask).velocity,
-                    lambda: _stock(model, latents, level, text, mask)):
+    for forward in (
+        lambda: model(latents, level, text, condition_mask=mask).velocity,
+        lambda: _stock(model, latents, level, text, mask),
+    ):
         model.zero_grad()
         forward().square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -83,8 +87,10 @@ def test_hidden_states_are_the_blocks_outputs():
     latents, text, mask = _inputs()
     level = torch.rand(2)
     seen = {}
-    handles = [block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
-               for i, block in enumerate(model.transformer.transformer_blocks)]
+    handles = [
+        block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
+        for i, block in enumerate(model.transformer.transformer_blocks)
+    ]
     _stock(model, latents, level, text, mask)
     for handle in handles:
         handle.remove()
@@ -101,7 +107,11 @@ def test_stops_after_the_last_wanted_layer():
     output = model(latents, torch.rand(2), text, condition_mask=mask, layers=(1,), velocity=False)
     assert output.velocity is None
     output.hidden[1].square().mean().backward()
-    used = {name.split(".")[2] for name, p in model.named_parameters() if "transformer_blocks" in name and p.grad is not None}
+    used = {
+        name.split(".")[2]
+        for name, p in model.named_parameters()
+        if "transformer_blocks" in name and p.grad is not None
+    }
     assert used == {"0", "1"}
 
 
@@ -137,5 +147,10 @@ def test_paper_scale_has_cosmos_parameters():
 def test_bad_input_is_named(kwargs, message):
     latents, text, mask = _inputs()
     with pytest.raises(ValueError, match=message):
-        _random()(latents, kwargs.get("level", torch.rand(2)), kwargs.get("text", text), condition_mask=mask,
-                  layers=kwargs.get("layers", ()))
+        _random()(
+            latents,
+            kwargs.get("level", torch.rand(2)),
+            kwargs.get("text", text),
+            condition_mask=mask,
+            layers=kwargs.get("layers", ()),
+        )

@@ -25,7 +25,9 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"AlignmentConfig.layers: expected at least one video layer, none twice, got {self.layers}")
+            raise ValueError(
+                f"AlignmentConfig.layers: expected at least one video layer, none twice, got {self.layers}"
+            )
 
 
 class Projector(nn.Module):
@@ -36,7 +38,11 @@ class Projector(nn.Module):
         if config.projector == "mlp":
             hidden = config.hidden_dim
             self.layers: nn.Module = nn.Sequential(
-                nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_width)
+                nn.Linear(width, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, teacher_width),
             )
         else:
             self.layers = FrameConv(width, teacher_width)
@@ -69,7 +75,9 @@ class Projectors(nn.ModuleDict):
         return [projector(hidden[int(layer)]) for layer, projector in self.items()]
 
 
-def cosine(x: Float[Tensor, "*shape P"], y: Float[Tensor, "*shape P"], epsilon: float = 1e-8) -> Float[Tensor, "*shape"]:
+def cosine(
+    x: Float[Tensor, "*shape P"], y: Float[Tensor, "*shape P"], epsilon: float = 1e-8
+) -> Float[Tensor, "*shape"]:
     """x.y / (|x| |y| + epsilon) in float32.                                                          Eq. 6, right"""
     x, y = x.float(), y.float()
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + epsilon)
@@ -86,8 +94,10 @@ def alignment_loss(
         raise ValueError("alignment_loss: expected at least one projected layer, got none")
     for index, z in enumerate(projected):
         if z.shape != targets.shape:
-            raise ValueError(f"alignment_loss: projected[{index}] has shape {tuple(z.shape)}, the targets have "
-                             f"{tuple(targets.shape)}")
+            raise ValueError(
+                f"alignment_loss: projected[{index}] has shape {tuple(z.shape)}, the targets have "
+                f"{tuple(targets.shape)}"
+            )
     return -torch.stack([cosine(z, targets).mean() for z in projected]).mean()
 
 

@@ -117,7 +117,7 @@ class Teacher(nn.Module):
         height, width = self.config.input_size
         return height // self.patch_size, width // self.patch_size
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
         """JSON-serialisable identity: settings and a hash of the weights; equal keys give equal targets."""
         return {
@@ -127,8 +127,12 @@ class Teacher(nn.Module):
             "precision": self.config.precision,
             "width": self.width,
             "patch_size": self.patch_size,
-            "weights": weights_digest(self.model),
+            "weights": self._digest,
         }
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.model)
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode whatever the enclosing module does: the teacher is frozen."""

@@ -66,7 +66,9 @@ def save(run: Path, step: int, files: Mapping[str, Callable[[Path], None]], *, k
             os.fsync(handle.fileno())
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    finished = sorted((path for path in run.glob("step_*") if _NAME.fullmatch(path.name)), key=lambda p: int(p.name[5:]))
+    finished = sorted(
+        (path for path in run.glob("step_*") if _NAME.fullmatch(path.name)), key=lambda p: int(p.name[5:])
+    )
     for old in finished[:-keep]:
         shutil.rmtree(old)
     return target
@@ -80,10 +82,13 @@ def verify(checkpoint: Path) -> None:
     for name, expected in json.loads(manifest_path.read_text()).items():
         path = checkpoint / name
         if not path.is_file():
-            raise ValueError(f"{path}: missing, though manifest.json lists it; take the checkpoint from its source again")
+            raise ValueError(
+                f"{path}: missing, though manifest.json lists it; take the checkpoint from its source again"
+            )
         if _sha256(path) != expected:
-            raise ValueError(f"{path}: checksum differs from manifest.json; the file is damaged, take it from its "
-                             "source again")
+            raise ValueError(
+                f"{path}: checksum differs from manifest.json; the file is damaged, take it from its source again"
+            )
 
 
 def read_config(checkpoint: Path) -> RunConfig:
@@ -98,7 +103,9 @@ def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
     expected = module.state_dict()
     odd = sorted(set(state) ^ set(expected)) or [k for k in expected if expected[k].shape != state[k].shape]
     if odd:
-        raise ValueError(f"{path}: made for another architecture; {len(odd)} entries do not fit, the first is {odd[0]!r}")
+        raise ValueError(
+            f"{path}: made for another architecture; {len(odd)} entries do not fit, the first is {odd[0]!r}"
+        )
     module.load_state_dict(state)
 
 
@@ -114,7 +121,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
     """AdamW's state as flat tensors named `<moment>/<parameter>`."""
     return {
         f"{key}/{names[parameter]}": value.contiguous()
-        for parameter, state in optimizer.state.items() for key, value in state.items()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
     }
 
 

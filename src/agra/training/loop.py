@@ -23,8 +23,13 @@ from agra.training import checkpoint
 from agra.training.objective import Losses, Objective
 from agra.training.stages import Stage, freeze, modules, parameter_groups
 
-_COLUMNS = {"total": "loss", "video": "video_loss", "action": "action_loss", "alignment": "alignment_loss",
-            "alignment_cosine_gain": "alignment_cosine_gain"}
+_COLUMNS = {
+    "total": "loss",
+    "video": "video_loss",
+    "action": "action_loss",
+    "alignment": "alignment_loss",
+    "alignment_cosine_gain": "alignment_cosine_gain",
+}
 
 
 class Trainer:
@@ -61,7 +66,11 @@ class Trainer:
         """
         self._resume()
         stage = self.stage
-        with _stop_signals() as stopped, _progress(stage.name, stage.steps, self.step) as advance, self._writer() as log:
+        with (
+            _stop_signals() as stopped,
+            _progress(stage.name, stage.steps, self.step) as advance,
+            self._writer() as log,
+        ):
             clock, since = time.monotonic(), self.step
             while self.step < stage.steps and not stopped():
                 row = self._train_step(self.step)
@@ -86,7 +95,8 @@ class Trainer:
             "config.json": lambda path: checkpoint.write_text(path, self.config.to_json()),
             "model.safetensors": lambda path: checkpoint.write_tensors(path, self.objective.wam.state_dict()),
             "optimizer.safetensors": lambda path: checkpoint.write_tensors(
-                path, checkpoint.optimizer_tensors(self.optimizer, self.names)),
+                path, checkpoint.optimizer_tensors(self.optimizer, self.names)
+            ),
             "trainer.json": lambda path: checkpoint.write_text(path, json.dumps({"step": self.step}) + "\n"),
             **self.extra_files,
         }
@@ -101,8 +111,10 @@ class Trainer:
         checkpoint.verify(found)
         saved = checkpoint.read_config(found)
         if saved != self.config:
-            raise ValueError(f"{found}: made by another config ({_first_difference(saved, self.config)}); choose another "
-                             "output folder, or the same settings to resume")
+            raise ValueError(
+                f"{found}: made by another config ({_first_difference(saved, self.config)}); choose another "
+                "output folder, or the same settings to resume"
+            )
         checkpoint.load_weights(self.objective.wam, found / "model.safetensors")
         if self.objective.projectors is not None:
             checkpoint.load_weights(self.objective.projectors, found / "projectors.safetensors")
@@ -118,8 +130,10 @@ class Trainer:
         seed_everything(stage.seed, step)
         losses = self._losses(self.batch(step))
         if not math.isfinite(losses.total.item()):
-            raise ValueError(f"step {step}: the loss is {losses.total.item()}; the last checkpoint in {self.output} is "
-                             "intact. Lower the learning rate, or look at the batch of this step")
+            raise ValueError(
+                f"step {step}: the loss is {losses.total.item()}; the last checkpoint in {self.output} is "
+                "intact. Lower the learning rate, or look at the batch of this step"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         row = _row(losses)
@@ -212,7 +226,9 @@ def _first_difference(saved: RunConfig, ours: RunConfig) -> str:
 def _flat(tree: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        k: v for name, child in tree.items() for k, v in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 @contextmanager
@@ -236,8 +252,14 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _progress(name: str, total: int, start: int) -> Iterator[Callable[[int, float], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"),
-               TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task(name, total=total, completed=start, loss=float("nan"))
         yield lambda step, loss: progress.update(task, completed=step, loss=loss)

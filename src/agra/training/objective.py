@@ -59,7 +59,9 @@ class ObjectiveConfig:
         if not 0 < self.video_share <= 1:
             raise ValueError(f"ObjectiveConfig.video_share: expected a share in (0, 1], got {self.video_share}")
         if self.video_share < 1 and Pass.DENOISING in (self.guidance_pass, self.aligned_pass):
-            raise ValueError("ObjectiveConfig.video_share: must be 1 where guidance or alignment reads the denoising pass")
+            raise ValueError(
+                "ObjectiveConfig.video_share: must be 1 where guidance or alignment reads the denoising pass"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +125,13 @@ class Objective(nn.Module):
             (config.action_weight, action_loss),
             (config.alignment_weight, align_loss),
         )
-        total = sum((weight * loss for weight, loss in weighted if loss is not None and weight > 0),
-                    start=torch.zeros((), device=batch.latents.device))
-        return Losses(total=total, video=video_loss, action=action_loss, alignment=align_loss,
-                      alignment_cosine_gain=gain)
+        total = sum(
+            (weight * loss for weight, loss in weighted if loss is not None and weight > 0),
+            start=torch.zeros((), device=batch.latents.device),
+        )
+        return Losses(
+            total=total, video=video_loss, action=action_loss, alignment=align_loss, alignment_cosine_gain=gain
+        )
 
     def _layers(self, which: Pass, guides_from: Pass | None, aligns_in: Pass | None) -> tuple[int, ...]:
         wanted = set(self.wam.bridged_layers if guides_from is which else ())
@@ -151,7 +156,8 @@ class Objective(nn.Module):
         draws = self.config.action_draws
         guidance = [g.repeat_interleave(draws, dim=0) for g in self.wam.guide(hidden)]
         actions, mask, state, embodiment = (
-            x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment))
+            x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment)
+        )
         noise = torch.randn_like(actions)
         level = beta_levels(len(actions)).to(actions.device)
         noisy = interpolate(actions, noise, level)

@@ -55,8 +55,10 @@ class StageConfig:
                 raise ValueError(f"stage.{name}: expected at least 1, got {getattr(self, name)}")
         for weight in _WEIGHTS_OFF[self.name]:
             if getattr(self.objective, weight) != 0:
-                raise ValueError(f"stage.objective.{weight}: must be 0 in the {self.name} stage, got "
-                                 f"{getattr(self.objective, weight)}")
+                raise ValueError(
+                    f"stage.objective.{weight}: must be 0 in the {self.name} stage, got "
+                    f"{getattr(self.objective, weight)}"
+                )
         if self.name is Stage.FINETUNE and self.train_video_dit:
             raise ValueError("stage.train_video_dit: the finetune stage keeps the video DiT frozen")
         if self.name is Stage.ADAPT and not self.train_video_dit:
@@ -95,5 +97,9 @@ def parameter_groups(objective: Objective, stage: StageConfig) -> Iterator[dict]
         for decays in (True, False):
             chosen = [p for p in trained if (p.ndim > 1) == decays]
             if chosen:
-                yield {"params": chosen, "lr": rate, "base_lr": rate,
-                       "weight_decay": stage.weight_decay if decays else 0.0}
+                yield {
+                    "params": chosen,
+                    "lr": rate,
+                    "base_lr": rate,
+                    "weight_decay": stage.weight_decay if decays else 0.0,
+                }

@@ -77,7 +77,8 @@ class ActionDiT(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(
             SubBlock(config, config.guidance_dim if cross else width)
-            for _ in range(config.num_blocks) for cross in (True, False)
+            for _ in range(config.num_blocks)
+            for cross in (True, False)
         )
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(width, 2 * width)
@@ -95,8 +96,9 @@ class ActionDiT(nn.Module):
     ) -> ActionOutput:
         """The velocity noise - actions of Eq. 13; one guidance for each cross-attention block."""
         if len(guidance) != self.config.num_blocks:
-            raise ValueError(f"guidance: expected {self.config.num_blocks}, one a cross-attention block, got "
-                             f"{len(guidance)}")
+            raise ValueError(
+                f"guidance: expected {self.config.num_blocks}, one a cross-attention block, got {len(guidance)}"
+            )
         # The epsilon keeps levels such as 0.7 from falling into the bucket below by rounding.
         bucket = ((1 - noise_level) * self.config.num_time_buckets + 1e-4).floor()
         x = self._tokens(noisy_actions, state, bucket, embodiment)

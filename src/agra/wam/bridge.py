@@ -16,8 +16,10 @@ def bridged_layers(num_video_layers: int, num_action_blocks: int) -> tuple[int, 
     0, 4, 8, 12, 15, 19, 23, 27 for (28, 8), and only those contain the aligned layer 8.
     """
     if num_action_blocks < 2:
-        raise ValueError(f"Eq. 14 spreads at least two cross-attention blocks over the depth, got {num_action_blocks}; "
-                         "for a single-layer bridge name the layer itself")
+        raise ValueError(
+            f"Eq. 14 spreads at least two cross-attention blocks over the depth, got {num_action_blocks}; "
+            "for a single-layer bridge name the layer itself"
+        )
     if num_video_layers < 1:
         raise ValueError(f"expected at least one video layer, got {num_video_layers}")
     span = num_action_blocks - 1

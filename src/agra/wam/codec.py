@@ -145,10 +145,14 @@ class WanCodec(nn.Module):
             vae = AutoencoderKLWan.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype)
         return cls(vae)
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
         """Kind, channels and a hash of the weights, mean and std."""
-        return {"kind": "wan", "channels": self.channels, "weights": weights_digest(self)}
+        return {"kind": "wan", "channels": self.channels, "weights": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self)
 
     @torch.no_grad()
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:

@@ -33,13 +33,17 @@ class WAMConfig:
     def __post_init__(self) -> None:
         video, bridge, action = self.video_dit, self.bridge, self.action_dit
         if len(bridge.layers) != action.num_blocks:
-            raise ValueError(f"bridge.layers: expected {action.num_blocks} layers, one for each cross-attention block "
-                             f"of the action DiT, got {len(bridge.layers)}: {bridge.layers}")
+            raise ValueError(
+                f"bridge.layers: expected {action.num_blocks} layers, one for each cross-attention block "
+                f"of the action DiT, got {len(bridge.layers)}: {bridge.layers}"
+            )
         if any(not 0 <= layer < video.num_layers for layer in bridge.layers):
             raise ValueError(f"bridge.layers: expected layers 0..{video.num_layers - 1}, got {bridge.layers}")
         if not bridge.width == video.width == action.guidance_dim:
-            raise ValueError(f"bridge width {bridge.width}, video DiT width {video.width} and action_dit.guidance_dim "
-                             f"{action.guidance_dim} must agree")
+            raise ValueError(
+                f"bridge width {bridge.width}, video DiT width {video.width} and action_dit.guidance_dim "
+                f"{action.guidance_dim} must agree"
+            )
         if (self.num_frames - 1) % 4:
             raise ValueError(f"num_frames: a causal 4x codec takes 1 + 4n frames, got {self.num_frames}")
         step = 8 * video.patch_size[1], 8 * video.patch_size[2]
@@ -90,8 +94,9 @@ class WAM(nn.Module):
 
         Latent frame 0 is the observation: it enters clean, and the velocity there means nothing.
         """
-        return self._video_pass(interpolate(latents, noise, noise_level), latents[:, :, :1], noise_level, instruction,
-                                layers, velocity=True)
+        return self._video_pass(
+            interpolate(latents, noise, noise_level), latents[:, :, :1], noise_level, instruction, layers, velocity=True
+        )
 
     def condition(
         self,
@@ -124,11 +129,18 @@ class WAM(nn.Module):
     ) -> Float[Tensor, "B K D"]:
         """Denoise an action chunk from pure noise in `steps` Euler steps under fixed guidance.                 A.2"""
         return euler(
-            lambda actions, level: self.action_dit(actions, state, level, guidance, embodiment).velocity, noise, steps)
+            lambda actions, level: self.action_dit(actions, state, level, guidance, embodiment).velocity, noise, steps
+        )
 
     def _video_pass(
-        self, noisy: Tensor, observation_latent: Tensor, noise_level: Tensor, instruction: Tensor,
-        layers: Sequence[int], *, velocity: bool,
+        self,
+        noisy: Tensor,
+        observation_latent: Tensor,
+        noise_level: Tensor,
+        instruction: Tensor,
+        layers: Sequence[int],
+        *,
+        velocity: bool,
     ) -> VideoOutput:
         latents = torch.cat([observation_latent, noisy[:, :, 1:]], dim=2)
         condition_mask = torch.zeros_like(latents[:, :1])
@@ -137,5 +149,6 @@ class WAM(nn.Module):
         if self.config.condition_noise_level is not None:
             levels = noise_level[:, None].repeat(1, latents.shape[2])
             levels[:, 0] = self.config.condition_noise_level
-        return self.video_dit(latents, levels, instruction, condition_mask=condition_mask, layers=layers,
-                              velocity=velocity)
+        return self.video_dit(
+            latents, levels, instruction, condition_mask=condition_mask, layers=layers, velocity=velocity
+        )

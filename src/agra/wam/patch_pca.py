@@ -115,10 +115,14 @@ class PatchPCACodec(nn.Module):
                 codec.get_buffer(f"{name}_{field}").copy_(value)
         return codec
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
         """Kind, channels and a hash of the fitted components."""
-        return {"kind": "patch_pca", "channels": self.channels, "weights": weights_digest(self)}
+        return {"kind": "patch_pca", "channels": self.channels, "weights": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self)
 
     @torch.no_grad()
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
@@ -152,7 +156,7 @@ class PatchPCACodec(nn.Module):
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, partial, metadata={"format": _FILE_FORMAT, "weights": weights_digest(self)})
+        save_file(tensors, partial, metadata={"format": _FILE_FORMAT, "weights": self._digest})
         os.replace(partial, path)
 
     @classmethod

@@ -103,10 +103,14 @@ class MiniLMEncoder(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, tokenizer, length=length)
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
         """Kind, length and a hash of the weights."""
-        return {"kind": "minilm", "length": self.length, "weights": weights_digest(self.model)}
+        return {"kind": "minilm", "length": self.length, "weights": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.model)
 
     @torch.no_grad()
     def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
@@ -171,16 +175,20 @@ class CosmosReasonEncoder(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", revision=revision or "main")
         return cls(model, tokenizer, length=length, projection=projection)
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
         """Kind, length, precision and hashes of the weights and of the projection."""
         return {
             "kind": "cosmos_reason",
             "length": self.length,
             "width": self.width,
-            "weights": weights_digest(self.model),
+            "weights": self._digest,
             "projection": None if self.projection is None else weights_digest(self.projection),
         }
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self.model)
 
     @torch.no_grad()
     def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:

@@ -12,10 +12,11 @@ checkpoints. The forward differs from the stock one in three ways that leave the
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import CosmosTransformer3DModel
+from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,8 +43,10 @@ class VideoDiTConfig:
 
     def __post_init__(self) -> None:
         if self.patch_size[0] != 1:
-            raise ValueError(f"VideoDiTConfig.patch_size: noise levels are per latent frame, so the first entry must "
-                             f"be 1, got {self.patch_size}")
+            raise ValueError(
+                f"VideoDiTConfig.patch_size: noise levels are per latent frame, so the first entry must "
+                f"be 1, got {self.patch_size}"
+            )
         if self.num_layers < 1:
             raise ValueError(f"VideoDiTConfig.num_layers: expected at least 1, got {self.num_layers}")
 
@@ -139,8 +142,11 @@ class VideoDiT(nn.Module):
             return instruction
         if width == config.text_projection_dim:
             return self.transformer.crossattn_proj(instruction)
-        expected = config.text_dim if config.text_projection_dim is None else (
-            f"{config.text_dim} (projected) or {config.text_projection_dim} (raw)")
+        expected = (
+            config.text_dim
+            if config.text_projection_dim is None
+            else (f"{config.text_dim} (projected) or {config.text_projection_dim} (raw)")
+        )
         raise ValueError(f"instruction tokens: expected width {expected}, got {width}")
 
     def load_pretrained(self, source: str, *, revision: str | None = None) -> None:
@@ -165,8 +171,10 @@ class VideoDiT(nn.Module):
         if any(not 0 <= layer < self.config.num_layers for layer in layers):
             raise ValueError(f"layers: expected 0..{self.config.num_layers - 1}, got {tuple(layers)}")
         if noise_level.shape not in ((len(latents),), (len(latents), latents.shape[2])):
-            raise ValueError(f"noise_level: expected ({len(latents)},) or ({len(latents)}, {latents.shape[2]}), got "
-                             f"{tuple(noise_level.shape)}")
+            raise ValueError(
+                f"noise_level: expected ({len(latents)},) or ({len(latents)}, {latents.shape[2]}), got "
+                f"{tuple(noise_level.shape)}"
+            )
         return max(layers, default=-1)
 
     def _project_out(self, x: Tensor, embedded: Tensor, temb: Tensor) -> Tensor:
@@ -188,7 +196,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _block(
-    block: nn.Module,
+    block: Any,  # diffusers' CosmosTransformerBlock
     x: Tensor,
     text: Tensor,
     embedded: Tensor,
@@ -212,7 +220,7 @@ def _block(
     return x
 
 
-def _attention(attn: nn.Module, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+def _attention(attn: Any, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """Multi-head attention with RMS-normalised queries and keys and optional rotary embedding, (B, N, D)."""
     query = attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
     key = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)).transpose(1, 2))

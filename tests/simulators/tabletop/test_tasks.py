@@ -37,10 +37,15 @@ def test_semantic_asks_for_both_things_at_both_places():
     assert len(scenarios) == 10
     assert sum(name.startswith("pick") for name in scenarios) == 8
     for name, four in scenarios.items():
-        assert len({(t.instruction, json.dumps([t.scene["distractors"], t.scene["containers"]])) for t in four}) == 4, name
+        assert len({(t.instruction, json.dumps([t.scene["distractors"], t.scene["containers"]])) for t in four}) == 4, (
+            name
+        )
         assert len({t.instruction for t in four}) == 2
         placed = [
-            {p["name"]: tuple(p["position"]) for p in (t.scene["target"], *t.scene["distractors"], *t.scene["containers"])}
+            {
+                p["name"]: tuple(p["position"])
+                for p in (t.scene["target"], *t.scene["distractors"], *t.scene["containers"])
+            }
             for t in four
         ]
         assert len({json.dumps(p, sort_keys=True) for p in placed}) == 2  # two layouts, and nothing new in either
@@ -50,7 +55,9 @@ def test_semantic_asks_for_both_things_at_both_places():
 def test_attribute_is_eight_buns_on_five_settings():
     found = trials("attribute")
     buns = {item.name for item in NOVEL_BUNS}
-    plates = {(t.scene["target"]["name"], t.scene["goal"]) for t in found if t.scene["tablecloth"] == DEFAULT_TABLECLOTH}
+    plates = {
+        (t.scene["target"]["name"], t.scene["goal"]) for t in found if t.scene["tablecloth"] == DEFAULT_TABLECLOTH
+    }
     assert plates == set(product(buns, [plate.name for plate in NOVEL_PLATES]))
     clothed = [t for t in found if t.scene["tablecloth"] != DEFAULT_TABLECLOTH]
     assert {t.scene["target"]["name"] for t in clothed} == buns

@@ -1,5 +1,6 @@
 """What lies on the table: ten seen and ten novel objects, containers, plates, the steamer, buns and tablecloths."""
 
+from itertools import pairwise
 from math import pi
 
 from agra.simulators.tabletop.parts import Colour, Container, Item, Part, arc, ball, blob, block, disc, ring, rod
@@ -26,7 +27,7 @@ def _cup() -> tuple[Part, ...]:
         disc(0.027, 0.027, (0.15, 0.72, 0.92)),
         disc(0.0275, 0.004, WHITE, (0, 0, 0.024), solid=False),
         disc(0.023, 0.0005, (0.22, 0.12, 0.06), (0, 0, 0.0281), solid=False),
-        *(rod(a, b, 0.0042, (0.15, 0.72, 0.92)) for a, b in zip(handle, handle[1:], strict=False)),
+        *(rod(a, b, 0.0042, (0.15, 0.72, 0.92)) for a, b in pairwise(handle)),
     )
 
 
@@ -43,7 +44,8 @@ def _carrot() -> tuple[Part, ...]:
 def _bread() -> tuple[Part, ...]:
     loaf = (blob((0.042, 0.025, 0.021), CRUST, (0, 0, 0.003)), block((0.034, 0.022, 0.012), CRUST, (0, 0, -0.009)))
     cuts = tuple(
-        rod((x - 0.006, -0.013, 0.0205), (x + 0.006, 0.013, 0.0205), 0.0034, CREAM, solid=False) for x in (-0.02, 0, 0.02)
+        rod((x - 0.006, -0.013, 0.0205), (x + 0.006, 0.013, 0.0205), 0.0034, CREAM, solid=False)
+        for x in (-0.02, 0, 0.02)
     )
     return loaf + cuts
 
@@ -116,7 +118,7 @@ def _cube() -> tuple[Part, ...]:
     front = [(0.0, -side, 0.0), (-0.012, -side, 0.012), (0.012, -side, -0.012)]
     sides = [(sign * side, 0.0, 0.0) for sign in (-1, 1)] + [(0.0, side, 0.0)]
     pips = (*dots, *front, *sides)
-    return (block((side,) * 3, blue), *(ball(0.0048, YELLOW, at, solid=False) for at in pips))
+    return (block((side, side, side), blue), *(ball(0.0048, YELLOW, at, solid=False) for at in pips))
 
 
 def _brick() -> tuple[Part, ...]:
@@ -171,7 +173,10 @@ NOVEL: tuple[Item, ...] = (
         across=(0, 1, 0),
     ),
     Item(name="croissant", parts=_croissant(), across=(0, 1, 0)),
-    Item(name="orange", parts=(ball(0.028, (1.0, 0.42, 0.0)), blob((0.006, 0.006, 0.002), LEAF, (0, 0, 0.0275), solid=False))),
+    Item(
+        name="orange",
+        parts=(ball(0.028, (1.0, 0.42, 0.0)), blob((0.006, 0.006, 0.002), LEAF, (0, 0, 0.0275), solid=False)),
+    ),
     Item(name="cube", parts=_cube(), faces=True),
     Item(name="brick", parts=_brick(), across=(0, 1, 0)),
     Item(name="bottle", parts=_bottle()),
@@ -218,9 +223,15 @@ def _bowl() -> tuple[Part, ...]:
 
 
 BOX = Container(
-    name="box", parts=_square(0.060, 0.034, (0.66, 0.48, 0.28), (0.50, 0.33, 0.16)), inside=(0.052, 0.052), round=False, rim=0.034
+    name="box",
+    parts=_square(0.060, 0.034, (0.66, 0.48, 0.28), (0.50, 0.33, 0.16)),
+    inside=(0.052, 0.052),
+    round=False,
+    rim=0.034,
 )
-PLATE = Container(name="plate", parts=_plate((WHITE,), (0.93, 0.93, 0.95)), inside=(0.058, 0.058), rim=0.014, preposition="on")
+PLATE = Container(
+    name="plate", parts=_plate((WHITE,), (0.93, 0.93, 0.95)), inside=(0.058, 0.058), rim=0.014, preposition="on"
+)
 BOWL = Container(name="bowl", parts=_bowl(), inside=(0.054, 0.054), rim=0.035)
 BASKET = Container(name="basket", parts=_basket(), inside=(0.056, 0.056), rim=0.034)
 CONTAINERS: tuple[Container, ...] = (BOX, PLATE, BOWL, BASKET)
@@ -235,15 +246,33 @@ def _oval() -> tuple[Part, ...]:
 
 TRAINING_PLATES: tuple[Container, ...] = (
     PLATE,
-    Container(name="blue plate", parts=_plate((BLUE,), (0.25, 0.45, 0.90)), inside=(0.058, 0.058), rim=0.014, preposition="on"),
-    Container(name="green plate", parts=_plate((GREEN,), (0.45, 0.78, 0.40)), inside=(0.058, 0.058), rim=0.014, preposition="on"),
+    Container(
+        name="blue plate", parts=_plate((BLUE,), (0.25, 0.45, 0.90)), inside=(0.058, 0.058), rim=0.014, preposition="on"
+    ),
+    Container(
+        name="green plate",
+        parts=_plate((GREEN,), (0.45, 0.78, 0.40)),
+        inside=(0.058, 0.058),
+        rim=0.014,
+        preposition="on",
+    ),
 )
 NOVEL_PLATES: tuple[Container, ...] = (
     Container(
-        name="square plate", parts=_square(0.058, 0.013, (0.16, 0.16, 0.19), BLACK), inside=(0.054, 0.054), round=False,
-        rim=0.013, preposition="on",
+        name="square plate",
+        parts=_square(0.058, 0.013, (0.16, 0.16, 0.19), BLACK),
+        inside=(0.054, 0.054),
+        round=False,
+        rim=0.013,
+        preposition="on",
     ),
-    Container(name="striped plate", parts=_plate((RED, WHITE), (0.99, 0.95, 0.88)), inside=(0.058, 0.058), rim=0.014, preposition="on"),
+    Container(
+        name="striped plate",
+        parts=_plate((RED, WHITE), (0.99, 0.95, 0.88)),
+        inside=(0.058, 0.058),
+        rim=0.014,
+        preposition="on",
+    ),
     Container(name="oval plate", parts=_oval(), inside=(0.060, 0.046), rim=0.013, preposition="on"),
     Container(
         name="ringed plate",
@@ -252,13 +281,17 @@ NOVEL_PLATES: tuple[Container, ...] = (
             disc(0.044, 0.0005, TEAL, (0, 0, 0.0061), solid=False),
             disc(0.032, 0.0005, (0.98, 0.90, 0.45), (0, 0, 0.0064), solid=False),
         ),
-        inside=(0.058, 0.058), rim=0.014, preposition="on",
+        inside=(0.058, 0.058),
+        rim=0.014,
+        preposition="on",
     ),
 )
 PLATES = TRAINING_PLATES + NOVEL_PLATES
 
 
-def _bun(colour: Colour, *, size: tuple[float, float, float] = (0.0275, 0.0275, 0.021), marks: tuple[Part, ...] = ()) -> tuple[Part, ...]:
+def _bun(
+    colour: Colour, *, size: tuple[float, float, float] = (0.0275, 0.0275, 0.021), marks: tuple[Part, ...] = ()
+) -> tuple[Part, ...]:
     base = disc(min(size[:2]) * 0.72, 0.004, colour, (0, 0, -size[2] + 0.003))
     return (blob(size, colour), base, *marks)
 
@@ -268,14 +301,26 @@ def _pleats(colour: Colour, count: int = 8) -> tuple[Part, ...]:
 
     turns = [2 * pi * i / count for i in range(count)]
     return tuple(
-        rod((0.004 * cos(t), 0.004 * sin(t), 0.0205), (0.018 * cos(t), 0.018 * sin(t), 0.0158), 0.0019, colour, solid=False)
+        rod(
+            (0.004 * cos(t), 0.004 * sin(t), 0.0205),
+            (0.018 * cos(t), 0.018 * sin(t), 0.0158),
+            0.0019,
+            colour,
+            solid=False,
+        )
         for t in turns
     )
 
 
 def _dots(colour: Colour, radius: float = 0.0036) -> tuple[Part, ...]:
-    spots = [(0, 0, 0.0205), (0.014, 0.004, 0.0175), (-0.013, 0.008, 0.0172), (-0.006, -0.014, 0.0172), (0.010, -0.013, 0.0162),
-             (0.004, 0.017, 0.0158)]
+    spots = [
+        (0, 0, 0.0205),
+        (0.014, 0.004, 0.0175),
+        (-0.013, 0.008, 0.0172),
+        (-0.006, -0.014, 0.0172),
+        (0.010, -0.013, 0.0162),
+        (0.004, 0.017, 0.0158),
+    ]
     return tuple(ball(radius, colour, at, solid=False) for at in spots)
 
 
@@ -289,7 +334,9 @@ NOVEL_BUNS: tuple[Item, ...] = (
     Item(
         name="peach bun",
         parts=(
-            *_bun((1.0, 0.72, 0.74), marks=(blob((0.012, 0.012, 0.012), (0.95, 0.32, 0.42), (0, 0, 0.0165), solid=False),)),
+            *_bun(
+                (1.0, 0.72, 0.74), marks=(blob((0.012, 0.012, 0.012), (0.95, 0.32, 0.42), (0, 0, 0.0165), solid=False),)
+            ),
             *(blob((0.014, 0.007, 0.003), LEAF, (x, 0, -0.012), solid=False) for x in (-0.026, 0.026)),
         ),
         density=350,
@@ -300,13 +347,19 @@ NOVEL_BUNS: tuple[Item, ...] = (
         name="striped bun",
         parts=_bun(
             (0.97, 0.94, 0.88),
-            marks=tuple(blob((0.0030, h, 0.0205), (0.42, 0.20, 0.08), (x, 0, 0.0014), solid=False) for x, h in ((-0.013, 0.0235), (0, 0.027), (0.013, 0.0235))),
+            marks=tuple(
+                blob((0.0030, h, 0.0205), (0.42, 0.20, 0.08), (x, 0, 0.0014), solid=False)
+                for x, h in ((-0.013, 0.0235), (0, 0.027), (0.013, 0.0235))
+            ),
         ),
         density=350,
     ),
     Item(
         name="square bun",
-        parts=(block((0.024, 0.024, 0.017), (0.96, 0.93, 0.85)), blob((0.023, 0.023, 0.007), (0.96, 0.93, 0.85), (0, 0, 0.016), solid=False)),
+        parts=(
+            block((0.024, 0.024, 0.017), (0.96, 0.93, 0.85)),
+            blob((0.023, 0.023, 0.007), (0.96, 0.93, 0.85), (0, 0, 0.016), solid=False),
+        ),
         faces=True,
         density=350,
     ),
@@ -330,7 +383,9 @@ STEAMER = Container(
         *ring(0.074, 0.020, 0.004, (BAMBOO, (0.74, 0.55, 0.27)), z=0.028, count=20),
         *ring(0.0755, 0.003, 0.004, ((0.55, 0.36, 0.16),), z=0.009, count=20),
     ),
-    inside=(0.07, 0.07), floor=0.010, rim=0.048,
+    inside=(0.07, 0.07),
+    floor=0.010,
+    rim=0.048,
 )
 LID = Item(
     name="lid",

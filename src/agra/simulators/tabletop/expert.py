@@ -61,7 +61,9 @@ def _open(hand: "Hand") -> np.ndarray:
     spot = np.array([steamer[0] - 0.185, steamer[1] - 0.005])
     lid = scene.position(LID.name)
     put_down = np.linalg.norm(lid[:2] - spot) < 0.03 and scene.bottom(LID.name) < 0.012
-    return hand.move(LID.name, _knob(scene, hand.yaw), spot, floor=0.0, clear=STEAMER.rim + LIFTED + 0.012, arrived=bool(put_down))
+    return hand.move(
+        LID.name, _knob(scene, hand.yaw), spot, floor=0.0, clear=STEAMER.rim + LIFTED + 0.012, arrived=bool(put_down)
+    )
 
 
 def _knob(scene: Scene, yaw: float) -> Grasp:

@@ -45,11 +45,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.steamer_fraction = steamer_fraction
         low, high = self.world.hands.limits
         self.action_space = spaces.Box(low, high, dtype=np.float32)
-        self.observation_space = spaces.Dict({
-            "frame": spaces.Box(0, 255, (*frame_size, 3), np.uint8),
-            "state": spaces.Box(low - OVERSHOOT, high + OVERSHOOT, dtype=np.float32),
-            "instruction": spaces.Text(min_length=1, max_length=128, charset=_CHARACTERS),
-        })
+        self.observation_space = spaces.Dict(
+            {
+                "frame": spaces.Box(0, 255, (*frame_size, 3), np.uint8),
+                "state": spaces.Box(low - OVERSHOOT, high + OVERSHOOT, dtype=np.float32),
+                "instruction": spaces.Text(min_length=1, max_length=128, charset=_CHARACTERS),
+            }
+        )
         self._trial: Trial | None = None
         self._steps = 0
 
@@ -61,9 +63,9 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         unknown = set(options or {}) - {"trial"}
         if unknown:
             raise ValueError(f"reset options: unknown {sorted(unknown)}; there is 'trial'")
-        self._trial = (options or {}).get("trial") or self._draw()
-        self._steps = 0
-        self._last = self.world.reset(self._trial)
+        trial: Trial = (options or {}).get("trial") or self._draw()
+        self._trial, self._steps = trial, 0
+        self._last = self.world.reset(trial)
         return self._observation(self._last), self._info(False, self.world.goal.progress)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
@@ -98,5 +100,6 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         return {"success": success, "progress": dict(progress), "trial": self._trial.name}
 
 
-gymnasium.register("agra/Tabletop-v0", entry_point=TabletopEnv)
-gymnasium.register("agra/TabletopHuman-v0", entry_point=TabletopEnv, kwargs={"hands": "tabletop_human"})
+_HERE = f"{__name__}:{TabletopEnv.__name__}"
+gymnasium.register("agra/Tabletop-v0", entry_point=_HERE)
+gymnasium.register("agra/TabletopHuman-v0", entry_point=_HERE, kwargs={"hands": "tabletop_human"})

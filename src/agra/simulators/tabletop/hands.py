@@ -3,6 +3,9 @@
 A hand's origin lies between its finger tips, at their height; fingers close along its local x axis.
 """
 
+# MuJoCo's compiled module comes without type stubs.
+# pyright: reportAttributeAccessIssue=false
+
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,7 +144,9 @@ STIFF = (0.008, 1.0)
 FRICTION = {"finger": (1.6, 0.02, 0.0005), "item": (1.0, 0.005, 0.0003)}
 
 
-def add_part(body: "mujoco.MjsBody", part: Part, *, density: float, friction: str, mirror: int = 1, tint: Colour | None = None) -> None:
+def add_part(
+    body: "mujoco.MjsBody", part: Part, *, density: float, friction: str, mirror: int = 1, tint: Colour | None = None
+) -> None:
     """Add one primitive to a body; `mirror` -1 reflects it in x."""
     flip = np.array([mirror, 1, 1])
     rotation = part.rotation if mirror == 1 else np.diag(flip) @ part.rotation @ np.diag(flip)
@@ -181,12 +186,18 @@ def add_hand(spec: "mujoco.MjSpec", model: HandModel, side: str) -> None:
         body = palm.add_body(name=name, gravcomp=1)
         widest = model.grips[finger.grip] * finger.share
         body.add_joint(
-            name=name, type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(mirror * finger.sign, 0, 0), armature=0.05,
-            range=(0.0, widest), limited=1,
+            name=name,
+            type=mujoco.mjtJoint.mjJNT_SLIDE,
+            axis=(mirror * finger.sign, 0, 0),
+            armature=0.05,
+            range=(0.0, widest),
+            limited=1,
         )
         for part in finger.parts:
             add_part(body, part, density=2000, friction="finger", mirror=mirror)
-        _servo(spec, name, 500.0, 14.0, 10.0 * finger.share / sum(f.share for f in model.fingers if f.sign == finger.sign))
+        _servo(
+            spec, name, 500.0, 14.0, 10.0 * finger.share / sum(f.share for f in model.fingers if f.sign == finger.sign)
+        )
 
 
 def _servo(spec: "mujoco.MjSpec", joint: str, stiffness: float, damping: float, force: float) -> None:
@@ -194,6 +205,12 @@ def _servo(spec: "mujoco.MjSpec", joint: str, stiffness: float, damping: float, 
     gain, bias = np.zeros(10), np.zeros(10)
     gain[0], bias[1], bias[2] = stiffness, -stiffness, -damping
     spec.add_actuator(
-        name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT, gainprm=gain, biastype=mujoco.mjtBias.mjBIAS_AFFINE,
-        biasprm=bias, forcerange=(-force, force), forcelimited=1,
+        name=joint,
+        target=joint,
+        trntype=mujoco.mjtTrn.mjTRN_JOINT,
+        gainprm=gain,
+        biastype=mujoco.mjtBias.mjBIAS_AFFINE,
+        biasprm=bias,
+        forcerange=(-force, force),
+        forcelimited=1,
     )

@@ -70,14 +70,26 @@ def blob(size: Vector, colour: Colour, at: Vector = (0, 0, 0), *, axis: Vector =
 
 
 def block(
-    size: Vector, colour: Colour, at: Vector = (0, 0, 0), *, spin: float = 0.0, axis: Vector = (0, 0, 1), solid: bool = True
+    size: Vector,
+    colour: Colour,
+    at: Vector = (0, 0, 0),
+    *,
+    spin: float = 0.0,
+    axis: Vector = (0, 0, 1),
+    solid: bool = True,
 ) -> Part:
     """A cuboid of half sizes `size`."""
     return Part(shape="box", size=size, colour=colour, at=at, spin=spin, axis=axis, solid=solid)
 
 
 def disc(
-    radius: float, half_height: float, colour: Colour, at: Vector = (0, 0, 0), *, axis: Vector = (0, 0, 1), solid: bool = True
+    radius: float,
+    half_height: float,
+    colour: Colour,
+    at: Vector = (0, 0, 0),
+    *,
+    axis: Vector = (0, 0, 1),
+    solid: bool = True,
 ) -> Part:
     """A cylinder."""
     return Part(shape="cylinder", size=(radius, half_height), colour=colour, at=at, axis=axis, solid=solid)
@@ -101,8 +113,15 @@ def arc(radii: Sequence[float], bend: float, colours: Sequence[Colour], angle: f
 
 
 def ring(
-    radius: float, half_height: float, half_thickness: float, colours: Sequence[Colour], *, z: float, count: int = 16,
-    lean: float = 0.0, stretch: float = 1.0,
+    radius: float,
+    half_height: float,
+    half_thickness: float,
+    colours: Sequence[Colour],
+    *,
+    z: float,
+    count: int = 16,
+    lean: float = 0.0,
+    stretch: float = 1.0,
 ) -> tuple[Part, ...]:
     """A round wall of `count` cuboids, `lean` outwards in radians, its x axis `stretch` times as long."""
     parts = []
@@ -113,7 +132,9 @@ def ring(
         normal = atan2(stretch * sin(angle), cos(angle))
         half_width = radius * stretch * sin(pi / count) * 1.06
         axis = (sin(lean) * cos(normal), sin(lean) * sin(normal), cos(lean))
-        parts.append(_wall((half_thickness, half_width, half_height), colours[index % len(colours)], (x, y, z), axis, normal))
+        parts.append(
+            _wall((half_thickness, half_width, half_height), colours[index % len(colours)], (x, y, z), axis, normal)
+        )
     return tuple(parts)
 
 

@@ -1,5 +1,8 @@
 """Colour frames and per-pixel geom ids of a scene's fixed camera, all scenes through one OpenGL context."""
 
+# MuJoCo's compiled module comes without type stubs.
+# pyright: reportAttributeAccessIssue=false
+
 import weakref
 from typing import Any
 
@@ -63,7 +66,9 @@ class Renderer:
         """A dark disc on the table under every loose thing and hand: the depth cue of a shadow map at none of its cost."""
         for at, size in scene.shadows():
             geom = self._view.geoms[self._view.ngeom]
-            mujoco.mjv_initGeom(geom, mujoco.mjtGeom.mjGEOM_ELLIPSOID, [*size, 0.0004], [*at, 0.0], np.eye(3).flatten(), SHADOW)
+            mujoco.mjv_initGeom(
+                geom, mujoco.mjtGeom.mjGEOM_ELLIPSOID, [*size, 0.0004], [*at, 0.0], np.eye(3).flatten(), SHADOW
+            )
             geom.category = mujoco.mjtCatBit.mjCAT_DECOR
             self._view.ngeom += 1
 

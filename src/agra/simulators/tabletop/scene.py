@@ -3,6 +3,9 @@
 Every scene is compiled anew and holds only what is in it, so that nothing of an earlier episode can show up in it.
 """
 
+# MuJoCo's compiled module comes without type stubs.
+# pyright: reportAttributeAccessIssue=false
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +19,8 @@ from agra.simulators.tabletop.parts import Container, Item, bounds
 TIMESTEP = 0.004
 SUBSTEPS = 25
 """Physics steps a control step: 10 Hz."""
+SHADOW_OFFSET = np.array([0.004, 0.006])
+"""Metres by which shade lies aside: the light comes from the front left."""
 SETTLE_STEPS = 60
 """Physics steps before an episode begins, in which things come to rest."""
 
@@ -74,14 +79,18 @@ class Scene:
         """Height of the lowest solid point of a loose thing, from its parts' bounds."""
         rotation, position = self.rotation(name), self.position(name)
         return min(
-            float(position[2] + rotation[2] @ np.array(p.at) - _drop(p, rotation)) for p in self.items[name].parts if p.solid
+            float(position[2] + rotation[2] @ np.array(p.at) - _drop(p, rotation))
+            for p in self.items[name].parts
+            if p.solid
         )
 
     def top(self, name: str) -> float:
         """Height of the highest solid point."""
         rotation, position = self.rotation(name), self.position(name)
         return max(
-            float(position[2] + rotation[2] @ np.array(p.at) + _drop(p, rotation)) for p in self.items[name].parts if p.solid
+            float(position[2] + rotation[2] @ np.array(p.at) + _drop(p, rotation))
+            for p in self.items[name].parts
+            if p.solid
         )
 
     def touching(self, name: str) -> frozenset[str]:
@@ -116,7 +125,7 @@ class Scene:
         for name, item in self.items.items():
             low, high = bounds(item.parts)
             half = np.abs(self.rotation(name)) @ ((high - low) / 2)
-            discs.append((self.position(name)[:2] + [0.004, 0.006], half[:2] * 1.08))
+            discs.append((self.position(name)[:2] + SHADOW_OFFSET, half[:2] * 1.08))
         for side in SIDES:
             x, y, _, yaw = self.state()[self.hands.dims(side)][:4]
             half = np.array([0.045 * abs(np.cos(yaw)) + 0.014, 0.045 * abs(np.sin(yaw)) + 0.014])
@@ -234,22 +243,39 @@ def _empty_spec(tablecloth: str, frame_size: tuple[int, int]) -> "mujoco.MjSpec"
     # Every model has all cloths, in this order, so that one rendering context serves all of them.
     for name, (warp, weft) in TABLECLOTHS.items():
         spec.add_texture(
-            name=name, type=mujoco.mjtTexture.mjTEXTURE_2D, builtin=mujoco.mjtBuiltin.mjBUILTIN_CHECKER, rgb1=warp, rgb2=weft,
-            width=64, height=64,
+            name=name,
+            type=mujoco.mjtTexture.mjTEXTURE_2D,
+            builtin=mujoco.mjtBuiltin.mjBUILTIN_CHECKER,
+            rgb1=warp,
+            rgb2=weft,
+            width=64,
+            height=64,
         )
         material = spec.add_material(name=name, texrepeat=[24, 24], texuniform=True, specular=0.05, reflectance=0.0)
         material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = name
     world = spec.worldbody
-    world.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[1.5, 1.5, 0.1], material=tablecloth, friction=[1, 0.005, 0.0003], condim=4)
+    world.add_geom(
+        type=mujoco.mjtGeom.mjGEOM_PLANE,
+        size=[1.5, 1.5, 0.1],
+        material=tablecloth,
+        friction=[1, 0.005, 0.0003],
+        condim=4,
+    )
     world.add_light(
-        type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, pos=[-0.3, -0.4, 1.2], dir=[0.28, 0.30, -1.0], diffuse=[0.55] * 3,
-        specular=[0.15] * 3, castshadow=False,
+        type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL,
+        pos=[-0.3, -0.4, 1.2],
+        dir=[0.28, 0.30, -1.0],
+        diffuse=[0.55] * 3,
+        specular=[0.15] * 3,
+        castshadow=False,
     )
     eye, aim = np.array([0.0, -0.46, 0.56]), np.array([0.0, 0.012, 0.0])
     back = (eye - aim) / np.linalg.norm(eye - aim)
     right = np.cross([0, 0, 1], back)
     up = np.cross(back, right)
     quat = np.empty(4)
-    mujoco.mju_mat2Quat(quat, np.column_stack([right / np.linalg.norm(right), up / np.linalg.norm(right), back]).flatten())
+    mujoco.mju_mat2Quat(
+        quat, np.column_stack([right / np.linalg.norm(right), up / np.linalg.norm(right), back]).flatten()
+    )
     world.add_camera(name="egocentric", pos=eye, quat=quat, fovy=25.0)
     return spec

@@ -78,7 +78,8 @@ def trials(regime: str, *, simulator: str = "tabletop") -> tuple[Trial, ...]:
         raise ValueError(f"unknown regime {regime!r}; there are {', '.join(makers)}")
     first = 1000 * (REGIMES.index(regime) + 1)
     return tuple(
-        _trial(f"{regime}/{name}", simulator, regime, first + index, scene) for index, (name, scene) in enumerate(makers[regime]())
+        _trial(f"{regime}/{name}", simulator, regime, first + index, scene)
+        for index, (name, scene) in enumerate(makers[regime]())
     )
 
 
@@ -113,17 +114,27 @@ def instruction(scene: dict[str, Any]) -> str:
 
 def _trial(name: str, simulator: str, regime: str, seed: int, scene: dict[str, Any]) -> Trial:
     return Trial(
-        name=name, simulator=simulator, regime=regime, task=scene["task"], seed=seed, instruction=instruction(scene), scene=scene
+        name=name,
+        simulator=simulator,
+        regime=regime,
+        task=scene["task"],
+        seed=seed,
+        instruction=instruction(scene),
+        scene=scene,
     )
 
 
-def _placed(name: str, position: Sequence[float], yaw: float = 0.0) -> dict[str, Any]:
+def _placed(name: str, position: Sequence[float] | np.ndarray, yaw: float = 0.0) -> dict[str, Any]:
     return {"name": name, "position": [round(float(v), 5) for v in position], "yaw": round(float(yaw), 5)}
 
 
 def _pick(target: dict, distractors: list[dict], containers: list[dict], goal: str) -> dict[str, Any]:
     return {
-        "task": PICK_AND_PLACE, "target": target, "distractors": distractors, "containers": containers, "goal": goal,
+        "task": PICK_AND_PLACE,
+        "target": target,
+        "distractors": distractors,
+        "containers": containers,
+        "goal": goal,
         "tablecloth": DEFAULT_TABLECLOTH,
     }
 
@@ -175,8 +186,12 @@ def _steamer(rng: np.random.Generator, bun: str, plate: str, tablecloth: str) ->
     inside = rng.uniform(-0.008, 0.008, 2)
     plate_at = np.array(STEAMER_PLATE_AT) + rng.uniform(-1, 1, 2) * (0.006, 0.025)
     return {
-        "task": OPEN_STEAMER, "target": _placed(bun, steamer + inside, rng.uniform(-np.pi, np.pi)), "distractors": [],
-        "containers": [_placed(plate, plate_at)], "goal": plate, "tablecloth": tablecloth,
+        "task": OPEN_STEAMER,
+        "target": _placed(bun, steamer + inside, rng.uniform(-np.pi, np.pi)),
+        "distractors": [],
+        "containers": [_placed(plate, plate_at)],
+        "goal": plate,
+        "tablecloth": tablecloth,
         "steamer": {"position": [round(float(v), 5) for v in steamer]},
     }
 
@@ -207,10 +222,14 @@ def _random_pick(rng: np.random.Generator) -> dict[str, Any]:
     kinds = [CONTAINERS[i].name for i in rng.permutation(len(CONTAINERS))]
     if rng.random() < 0.25:
         jitter = rng.uniform(-0.012, 0.012, 2)
-        holders = [_placed(kind, (x + dx, y)) for kind, (x, y), dx in zip(kinds[:2], CONTAINER_SLOTS, jitter, strict=True)]
+        holders = [
+            _placed(kind, (x + dx, y)) for kind, (x, y), dx in zip(kinds[:2], CONTAINER_SLOTS, jitter, strict=True)
+        ]
     else:
         holders = [_placed(kinds[0], [rng.uniform(*bound) for bound in CONTAINER_AREA])]
-    things = [_placed(n, at, rng.uniform(-np.pi, np.pi)) for n, at in zip(names, _scatter(rng, names, holders), strict=True)]
+    things = [
+        _placed(n, at, rng.uniform(-np.pi, np.pi)) for n, at in zip(names, _scatter(rng, names, holders), strict=True)
+    ]
     return _pick(things[0], things[1:], holders, holders[0]["name"])
 
 
