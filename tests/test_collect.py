@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import pytest
 
-from agra.collect import ActionNoise, collect
+from agra.collect import ActionNoise, collect, scripted_demonstrator
 from agra.data.lerobot import LeRobotDataset
 from agra.types import Embodiment
 from point_world import PointWorld, demonstrator, training_trials
@@ -103,7 +103,7 @@ def test_refusals(tmp_path):
         run(tmp_path / "spare", spare=0.0)
     with pytest.raises(ValueError, match=r"noise: 'right_\*' names no action of dot: a_x, a_y"):
         run(tmp_path / "noise", noise=ActionNoise(std={"right_*": 0.1}))
-    with pytest.raises(ValueError, match="simulator 'libero' has no scripted expert"):
+    with pytest.raises(ValueError, match="unknown simulator 'libero'; did you mean 'tabletop'"):
         collect("libero", tmp_path / "libero", episodes=1, seed=0)
 
 
@@ -152,3 +152,21 @@ def test_point_world_is_a_simulator():
     from agra.types import Simulator
 
     assert isinstance(PointWorld(), Simulator)
+
+
+@pytest.mark.parametrize("name", ["tabletop", "tabletop_human"])
+def test_the_registered_worlds_can_be_demonstrated(name, tmp_path):
+    collected = collect(name, tmp_path / "set", episodes=3, seed=0, workers=1, progress=False)
+    assert collected.episodes == 3
+    dataset = LeRobotDataset(tmp_path / "set")
+    assert (dataset.embodiment, dataset.fps) == (name, 10)
+    demonstrator = scripted_demonstrator(name)
+    trials = demonstrator.trials(collected.attempts, 0)
+    assert {trial.simulator for trial in trials} == {name}
+    episode = dataset.episode(0)
+    assert episode.frames.shape[1:] == (128, 224, 3)
+    first = demonstrator.simulator.reset(trials[0])
+    demonstrator.simulator.close()
+    np.testing.assert_allclose(episode.states[0], first.state, atol=1e-6)
+    error = np.abs(episode.frames[0].astype(float) - first.frame).mean()
+    assert error < 4, f"the recorded video differs from what was rendered by {error:.1f} of 255 a pixel"

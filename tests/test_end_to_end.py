@@ -106,6 +106,17 @@ def test_actions_come_back_in_the_robots_units(trained):
     np.testing.assert_allclose(high, stats.action["max"], atol=1e-6)
 
 
+def test_a_report_follows_the_stages_back_also_after_a_move(trained, tmp_path):
+    folder, _ = trained
+    for stage in Stage:
+        shutil.copytree(folder / stage, tmp_path / "moved" / stage)
+    page = run.report([tmp_path / "moved" / Stage.FINETUNE], output=tmp_path / "report.html").read_text()
+    for stage in Stage:
+        assert f"<code>{stage}</code>" in page
+    assert "weight 0.2" in page
+    assert "adapt 6 steps, joint 6 steps, finetune 6 steps" in page
+
+
 def test_evaluation_runs_the_checkpoint(trained, tmp_path):
     folder, _ = trained
     world = PointWorld()

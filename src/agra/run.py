@@ -25,8 +25,9 @@ from agra.training.objective import Objective
 from agra.types import REGIMES
 from agra.wam.model import WAM
 
-_MOMENTS = (0.0, 0.15, 0.3, 0.45)
-"""Shares of an expert episode at which policies are examined: from the first look to the grasp."""
+_LATEST_MOMENT = 0.45
+"""Share of an expert episode up to which policies are examined: from the first look to about the grasp."""
+_GOLDEN = 0.6180339887498949
 
 
 def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
@@ -79,7 +80,8 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
 
 
 def probe_samples(simulator: str, count: int, references: Sequence[int]) -> list[ProbeSample]:
-    """Moments of the scripted expert's episodes on evaluation trials, evenly spread over regimes and `_MOMENTS`.
+    """Moments of the scripted expert's episodes on evaluation trials, evenly spread over regimes and over
+    the first part of an episode.
 
     `references` are the control steps from the observation to each latent frame's reference frame.
     """
@@ -89,7 +91,7 @@ def probe_samples(simulator: str, count: int, references: Sequence[int]) -> list
         found: list[ProbeSample] = []
         for trial in regime_trials(world, limit=-(-count // len(REGIMES))):
             episode = run_episode(acting, world, trial, execute_steps=1, masks=True)
-            step = int(_MOMENTS[len(found) % len(_MOMENTS)] * len(episode))
+            step = int(_LATEST_MOMENT * (len(found) * _GOLDEN % 1) * len(episode))
             found += samples_from_episode(episode, [step], references, trial=trial.name, regime=trial.regime)
         return found
     finally:
@@ -141,15 +143,13 @@ def _lineage(run: Path) -> list[Path]:
 
 def _entry(run: Path) -> PolicyEntry:
     newest = checkpoint.resolve(run)
-    config = checkpoint.read_config(newest)
-    logs = {
-        checkpoint.read_config(checkpoint.resolve(path)).stage.name: path / "metrics.jsonl"
-        for path in _lineage(newest.parent)
-    }
+    lineage = _lineage(newest.parent)
+    configs = [checkpoint.read_config(checkpoint.resolve(path)) for path in lineage]
+    logs = {c.stage.name: path / "metrics.jsonl" for c, path in zip(configs, lineage, strict=True)}
     results, diagnosis = newest.parent / "results.jsonl", newest.parent / "diagnosis"
     return PolicyEntry(
         name=run.name,
-        description=_describe(config),
+        description=_describe(configs),
         training_logs={stage: path for stage, path in logs.items() if path.is_file()},
         results=results if results.is_file() else None,
         diagnosis=diagnosis if diagnosis.is_dir() else None,
@@ -157,12 +157,16 @@ def _entry(run: Path) -> PolicyEntry:
     )
 
 
-def _describe(config: RunConfig) -> str:
-    if config.alignment is None:
-        return "World action model without alignment"
-    layers = ", ".join(map(str, config.alignment.layers))
-    objective = config.stage.objective
-    return (
-        f"World action model with AGRA: video layer {layers} aligned with {config.alignment.teacher.kind} on the "
-        f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}"
-    )
+def _describe(lineage: Sequence[RunConfig]) -> str:
+    """One sentence about the stages that made a policy."""
+    stages = ", ".join(f"{config.stage.name} {config.stage.steps:,} steps" for config in lineage)
+    for config in lineage:
+        if config.aligns:
+            assert config.alignment is not None
+            layers, objective = ", ".join(map(str, config.alignment.layers)), config.stage.objective
+            teacher = config.alignment.teacher.kind.replace("_", " ")
+            return (
+                f"World action model with AGRA: video layer {layers} aligned with {teacher} on the "
+                f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}. Stages: {stages}"
+            )
+    return f"World action model without alignment. Stages: {stages}"

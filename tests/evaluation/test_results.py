@@ -10,6 +10,8 @@ from agra.evaluation.results import (
     compare,
     comparison_table,
     mcnemar,
+    print_comparison,
+    print_summary,
     read_results,
     summarise,
     summary_table,
@@ -157,3 +159,15 @@ def test_malformed_lines_are_named(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="line 1: expected the header"):
         read_results(path)
+
+
+def test_printed_tables_are_complete_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    path = tmp_path / "r.jsonl"
+    write(path, A)
+    print_summary(read_results(path))
+    print_comparison(compare(read_results(path), read_results(path)))
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert "success (95 %)" in printed
+    assert "only A" in printed

@@ -154,3 +154,17 @@ def test_bad_input_is_named(kwargs, message):
             condition_mask=mask,
             layers=kwargs.get("layers", ()),
         )
+
+
+def test_pretrained_weights_load_from_a_diffusers_folder(tmp_path):
+    """As the public checkpoints lie: a folder with a `transformer` written by diffusers."""
+    theirs = _random(seed=3).transformer
+    theirs.save_pretrained(tmp_path / "model" / "transformer")
+    ours = _random(seed=4)
+    ours.load_pretrained(str(tmp_path / "model"))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.transformer.state_dict()[name], value), name
+    with pytest.raises(ValueError, match=r"its transformer does not fit this recipe's video DiT; \d+ entries differ"):
+        VideoDiT(replace(CONFIG, num_layers=2)).load_pretrained(str(tmp_path / "model"))
+    with pytest.raises(FileNotFoundError, match="the folder must hold transformer as saved by save_pretrained"):
+        ours.load_pretrained(str(tmp_path))

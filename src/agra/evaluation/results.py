@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from scipy.stats import binomtest
 
@@ -215,7 +216,13 @@ def summary_table(results: Results) -> Table:
     """A policy's figures for the terminal."""
     summaries = summarise(results)
     scores = list(dict.fromkeys(name for summary in summaries for name in summary.progress))
-    table = _table(f"{results.policy} on {results.header['simulator']}", "trials", "success (95 %)", *scores, "ms/call")
+    table = _table(
+        f"{results.policy} on {results.header['simulator']}",
+        "trials",
+        "success (95 %)",
+        *(name.replace("_", " ") for name in scores),
+        "ms/call",
+    )
     for s in summaries:
         trials = f"{s.trials}" if s.trials == s.full else f"{s.trials} of {s.full}"
         reached = [f"{s.progress[name]:.0%}" if name in s.progress else "" for name in scores]
@@ -237,12 +244,19 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def print_summary(results: Results) -> None:
     """Print `summary_table`."""
-    Console().print(summary_table(results))
+    _print(summary_table(results))
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Print `comparison_table`."""
-    Console().print(comparison_table(comparison))
+    _print(comparison_table(comparison))
+
+
+def _print(table: Table) -> None:
+    """In full, also where the terminal is narrow or there is none: a cut figure is none."""
+    console = Console()
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 def _table(title: str, *headings: str) -> Table:
