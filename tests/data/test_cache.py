@@ -116,7 +116,7 @@ def test_missing_and_unfinished(dataset, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         prepare(dataset, [Fails()], root, progress=False)
-    with pytest.raises(FileNotFoundError, match="only 2 of 3 episodes are prepared; run agra prepare"):
+    with pytest.raises(FileNotFoundError, match="only 2 episodes are prepared; run agra prepare"):
         CachedFeature.open(folder(dataset, Brightness(), root))
     feature = Brightness()
     (path,) = prepare(dataset, [feature], root, progress=False)
