@@ -5,6 +5,7 @@ torchvision's nearest resize of the padding mask, replaced by torch's, so that i
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from agra.wam.video_dit import VideoDiT, VideoDiTConfig
+from agra.recipes import tiny
+from agra.wam.video_dit import VideoDiT
 from benchmarks.side_by_side import compare, finish
 
 
@@ -28,17 +30,7 @@ def main() -> None:
         InterpolationMode=SimpleNamespace(NEAREST="nearest"),
     )
     torch.manual_seed(0)
-    config = VideoDiTConfig(
-        latent_channels=24,
-        num_layers=6,
-        num_heads=2,
-        head_dim=64,
-        adaln_lora_dim=32,
-        text_dim=384,
-        text_projection_dim=None,
-        max_size=(8, 64, 64),
-        rope_scale=(1.0, 1.0, 1.0),
-    )
+    config = replace(tiny().model.video_dit, max_size=(8, 64, 64), learned_positions=False)
     model = VideoDiT(config)
     for batch, frames, size, label in (
         (8 if quick else 16, 3, (8, 14), "84 tokens"),

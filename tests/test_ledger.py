@@ -29,7 +29,10 @@ def _names(node: ast.AST) -> Iterator[str]:
         yield ast.unparse(target).removeprefix("self.")
 
 
-EVERYWHERE = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): defined(path) for path in SOURCE.rglob("*.py")}
+EVERYWHERE = {
+    path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): defined(path)
+    for path in SOURCE.rglob("*.py")
+}
 
 
 def problem(reference: str) -> str | None:
@@ -54,7 +57,11 @@ def problem(reference: str) -> str | None:
 def references() -> list[str]:
     rows = [line for line in LEDGER.splitlines() if line.startswith("|")]
     quoted = [quote for row in rows for quote in re.findall(r"`([^`]+)`", row)]
-    return [quote for quote in quoted if re.fullmatch(r"[\w/]+\.py(: [\w., ]+)?|[A-Za-z_]\w*(\.\w+)+|[A-Z]\w+|[\w/]+/", quote)]
+    return [
+        quote
+        for quote in quoted
+        if re.fullmatch(r"[\w/]+\.py(: [\w., ]+)?|[A-Za-z_]\w*(\.\w+)+|[A-Z]\w+|[\w/]+/", quote)
+    ]
 
 
 def test_every_reference_exists():

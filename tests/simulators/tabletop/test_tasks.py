@@ -6,7 +6,10 @@ from itertools import product
 
 import pytest
 
-from agra.simulators.tabletop.catalogue import DEFAULT_TABLECLOTH, NOVEL, NOVEL_BUNS, NOVEL_PLATES, SEEN, TRAINING_BUNS
+from agra.simulators.tabletop.colours import DEFAULT_TABLECLOTH
+from agra.simulators.tabletop.furniture import NOVEL_PLATES
+from agra.simulators.tabletop.objects import NOVEL, SEEN
+from agra.simulators.tabletop.steamer import NOVEL_BUNS, TRAINING_BUNS
 from agra.simulators.tabletop.tasks import training_trials, trials
 from agra.types import REGIMES
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agra.simulators.tabletop.catalogue import LID, LID_KNOB, STEAMER
 from agra.simulators.tabletop.environment import Tabletop
 from agra.simulators.tabletop.goals import LIFTED, PickAndPlace, lid_aside
 from agra.simulators.tabletop.parts import bounds
 from agra.simulators.tabletop.scene import Scene
+from agra.simulators.tabletop.steamer import LID, LID_KNOB, STEAMER
 from agra.simulators.tabletop.tasks import OPEN_STEAMER
 from agra.types import ActionChunk, Observation
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from agra.simulators.tabletop.catalogue import LID, STEAMER
 from agra.simulators.tabletop.scene import Scene
+from agra.simulators.tabletop.steamer import LID, STEAMER
 from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
 
 NEAR = 0.05

@@ -12,9 +12,11 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from agra.simulators.tabletop.catalogue import FURNITURE, ITEMS, LID, STEAMER, TABLECLOTHS
+from agra.simulators.tabletop.catalogue import FURNITURE, ITEMS
+from agra.simulators.tabletop.colours import TABLECLOTHS
 from agra.simulators.tabletop.hands import SIDES, HandModel, add_hand, add_part
 from agra.simulators.tabletop.parts import Container, Item, bounds
+from agra.simulators.tabletop.steamer import LID, STEAMER
 
 TIMESTEP = 0.004
 SUBSTEPS = 25

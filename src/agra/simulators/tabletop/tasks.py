@@ -11,21 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from agra.simulators.tabletop.catalogue import (
-    CONTAINERS,
-    DEFAULT_TABLECLOTH,
-    FURNITURE,
-    ITEMS,
-    NOVEL,
-    NOVEL_BUNS,
-    NOVEL_PLATES,
-    PLATE,
-    SEEN,
-    TABLECLOTHS,
-    TRAINING_BUNS,
-    TRAINING_PLATES,
-)
+from agra.simulators.tabletop.catalogue import FURNITURE, ITEMS
+from agra.simulators.tabletop.colours import DEFAULT_TABLECLOTH, TABLECLOTHS
+from agra.simulators.tabletop.furniture import CONTAINERS, NOVEL_PLATES, PLATE, TRAINING_PLATES
+from agra.simulators.tabletop.objects import NOVEL, SEEN
 from agra.simulators.tabletop.parts import Item, bounds
+from agra.simulators.tabletop.steamer import NOVEL_BUNS, TRAINING_BUNS
 from agra.types import REGIMES, Trial
 
 PICK_AND_PLACE = "pick_and_place"
