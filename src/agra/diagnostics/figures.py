@@ -199,10 +199,9 @@ def data_uri(frame: np.ndarray, *, widest: int = 448) -> str:
 
 
 def packed(values: np.ndarray) -> dict[str, object]:
-    """A non-negative array as base64 bytes with its scale: value = byte / 255 * peak."""
-    peak = float(values.max()) if values.size else 0.0
-    levels = (values / (peak or 1.0) * 255).round().clip(0, 255).astype(np.uint8)
-    return {"peak": peak, "shape": list(values.shape), "bytes": base64.b64encode(levels.tobytes()).decode()}
+    """An array as base64 bytes of little-endian float32: a latent frame's values may be far below the peak of all."""
+    numbers = np.ascontiguousarray(values, dtype="<f4")
+    return {"shape": list(values.shape), "bytes": base64.b64encode(numbers.tobytes()).decode()}
 
 
 def packed_colours(image: np.ndarray) -> dict[str, object]:

@@ -38,6 +38,10 @@ class _Arm:
         """The sample's part of an array of the gallery, None if this diagnosis has no such array."""
         return self.diagnosis.arrays[name][self.place] if name in self.diagnosis.arrays else None
 
+    def sensitivity(self, kind: str) -> np.ndarray:
+        """The sample's map of one intervention."""
+        return self.diagnosis.arrays[f"sensitivity_{kind}"][self.place]
+
 
 def gallery_section(columns: Sequence[Column]) -> dict[str, Any] | None:
     """The samples that all diagnosed policies have pictures of; None if there are none."""
@@ -89,7 +93,7 @@ def _drawn(arms: Sequence[_Arm], kinds: Sequence[str], layers: Sequence[int]) ->
         colours = {str(layer): one.array(f"pca_layer_{layer}") for layer in layers}
         return {
             "attention": packed(np.concatenate([attention.mean(axis=0, keepdims=True), attention])),
-            "maps": {kind: packed(one.diagnosis.arrays[f"sensitivity_{kind}"][one.place]) for kind in kinds},
+            "maps": {kind: packed(one.sensitivity(kind)) for kind in kinds},
             "pca": {layer: packed_colours(image) for layer, image in colours.items() if image is not None},
         }
 
@@ -106,13 +110,13 @@ def _drawn(arms: Sequence[_Arm], kinds: Sequence[str], layers: Sequence[int]) ->
 def _printed(arms: Sequence[_Arm], drawn: dict[str, Any], kinds: Sequence[str], *, pca: bool) -> dict[str, Any]:
     """What the template prints around one sample's pictures."""
 
-    def panels(one: _Arm, maps: dict[str, Any]) -> list[dict[str, str]]:
+    def panels(one: _Arm) -> list[dict[str, str]]:
         row = one.diagnosis.rows[one.number]
         share, even = row["in_mask_ratio"], row["uniform_in_mask_ratio"]
         caption = "" if share is None else f"{percent(share)} in mask, evenly {percent(even)}"
         found = [{"kind": "attention", "name": "", "title": "Attention", "caption": caption}]
         for kind in kinds:
-            peak = f"peak\u00a0Δ\u00a0{number(maps[kind]['peak'], 2)}"
+            peak = f"peak\u00a0Δ\u00a0{number(float(one.sensitivity(kind).max()), 2)}"
             found.append({"kind": "map", "name": kind, "title": f"Sensitivity, {kind}", "caption": peak})
         return [*found, {"kind": "pca", "name": "", "title": "Video DiT PCA", "caption": ""}] if pca else found
 
@@ -128,8 +132,7 @@ def _printed(arms: Sequence[_Arm], drawn: dict[str, Any], kinds: Sequence[str], 
         "first": drawn["frames"][0],
         "teacher": drawn["teacher"] is not None,
         "arms": [
-            {"index": one.index, "position": position, "panels": panels(one, drawn["arms"][position]["maps"])}
-            for position, one in enumerate(arms)
+            {"index": one.index, "position": position, "panels": panels(one)} for position, one in enumerate(arms)
         ],
     }
 
