@@ -201,3 +201,9 @@ main(["evaluate", "expert", "--output", {str(tmp_path / "results.jsonl")!r}, "--
         f"agra: error: no usable OpenGL library for MUJOCO_GL={backend}: install the Debian packages"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_world_that_nobody_closed_leaves_quietly():
+    code = "from agra.simulators.registry import make\nw = make('tabletop')\nw.reset(w.trials('instance')[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 # MuJoCo's compiled module comes without type stubs.
 # pyright: reportAttributeAccessIssue=false
 
+import atexit
 import weakref
 from typing import Any
 
@@ -28,8 +29,10 @@ class Renderer:
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
             raise gl_error(error) from error
-        # Also at the interpreter's exit, before the OpenGL library is taken down.
         self._free = weakref.finalize(self, _free, self._context, self._gl)
+        # Exit handlers run last come, first served: this one before that of the OpenGL library.
+        self._free.atexit = False
+        atexit.register(self._free)
         self._view = mujoco.MjvScene(scene.model, MAX_GEOMS)
         self._option = mujoco.MjvOption()
         self._rect = mujoco.MjrRect(0, 0, width, height)
