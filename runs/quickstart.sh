@@ -18,7 +18,7 @@ both() {
 }
 
 # 1. Demonstrations by the scripted expert: a LeRobot v3.0 dataset.
-agra collect tabletop --output "$OUT/demonstrations" --episodes 150 --seed 0 --workers 2
+agra collect tabletop --output "$OUT/demonstrations" --episodes 130 --seed 0 --workers 2
 
 # 2. Frozen features: the codec is fit, then latents, instruction tokens and DINOv2 targets are cached.
 OMP_NUM_THREADS=2 agra prepare tiny $DATA

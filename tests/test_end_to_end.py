@@ -77,6 +77,16 @@ def test_each_stage_computes_its_losses(trained):
     assert losses[Stage.FINETUNE] == {"action_loss"}
 
 
+def test_looking_is_monitored_where_the_action_head_learns(trained):
+    folder, _ = trained
+    rows = {stage: [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()] for stage in Stage}
+    looked = {stage: [row for row in rows[stage] if "looking/error" in row] for stage in Stage}
+    assert [row["step"] for row in looked[Stage.JOINT]] == [3, 6]
+    assert not looked[Stage.ADAPT]
+    # One held-out episode: there is nothing to swap its image with.
+    assert set(looked[Stage.FINETUNE][0]) >= {"looking/error", "looking/image_mask_shift", "validation/action_loss"}
+
+
 @pytest.mark.parametrize("stage", [Stage.JOINT, Stage.FINETUNE])
 def test_a_policy_is_rebuilt_from_its_checkpoint_alone(trained, tmp_path, stage):
     folder, _ = trained

@@ -11,6 +11,7 @@ from cattrs.preconf.json import make_converter
 
 from agra.alignment.loss import AlignmentConfig
 from agra.data.mixture import DataConfig
+from agra.diagnostics.looking import TargetConfig
 from agra.training.stages import StageConfig
 from agra.wam.model import WAMConfig
 
@@ -24,6 +25,8 @@ class RunConfig:
     """None is the baseline WAM: no alignment, no teacher."""
     data: DataConfig
     stage: StageConfig = field(default_factory=StageConfig)
+    looking: TargetConfig | None = None
+    """Which actions make the target that `diagnostics.looking` follows, in training as well; None leaves it out."""
 
     def __post_init__(self) -> None:
         if self.alignment is not None:

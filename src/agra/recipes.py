@@ -10,6 +10,7 @@ from agra.alignment.loss import AlignmentConfig
 from agra.alignment.teacher import TeacherConfig
 from agra.config import RunConfig
 from agra.data.mixture import DataConfig
+from agra.diagnostics.looking import TargetConfig
 from agra.training.objective import ObjectiveConfig, Pass
 from agra.training.stages import Stage, StageConfig
 from agra.wam.action_dit import ActionDiTConfig
@@ -130,7 +131,9 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
         validate_every=100,
         save_every=200,
     )
-    return at_stage(RunConfig(model=model, alignment=alignment, data=data, stage=training), stage)
+    return at_stage(
+        RunConfig(model=model, alignment=alignment, data=data, stage=training, looking=TargetConfig()), stage
+    )
 
 
 def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:

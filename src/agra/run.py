@@ -5,6 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from torch import Tensor
+
 from agra import prepare as frozen
 from agra.alignment.teacher import load_teacher
 from agra.config import RunConfig
@@ -12,8 +15,11 @@ from agra.data.lerobot import LeRobotDataset
 from agra.data.mixture import WindowSampler
 from agra.data.normalize import NormStats
 from agra.diagnostics.diagnosis import diagnose as examine
+from agra.diagnostics.looking import FirstLook, look
+from agra.diagnostics.looking_monitor import LookingMonitor
 from agra.diagnostics.probe import ProbeSample, samples_from_episode
 from agra.diagnostics.report import PolicyEntry, build_report
+from agra.diagnostics.report_looking import LOOKING
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
 from agra.policy import WAMPolicy
@@ -22,11 +28,13 @@ from agra.simulators.registry import expert, make
 from agra.training import checkpoint
 from agra.training.loop import Trainer, initialize, seed_everything
 from agra.training.objective import Objective
-from agra.types import REGIMES
+from agra.types import REGIMES, Simulator
 from agra.wam.model import WAM
 
 _LATEST_MOMENT = 0.45
 """Share of an expert episode up to which policies are examined: from the first look to about the grasp."""
+_LOOKED_AT = ("in_distribution", "semantic")
+"""Regimes whose first observations tell whether a policy looks: the same task, things at many places, two candidates."""
 _GOLDEN = 0.6180339887498949
 
 
@@ -71,31 +79,57 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
         config,
         objective,
         batch=sampler.batch,
-        validation=sampler.validation_batch,
+        validation=sampler.validation_batch if sampler.validation else None,
         output=output,
         extra_files=extra,
+        monitors=_monitors(config, dataset, sampler, stats[dataset.embodiment]),
         device=device,
     )
     return trainer.run()
 
 
-def probe_samples(simulator: str, count: int, references: Sequence[int]) -> list[ProbeSample]:
+def _monitors(
+    config: RunConfig, dataset: LeRobotDataset, sampler: WindowSampler, stats: NormStats
+) -> dict[str, LookingMonitor]:
+    """What is measured beside the losses, in the stages that train the action head."""
+    if config.looking is None or config.stage.objective.action_weight == 0 or not sampler.validation:
+        return {}
+    dimensions, step = config.looking.select(dataset.action_names), config.looking.step
+
+    def targets(actions: Tensor) -> np.ndarray:
+        own = stats.unnormalize("action", actions[..., : stats.action_dim].float().cpu().numpy())
+        return own[:, min(step, own.shape[1] - 1), dimensions]
+
+    instructions = [dataset.instruction(episode) for episode in sampler.validation]
+    return {"looking": LookingMonitor(sampler.first_batch(), instructions, targets, seed=config.stage.seed)}
+
+
+def probe_samples(simulator: Simulator, count: int, references: Sequence[int]) -> list[ProbeSample]:
     """Moments of the scripted expert's episodes on evaluation trials, evenly spread over regimes and over
     the first part of an episode.
 
     `references` are the control steps from the observation to each latent frame's reference frame.
     """
-    world = make(simulator)
-    try:
-        acting = expert(world)
-        found: list[ProbeSample] = []
-        for trial in regime_trials(world, limit=-(-count // len(REGIMES))):
-            episode = run_episode(acting, world, trial, execute_steps=1, masks=True)
-            step = int(_LATEST_MOMENT * (len(found) * _GOLDEN % 1) * len(episode))
-            found += samples_from_episode(episode, [step], references, trial=trial.name, regime=trial.regime)
-        return found
-    finally:
-        world.close()
+    acting = expert(simulator)
+    found: list[ProbeSample] = []
+    for trial in regime_trials(simulator, limit=-(-count // len(REGIMES))):
+        episode = run_episode(acting, simulator, trial, execute_steps=1, masks=True)
+        step = int(_LATEST_MOMENT * (len(found) * _GOLDEN % 1) * len(episode))
+        found += samples_from_episode(episode, [step], references, trial=trial.name, regime=trial.regime)
+    return found
+
+
+def first_looks(simulator: Simulator, regimes: Sequence[str], steps: int) -> list[FirstLook]:
+    """What every trial of `regimes` shows first, and the scripted expert's first `steps` actions; a regime is a group."""
+    acting = expert(simulator)
+    return [
+        FirstLook.of(
+            run_episode(acting, simulator, trial, execute_steps=1, max_steps=steps),
+            trial=trial.name,
+            group=trial.regime,
+        )
+        for trial in regime_trials(simulator, regimes)
+    ]
 
 
 def diagnose(run: Path, *, simulator: str, samples: int, seed: int = 0, device: str = "cpu") -> Path:
@@ -106,9 +140,16 @@ def diagnose(run: Path, *, simulator: str, samples: int, seed: int = 0, device: 
         settings = policy.config.alignment.teacher
         network = load_teacher(settings).to(device)
         teacher, name = (lambda frames: network(frames).cpu().numpy()), settings.kind
-    probes = probe_samples(simulator, samples, window_references(policy.config))
     output = checkpoint.resolve(run).parent / "diagnosis"
+    world, target = make(simulator), policy.config.looking
+    try:
+        probes = probe_samples(world, samples, window_references(policy.config))
+        looks = [] if target is None else first_looks(world, _LOOKED_AT, target.step + 1)
+    finally:
+        world.close()
     examine(policy, probes, output, teacher=teacher, teacher_name=name or "", seed=seed)
+    if target is not None:
+        look(policy, looks, world.embodiment.action_names, target, seed=seed).save(output / LOOKING)
     return output
 
 

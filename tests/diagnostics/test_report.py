@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from agra.diagnostics.diagnosis import DiagnosisConfig, diagnose
+from agra.diagnostics.looking import Looking, Swaps
 from agra.diagnostics.metrics import Estimate
 from agra.diagnostics.record import Diagnosis, read_diagnosis, write_diagnosis
 from agra.diagnostics.report import PolicyEntry, build_report, read_log
@@ -184,3 +185,30 @@ def test_numbers_read_well():
         "0", "1.23", "−0.0466", "12.0", "1234", "∞", "–"
     ]  # fmt: skip
     assert [percent(v) for v in (0, 0.3, 0.052, 1)] == ["0\u00a0%", "30\u00a0%", "5.2\u00a0%", "100\u00a0%"]
+
+
+def looking(error, shift, trials):
+    """Looks in two groups whose error and shift are known."""
+    wanted = np.random.default_rng(0).uniform(-0.1, 0.1, (len(trials), 2))
+    seen = wanted + [error, 0]
+    moved = seen + [0, shift]
+    targets = {"seen": seen, "image_swapped": moved, "image_masked": moved, "instruction_swapped": seen}
+    groups = ["in_distribution" if i % 2 else "semantic" for i in range(len(trials))]
+    swaps = Swaps.of(groups, [f"take {i}" for i in range(len(trials))], {0: 2, 2: 0})
+    return Looking.of(targets, wanted, swaps, trials=trials, groups=groups)
+
+
+def test_looking_is_compared_on_the_same_trials(run, tmp_path):
+    entries = [run("wam"), run("agra")]
+    trials = [f"trial {i}" for i in range(24)]
+    looking(0.06, 0.004, trials).save(tmp_path / "wam" / "diagnosis" / "looking.json")
+    looking(0.02, 0.05, trials).save(tmp_path / "agra" / "diagnosis" / "looking.json")
+    page = Page(build_report(entries, tmp_path / "report.html").read_text())
+    assert "looking" in page.ids
+    assert "Target error, one thing in distribution; lower is better 6.0 cm [6.0 cm, 6.0 cm] 2.0 cm" in page.words
+    assert "agra lower difference −4.0 cm" in page.words
+    assert "agra higher difference +4.6 cm" in page.words
+    assert page.words.count("Image swapped") == 2  # in the summary as well
+    looking(0.02, 0.05, trials[::-1]).save(tmp_path / "agra" / "diagnosis" / "looking.json")
+    with pytest.raises(ValueError, match="agra and wam were shown different trials; diagnose them again"):
+        build_report(entries, tmp_path / "report.html")

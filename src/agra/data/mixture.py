@@ -142,6 +142,10 @@ class WindowSampler:
         windows[:, 0] += self.validation.start
         return self._assemble(windows)
 
+    def first_batch(self) -> Batch:
+        """The first window of every held-out episode, in order."""
+        return self._assemble(np.array([(episode, 0) for episode in self.validation], dtype=np.int64).reshape(-1, 2))
+
     @staticmethod
     def _at(rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Rows counted over episodes that end at `ends` to (episode, step)."""

@@ -6,15 +6,17 @@ when the picture shows another scene. The *target* of a chunk is the planar posi
 """
 
 import fnmatch
+import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
-from agra.diagnostics.metrics import Estimate, bootstrap_interval, paired_difference
-from agra.types import Embodiment, Episode, Observation, Policy
+from agra.types import Episode, Observation, Policy
 
 Variant = Literal["seen", "image_swapped", "image_masked", "instruction_swapped"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -29,12 +31,15 @@ class TargetConfig:
     step: int = 7
     """Step of the chunk, from 0: about where the hand reaches the thing."""
 
-    def select(self, embodiment: Embodiment) -> list[int]:
-        """The action dimensions. Raises ValueError where no action is called so."""
-        names = embodiment.action_names
-        found = [i for i, name in enumerate(names) if any(fnmatch.fnmatch(name, p) for p in self.dimensions)]
+    def __post_init__(self) -> None:
+        if self.step < 0 or not self.dimensions:
+            raise ValueError(f"looking: expected patterns and a step of at least 0, got {self.dimensions}, {self.step}")
+
+    def select(self, action_names: Sequence[str]) -> list[int]:
+        """The action dimensions. Raises ValueError where none is called so."""
+        found = [i for i, name in enumerate(action_names) if any(fnmatch.fnmatch(name, p) for p in self.dimensions)]
         if not found:
-            raise ValueError(f"looking.dimensions {self.dimensions}: no action of {embodiment.name}; it has {names}")
+            raise ValueError(f"looking.dimensions {self.dimensions}: name none of the actions {tuple(action_names)}")
         return found
 
 
@@ -113,12 +118,12 @@ def observations(looks: Sequence[FirstLook], swaps: Swaps) -> dict[Variant, list
 
 
 def look(
-    policy: Policy, looks: Sequence[FirstLook], embodiment: Embodiment, config: TargetConfig, *, seed: int = 0
+    policy: Policy, looks: Sequence[FirstLook], action_names: Sequence[str], config: TargetConfig, *, seed: int = 0
 ) -> "Looking":
     """Ask any policy for its first chunk in every variant, under the same seed. Raises ValueError without looks."""
     if not looks:
         raise ValueError("look: no first looks")
-    dimensions = config.select(embodiment)
+    dimensions = config.select(action_names)
     groups = [one.group for one in looks]
     swaps = Swaps.of(groups, [one.observation.instruction for one in looks], rivals(looks))
     targets: dict[Variant, np.ndarray] = {}
@@ -129,23 +134,36 @@ def look(
             rows.append(_target(policy.act(observation).actions, dimensions, config.step))
         targets[variant] = np.stack(rows)
     wanted = np.stack([_target(one.actions, dimensions, config.step) for one in looks])
-    return Looking.of(targets, wanted, groups, swaps)
+    return Looking.of(targets, wanted, swaps, trials=[one.trial for one in looks], groups=groups)
+
+
+MEASURES = (
+    "error",  # distance of the target from the demonstrated one
+    "constant_error",  # the same for the mean of the other looks of the group
+    "image_swap_shift",  # how far the target moves
+    "image_mask_shift",
+    "instruction_swap_shift",
+    "follows_instruction",  # 1 where the rival's instruction brings the target nearer to the rival's, else 0
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Looking:
-    """Per look, in the unit of the target: NaN where a look has no say."""
+    """The measures of N looks (N,), in the unit of the target; NaN where a look has no say."""
 
-    error: np.ndarray  # (N,) distance of the target from the demonstrated one
-    constant_error: np.ndarray  # (N,) the same for the mean of the other looks of the group
-    image_swap_shift: np.ndarray  # (N,) how far the target moves
-    image_mask_shift: np.ndarray  # (N,)
-    instruction_swap_shift: np.ndarray  # (N,)
-    follows_instruction: np.ndarray  # (N,) 1 where the rival's instruction brings the target nearer to the rival's
+    trials: tuple[str, ...]
+    groups: tuple[str, ...]
+    values: Mapping[str, np.ndarray]  # by name, see MEASURES
 
     @classmethod
     def of(
-        cls, targets: Mapping[Variant, np.ndarray], wanted: np.ndarray, groups: Sequence[str], swaps: Swaps
+        cls,
+        targets: Mapping[Variant, np.ndarray],
+        wanted: np.ndarray,
+        swaps: Swaps,
+        *,
+        trials: Sequence[str],
+        groups: Sequence[str],
     ) -> "Looking":
         """From the targets (N, d) of every variant and the demonstrated ones (N, d)."""
         seen = targets["seen"]
@@ -153,29 +171,44 @@ class Looking:
         for row, other in swaps.rival.items():
             own, theirs = np.linalg.norm(targets["instruction_swapped"][row] - wanted[[row, other]], axis=-1)
             follows[row] = theirs < own
-        return cls(
-            error=np.linalg.norm(seen - wanted, axis=-1),
-            constant_error=np.linalg.norm(_constant(wanted, groups) - wanted, axis=-1),
-            image_swap_shift=_shift(targets["image_swapped"], seen, swaps.image),
-            image_mask_shift=np.linalg.norm(targets["image_masked"] - seen, axis=-1),
-            instruction_swap_shift=_shift(targets["instruction_swapped"], seen, swaps.instruction),
-            follows_instruction=follows,
+        values = {
+            "error": np.linalg.norm(seen - wanted, axis=-1),
+            "constant_error": np.linalg.norm(_constant(wanted, groups) - wanted, axis=-1),
+            "image_swap_shift": _shift(targets["image_swapped"], seen, swaps.image),
+            "image_mask_shift": np.linalg.norm(targets["image_masked"] - seen, axis=-1),
+            "instruction_swap_shift": _shift(targets["instruction_swapped"], seen, swaps.instruction),
+            "follows_instruction": follows,
+        }
+        return cls(trials=tuple(trials), groups=tuple(groups), values=values)
+
+    def group(self, name: str) -> "Looking":
+        """The looks of one group."""
+        rows = [row for row, group in enumerate(self.groups) if group == name]
+        return Looking(
+            trials=tuple(self.trials[row] for row in rows),
+            groups=(name,) * len(rows),
+            values={measure: values[rows] for measure, values in self.values.items()},
         )
 
     def means(self) -> dict[str, float]:
-        """The mean of every measure, those that no look has a say in left out."""
-        measures = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: float(np.nanmean(v)) for name, v in measures.items() if np.isfinite(v).any()}
+        """The mean of every measure that some look has a say in."""
+        return {name: float(np.nanmean(v)) for name, v in self.values.items() if np.isfinite(v).any()}
 
-    def summary(self, trials: Sequence[str], *, seed: int = 0) -> dict[str, dict[str, Any]]:
-        """Means with 95 % bootstrap intervals over looks, and the error's difference from the constant's."""
-        names = self.means()
-        found: dict[str, Estimate] = {
-            name: bootstrap_interval(getattr(self, name), groups=trials, seed=seed) for name in names
-        }
-        if "constant_error" in names:
-            found["error_minus_constant"] = paired_difference(self.error, self.constant_error, groups=trials, seed=seed)
-        return {name: asdict(value) for name, value in found.items()}
+    def save(self, path: Path) -> None:
+        """Write JSON under a temporary name and rename it."""
+        values = {name: [None if np.isnan(v) else v for v in row.tolist()] for name, row in self.values.items()}
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(json.dumps({"trials": self.trials, "groups": self.groups, "values": values}) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Looking":
+        """Inverse of `save`."""
+        found = json.loads(path.read_text())
+        values = {name: np.array(row, dtype=np.float64) for name, row in found["values"].items()}
+        if set(values) != set(MEASURES) or any(len(row) != len(found["trials"]) for row in values.values()):
+            raise ValueError(f"{path}: expected a value of each of {', '.join(MEASURES)} for every trial")
+        return cls(trials=tuple(found["trials"]), groups=tuple(found["groups"]), values=values)
 
 
 def _blank(frame: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from agra.diagnostics.record import Diagnosis, plain, read_diagnosis
 from agra.diagnostics.report_evaluation import evaluation_section
 from agra.diagnostics.report_gallery import RAMP, gallery_section
 from agra.diagnostics.report_grounding import grounding_section
+from agra.diagnostics.report_looking import looking_section, read_looking
 from agra.diagnostics.report_tables import Table, number
 from agra.evaluation.results import Results, read_results
 
@@ -31,6 +32,8 @@ CURVES = (
     ("action_loss", "Action loss"),
     ("alignment_loss", "Alignment loss (minus the cosine)"),
     ("alignment_cosine_gain", "Cosine gained over the mean feature"),
+    ("looking/error_ratio", "First target's error over a constant's"),
+    ("looking/image_swap_shift", "Target's shift when the image is swapped"),
 )
 
 
@@ -67,15 +70,17 @@ def build_report(
     results = [(i, p.name, None if p.results is None else read_results(p.results)) for i, p in enumerate(policies)]
     configs = {p.name: _read_json(p.config) for p in policies if p.config is not None}
     evaluation, grounding = evaluation_section(results), grounding_section(columns)
+    looking = looking_section([(i, p.name, read_looking(p.diagnosis)) for i, p in enumerate(policies)])
 
     page = _template().render(
         title=title,
         lede=_lede(policies, results, diagnoses),
         policies=[{"name": p.name, "description": p.description, "swatch": swatch(i)} for i, p in enumerate(policies)],
         stand_ins=[*notes, *_stand_ins(configs)],
-        summary=_summary(evaluation, grounding),
+        summary=_summary(evaluation, looking, grounding),
         training=_training(policies),
         evaluation=evaluation,
+        looking=looking,
         grounding=grounding,
         gallery=gallery_section(columns),
         settings=_settings(configs),
@@ -139,7 +144,9 @@ def _span(counts: Sequence[int]) -> str:
     return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
-def _summary(evaluation: dict[str, Any] | None, grounding: dict[str, Any] | None) -> Table:
+def _summary(
+    evaluation: dict[str, Any] | None, looking: dict[str, Any] | None, grounding: dict[str, Any] | None
+) -> Table:
     """The rows that matter most, taken from the sections' own tables so that they cannot disagree."""
     rows = []
     if evaluation:
@@ -147,6 +154,8 @@ def _summary(evaluation: dict[str, Any] | None, grounding: dict[str, Any] | None
         rows += [
             replace(row, label=f"Success, {row.label}", hint="share of trials; higher is better") for row in chosen
         ]
+    if looking:
+        rows += [row for row in looking["table"].rows if row.label in ("Target error, one thing", "Image swapped")]
     if grounding:
         wanted = ("Attention in mask", "Centroid error", "Sensitivity ratio, mean", "Sensitivity ratio, zero")
         rows += [row for row in grounding["table"].rows if row.label in wanted]
@@ -169,9 +178,7 @@ def _training(policies: Sequence[PolicyEntry]) -> list[dict[str, Any]]:
     logged = {stage for p in policies for stage in p.training_logs}
     sections = []
     for stage in [*(s for s in STAGES if s in logged), *sorted(logged - set(STAGES))]:
-        logs = [
-            (i, p.name, read_log(p.training_logs[stage])) for i, p in enumerate(policies) if stage in p.training_logs
-        ]
+        logs = _logs(policies, stage)
         charts = []
         for key, label in CURVES:
             series = [s for i, name, rows in logs if (s := _series(i, name, rows, key)) is not None]

@@ -22,6 +22,7 @@ from agra.precision import autocast
 from agra.training import checkpoint
 from agra.training.objective import Losses, Objective
 from agra.training.stages import Stage, freeze, modules, parameter_groups
+from agra.wam.model import WAM
 
 _COLUMNS = {
     "total": "loss",
@@ -35,7 +36,8 @@ _COLUMNS = {
 class Trainer:
     """One stage of one run: objective, optimiser, data and the folder that they are saved in.
 
-    `batch(step)` and `validation()` give the data; `extra_files` are written into every checkpoint beside ours.
+    `batch(step)` and `validation()` give the data; `extra_files` are written into every checkpoint beside ours. Each of
+    `monitors` is asked for figures wherever there is validation; they are logged under its name.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class Trainer:
         validation: Callable[[], Batch] | None,
         output: Path,
         extra_files: Mapping[str, Callable[[Path], None]],
+        monitors: Mapping[str, Callable[[WAM], Mapping[str, float]]] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.stage = config, config.stage
         self.objective = objective.to(device)
-        self.batch, self.validation = batch, validation
+        self.batch, self.validation, self.monitors = batch, validation, monitors or {}
         self.output, self.extra_files, self.device = output, extra_files, torch.device(device)
         freeze(self.objective, self.stage)
         self.optimizer = torch.optim.AdamW(list(parameter_groups(self.objective, self.stage)), betas=self.stage.betas)
@@ -80,8 +83,9 @@ class Trainer:
                     row["samples_per_second"] = (self.step - since) * stage.batch_size / (now - clock)
                     clock, since = now, self.step
                     log({"step": self.step, **row})
-                if self.validation is not None and (self.step % stage.validate_every == 0 or self.step == stage.steps):
-                    log({"step": self.step, **self._validate(self.validation())})
+                due = self.step % stage.validate_every == 0 or self.step == stage.steps
+                if due and (found := self._validate()):
+                    log({"step": self.step, **found})
                 if self.step % stage.save_every == 0 and self.step < stage.steps:
                     self.save()
                 advance(self.step, row["loss"])
@@ -149,11 +153,18 @@ class Trainer:
         return row
 
     @torch.no_grad()
-    def _validate(self, batch: Batch) -> dict[str, float]:
-        """The same losses on held-out windows, always with the same noise."""
+    def _validate(self) -> dict[str, float]:
+        """The same losses on held-out windows, always with the same noise, and the monitors' figures."""
+        found = {}
         self.objective.eval()
-        seed_everything(self.stage.seed, 2**31)
-        return {f"validation/{name}": value for name, value in _row(self._losses(batch)).items()}
+        if self.validation is not None:
+            seed_everything(self.stage.seed, 2**31)
+            row = _row(self._losses(self.validation()))
+            found = {f"validation/{name}": value for name, value in row.items()}
+        for name, monitor in self.monitors.items():
+            figures = monitor(self.objective.wam)
+            found |= {f"{name}/{key}": value for key, value in figures.items()}
+        return found
 
     def _losses(self, batch: Batch) -> Losses:
         with autocast(self.device, self.stage.precision):
