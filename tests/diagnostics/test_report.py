@@ -190,8 +190,8 @@ def test_numbers_read_well():
 def looking(error, shift, trials):
     """Looks in two groups whose error and shift are known."""
     wanted = np.random.default_rng(0).uniform(-0.1, 0.1, (len(trials), 2))
-    seen = wanted + [error, 0]
-    moved = seen + [0, shift]
+    seen = wanted + np.array([error, 0])
+    moved = seen + np.array([0, shift])
     targets = {"seen": seen, "image_swapped": moved, "image_masked": moved, "instruction_swapped": seen}
     groups = ["in_distribution" if i % 2 else "semantic" for i in range(len(trials))]
     swaps = Swaps.of(groups, [f"take {i}" for i in range(len(trials))], {0: 2, 2: 0})
