@@ -6,6 +6,7 @@ is one. What evaluation calls novel never occurs in a training scene.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from math import hypot
 from typing import Any
 
@@ -238,6 +239,7 @@ def _scatter(rng: np.random.Generator, names: Sequence[str], holders: list[dict]
             return spots
 
 
+@cache
 def _radius(name: str) -> float:
     low, high = bounds(ITEMS[name].parts)
     return float(max(np.abs(low[:2]).max(), np.abs(high[:2]).max()))
