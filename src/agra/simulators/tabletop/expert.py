@@ -6,7 +6,6 @@ import numpy as np
 
 from agra.simulators.tabletop.environment import Tabletop
 from agra.simulators.tabletop.goals import LIFTED, PickAndPlace, lid_aside
-from agra.simulators.tabletop.parts import bounds
 from agra.simulators.tabletop.scene import Scene
 from agra.simulators.tabletop.steamer import LID, LID_KNOB, STEAMER
 from agra.simulators.tabletop.tasks import OPEN_STEAMER
@@ -172,7 +171,7 @@ class Hand:
     def grasp(self, name: str) -> Grasp:
         """Across a thing's narrow side, just below its middle."""
         item, rotation, centre = self.scene.items[name], self.scene.rotation(name), self.scene.position(name)
-        low, high = bounds(item.parts)
+        low, high = item.bounds
         axes = rotation * (high - low) / 2
         upright = abs(rotation[2, 2]) > 0.9
         directions = [np.array([1.0, 0.0])]

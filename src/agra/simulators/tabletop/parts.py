@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import atan2, cos, pi, sin
 from typing import Literal
 
@@ -27,7 +28,7 @@ class Part:
     spin: float = 0.0
     solid: bool = True
 
-    @property
+    @cached_property
     def rotation(self) -> np.ndarray:
         """Local frame to that of the thing, (3, 3)."""
         z = np.asarray(self.axis) / np.linalg.norm(self.axis)
@@ -37,7 +38,7 @@ class Part:
         y = np.cross(z, x)
         return np.column_stack([x * cos(self.spin) + y * sin(self.spin), y * cos(self.spin) - x * sin(self.spin), z])
 
-    @property
+    @cached_property
     def reach(self) -> np.ndarray:
         """Half extents along the axes of the thing, (3,)."""
         rotation = np.abs(self.rotation)
@@ -50,13 +51,6 @@ class Part:
         radius, half = self.size
         along = rotation[:, 2]
         return half * along + (radius if self.shape == "capsule" else radius * np.sqrt(1 - np.minimum(along, 1) ** 2))
-
-
-def bounds(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest corner of the solid parts, (3,) each."""
-    solid = [part for part in parts if part.solid]
-    low = np.min([np.array(part.at) - part.reach for part in solid], axis=0)
-    return low, np.max([np.array(part.at) + part.reach for part in solid], axis=0)
 
 
 def ball(radius: float, colour: Colour, at: Vector = (0, 0, 0), *, solid: bool = True) -> Part:
@@ -148,36 +142,47 @@ def _wall(size: Vector, colour: Colour, at: Vector, axis: Vector, normal: float)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class Thing:
+    """What items and containers share."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest corner of the solid parts, (3,) each."""
+        solid = [part for part in self.parts if part.solid]
+        low = np.min([np.array(part.at) - part.reach for part in solid], axis=0)
+        return low, np.max([np.array(part.at) + part.reach for part in solid], axis=0)
+
+    @cached_property
+    def radius(self) -> float:
+        """Of the upright cylinder around the origin that holds it."""
+        low, high = self.bounds
+        return float(max(np.abs(low[:2]).max(), np.abs(high[:2]).max()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item(Thing):
     """A loose thing: `across` is the local direction that fingers close along, None where any horizontal one will do.
 
     `faces` says that it has flat sides, so that fingers must be square to one of its horizontal local axes.
     """
 
-    name: str
-    parts: tuple[Part, ...]
     across: Vector | None = None
     faces: bool = False
     density: float = 450.0  # kg / m^3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Container:
+class Container(Thing):
     """A thing to put others into or onto: it stands where it is put. z = 0 is its underside.
 
     `inside` is the half size (x, y) of the area that counts as within; round ones count the ellipse in it.
     """
 
-    name: str
-    parts: tuple[Part, ...]
     inside: tuple[float, float]
     round: bool = True
     floor: float = 0.006  # height of what things rest on
     rim: float = 0.012  # height of the wall
     preposition: Literal["in", "on"] = "in"
-
-    @property
-    def radius(self) -> float:
-        """Of the circle that holds it, outside."""
-        low, high = bounds(self.parts)
-        return float(max(np.abs(low[:2]).max(), np.abs(high[:2]).max()))

@@ -15,7 +15,7 @@ import numpy as np
 from agra.simulators.tabletop.catalogue import FURNITURE, ITEMS
 from agra.simulators.tabletop.colours import TABLECLOTHS
 from agra.simulators.tabletop.hands import SIDES, HandModel, add_hand, add_part
-from agra.simulators.tabletop.parts import Container, Item, bounds
+from agra.simulators.tabletop.parts import Container, Item
 from agra.simulators.tabletop.steamer import LID, STEAMER
 
 TIMESTEP = 0.004
@@ -125,7 +125,7 @@ class Scene:
         """Where discs of shade belong: centres (x, y) and half sizes (x, y)."""
         discs = []
         for name, item in self.items.items():
-            low, high = bounds(item.parts)
+            low, high = item.bounds
             half = np.abs(self.rotation(name)) @ ((high - low) / 2)
             discs.append((self.position(name)[:2] + SHADOW_OFFSET, half[:2] * 1.08))
         for side in SIDES:
@@ -185,7 +185,7 @@ class Scene:
         self.data.mocap_quat[mocap] = [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
 
     def _place_item(self, name: str, position: Any, yaw: float, floor: float) -> None:
-        height = floor - bounds(self.items[name].parts)[0][2] + 0.0005
+        height = floor - self.items[name].bounds[0][2] + 0.0005
         self.data.joint(name).qpos[:] = [position[0], position[1], height, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
 
 

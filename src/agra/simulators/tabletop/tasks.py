@@ -6,7 +6,6 @@ is one. What evaluation calls novel never occurs in a training scene.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from math import hypot
 from typing import Any
 
@@ -16,7 +15,7 @@ from agra.simulators.tabletop.catalogue import FURNITURE, ITEMS
 from agra.simulators.tabletop.colours import DEFAULT_TABLECLOTH, TABLECLOTHS
 from agra.simulators.tabletop.furniture import CONTAINERS, NOVEL_PLATES, PLATE, TRAINING_PLATES
 from agra.simulators.tabletop.objects import NOVEL, SEEN
-from agra.simulators.tabletop.parts import Item, bounds
+from agra.simulators.tabletop.parts import Item
 from agra.simulators.tabletop.steamer import NOVEL_BUNS, TRAINING_BUNS
 from agra.types import REGIMES, Trial
 
@@ -231,15 +230,9 @@ def _scatter(rng: np.random.Generator, names: Sequence[str], holders: list[dict]
         spots = [(rng.uniform(*OBJECT_AREA[0]), rng.uniform(*OBJECT_AREA[1])) for _ in names]
         taken = [(*h["position"], FURNITURE[h["name"]].radius) for h in holders]
         for name, (x, y) in zip(names, spots, strict=True):
-            radius = _radius(name)
+            radius = ITEMS[name].radius
             if any(hypot(x - u, y - v) < 0.056 + r for u, v, r in taken if (u, v) != (x, y)):
                 break
             taken.append((x, y, radius))
         else:
             return spots
-
-
-@cache
-def _radius(name: str) -> float:
-    low, high = bounds(ITEMS[name].parts)
-    return float(max(np.abs(low[:2]).max(), np.abs(high[:2]).max()))
