@@ -29,7 +29,7 @@ def small_config():
             text_dim=12,
         ),
         bridge=replace(
-            config.model.bridge, layers=layers, num_layers=1, num_heads=2, head_dim=16, position_grid=(3, 2, 3)
+            config.model.bridge, layers=layers, num_layers=1, num_heads=2, head_dim=16, position_grid=(2, 2, 3)
         ),
         action_dit=replace(
             config.model.action_dit,

@@ -34,7 +34,7 @@ def world(tmp_path_factory):
         config.model,
         frame_size=(32, 48),
         video_dit=replace(config.model.video_dit, num_layers=3),
-        bridge=replace(config.model.bridge, layers=bridged_layers(3, 2), position_grid=(3, 2, 3)),
+        bridge=replace(config.model.bridge, layers=bridged_layers(3, 2), position_grid=(2, 2, 3)),
         action_dit=replace(config.model.action_dit, num_blocks=2, horizon=8),
     )
     teacher = replace(config.alignment.teacher, input_size=(28, 42))

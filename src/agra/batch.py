@@ -23,6 +23,7 @@ class Batch:
     action_mask: Bool[Tensor, "B K D"]  # False where there is no action to learn
     embodiment: Int[Tensor, "B"]  # row of the action DiT's banks
     targets: Float[Tensor, "B T H W P"] | None = None  # the teacher's grid, Eq. 4; None where a stage needs none
+    has_targets: Bool[Tensor, "B"] | None = None  # False where a sample's targets were not computed; None: all were
 
     def __len__(self) -> int:
         return len(self.latents)

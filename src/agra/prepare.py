@@ -56,21 +56,24 @@ class Latents:
 
 
 class Targets:
-    """The teacher's grid of every frame on the video DiT's token grid: (N, H, W, P) float16.                 Eqs. 3-4"""
+    """The teacher's grid of every frame on the video DiT's token grid: (N, H, W, P) float16.                 Eqs. 3-4
+
+    Of an episode's first `limit` frames only, where there is a limit.
+    """
 
     name = "targets"
 
-    def __init__(self, teacher: Teacher, model: WAMConfig) -> None:
-        self.teacher, self.grid = teacher, model.token_grid[1:]
+    def __init__(self, teacher: Teacher, model: WAMConfig, limit: int | None) -> None:
+        self.teacher, self.grid, self.limit = teacher, model.token_grid[1:], limit
 
     @property
     def key(self) -> dict[str, Any]:
-        """Teacher and grid."""
-        return {"teacher": self.teacher.key, "grid": list(self.grid)}
+        """Teacher, grid and limit."""
+        return {"teacher": self.teacher.key, "grid": list(self.grid), "limit": self.limit}
 
     def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
         """Each frame alone, from the recorded resolution."""
-        frames = torch.as_tensor(episode.frames)
+        frames = torch.as_tensor(episode.frames[: self.limit])
         grids = [interpolate_grid(self.teacher(chosen), self.grid) for chosen in frames.split(16)]
         return {"targets": torch.cat(grids).half().cpu().numpy()}
 
@@ -107,7 +110,8 @@ def prepare(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device 
     ]
     if config.aligns:
         assert config.alignment is not None
-        wanted.append(Targets(load_teacher(config.alignment.teacher).to(device), config.model))
+        teacher = load_teacher(config.alignment.teacher).to(device)
+        wanted.append(Targets(teacher, config.model, _target_frames(config)))
     folders = cache.prepare(dataset, wanted, Path(config.data.cache))
     found = {feature.name: folder for feature, folder in zip(wanted, folders, strict=True)}
     for name, path in _indices(config, dataset).items():
@@ -153,7 +157,8 @@ def _indices(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Path]:
     }
     if config.aligns:
         assert config.alignment is not None
-        settings["targets"] = camera | asdict(config.alignment.teacher) | {"grid": config.model.token_grid[1:]}
+        geometry = {"grid": config.model.token_grid[1:], "limit": _target_frames(config)}
+        settings["targets"] = camera | asdict(config.alignment.teacher) | geometry
     return {name: Path(config.data.cache) / f"{name}-{_digest(value)}.json" for name, value in settings.items()}
 
 
@@ -183,3 +188,9 @@ def _codec_videos(config: RunConfig, dataset: LeRobotDataset) -> Iterator[Tensor
 def window_references(config: RunConfig) -> tuple[int, ...]:
     """The control steps after the observation whose frames stand for the latent frames of a window."""
     return tuple(i * config.data.frame_stride for i in reference_frames(config.model.latent_shape[1]))
+
+
+def _target_frames(config: RunConfig) -> int | None:
+    """How many first frames of an episode need targets; None: all."""
+    steps = config.data.target_steps
+    return None if steps is None else steps + max(window_references(config))

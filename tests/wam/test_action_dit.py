@@ -113,6 +113,20 @@ def test_state_dropout_acts_in_training_only():
     assert not torch.allclose(head(**inputs).velocity, head(**other).velocity)
 
 
+def test_draws_that_share_a_guidance_act_as_if_each_had_its_own(head):
+    inputs = _inputs(batch=6)
+    inputs["guidance"] = [g[::3] for g in inputs["guidance"]]
+    shared = head(**inputs, return_attention=True)
+    inputs["guidance"] = [g.repeat_interleave(3, dim=0) for g in inputs["guidance"]]
+    apart = head(**inputs, return_attention=True)
+    torch.testing.assert_close(shared.velocity, apart.velocity, atol=1e-6, rtol=1e-5)
+    for ours, theirs in zip(shared.attention, apart.attention, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    inputs["guidance"] = [g[:4] for g in inputs["guidance"]]
+    with pytest.raises(ValueError, match=r"number of samples that divides 6, .* got \[4, 4\]"):
+        head(**inputs)
+
+
 def test_wrong_number_of_guidances_is_named(head):
     inputs = _inputs()
     inputs["guidance"].pop()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agra.wam.bridge import Bridge, BridgeConfig, bridged_layers
+from agra.wam.bridge import Bridge, BridgeConfig, bridged_layers, grid_sinusoid
 
 TINY = {"num_layers": 2, "num_heads": 2, "head_dim": 8, "dropout": 0.0}
 
@@ -54,6 +54,13 @@ def test_positions_tell_tokens_apart():
     placed = Bridge(BridgeConfig(layers=(0,), position_grid=(3, 2, 4), **TINY)).eval()(same)[0]
     assert plain.std(dim=1).max() < 1e-5
     assert placed.std(dim=1).max() > 1e-3
+
+
+def test_position_sinusoid_is_as_loud_as_a_normalised_state_and_unique():
+    table = grid_sinusoid((2, 4, 7), 128).flatten(0, 2)
+    assert table.square().mean(dim=1).sqrt().sub(0.7).abs().max() < 0.02
+    distances = torch.cdist(table, table) + 100 * torch.eye(len(table))
+    assert distances.min() > 1
 
 
 def test_missing_layer_is_named():

@@ -32,11 +32,16 @@ class DataConfig:
     validation_fraction: float = 0.05  # share of the episodes, the last ones, that training never sees
     early_window_fraction: float = 0.0  # not in the paper: share of the windows that start early in an episode,
     early_window_steps: int = 10  # within so many control steps
+    target_steps: int | None = (
+        None  # not in the paper: only windows from these first control steps have teacher targets
+    )
 
     def __post_init__(self) -> None:
         for name in ("frame_stride", "early_window_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.target_steps is not None and self.target_steps < 1:
+            raise ValueError(f"data.target_steps: expected at least 1 or None, got {self.target_steps}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction: expected a share in [0, 1), got {self.validation_fraction}")
         if not 0 <= self.early_window_fraction <= 1:
@@ -157,11 +162,7 @@ class WindowSampler:
         actions = np.stack([self._actions[e][self._rows(e, s, np.arange(self.horizon))] for e, s in pairs])
         mask = np.zeros(actions.shape, dtype=bool)
         mask[..., : self.action_dim] = True
-        targets = None
-        if "targets" in self.features:
-            read = self.features["targets"].read
-            grids = [read(e, rows=self._rows(e, s, self.references)) for e, s in pairs]
-            targets = torch.from_numpy(np.stack(grids)).float()
+        targets, has_targets = self._targets(pairs)
         latents = [self.features["latents"].read(e, rows=[s])[0] for e, s in pairs]
         return Batch(
             latents=torch.from_numpy(np.stack(latents)).float(),
@@ -171,7 +172,20 @@ class WindowSampler:
             action_mask=torch.from_numpy(mask),
             embodiment=torch.full((len(pairs),), self.embodiment),
             targets=targets,
+            has_targets=has_targets,
         )
+
+    def _targets(self, pairs: Sequence[tuple[int, int]]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The teacher's grids of the windows' reference frames; zeros for a window past `target_steps`."""
+        if "targets" not in self.features:
+            return None, None
+        feature, limit = self.features["targets"], self.config.target_steps
+        has = [limit is None or start < limit for _, start in pairs]
+        grids = np.zeros((len(pairs), len(self.references), *feature.shape), np.float32)
+        for index in np.flatnonzero(has):
+            episode, start = pairs[index]
+            grids[index] = feature.read(episode, rows=self._rows(episode, start, self.references))
+        return torch.from_numpy(grids), None if limit is None else torch.tensor(has)
 
     def _rows(self, episode: int, start: int, offsets: np.ndarray) -> np.ndarray:
         return np.minimum(start + offsets, self.lengths[episode] - 1)

@@ -154,7 +154,7 @@ class Objective(nn.Module):
     def action_loss(self, batch: Batch, hidden: dict[int, Tensor]) -> Float[Tensor, ""]:
         """L_act, averaged over the actions that the mask keeps.                                           Eqs. 11, 13"""
         draws = self.config.action_draws
-        guidance = [g.repeat_interleave(draws, dim=0) for g in self.wam.guide(hidden)]
+        guidance = self.wam.guide(hidden)  # shared by the draws
         actions, mask, state, embodiment = (
             x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment)
         )
@@ -165,14 +165,21 @@ class Objective(nn.Module):
         error = (predicted - velocity(actions, noise)).float().square()
         return (error * mask).sum() / mask.sum()
 
-    def _alignment(self, batch: Batch, hidden: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """L_AGRA on the aligned pass, and how much better than a constant it is.                             Eqs. 5-6"""
+    def _alignment(self, batch: Batch, hidden: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """L_AGRA on the aligned pass, over the samples that have targets, and how much better than a constant it is.
+
+        0 and None where none of them has.                                                                    Eqs. 5-6
+        """
         if batch.targets is None:
             raise ValueError("alignment: the batch holds no teacher targets; prepare them with `agra prepare`")
         assert self.projectors is not None
-        first = self.first_aligned_frame
-        projected = [z[:, first:] for z in self.projectors.project(hidden)]
-        targets = batch.targets[:, first:]
+        first, rows = self.first_aligned_frame, batch.has_targets
+        if rows is None:
+            rows = torch.ones(len(batch), dtype=torch.bool, device=batch.targets.device)
+        if not rows.any():
+            return batch.targets.new_zeros(()), None
+        projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in self.aligned_layers})
+        targets = batch.targets[rows, first:]
         loss = alignment_loss(projected, targets)
         with torch.no_grad():
             return loss, cosine_gain(projected, targets)

@@ -89,15 +89,24 @@ class ActionDiT(nn.Module):
         noisy_actions: Float[Tensor, "B K D"],
         state: Float[Tensor, "B S"],
         noise_level: Float[Tensor, "B"],
-        guidance: Sequence[Float[Tensor, "B N G"]],
+        guidance: Sequence[Float[Tensor, "Bg N G"]],
         embodiment: Int[Tensor, "B"],
         *,
         return_attention: bool = False,
     ) -> ActionOutput:
-        """The velocity noise - actions of Eq. 13; one guidance for each cross-attention block."""
+        """The velocity noise - actions of Eq. 13; one guidance for each cross-attention block.
+
+        A guidance of B / n samples serves n consecutive rows each: several draws of noise for one conditioning pass
+        then share its keys and values. Raises ValueError where the numbers don't fit.
+        """
         if len(guidance) != self.config.num_blocks:
             raise ValueError(
                 f"guidance: expected {self.config.num_blocks}, one a cross-attention block, got {len(guidance)}"
+            )
+        if any(len(noisy_actions) % len(one) for one in guidance):
+            raise ValueError(
+                f"guidance: expected a number of samples that divides {len(noisy_actions)}, the number of action "
+                f"chunks, got {[len(one) for one in guidance]}"
             )
         # The epsilon keeps levels such as 0.7 from falling into the bucket below by rounding.
         bucket = ((1 - noise_level) * self.config.num_time_buckets + 1e-4).floor()
@@ -146,10 +155,15 @@ class SubBlock(nn.Module):
         scale, shift = self.modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         h = self.norm1(x) * (1 + scale) + shift
         source = h if context is None else context
+        draws, queries = len(h) // len(source), h.shape[1]
+        # Rows that share a context become further queries of it.
+        h = h.unflatten(0, (-1, draws)).flatten(1, 2)
         if return_attention:
             update, weights = self.attn.with_weights(h, source)
+            weights = weights.unflatten(2, (draws, queries)).transpose(1, 2).flatten(0, 1)
         else:
             update, weights = self.attn(h, source), None
+        update = update.unflatten(1, (draws, queries)).flatten(0, 1)
         x = x + self.final_dropout(update)
         return x + self.ff(self.norm2(x)), weights
 
@@ -165,7 +179,9 @@ class EmbodimentLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "B N I"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B N O"]:
         """Each sample through its own embodiment's layer."""
-        return torch.baddbmm(self.bias[embodiment].unsqueeze(1), x, self.weight[embodiment])
+        # index_select's backward adds in a fixed order whatever the number of threads; that of indexing does not.
+        bias, weight = (bank.index_select(0, embodiment) for bank in (self.bias, self.weight))
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 class EmbodimentMLP(nn.Module):

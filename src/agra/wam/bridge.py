@@ -37,8 +37,9 @@ class BridgeConfig:
     head_dim: int = 64
     dropout: float = 0.2
     position_grid: tuple[int, int, int] | None = None
-    """(T, H, W) of a learned position embedding added to the guidance. Not in the paper: Cosmos's rotary embedding is
-    relative, so a head trained from scratch cannot otherwise tell where a token is."""
+    """(T, H, W) of a learned position embedding, sines and cosines to begin with, added to the normalised hidden states.
+    Not in the paper: Cosmos's rotary embedding is relative, so a head trained from scratch cannot otherwise tell where
+    a token is."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -60,8 +61,7 @@ class Bridge(nn.Module):
         self.blocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(config.num_layers))
         self.positions = None
         if config.position_grid is not None:
-            self.positions = nn.Parameter(torch.zeros(*config.position_grid, config.width))
-            nn.init.trunc_normal_(self.positions, std=0.02)
+            self.positions = nn.Parameter(grid_sinusoid(config.position_grid, config.width))
 
     def forward(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> tuple[Float[Tensor, "B N D"], ...]:
         """G_j for each cross-attention block, tokens flattened row-major; a layer read twice is projected once."""
@@ -79,6 +79,23 @@ class Bridge(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def grid_sinusoid(grid: tuple[int, int, int], width: int) -> Float[Tensor, "T H W D"]:
+    """Sines and cosines of a grid's three coordinates: as large as a normalised hidden state, so that they are heard.
+
+    A third of the width an axis, rounded down to a multiple of 2; frequencies from half a wave over the axis upwards.
+    """
+    share = width // 6 * 2
+    out = torch.zeros(*grid, width)
+    for axis, size in enumerate(grid):
+        waves = torch.pi * torch.logspace(0, 3, share // 2, base=2) / max(size, 2)
+        angles = torch.arange(size)[:, None] * waves
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        shape = [1, 1, 1, share]
+        shape[axis] = size
+        out[..., axis * share : (axis + 1) * share] = features.view(shape)
+    return out
 
 
 class SelfAttentionBlock(nn.Module):

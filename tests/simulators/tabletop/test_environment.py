@@ -147,7 +147,9 @@ def test_bad_actions_and_orders_are_named(world):
 
 
 @pytest.mark.parametrize("name", ["agra/Tabletop-v0", "agra/TabletopHuman-v0"])
-@pytest.mark.filterwarnings("error", "ignore:.*symmetric and normalized space.*", "ignore:.*space (minimum|maximum) value is -?infinity.*")
+@pytest.mark.filterwarnings(
+    "error", "ignore:.*symmetric and normalized space.*", "ignore:.*space (minimum|maximum) value is -?infinity.*"
+)
 def test_gymnasium_checker(name):
     env = gymnasium.make(name, frame_size=(32, 56), render_mode="rgb_array")
     check_env(env.unwrapped)
