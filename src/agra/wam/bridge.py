@@ -68,8 +68,11 @@ class Bridge(nn.Module):
         missing = sorted(set(self.config.layers) - hidden.keys())
         if missing:
             raise ValueError(f"hidden states: the bridge reads layers {self.config.layers}, but {missing} are missing")
-        projected = {layer: self._project(hidden[layer]) for layer in dict.fromkeys(self.config.layers)}
-        return tuple(projected[layer] for layer in self.config.layers)
+        distinct = tuple(dict.fromkeys(self.config.layers))
+        # Layers become samples: one large forward instead of one small forward each.
+        projected = self._project(torch.cat([hidden[layer] for layer in distinct])).chunk(len(distinct))
+        guidance = dict(zip(distinct, projected, strict=True))
+        return tuple(guidance[layer] for layer in self.config.layers)
 
     def _project(self, hidden: Tensor) -> Tensor:
         x = self.norm(hidden)
