@@ -18,20 +18,20 @@ both() {
 }
 
 # 1. Demonstrations by the scripted expert: a LeRobot v3.0 dataset.
-agra collect tabletop --output "$OUT/demonstrations" --episodes 130 --seed 0 --workers 2
+agra collect tabletop --output "$OUT/demonstrations" --episodes 300 --seed 0 --workers 2
 
 # 2. Frozen features: the codec is fit, then latents, instruction tokens and DINOv2 targets are cached.
 OMP_NUM_THREADS=2 agra prepare tiny $DATA
 
 # 3. Adapt: the video DiT alone on the video loss; both arms start from it.
-OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 120 $DATA
+OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 80 $DATA
 
 # 4. Joint: the same data, steps and seed for both arms; AGRA adds its loss.
-joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1_joint" --stage.steps 240 $DATA; }
+joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1_joint" --stage.steps 300 $DATA; }
 both joint
 
 # 5. Finetune: the video DiT is frozen, the action loss alone trains bridge and action head.
-finetune() { agra train "$2" --stage finetune --init "$OUT/$1_joint" --output "$OUT/$1" --stage.steps 120 $DATA; }
+finetune() { agra train "$2" --stage finetune --init "$OUT/$1_joint" --output "$OUT/$1" --stage.steps 60 $DATA; }
 both finetune
 
 # 6. Evaluate on the four regimes, the same trials for both.

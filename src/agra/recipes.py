@@ -95,7 +95,6 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
             text_projection_dim=None,
             max_size=(8, 32, 32),
             rope_scale=(1.0, 1.0, 1.0),
-            learned_positions=True,
         ),
         bridge=BridgeConfig(
             layers=layers, num_layers=1, num_heads=2, head_dim=64, dropout=0.0, position_grid=(2, 4, 7)
@@ -129,8 +128,8 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     objective = ObjectiveConfig(alignment_weight=0.2, action_draws=4, video_share=0.25)
     training = StageConfig(
         objective=objective,
-        steps=600,
-        batch_size=16,
+        steps=2_000,
+        batch_size=32,
         video_lr=1.5e-3,
         action_lr=1.5e-3,
         weight_decay=1e-4,
