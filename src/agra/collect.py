@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from agra.data.lerobot_writer import EncodedEpisode, LeRobotWriter, encode_episode
+from agra.data.lerobot_writer import EncodedEpisode, EncodedVideo, LeRobotWriter, encode_episode
+from agra.data.source import EGO_VIEW
 from agra.evaluation.rollout import run_episode
 from agra.types import Embodiment, Policy, Simulator, Trial
 from agra.workers import as_finished
@@ -226,10 +227,11 @@ class _Staging:
         tensors: dict[str, np.ndarray] = {}
         metadata = {"success": "false"}
         if episode is not None:
-            tensors = {"states": episode.states, "actions": episode.actions, "histogram": episode.histogram}
-            tensors["video"] = np.frombuffer(episode.video, dtype=np.uint8)
+            seen = episode.videos[EGO_VIEW]
+            tensors = {"states": episode.states, "actions": episode.actions, "histogram": seen.histogram}
+            tensors["video"] = np.frombuffer(seen.video, dtype=np.uint8)
             tensors |= {f"extra/{name}": column for name, column in episode.extra.items()}
-            size = json.dumps(episode.size)
+            size = json.dumps(seen.size)
             metadata = {"success": "true", "instruction": episode.instruction, "size": size}
         temporary = cls.file(path, index).with_suffix(".tmp")
         save_file(tensors, temporary, metadata=metadata)
@@ -258,13 +260,12 @@ class _Staging:
     def _load(self, index: int) -> EncodedEpisode:
         metadata, tensors = self._open(index, tensors=True)
         height, width = json.loads(metadata["size"])
+        video = EncodedVideo(video=tensors["video"].tobytes(), size=(height, width), histogram=tensors["histogram"])
         return EncodedEpisode(
             states=tensors["states"],
             actions=tensors["actions"],
             instruction=metadata["instruction"],
-            video=tensors["video"].tobytes(),
-            size=(height, width),
-            histogram=tensors["histogram"],
+            videos={EGO_VIEW: video},
             extra={k.removeprefix("extra/"): v for k, v in tensors.items() if k.startswith("extra/")},
         )
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from agra.config import RunConfig
+from agra.data.cameras import crop
 from agra.data.normalize import NormStats
 from agra.training import checkpoint
 from agra.training.stages import Stage
@@ -111,7 +112,7 @@ class WAMPolicy:
     def prepare(self, observations: Sequence[Observation]) -> PolicyInputs:
         """Observations to model inputs: resize and encode frames, look up instructions, normalise states."""
         model, head = self.config.model, self.config.model.action_dit
-        videos = [to_video(o.frame[None], model.frame_size) for o in observations]
+        videos = [to_video(self._seen(o)[None], model.frame_size) for o in observations]
         states = torch.zeros(len(observations), head.state_dim)
         for row, observation in zip(states, observations, strict=True):
             normalized = self._stats(observation.embodiment).normalize("state", observation.state)
@@ -135,7 +136,7 @@ class WAMPolicy:
     def unnormalize(self, actions: Float[Tensor, "B K D"], embodiment: str) -> np.ndarray:
         """Model output to the robot's units, (B, K, the embodiment's own D) float32."""
         stats = self._stats(embodiment)
-        own = actions[..., : stats.action_dim].float().cpu().numpy()
+        own = actions[..., : stats.width("action")].float().cpu().numpy()
         return stats.unnormalize("action", own).astype(np.float32)
 
     def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -143,6 +144,11 @@ class WAMPolicy:
         video = torch.randn(count, *self.config.model.latent_shape, generator=generator)
         action = torch.randn(count, head.horizon, head.action_dim, generator=generator)
         return video.to(self.device), action.to(self.device)
+
+    def _seen(self, observation: Observation) -> np.ndarray:
+        """The frame as training saw it: cropped as the embodiment's source says."""
+        source = self.config.data.source(observation.embodiment)
+        return crop(observation.frame, source, f"policy {self.name}: the observed frame")
 
     def _stats(self, embodiment: str) -> NormStats:
         if embodiment not in self.stats:

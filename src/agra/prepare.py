@@ -5,7 +5,7 @@ Here the frozen encoders of `wam` and `alignment` meet the cache of `data`. A co
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor
 from agra.alignment.teacher import Teacher, interpolate_grid, load_teacher, reference_frames
 from agra.config import RunConfig
 from agra.data import cache
-from agra.data.lerobot import LeRobotDataset
-from agra.data.mixture import held_out
+from agra.data.cache import CachedFeature
+from agra.data.sources import Source
 from agra.training import checkpoint
 from agra.types import Episode
 from agra.wam.codec import Codec, PatchPCACodec, load_codec, to_video
@@ -99,88 +99,164 @@ class Instruction:
         return {"instruction": self._known[episode.instruction]}
 
 
-def prepare(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device | str = "cpu") -> dict[str, Path]:
-    """Compute and cache what the config's stage needs; returns each feature's folder by name.
+def prepare(
+    config: RunConfig,
+    sources: Sequence[Source],
+    *,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Path]:
+    """Compute and cache what the config's stage needs of every source; returns the features' folders.
 
     Leaves a file beside each folder by which training finds it without loading a frozen network.
     """
-    wanted: list[cache.Feature] = [
-        Latents(_open_codec(config, dataset).to(device), config.model, config.data.frame_stride),
-        Instruction(load_text_encoder(config.model.text)),
+    wanted, folders = _features(config, sources, device), []
+    for source in sources:
+        own = [make(source) for make in wanted.values()]
+        paths = cache.prepare(
+            source.dataset, own, Path(config.data.cache), episodes=source.used, rank=rank, world_size=world_size
+        )
+        for name, path in zip(wanted, paths, strict=True):
+            checkpoint.write_text(_index(config, sources, source, name), json.dumps(path.name) + "\n")
+        folders += paths
+    return folders
+
+
+def estimate(
+    config: RunConfig, sources: Sequence[Source], *, device: torch.device | str = "cpu"
+) -> list[tuple[Source, cache.Estimate]]:
+    """What `prepare` will take for every source, measured on one episode of each."""
+    wanted, root = _features(config, sources, device), Path(config.data.cache)
+    return [
+        (s, cache.estimate(s.dataset, [make(s) for make in wanted.values()], root, episodes=s.used)) for s in sources
     ]
-    if config.aligns:
-        assert config.alignment is not None
-        teacher = load_teacher(config.alignment.teacher).to(device)
-        wanted.append(Targets(teacher, config.model, _target_frames(config)))
-    folders = cache.prepare(dataset, wanted, Path(config.data.cache))
-    found = {feature.name: folder for feature, folder in zip(wanted, folders, strict=True)}
-    for name, path in _indices(config, dataset).items():
-        checkpoint.write_text(path, json.dumps(found[name].name) + "\n")
-    return found
 
 
-def open_features(config: RunConfig, dataset: LeRobotDataset) -> dict[str, cache.CachedFeature]:
-    """What `prepare` made for these settings and this dataset. Raises FileNotFoundError naming the remedy."""
-    opened = {}
-    for name, path in _indices(config, dataset).items():
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{config.data.cache}: no {name} prepared for {config.data.path} with these settings; run agra prepare "
-                "with the same recipe, stage and flags"
-            )
-        opened[name] = cache.CachedFeature.open(path.parent / json.loads(path.read_text()))
+def open_features(config: RunConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:
+    """What `prepare` made for these settings, by source. Raises FileNotFoundError naming the remedy."""
+    opened = []
+    for source in sources:
+        own = {}
+        for name in _needed(config):
+            path = _index(config, sources, source, name)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{config.data.cache}: no {name} prepared for {source.dataset.path} with these settings; run agra"
+                    " prepare with the same recipe, stage and flags"
+                )
+            own[name] = CachedFeature.open(path.parent / json.loads(path.read_text()), episodes=source.used)
+        opened.append(own)
     return opened
 
 
-def codec_file(config: RunConfig, dataset: LeRobotDataset) -> Path:
-    """Where the codec fit on this dataset's training episodes lies."""
-    return Path(config.data.cache) / f"codec-{_digest(_codec_settings(config, dataset))}.safetensors"
+class OnlineEncoder:
+    """What is not cached, computed of decoded clips while training."""
+
+    def __init__(self, config: RunConfig, codec: Codec | None, teacher: Teacher | None, device: torch.device | str):
+        self.codec, self.teacher, self.device = codec, teacher, device
+        self.teacher_width = None if teacher is None else teacher.width
+        self._size, self._grid = config.model.frame_size, config.model.token_grid[1:]
+        self._references = list(reference_frames(config.model.latent_shape[1]))
+
+    @classmethod
+    def open(
+        cls, config: RunConfig, sources: Sequence[Source], *, device: torch.device | str = "cpu"
+    ) -> "OnlineEncoder | None":
+        """The frozen networks whose features the config does not cache; None where it caches all."""
+        codec = teacher = None
+        if "latents" not in config.data.cached:
+            codec = _open_codec(config, sources).to(device)
+        if config.aligns and "targets" not in config.data.cached:
+            assert config.alignment is not None
+            teacher = load_teacher(config.alignment.teacher).to(device)
+        return None if codec is None and teacher is None else cls(config, codec, teacher, device)
+
+    def __call__(self, clips: Sequence[np.ndarray]) -> tuple[Tensor | None, Tensor | None]:
+        """Clips (T, H, W, 3) uint8 to latents and targets, rounded to float16 as the cache rounds them."""
+        latents = targets = None
+        if self.codec is not None:
+            videos = torch.cat([to_video(clip, self._size) for clip in clips])
+            latents = self.codec.encode(videos.to(self.device)).half().cpu()
+        if self.teacher is not None:
+            frames = [torch.as_tensor(clip[self._references]) for clip in clips]
+            targets = torch.stack([interpolate_grid(self.teacher(one), self._grid) for one in frames]).half().cpu()
+        return latents, targets
 
 
-def _open_codec(config: RunConfig, dataset: LeRobotDataset) -> Any:
+def codec_file(config: RunConfig, sources: Sequence[Source]) -> Path:
+    """Where the codec fit on the training episodes of these sources lies."""
+    return Path(config.data.cache) / f"codec-{_digest(_codec_settings(config, sources))}.safetensors"
+
+
+def _needed(config: RunConfig) -> tuple[str, ...]:
+    """The features that are cached for the config's stage."""
+    seen = ("latents", "targets") if config.aligns else ("latents",)
+    return (*(name for name in seen if name in config.data.cached), "instruction")
+
+
+def _features(
+    config: RunConfig, sources: Sequence[Source], device: torch.device | str
+) -> dict[str, Callable[[Source], cache.Feature]]:
+    """How to make each needed feature for a source; the frozen networks are loaded once."""
+    text, model = Instruction(load_text_encoder(config.model.text)), config.model
+    made: dict[str, Callable[[Source], cache.Feature]] = {"instruction": lambda source: text}
+    needed = _needed(config)
+    if "latents" in needed:
+        codec = _open_codec(config, sources).to(device)
+        made["latents"] = lambda source: Latents(codec, model, source.config.frame_stride)
+    if "targets" in needed:
+        assert config.alignment is not None
+        teacher = load_teacher(config.alignment.teacher).to(device)
+        made["targets"] = lambda source: Targets(teacher, model, _target_frames(config, source))
+    return made
+
+
+def _open_codec(config: RunConfig, sources: Sequence[Source]) -> Any:
     """The frozen codec; a patch PCA is fit on the training episodes the first time and kept in the cache folder."""
     if config.model.codec.kind != "patch_pca":
         return load_codec(config.model.codec)
-    path = codec_file(config, dataset)
+    path = codec_file(config, sources)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        PatchPCACodec.fit(_codec_videos(config, dataset), channels=config.model.codec.channels).save(path)
+        PatchPCACodec.fit(_codec_videos(config, sources), channels=config.model.codec.channels).save(path)
     return load_codec(config.model.codec, path)
 
 
-def _indices(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Path]:
-    """Per feature that the stage needs, a file naming its folder; the file is named after what the config says of it."""
-    camera = {"dataset": dataset.fingerprint, "camera": dataset.camera}
-    settings: dict[str, dict[str, Any]] = {
-        "latents": camera | _codec_settings(config, dataset) | {"num_frames": config.model.num_frames},
-        "instruction": camera | asdict(config.model.text),
-    }
-    if config.aligns:
+def _index(config: RunConfig, sources: Sequence[Source], source: Source, name: str) -> Path:
+    """A file that names a feature's folder; it is itself named after what the config says of the feature."""
+    settings: dict[str, Any] = {"dataset": source.dataset.fingerprint, "view": dict(source.dataset.view)}
+    if name == "latents":
+        fitted = config.model.codec.kind == "patch_pca"
+        codec = _codec_settings(config, sources) if fitted else {"codec": asdict(config.model.codec)}
+        geometry = {"frame_size": config.model.frame_size, "num_frames": config.model.num_frames}
+        settings |= codec | geometry | {"stride": source.config.frame_stride}
+    elif name == "instruction":
+        settings |= asdict(config.model.text)
+    else:
         assert config.alignment is not None
-        geometry = {"grid": config.model.token_grid[1:], "limit": _target_frames(config)}
-        settings["targets"] = camera | asdict(config.alignment.teacher) | geometry
-    return {name: Path(config.data.cache) / f"{name}-{_digest(value)}.json" for name, value in settings.items()}
+        settings |= asdict(config.alignment.teacher) | {
+            "grid": config.model.token_grid[1:],
+            "limit": _target_frames(config, source),
+        }
+    return Path(config.data.cache) / f"{name}-{_digest(settings)}.json"
 
 
-def _codec_settings(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Any]:
-    return {
-        "dataset": dataset.fingerprint,
-        "frame_size": config.model.frame_size,
-        "stride": config.data.frame_stride,
-        "codec": asdict(config.model.codec),
-        "held_out": config.data.validation_fraction,
-    }
+def _codec_settings(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
+    """Whatever decides a codec that is fit on data."""
+    fit_on = [[s.dataset.fingerprint, dict(s.dataset.view), s.config.frame_stride, len(s.training)] for s in sources]
+    return {"fit_on": fit_on, "frame_size": config.model.frame_size, "codec": asdict(config.model.codec)}
 
 
 def _digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _codec_videos(config: RunConfig, dataset: LeRobotDataset) -> Iterator[Tensor]:
-    training = [i for i in range(dataset.num_episodes) if i not in held_out(dataset.num_episodes, config.data)]
+def _codec_videos(config: RunConfig, sources: Sequence[Source]) -> Iterator[Tensor]:
+    training = [(source, episode) for source in sources for episode in source.training]
     chosen = np.linspace(0, len(training) - 1, min(len(training), _CODEC_EPISODES)).round().astype(int)
-    for index in chosen:
-        frames = dataset.episode(training[index]).frames[:: config.data.frame_stride]
+    for source, episode in (training[index] for index in chosen):
+        frames = source.dataset.frames(episode)[:: source.config.frame_stride]
         whole = (len(frames) - 1) // 4 * 4 + 1
         yield to_video(frames[:whole], config.model.frame_size)
 
@@ -190,7 +266,7 @@ def window_references(config: RunConfig) -> tuple[int, ...]:
     return tuple(i * config.data.frame_stride for i in reference_frames(config.model.latent_shape[1]))
 
 
-def _target_frames(config: RunConfig) -> int | None:
+def _target_frames(config: RunConfig, source: Source) -> int | None:
     """How many first frames of an episode need targets; None: all."""
-    steps = config.data.target_steps
-    return None if steps is None else steps + max(window_references(config))
+    steps, last = config.data.target_steps, reference_frames(config.model.latent_shape[1])[-1]
+    return None if steps is None else steps + last * source.config.frame_stride

@@ -2,18 +2,20 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from agra import prepare as frozen
-from agra.alignment.teacher import load_teacher
+from agra.alignment.teacher import load_teacher, reference_frames
 from agra.config import RunConfig
-from agra.data.lerobot import LeRobotDataset
+from agra.data.cache import Estimate
 from agra.data.mixture import WindowSampler
 from agra.data.normalize import NormStats
+from agra.data.prefetch import Prefetched
+from agra.data.sources import Source, embodiment_stats
 from agra.diagnostics.diagnosis import diagnose as examine
 from agra.diagnostics.looking import FirstLook, look
 from agra.diagnostics.looking_monitor import LookingMonitor
@@ -38,31 +40,41 @@ _LOOKED_AT = ("in_distribution", "semantic")
 _GOLDEN = 0.6180339887498949
 
 
-def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
-    """Compute and cache the frozen features that the config's stage needs; returns their folders."""
-    dataset = LeRobotDataset(config.data.path, camera=config.data.camera)
-    return list(frozen.prepare(config, dataset, device=device).values())
+def prepare(config: RunConfig, *, device: str = "cpu", rank: int = 0, world_size: int = 1) -> list[Path]:
+    """Compute and cache the frozen features that the config's stage needs; returns their folders.
+
+    Of `world_size` processes, each with its own `rank`, every one computes its share of the episodes.
+    """
+    return frozen.prepare(config, config.data.open(), device=device, rank=rank, world_size=world_size)
+
+
+def estimate(config: RunConfig, *, device: str = "cpu") -> list[tuple[Source, Estimate]]:
+    """What `prepare` will take, by dataset."""
+    return frozen.estimate(config, config.data.open(), device=device)
 
 
 def train(config: RunConfig, *, output: Path, init: str | Path | None = None, device: str = "cpu") -> bool:
     """Train one stage into `output`, resuming a run found there. False if a signal stopped it early."""
-    dataset = LeRobotDataset(config.data.path, camera=config.data.camera)
-    opened = frozen.open_features(config, dataset)
-    stats = {dataset.embodiment: NormStats.of(dataset, config.data.normalization)}
+    sources = config.data.open()
+    opened = frozen.open_features(config, sources)
+    stats = embodiment_stats(sources)
+    online = frozen.OnlineEncoder.open(config, sources, device=device)
     sampler = WindowSampler(
         config.data,
-        dataset,
+        sources,
         opened,
         stats,
         horizon=config.model.action_dit.horizon,
-        references=window_references(config),
+        num_frames=config.model.num_frames,
+        references=reference_frames(config.model.latent_shape[1]),
         batch_size=config.stage.batch_size,
         seed=config.stage.seed,
         max_state_dim=config.model.action_dit.state_dim,
         max_action_dim=config.model.action_dit.action_dim,
+        encode=online,
     )
     seed_everything(config.stage.seed, 2**31 + 1)
-    teacher_width = opened["targets"].shape[-1] if "targets" in opened else None
+    teacher_width = opened[0]["targets"].shape[-1] if "targets" in opened[0] else online and online.teacher_width
     objective = Objective(
         WAM(config.model), config.stage.objective, config.alignment if config.aligns else None, teacher_width
     )
@@ -73,34 +85,35 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
         checkpoint.write_text(_origin(output), json.dumps({"init": _relative(init, output)}) + "\n")
     extra = {"norm_stats.json": lambda path: NormStats.save_all(stats, path)}
     if config.model.codec.kind == "patch_pca":
-        fitted = codec_file(config, dataset)
+        fitted = codec_file(config, sources)
         extra["codec.safetensors"] = lambda path: path.write_bytes(fitted.read_bytes())
-    trainer = Trainer(
-        config,
-        objective,
-        batch=sampler.batch,
-        validation=sampler.validation_batch if sampler.validation else None,
-        output=output,
-        extra_files=extra,
-        monitors=_monitors(config, dataset, sampler, stats[dataset.embodiment]),
-        device=device,
-    )
-    return trainer.run()
+    with Prefetched(sampler.batch) as batches:
+        trainer = Trainer(
+            config,
+            objective,
+            batch=batches,
+            validation=sampler.validation_batch if sampler.validation else None,
+            output=output,
+            extra_files=extra,
+            monitors=_monitors(config, sampler, stats),
+            device=device,
+        )
+        return trainer.run()
 
 
-def _monitors(
-    config: RunConfig, dataset: LeRobotDataset, sampler: WindowSampler, stats: NormStats
-) -> dict[str, LookingMonitor]:
-    """What is measured beside the losses, in the stages that train the action head."""
+def _monitors(config: RunConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]) -> dict[str, LookingMonitor]:
+    """What is measured beside the losses, on the first dataset, in the stages that train the action head."""
     if config.looking is None or config.stage.objective.action_weight == 0 or not sampler.validation:
         return {}
-    dimensions, step = config.looking.select(dataset.action_names), config.looking.step
+    source = sampler.sources[0]
+    own_stats = stats[source.dataset.embodiment]
+    dimensions, step = config.looking.select(source.dataset.action_names), config.looking.step
 
     def targets(actions: Tensor) -> np.ndarray:
-        own = stats.unnormalize("action", actions[..., : stats.action_dim].float().cpu().numpy())
+        own = own_stats.unnormalize("action", actions[..., : own_stats.width("action")].float().cpu().numpy())
         return own[:, min(step, own.shape[1] - 1), dimensions]
 
-    instructions = [dataset.instruction(episode) for episode in sampler.validation]
+    instructions = [source.dataset.instruction(episode) for episode in source.validation]
     return {"looking": LookingMonitor(sampler.first_batch(), instructions, targets, seed=config.stage.seed)}
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from agra.data.integrity import seal
 from agra.data.lerobot import LeRobotDataset
 from agra.data.lerobot_writer import write_dataset
 from agra.types import Embodiment, Episode
@@ -40,9 +41,16 @@ def original(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copy(original, tmp_path) -> Path:
+def sealed(original, tmp_path) -> Path:
     shutil.copytree(original, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def copy(sealed) -> Path:
+    """Without checksums: what the reader finds by itself."""
+    (sealed / "meta/checksums.json").unlink()
+    return sealed
 
 
 def test_round_trip(original):
@@ -87,6 +95,7 @@ def test_reads_what_lerobot_wrote():
 
 
 def test_fingerprint_follows_the_contents(original, copy):
+    """And is the same whether it is read from the checksums or from the files."""
     fingerprint = LeRobotDataset(original).fingerprint
     assert LeRobotDataset(copy).fingerprint == fingerprint
     with (copy / VIDEO).open("r+b") as file:
@@ -101,12 +110,13 @@ def test_cameras_are_chosen_by_name(copy):
     info = json.loads((copy / "meta/info.json").read_text())
     info["features"]["observation.images.wrist"] = info["features"][CAMERA]
     (copy / "meta/info.json").write_text(json.dumps(info))
-    with pytest.raises(ValueError, match=f"name one camera; available: {CAMERA}, observation.images.wrist"):
-        LeRobotDataset(copy)
-    assert LeRobotDataset(copy, camera=CAMERA).camera == CAMERA
+    with pytest.raises(ValueError, match=r"column 'videos/observation\.images\.wrist/chunk_index' is missing"):
+        LeRobotDataset(copy, camera=CAMERA)
 
 
-def test_missing_dataset_and_files(copy, tmp_path):
+@pytest.mark.parametrize("kind", ["copy", "sealed"])
+def test_missing_dataset_and_files(kind, request, tmp_path):
+    copy = request.getfixturevalue(kind)
     with pytest.raises(FileNotFoundError, match=r"nowhere: no LeRobot dataset here.*agra collect"):
         LeRobotDataset(tmp_path / "nowhere")
     (copy / DATA).unlink()
@@ -137,8 +147,10 @@ def test_corrupt_video(copy):
 
 def test_other_version_and_broken_json(copy):
     path = copy / "meta/info.json"
-    path.write_text(path.read_text().replace('"v3.0"', '"v2.1"'))
-    with pytest.raises(ValueError, match=r"info\.json: codebase_version is 'v2\.1', expected 'v3\.0'; convert with"):
+    path.write_text(path.read_text().replace('"v3.0"', '"v1.6"'))
+    with pytest.raises(
+        ValueError, match=r"info\.json: codebase_version is 'v1\.6', expected one of v2\.0, v2\.1, v3\.0"
+    ):
         LeRobotDataset(copy)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"info\.json: not valid JSON"):
@@ -157,9 +169,13 @@ def test_rows_that_disagree(copy):
     """Episode 1 announces one frame more than it has; the video agrees with the announcement, the rows do not."""
     episodes = copy / "meta/episodes/chunk-000/file-000.parquet"
     edit(episodes, "length", lambda lengths: lengths.__setitem__(1, 6))
-    with pytest.raises(ValueError, match="rows 7 to 12 should be the 6 rows of episode 1"):
-        LeRobotDataset(copy).actions(1)
+    with pytest.raises(ValueError, match="episode 1 has length 6, its rows are said to be 7 to 12"):
+        LeRobotDataset(copy)
     edit(episodes, "dataset_to_index", lambda ends: ends.__setitem__(1, 13))
+    with pytest.raises(ValueError, match=r"info\.json: announces 21 frames, the episodes have 22"):
+        LeRobotDataset(copy)
+    info = copy / "meta/info.json"
+    info.write_text(info.read_text().replace('"total_frames": 21', '"total_frames": 22'))
     with pytest.raises(ValueError, match="rows 7 to 13 should be the 6 rows of episode 1"):
         LeRobotDataset(copy).actions(1)
     LeRobotDataset(copy).actions(0)
@@ -169,7 +185,7 @@ def test_frames_that_disagree(copy):
     """The last episode's video is said to start later than it does: its last frame does not exist."""
     episodes = copy / "meta/episodes/chunk-000/file-000.parquet"
     edit(episodes, f"videos/{CAMERA}/from_timestamp", lambda starts: starts.__setitem__(2, 1.3))
-    with pytest.raises(ValueError, match=r"file-000\.mp4: expected 9 frames from 1\.300 s on, found 8"):
+    with pytest.raises(ValueError, match=r"file-000\.mp4: no frame at 2\.100 s"):
         LeRobotDataset(copy).episode(2)
 
 
@@ -186,3 +202,22 @@ def test_columns_and_episodes_that_do_not_exist(copy):
     pq.write_table(pq.read_table(copy / DATA).drop_columns(["action"]), copy / DATA)
     with pytest.raises(ValueError, match=r"file-000\.parquet: column 'action' is missing, there are observation.state"):
         LeRobotDataset(copy).actions(0)
+
+
+def test_a_sealed_file_that_changed_is_named(sealed):
+    """One bit in the middle of the video, which may well decode, and one row of the table."""
+    content = bytearray((sealed / VIDEO).read_bytes())
+    content[len(content) // 2] ^= 1
+    (sealed / VIDEO).write_bytes(content)
+    dataset = LeRobotDataset(sealed)
+    assert dataset.actions(0).shape == (7, 2)
+    with pytest.raises(ValueError, match=r"file-000\.mp4: its contents are not those .* agra doctor .* --seal"):
+        dataset.frames(0)
+    edit(sealed / DATA, "action", lambda rows: rows.__setitem__(3, [9.0, 9.0]))
+    with pytest.raises(ValueError, match=r"file-000\.parquet: its contents"):
+        LeRobotDataset(sealed).actions(0)
+    (sealed / "meta/stats.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"stats\.json: its contents"):
+        LeRobotDataset(sealed)
+    seal(sealed)
+    assert LeRobotDataset(sealed).actions(0)[3].tolist() == [9, 9]

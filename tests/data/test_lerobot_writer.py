@@ -49,11 +49,13 @@ def test_files(written):
     assert files == {
         "meta/info.json",
         "meta/stats.json",
+        "meta/checksums.json",
         "meta/tasks.parquet",
         "meta/episodes/chunk-000/file-000.parquet",
         "data/chunk-000/file-000.parquet",
         f"videos/{CAMERA}/chunk-000/file-000.mp4",
     }
+    files.remove("meta/checksums.json")
     assert files == {p.relative_to(REFERENCE).as_posix() for p in REFERENCE.rglob("*") if p.is_file()}
 
 

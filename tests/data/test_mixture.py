@@ -9,15 +9,14 @@ from torch import Tensor
 
 from agra.batch import Batch
 from agra.data.cache import CachedFeature, folder, prepare
-from agra.data.lerobot import LeRobotDataset
 from agra.data.lerobot_writer import write_dataset
-from agra.data.mixture import DataConfig, WindowSampler, held_out
-from agra.data.normalize import NormStats
+from agra.data.mixture import DataConfig, WindowSampler
+from agra.data.sources import embodiment_stats, held_out
 from agra.types import Embodiment, Episode
 
 ROBOT = Embodiment(name="bot", state_names=("episode", "step"), action_names=("episode", "step", "none"))
 LENGTHS = (12, 30, 7, 15)
-STRIDE, HORIZON, REFERENCES = 2, 6, (0, 2, 10)
+STRIDE, HORIZON, FRAMES, REFERENCES = 2, 6, 9, (0, 1, 5)
 CONFIG = DataConfig(embodiments=("other", "bot"), frame_stride=STRIDE, validation_fraction=0.25)
 
 
@@ -66,17 +65,23 @@ def parts(tmp_path_factory):
         for i, n in enumerate(LENGTHS)
     ]
     write_dataset(root / "set", episodes, embodiment=ROBOT, fps=10)
-    dataset = LeRobotDataset(root / "set")
+    config = replace(CONFIG, path=str(root / "set"))
+    (source,) = sources = config.open()
     features = [Labels("latents"), Labels("instruction"), Labels("targets")]
-    prepare(dataset, features, root, progress=False)
-    opened = {f.name: CachedFeature.open(folder(dataset, f, root)) for f in features}
-    return dataset, opened, {"bot": NormStats.of(dataset, "min_max")}
+    prepare(source.dataset, features, root, progress=False)
+    opened = {f.name: CachedFeature.open(folder(source.dataset, f, root)) for f in features}
+    return config, sources, [opened], embodiment_stats(sources)
 
 
-def make(parts, config=CONFIG, **changes) -> WindowSampler:
-    options = {"horizon": HORIZON, "references": REFERENCES, "batch_size": 8, "seed": 3}
+def make(parts, change=None, **changes) -> WindowSampler:
+    """A sampler of the parts; `change` sets fields of the config, and with it which episodes are used."""
+    options = {"horizon": HORIZON, "num_frames": FRAMES, "references": REFERENCES, "batch_size": 8, "seed": 3}
     options |= {"max_state_dim": 4, "max_action_dim": 5} | changes
-    return WindowSampler(config, *parts, **options)
+    config, sources, features, stats = parts
+    if change is not None:
+        config = replace(config, **change)
+        sources = config.open()
+    return WindowSampler(config, sources, features, stats, **options)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -85,7 +90,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_shapes(parts):
-    dataset, opened, stats = parts
+    config, sources, (opened,), stats = parts
     batch = make(parts).batch(0)
     check_shapes(**vars(batch))
     assert batch.latents.shape == (8, 3, 3, 2, 2)
@@ -93,7 +98,7 @@ def test_shapes(parts):
     assert batch.targets.shape == (8, 3, 2, 2, 6)
     assert {batch.latents.dtype, batch.targets.dtype, batch.actions.dtype, batch.state.dtype} == {torch.float32}
     without = {name: opened[name] for name in ("latents", "instruction")}
-    baseline = make((dataset, without, stats)).batch(0)
+    baseline = make((config, sources, [without], stats)).batch(0)
     check_shapes(**vars(baseline))
     assert baseline.targets is None
     with pytest.raises(TypeCheckError):  # the check itself can fail
@@ -102,17 +107,17 @@ def test_shapes(parts):
 
 def test_everything_in_a_sample_belongs_to_its_window(parts):
     sampler = make(parts)
-    own = parts[2]["bot"]
+    own = parts[3]["bot"]
     for step in range(5):
         batch = sampler.batch(step)
-        for row, (episode, start) in enumerate(sampler.windows(step)):
+        for row, (_, episode, start) in enumerate(sampler.windows(step)):
             last = LENGTHS[episode] - 1
             assert (batch.latents[row, 0] == episode).all()
             assert (batch.latents[row, 1] == start).all()
             assert (batch.instruction[row] == episode).all()
             assert batch.targets is not None
             assert (batch.targets[row, :, 0] == episode).all()
-            expected = np.minimum(start + np.array(REFERENCES), last)
+            expected = np.minimum(start + STRIDE * np.array(REFERENCES), last)
             assert batch.targets[row, :, 1, 0, 0].tolist() == expected.tolist()
             assert np.allclose(own.unnormalize("state", batch.state[row, :2].numpy()), [episode, start], atol=1e-5)
             actions = own.unnormalize("action", batch.actions[row, :, :3].numpy())
@@ -147,6 +152,8 @@ def test_ranks_share_one_batch(parts, world_size):
 
 def test_windows_are_uniform_over_the_training_steps(parts):
     windows = np.concatenate([make(parts, batch_size=1000).windows(step) for step in range(40)])
+    assert set(windows[:, 0]) == {0}
+    windows = windows[:, 1:]
     assert set(windows[:, 0]) == {0, 1, 2}
     counts = {(e, s): 0 for e in range(3) for s in range(LENGTHS[e])}
     for episode, start in windows:
@@ -156,14 +163,14 @@ def test_windows_are_uniform_over_the_training_steps(parts):
 
 
 def test_early_windows(parts):
-    config = replace(CONFIG, early_window_fraction=1.0, early_window_steps=10)
-    windows = make(parts, config, batch_size=6000).windows(0)
+    always = {"early_window_fraction": 1.0, "early_window_steps": 10}
+    windows = make(parts, always, batch_size=6000).windows(0)[:, 1:]
     assert [windows[windows[:, 0] == e, 1].max() for e in range(3)] == [9, 9, 6]
     assert np.abs(np.bincount(windows[:, 0]) / 2000 - 1).max() < 0.1
-    half = make(parts, replace(config, early_window_fraction=0.5), batch_size=6000).windows(0)
+    half = make(parts, always | {"early_window_fraction": 0.5}, batch_size=6000).windows(0)[:, 1:]
     late = (half[:, 1] >= 10).mean()
     assert abs(late - 0.5 * 22 / 49) < 0.03
-    assert np.array_equal(make(parts, replace(config, early_window_fraction=0.0)).windows(0), make(parts).windows(0))
+    assert np.array_equal(make(parts, always | {"early_window_fraction": 0.0}).windows(0), make(parts).windows(0))
 
 
 def test_validation_windows(parts):
@@ -176,21 +183,72 @@ def test_validation_windows(parts):
     assert same(batch, make(parts, seed=9).validation_batch())
     assert len(make(parts, batch_size=64).validation_batch()) == 15
     with pytest.raises(ValueError, match="validation needs held-out episodes"):
-        make(parts, replace(CONFIG, validation_fraction=0.0)).validation_batch()
+        make(parts, {"validation_fraction": 0.0}).validation_batch()
 
 
 def test_held_out():
-    config = DataConfig(validation_fraction=0.05)
-    assert list(held_out(40, config)) == [38, 39]
-    assert list(held_out(4, config)) == [3]
-    assert list(held_out(4, replace(config, validation_fraction=0.0))) == []
+    assert list(held_out(40, 0.05)) == [38, 39]
+    assert list(held_out(4, 0.05)) == [3]
+    assert list(held_out(4, 0.0)) == []
     with pytest.raises(ValueError, match="leaves none of 1 episodes"):
-        held_out(1, config)
+        held_out(1, 0.05)
+
+
+def test_few_shot_trains_on_the_first_and_validates_on_the_last(parts):
+    sampler = make(parts, {"training_episodes": 2})
+    windows = np.concatenate([sampler.windows(step) for step in range(40)])
+    assert set(windows[:, 1]) == {0, 1}
+    assert sampler.validation == [(0, 3)]
+    (source,) = sampler.sources
+    assert list(source.used) == [0, 1, 3]
+    assert embodiment_stats(sampler.sources)["bot"].state["count"] == [sum(LENGTHS[:2])]
+
+
+def test_past_the_end(parts):
+    """Repeat: learned as they are. Mask: not learned. Inside: no such windows. A shorter horizon of its own: masked."""
+
+    def masks(**change):
+        sampler = make(parts, change, batch_size=400)
+        return sampler, sampler.windows(0), sampler.batch(0).action_mask[..., 0]
+
+    assert masks()[2].all()
+    _, windows, mask = masks(past_end="mask")
+    for (_, episode, start), row in zip(windows, mask, strict=True):
+        assert row.tolist() == [start + k < LENGTHS[episode] for k in range(HORIZON)]
+    assert not mask.all()
+    _, windows, mask = masks(past_end="inside")
+    assert mask.all()
+    span = (FRAMES - 1) * STRIDE + 1
+    assert {int(e) for _, e, _ in windows} == {1}  # 17 control steps fit into the longest episode only
+    assert max(s for _, _, s in windows) == LENGTHS[1] - span
+    _, _, mask = masks(horizon=4)
+    assert mask[:, :4].all()
+    assert not mask[:, 4:].any()
+    with pytest.raises(ValueError, match="no window of 41 control steps fits"):
+        make(parts, {"past_end": "inside", "frame_stride": 5})
+
+
+def test_relative_actions_stop_at_the_end(parts):
+    sampler = make(parts, {"action": ("action",), "relative": ("action",)}, batch_size=200)
+    own, batch = parts[3]["bot"], sampler.batch(0)
+    for row, (_, episode, start) in enumerate(sampler.windows(0)):
+        actions = own.unnormalize("action", batch.actions[row, :, :3].numpy())
+        past = start + np.arange(HORIZON) >= LENGTHS[episode]
+        np.testing.assert_allclose(actions[past][:, :2], 0, atol=1e-5)
+        np.testing.assert_allclose(actions[~past, 1], start + np.arange(HORIZON)[~past], atol=1e-5)
+
+
+def test_every_second_row(parts):
+    sampler = make(parts, {"every": 2, "path": parts[0].path})
+    dataset = sampler.sources[0].dataset
+    assert (dataset.fps, dataset.lengths.tolist()) == (5, [6, 15, 4, 8])
+    assert dataset.states(2)[:, 1].tolist() == [0, 2, 4, 6]
+    assert dataset.frames(2).shape[0] == 4
 
 
 def test_misfits(parts):
     with pytest.raises(ValueError, match=r"embodiment 'bot' is not in data.embodiments \('other',\)"):
-        make(parts, replace(CONFIG, embodiments=("other",)))
+        make(parts, {"embodiments": ("other",)})
     with pytest.raises(ValueError, match="action has 3 dimensions, the model takes 2"):
         make(parts, max_action_dim=2)
     with pytest.raises(ValueError, match="batch_size 8 must be a multiple of world_size 3"):

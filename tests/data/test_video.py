@@ -2,7 +2,7 @@ import av
 import numpy as np
 import pytest
 
-from agra.data.video import VideoFile, decode_frames, encode_frames, write_video
+from agra.data.video import VideoFile, cut_video, decode_frames, encode_frames, write_video
 
 
 def moving_square(count: int, *, shade: int = 90, height: int = 64, width: int = 96) -> np.ndarray:
@@ -14,6 +14,10 @@ def moving_square(count: int, *, shade: int = 90, height: int = 64, width: int =
     return frames
 
 
+def decode(path, start: float, count: int) -> np.ndarray:
+    return decode_frames(path, start + np.arange(count) / 10, fps=10)
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
@@ -21,7 +25,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_frames_come_back_close(tmp_path):
     frames = moving_square(20)
     write_video(tmp_path / "a.mp4", frames, fps=10)
-    decoded = decode_frames(tmp_path / "a.mp4", start=0, count=20, fps=10)
+    decoded = decode(tmp_path / "a.mp4", 0, 20)
     assert decoded.shape == frames.shape
     assert decoded.dtype == np.uint8
     assert psnr(decoded, frames) > 36
@@ -48,8 +52,8 @@ def test_joined_episodes_are_found_by_their_timestamps(tmp_path):
         spans = [file.append(encode_frames(e, fps=10), num_frames=len(e)) for e in episodes]
     assert spans == [(0, 0.5), (0.5, 1.4), (1.4, 2.6)]
     for (start, _), episode in zip(reversed(spans), reversed(episodes), strict=True):
-        assert psnr(decode_frames(tmp_path / "joined.mp4", start=start, count=len(episode), fps=10), episode) > 36
-    middle = decode_frames(tmp_path / "joined.mp4", start=0.9, count=3, fps=10)
+        assert psnr(decode(tmp_path / "joined.mp4", start, len(episode)), episode) > 36
+    middle = decode(tmp_path / "joined.mp4", 0.9, 3)
     assert psnr(middle, episodes[1][4:7]) > 36
 
 
@@ -72,15 +76,47 @@ def test_unfit_frames_are_refused(frames):
 def test_damage_is_named(tmp_path):
     path = tmp_path / "a.mp4"
     with pytest.raises(FileNotFoundError, match=r"a\.mp4: video file is missing"):
-        decode_frames(path, start=0, count=1, fps=10)
+        decode(path, 0, 1)
     write_video(path, moving_square(20), fps=10)
-    with pytest.raises(ValueError, match=r"a\.mp4: expected 21 frames .* found 20"):
-        decode_frames(path, start=0, count=21, fps=10)
+    with pytest.raises(ValueError, match=r"a\.mp4: no frame at 2.000 s"):
+        decode(path, 0, 21)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"a\.mp4: damaged video"):
-        decode_frames(path, start=0, count=20, fps=10)
+        decode(path, 0, 20)
     start = whole.index(b"mdat") + 900
     path.write_bytes(whole[:start] + bytes(400) + whole[start + 400 :])
     with pytest.raises(ValueError, match=r"a\.mp4"):
-        decode_frames(path, start=0, count=20, fps=10)
+        decode(path, 0, 20)
+
+
+def test_clips_skip_frames_and_repeat_the_last(tmp_path):
+    frames = moving_square(20)
+    write_video(tmp_path / "a.mp4", frames, fps=10)
+    steps = np.array([3, 6, 9, 19, 19])
+    clip = decode_frames(tmp_path / "a.mp4", steps / 10, fps=10, threads=1)
+    assert np.array_equal(clip, decode(tmp_path / "a.mp4", 0, 20)[steps])
+
+
+def test_a_frame_at_another_time_is_no_substitute(tmp_path):
+    """Ten frames a second, read as if they were twenty: every second one is not there."""
+    write_video(tmp_path / "a.mp4", moving_square(20), fps=10)
+    with pytest.raises(ValueError, match=r"a\.mp4: no frame at 0\.050 s, which 20 frames/s put there"):
+        decode_frames(tmp_path / "a.mp4", np.arange(10) / 20, fps=20)
+
+
+def test_what_is_cut_out_is_what_was_put_in(tmp_path):
+    parts = [encode_frames(moving_square(n, shade=20 * n), fps=10) for n in (9, 12, 5)]
+    with VideoFile(tmp_path / "joined.mp4", fps=10) as file:
+        spans = [file.append(part, num_frames=n) for part, n in zip(parts, (9, 12, 5), strict=True)]
+    cut = [
+        cut_video(tmp_path / "joined.mp4", start=s, count=n, fps=10)
+        for (s, _), n in zip(spans, (9, 12, 5), strict=True)
+    ]
+    with VideoFile(tmp_path / "again.mp4", fps=10) as file:
+        assert [file.append(part, num_frames=n) for part, n in zip(cut, (9, 12, 5), strict=True)] == spans
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "joined.mp4").read_bytes()
+    with pytest.raises(ValueError, match=r"joined\.mp4: the 5 frames from 0\.300 s on do not begin at a key frame"):
+        cut_video(tmp_path / "joined.mp4", start=0.3, count=5, fps=10)
+    with pytest.raises(ValueError, match=r"joined\.mp4: the 9 frames from 2\.100 s on number 5"):
+        cut_video(tmp_path / "joined.mp4", start=2.1, count=9, fps=10)

@@ -1,111 +1,143 @@
-"""Reading LeRobot v3.0 datasets.
+"""Reading LeRobot datasets of versions 2.0, 2.1 and 3.0, GR00T's flavour included, as a source's settings ask.
 
-Layout (huggingface/lerobot, `src/lerobot/datasets`): rows of many episodes share a parquet file, frames of many episodes
-share an mp4, and `meta/episodes` says where each episode starts in both.
+Rows are read once, file by file when first needed, and stay in memory as float32; frames are decoded on demand.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from agra.data.video import decode_frames
+from agra.data.cameras import Cameras
+from agra.data.hub import local_folder
+from agra.data.integrity import Seal, dataset_files
+from agra.data.layout import INFO, STATS, Entry, Layout
+from agra.data.modality import ACTION, STATE, Key, Modality, size
+from agra.data.normalize import Part, Quantity
+from agra.data.source import SourceConfig
+from agra.data.tables import REMEDY, integers, matrix, read_json, read_table
 from agra.types import Episode
-
-VERSION = "v3.0"
-STATE, ACTION, EGO_VIEW = "observation.state", "action", "observation.images.ego_view"
-INFO, STATS, TASKS = "meta/info.json", "meta/stats.json", "meta/tasks.parquet"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-
-_REMEDY = "copy or collect the dataset again"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Rows:
-    """The columns of one data file that are read; row n is the dataset's frame `first + n`."""
+    """What is read of one data file; the episodes' places are checked when they are looked up."""
 
     path: Path
-    first: int
+    first: int | None  # the dataset's number of its first row, where its rows are numbered
     episode_index: np.ndarray  # (N,)
-    task_index: np.ndarray  # (N,)
-    states: np.ndarray  # (N, S) float32
+    frame_index: np.ndarray | None  # (N,)
+    instruction: np.ndarray  # (N,) task number
+    states: np.ndarray  # (N, S) float32, in the order of the source's keys
     actions: np.ndarray  # (N, D) float32
     success: np.ndarray  # (N,) bool, all False where the dataset has no `next.success`
 
 
 class LeRobotDataset:
-    """A LeRobot v3.0 dataset on disk, seen through one camera. Rows stay in memory, frames are decoded on demand."""
+    """A LeRobot dataset on disk, seen as a source says: its camera, the keys of state and action, every n-th row."""
 
-    def __init__(self, path: str | Path, *, camera: str | None = None) -> None:
-        """Open the dataset at `path`; `camera` names a video feature and may be left out where there is only one.
+    def __init__(self, path: str | Path, *, camera: str | None = None, source: SourceConfig | None = None) -> None:
+        """Open the dataset at `path`: a folder or a hub id. `camera` may be left out where there is only one.
 
-        Raises FileNotFoundError for a missing dataset or file and ValueError for a damaged or foreign one, each with
-        the file's name and what to do.
+        `source` (its `path` aside) says what else is read. Raises FileNotFoundError for a missing dataset or file and
+        ValueError for a damaged or foreign one, each with the file's name and what to do.
         """
-        self.path = Path(path)
-        if not (self.path / INFO).is_file():
-            raise FileNotFoundError(
-                f"{self.path}: no LeRobot dataset here ({INFO} is missing); make one with: agra collect"
-            )
-        self.info = _read_json(self.path / INFO)
-        _check_info(self.path / INFO, self.info)
-        self.fps: int = self.info["fps"]
+        self.source = source if source is not None else SourceConfig(camera=camera or "")
+        self.path = local_folder(str(path), self.source.revision)
+        self.seal = Seal(self.path)
+        for name in dataset_files(self.path):
+            if name.startswith("meta/"):
+                self.seal.verify(self.path / name)
+        self.layout = Layout.read(self.path)
+        self.info = self.layout.info
         self.features: Mapping[str, Mapping[str, Any]] = self.info["features"]
-        self.camera = _choose_camera(self.path, self.features, camera)
-        self._episodes = self._read_episodes()
-        self._tasks = _read_tasks(self.path / TASKS)
+        self.modality = Modality.read(self.path, self.features)
+        self.fps = self._control_rate()
+        names = (self._only_camera(self.source.camera), *self.source.tile)
+        self.cameras = Cameras(self.layout, self.modality, self.seal, names, self.source)
+        self.camera = self.cameras.features[0]
+        self.keys = {quantity: self._keys(quantity) for quantity in ("state", "action")}
+        self._task_column = self._instruction_column()
         self._rows: dict[Path, _Rows] = {}
+
+    @classmethod
+    def of(cls, source: SourceConfig, root: str = "") -> "LeRobotDataset":
+        """The dataset that a source names, its path below `root` where that is given."""
+        return cls(Path(root) / source.path if root else source.path, source=source)
 
     @property
     def num_episodes(self) -> int:
         """How many episodes there are."""
-        return len(self._episodes)
+        return len(self.layout.entries)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Control steps of every episode, (num_episodes,) int64."""
-        return np.array([row["length"] for row in self._episodes], dtype=np.int64)
+        lengths = np.array([entry.length for entry in self.layout.entries], dtype=np.int64)
+        return -(-lengths // self.source.every)
 
     @property
     def embodiment(self) -> str:
-        """The robot's name: LeRobot's `robot_type`, "unknown" where that is null."""
-        return self.info.get("robot_type") or "unknown"
+        """The robot's name: the source's, else LeRobot's `robot_type`, "unknown" where that is null."""
+        return self.source.embodiment or self.info.get("robot_type") or "unknown"
 
     @property
+    def lacks(self) -> tuple[str, ...]:
+        """Keys that the embodiment has and this dataset has not."""
+        return self.source.lacks
+
+    @cached_property
     def state_names(self) -> tuple[str, ...]:
         """What each state dimension is called, its number where the dataset does not say."""
-        return _dimension_names(self.features[STATE])
+        return self._names("state")
 
-    @property
+    @cached_property
     def action_names(self) -> tuple[str, ...]:
         """What each action dimension is called, its number where the dataset does not say."""
-        return _dimension_names(self.features[ACTION])
+        return self._names("action")
 
     @cached_property
     def stats(self) -> Mapping[str, Mapping[str, np.ndarray]]:
         """`meta/stats.json`: feature -> statistic -> array."""
-        raw = _read_json(self.path / STATS)
+        raw = read_json(self.path / STATS)
         return {key: {name: np.asarray(value) for name, value in entry.items()} for key, entry in raw.items()}
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the names and contents of all files under meta, data and videos."""
-        digest = hashlib.sha256()
-        found = [f for folder in ("meta", "data", "videos") for f in (self.path / folder).rglob("*") if f.is_file()]
-        for file in sorted(found):
-            with file.open("rb") as handle:
-                content = hashlib.file_digest(handle, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(self.path).as_posix()} {content}\n".encode())
-        return digest.hexdigest()
+        return self.seal.fingerprint()
+
+    @property
+    def view(self) -> Mapping[str, Any]:
+        """Whatever of the source's settings changes frames or instructions, JSON-serialisable."""
+        source = self.source
+        return {
+            "cameras": list(self.cameras.features),
+            "crop": [source.crop_rows, source.crop_columns],
+            "every": source.every,
+            "instruction": [self._task_column, *source.strip_prefixes],
+        }
+
+    def parts(self, quantity: Quantity) -> tuple[Part, ...]:
+        """How the keys of a quantity are normalised, each at its place in `states` or `actions`; none without keys."""
+        if not self.source.keys(quantity):
+            return ()
+        parts, start = [], 0
+        for key, (_, method) in zip(self.keys[quantity], self.source.keys(quantity), strict=True):
+            end = start + key.size
+            parts.append(Part(name=key.name, start=start, end=end, method=method, rotation=key.rotation))
+            start = end
+        return tuple(parts)
+
+    @cached_property
+    def relative(self) -> np.ndarray:
+        """(D,) bool: which actions are movements, by the source or by modality.json's `absolute`."""
+        given = self.source.relative
+        return np.concatenate([np.full(key.size, key.name in given or not key.absolute) for key in self.keys["action"]])
 
     def states(self, episode: int) -> np.ndarray:
         """(N, S) float32 states of an episode."""
@@ -118,23 +150,26 @@ class LeRobotDataset:
         return rows.actions[where]
 
     def instruction(self, episode: int) -> str:
-        """The task text of an episode's first row."""
+        """The task text of an episode's first row, without the source's prefixes."""
         rows, where = self._locate(episode)
-        index = int(rows.task_index[where.start])
-        if index not in self._tasks:
-            raise ValueError(f"{rows.path}: task_index {index} is not in {self.path / TASKS}; {_REMEDY}")
-        return self._tasks[index]
+        text = self.task(int(rows.instruction[where.start]), rows.path)
+        for prefix in self.source.strip_prefixes:
+            text = text.removeprefix(prefix)
+        return text
+
+    def task(self, index: int, path: Path) -> str:
+        """The text of a task number found in the rows of `path`."""
+        if index not in self.layout.tasks:
+            raise ValueError(f"{path}: task {index} is not in the tasks of {self.path / 'meta'}; {REMEDY}")
+        return self.layout.tasks[index]
 
     def frames(self, episode: int) -> np.ndarray:
         """(N, H, W, 3) uint8 RGB frames of an episode, decoded."""
-        entry = self._entry(episode)
-        path = self.path / self.info["video_path"].format(
-            video_key=self.camera,
-            chunk_index=entry[f"videos/{self.camera}/chunk_index"],
-            file_index=entry[f"videos/{self.camera}/file_index"],
-        )
-        start = entry[f"videos/{self.camera}/from_timestamp"]
-        return decode_frames(path, start=start, count=entry["length"], fps=self.fps)
+        return self.clip(episode, np.arange(self.lengths[self._entry(episode).index]))
+
+    def clip(self, episode: int, steps: np.ndarray, *, threads: int = 0) -> np.ndarray:
+        """(T, H, W, 3) uint8 RGB frames at ascending control steps (T,) of an episode."""
+        return self.cameras.frames(self._entry(episode), np.asarray(steps) * self.source.every, threads=threads)
 
     def episode(self, episode: int) -> Episode:
         """The whole episode, frames decoded."""
@@ -149,135 +184,154 @@ class LeRobotDataset:
             success=bool(rows.success[where].any()),
         )
 
-    def _entry(self, episode: int) -> Mapping[str, Any]:
+    def _entry(self, episode: int) -> Entry:
         if not 0 <= episode < self.num_episodes:
             raise ValueError(f"{self.path}: episode {episode} does not exist, there are {self.num_episodes}")
-        return self._episodes[episode]
+        return self.layout.entries[episode]
 
     def _locate(self, episode: int) -> tuple[_Rows, slice]:
-        """The file's rows and the episode's place among them, checked against the file's own episode numbers."""
+        """The file's rows and the episode's place among them, checked against the file's own numbers."""
         entry = self._entry(episode)
-        path = self.path / self.info["data_path"].format(
-            chunk_index=entry["data/chunk_index"], file_index=entry["data/file_index"]
-        )
-        if path not in self._rows:
-            self._rows[path] = self._read_rows(path)
-        rows = self._rows[path]
-        start, stop = entry["dataset_from_index"] - rows.first, entry["dataset_to_index"] - rows.first
-        found = rows.episode_index[max(start, 0) : max(stop, 0)]
-        if stop - start != entry["length"] or len(found) != entry["length"] or (found != episode).any():
+        if entry.data not in self._rows:
+            self.seal.verify(entry.data)
+            self._rows[entry.data] = self._read_rows(entry)
+        rows = self._rows[entry.data]
+        start = 0 if entry.first_row is None or rows.first is None else entry.first_row - rows.first
+        stop = start + entry.length
+        own = rows.episode_index[start:stop] if start >= 0 else np.zeros(0)
+        whole = entry.first_row is not None or len(rows.episode_index) == entry.length
+        if len(own) != entry.length or (own != episode).any() or not whole:
             raise ValueError(
-                f"{path}: rows {start} to {stop} should be the {entry['length']} rows of episode {episode}; {_REMEDY}"
+                f"{rows.path}: rows {start} to {stop} should be the {entry.length} rows of episode {episode} that"
+                f" {self.path / 'meta'} announces, and are not; {REMEDY}"
             )
-        return rows, slice(start, stop)
+        if rows.frame_index is not None and (rows.frame_index[start:stop] != np.arange(entry.length)).any():
+            raise ValueError(f"{rows.path}: frame_index of episode {episode} does not count from 0; {REMEDY}")
+        return rows, slice(start, stop, self.source.every)
 
-    def _read_rows(self, path: Path) -> _Rows:
-        success = ["next.success"] if "next.success" in self.features else []
-        table = _read_table(path, [STATE, ACTION, "index", "episode_index", "task_index", *success])
+    def _read_rows(self, entry: Entry) -> _Rows:
+        path = entry.data
+        keys = {quantity: [key for key in keys if key.column] for quantity, keys in self.keys.items()}
+        wanted = {key.column for group in keys.values() for key in group} | {self._task_column, "episode_index"}
+        wanted |= {name for name in ("index", "frame_index", "next.success") if name in self.features}
+        if entry.first_row is not None:
+            wanted.add("index")
+        table = read_table(path, sorted(wanted))
         if table.num_rows == 0:
-            raise ValueError(f"{path}: holds no rows; {_REMEDY}")
+            raise ValueError(f"{path}: holds no rows; {REMEDY}")
+        columns = {key.column for group in keys.values() for key in group}
+        values = {name: self._column(table, name, path) for name in columns}
+        success = np.zeros(table.num_rows, bool)
+        if "next.success" in wanted:
+            success = matrix(table, "next.success", path)[:, 0] > 0
         return _Rows(
             path=path,
-            first=table["index"][0].as_py(),
-            episode_index=table["episode_index"].to_numpy(),
-            task_index=table["task_index"].to_numpy(),
-            states=_matrix(table[STATE], path, STATE),
-            actions=_matrix(table[ACTION], path, ACTION),
-            success=table["next.success"].to_numpy() if success else np.zeros(table.num_rows, bool),
+            first=int(integers(table, "index", path)[0]) if entry.first_row is not None else None,
+            episode_index=integers(table, "episode_index", path),
+            frame_index=integers(table, "frame_index", path) if "frame_index" in wanted else None,
+            instruction=integers(table, self._task_column, path),
+            states=self._select("state", values, table.num_rows),
+            actions=self._select("action", values, table.num_rows),
+            success=success,
         )
 
-    def _read_episodes(self) -> list[dict[str, Any]]:
-        files = sorted((self.path / "meta/episodes").glob("chunk-*/file-*.parquet"))
-        if not files:
-            raise FileNotFoundError(f"{self.path / 'meta/episodes'}: no episode list here; {_REMEDY}")
-        keys = ["episode_index", "length", "data/chunk_index", "data/file_index", "dataset_from_index"]
-        keys += ["dataset_to_index", f"videos/{self.camera}/chunk_index", f"videos/{self.camera}/file_index"]
-        keys += [f"videos/{self.camera}/from_timestamp"]
-        entries = [row for file in files for row in _read_table(file, keys).to_pylist()]
-        entries.sort(key=lambda row: row["episode_index"])
-        if [row["episode_index"] for row in entries] != list(range(self.info["total_episodes"])):
+    def _column(self, table: pa.Table, name: str, path: Path) -> np.ndarray:
+        values = matrix(table, name, path)
+        if values.shape[1] != size(self.features[name]):
             raise ValueError(
-                f"{self.path / 'meta/episodes'}: expected the episodes 0 to {self.info['total_episodes'] - 1}"
-                f" that {INFO} announces, found {len(entries)} rows; {_REMEDY}"
+                f"{path}: {name!r} has {values.shape[1]} dimensions, {INFO} announces {size(self.features[name])};"
+                f" {REMEDY}"
             )
-        return entries
+        if not np.isfinite(values).all():
+            row, dimension = np.argwhere(~np.isfinite(values))[0]
+            raise ValueError(f"{path}: {name!r} is {values[row, dimension]} in row {row}, dimension {dimension}")
+        return values
 
+    def _select(self, quantity: str, values: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+        """The keys' dimensions side by side, zeros for what this dataset lacks."""
+        pieces = [
+            values[key.column][:, key.start : key.end] if key.column else np.zeros((count, key.size), np.float32)
+            for key in self.keys[quantity]
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: file is missing; {_REMEDY}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {_REMEDY}") from error
+    def _keys(self, quantity: str) -> tuple[Key, ...]:
+        """The source's keys; one that the dataset lacks has no column, and no size until `fill` gives it one."""
+        names = [name for name, _ in self.source.keys(quantity)] or [STATE if quantity == "state" else ACTION]
+        found = []
+        for name in names:
+            if name in self.source.lacks:
+                found.append(Key(name=name, column="", start=0, end=0))
+            else:
+                found.append(self.modality.resolve(quantity, name, self.features))
+        return tuple(found)
 
+    def fill(self, others: Sequence["LeRobotDataset"]) -> None:
+        """Take the size and kind of keys that this dataset lacks from others of its embodiment.
 
-def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """`columns` of a parquet file (all of them by default)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: file is missing; {_REMEDY}")
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            missing = [name for name in columns or [] if name not in names]
+        Raises ValueError where none has such a key, or where they differ in their keys.
+        """
+        for quantity, keys in self.keys.items():
+            names = [key.name for key in keys]
+            for other in others:
+                if [key.name for key in other.keys[quantity]] != names:
+                    raise ValueError(
+                        f"{self.path} and {other.path}: both are of embodiment {self.embodiment!r} and differ in their"
+                        f" {quantity} keys: {', '.join(names)} and {', '.join(k.name for k in other.keys[quantity])}"
+                    )
+            known = {key.name: key for other in others for key in other.keys[quantity] if key.column}
+            missing = [key.name for key in keys if not key.column and key.name not in known]
             if missing:
-                raise ValueError(f"{path}: column {missing[0]!r} is missing, there are {', '.join(names)}")
-            return file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: damaged parquet file ({reason}); {_REMEDY}") from error
+                raise ValueError(
+                    f"{self.path}: lacks {missing[0]!r}, and no other dataset of embodiment {self.embodiment!r} has it"
+                )
+            self.keys[quantity] = tuple(
+                key if key.column else replace(known[key.name], column="", start=0, end=known[key.name].size)
+                for key in keys
+            )
 
+    def _names(self, quantity: str) -> tuple[str, ...]:
+        names: list[str] = []
+        for key in self.keys[quantity]:
+            if key.column:
+                names += _dimension_names(self.features[key.column])[key.start : key.end]
+            else:
+                names += [f"{key.name}_{index}" for index in range(key.size)]
+        return tuple(names)
 
-def _matrix(column: pa.ChunkedArray, path: Path, name: str) -> np.ndarray:
-    """A column of equally long lists as (N, D) float32, of numbers as (N, 1)."""
-    flat = column.combine_chunks()
-    if pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type) or pa.types.is_large_list(flat.type):
-        flat = flat.flatten()
-    values = flat.to_numpy(zero_copy_only=False).astype(np.float32)
-    if flat.null_count or len(values) % len(column):
-        raise ValueError(f"{path}: column {name!r} has gaps or rows of different length; {_REMEDY}")
-    return values.reshape(len(column), -1)
+    def _control_rate(self) -> int:
+        rate = self.info["fps"] / self.source.every
+        if rate != round(rate):
+            raise ValueError(
+                f"{self.path}: every {self.source.every} of {self.info['fps']} rows a second leaves {rate:g}, expected a"
+                " whole number"
+            )
+        return round(rate)
 
+    def _only_camera(self, camera: str) -> str:
+        if camera:
+            return camera
+        available = self.layout.names("video", "image")
+        if len(available) != 1:
+            raise ValueError(f"{self.path}: name one camera; available: {', '.join(available) or 'none'}")
+        return available[0]
 
-def _check_info(path: Path, info: Mapping[str, Any]) -> None:
-    version = info.get("codebase_version")
-    if version != VERSION:
-        raise ValueError(
-            f"{path}: codebase_version is {version!r}, expected {VERSION!r};"
-            " convert with: python -m lerobot.scripts.convert_dataset_v21_to_v30"
-        )
-    needed = ("fps", "features", "total_episodes", "data_path", "video_path")
-    missing = [key for key in needed if info.get(key) is None]
-    missing += [f"features/{key}" for key in (STATE, ACTION) if key not in (info.get("features") or {})]
-    if missing:
-        raise ValueError(f"{path}: {missing[0]!r} is missing; {_REMEDY}")
-
-
-def _choose_camera(path: Path, features: Mapping[str, Mapping[str, Any]], camera: str | None) -> str:
-    cameras = [key for key, feature in features.items() if feature["dtype"] == "video"]
-    if camera in cameras:
-        return camera
-    if camera is None and len(cameras) == 1:
-        return cameras[0]
-    wish = "name one camera" if camera is None else f"there is no camera {camera!r}"
-    raise ValueError(f"{path}: {wish}; available: {', '.join(cameras) or 'none stored as video'}")
+    def _instruction_column(self) -> str:
+        key = self.source.instruction_key
+        column = self.modality.annotation.get(key, key) or "task_index"
+        if column not in self.features:
+            known = sorted({*self.modality.annotation, *(n for n in self.features if n.startswith("annotation."))})
+            raise ValueError(
+                f"{self.path}: no column {column!r} of task numbers; there are {', '.join(['task_index', *known])}"
+            )
+        return column
 
 
 def _dimension_names(feature: Mapping[str, Any]) -> tuple[str, ...]:
     """Names as LeRobot datasets give them: a list, lists under a heading, or nothing."""
-    names, (size,) = feature.get("names"), feature["shape"]
+    names, count = feature.get("names"), size(feature)
     if isinstance(names, Mapping):
         names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-    if names is None or len(names) != size:
-        return tuple(str(index) for index in range(size))
+    if not isinstance(names, list) or len(names) != count:
+        return tuple(str(index) for index in range(count))
     return tuple(map(str, names))
-
-
-def _read_tasks(path: Path) -> dict[int, str]:
-    """Task texts by index. The texts are a pandas index; `__index_level_0__` is pandas' name for one without a name."""
-    table = _read_table(path)
-    text = "task" if "task" in table.column_names else "__index_level_0__"
-    for name in ("task_index", text):
-        if name not in table.column_names:
-            raise ValueError(f"{path}: column {name!r} is missing, there are {', '.join(table.column_names)}")
-    return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))

@@ -1,10 +1,9 @@
-"""Writing LeRobot v3.0 datasets: the layout that `agra.data.lerobot` and LeRobot itself read.
+"""Writing episodes as LeRobot v3.0 datasets: the layout that `agra.data.lerobot` and LeRobot itself read.
 
-An episode is encoded on its own (`encode_episode`, in any process) and then appended; videos are joined packet by
-packet and rows as one row group an episode, so that the result does not depend on who encoded what.
+An episode is encoded on its own (`encode_episode`, in any process) and then appended, so that the result does not depend
+on who encoded what.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from agra.data.lerobot import ACTION, DATA_PATH, EGO_VIEW, EPISODES_PATH, INFO, STATE, STATS, TASKS, VERSION, VIDEO_PATH
-from agra.data.statistics import describe, describe_pictures, picture_histogram
-from agra.data.video import GROUP_OF_PICTURES, OPTIONS, VideoFile, encode_frames
+from agra.data.files_v3 import DATA_FILE_MIB, FILES_PER_CHUNK, VIDEO_FILE_MIB, FilesV3, info_v3
+from agra.data.integrity import seal
+from agra.data.layout import INFO, STATS
+from agra.data.modality import ACTION, MODALITY, STATE
+from agra.data.source import EGO_VIEW
+from agra.data.statistics import describe_pictures, picture_histogram
+from agra.data.stored import StoredEpisode, as_lists
+from agra.data.tables import write_json
+from agra.data.video import GROUP_OF_PICTURES, OPTIONS, encode_frames
 from agra.types import Embodiment, Episode
 
 DEFAULT_COLUMNS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64"}
@@ -30,22 +34,37 @@ EXTRA_DTYPES = ("bool", "int64", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class EncodedVideo:
+    """One camera's frames of an episode as an mp4 of their own, and the histogram their statistics come from."""
+
+    video: bytes
+    size: tuple[int, int]  # height, width
+    histogram: np.ndarray  # (3, 256) int64
+
+    @classmethod
+    def of(cls, frames: np.ndarray, *, fps: int) -> "EncodedVideo":
+        """Encode `frames` (N, H, W, 3) uint8 RGB."""
+        size = frames.shape[1], frames.shape[2]
+        return cls(video=encode_frames(frames, fps=fps), size=size, histogram=picture_histogram(frames))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedEpisode:
-    """An episode as it is stored: rows, its own little mp4, and the histogram its image statistics come from."""
+    """An episode as it is stored: rows and, by feature name, what each camera saw."""
 
     states: np.ndarray  # (N, S) float32
     actions: np.ndarray  # (N, D) float32
     instruction: str
-    video: bytes
-    size: tuple[int, int]  # height, width
-    histogram: np.ndarray  # (3, 256) int64
+    videos: Mapping[str, EncodedVideo]
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)  # column name -> (N,)
 
     def __len__(self) -> int:
         return len(self.actions)
 
 
-def encode_episode(episode: Episode, *, extra: Mapping[str, np.ndarray] | None = None) -> EncodedEpisode:
+def encode_episode(
+    episode: Episode, *, camera: str = EGO_VIEW, extra: Mapping[str, np.ndarray] | None = None
+) -> EncodedEpisode:
     """Encode an episode's frames; `extra` adds columns of shape (N,), of dtype bool, int64 or float32."""
     extra = extra or {}
     for name, column in extra.items():
@@ -58,9 +77,7 @@ def encode_episode(episode: Episode, *, extra: Mapping[str, np.ndarray] | None =
         states=episode.states.astype(np.float32),
         actions=episode.actions.astype(np.float32),
         instruction=episode.instruction,
-        video=encode_frames(episode.frames, fps=episode.fps),
-        size=(episode.frames.shape[1], episode.frames.shape[2]),
-        histogram=picture_histogram(episode.frames),
+        videos={camera: EncodedVideo.of(episode.frames, fps=episode.fps)},
         extra=dict(extra),
     )
 
@@ -72,26 +89,12 @@ def write_dataset(path: Path, episodes: Iterable[Episode], *, embodiment: Embodi
             writer.add(encode_episode(episode))
 
 
-class _Place:
-    """Which file of a numbered series is being written."""
-
-    def __init__(self, files_per_chunk: int) -> None:
-        self.chunk_index, self.file_index, self._files_per_chunk = 0, 0, files_per_chunk
-
-    def advance(self) -> None:
-        self.file_index += 1
-        if self.file_index == self._files_per_chunk:
-            self.chunk_index, self.file_index = self.chunk_index + 1, 0
-
-    def __call__(self, template: str, **names: str) -> str:
-        return template.format(chunk_index=self.chunk_index, file_index=self.file_index, **names)
-
-
 class LeRobotWriter:
     """Writes one dataset, episode by episode, into `<path>.partial`, and renames it when closed.
 
     A context manager: leaving it by an exception removes what was written. All episodes share size, state, action and
     extra columns with the first. A file is closed before the episode that would make it exceed its limit (MiB).
+    `modality` is written as GR00T's meta/modality.json.
     """
 
     def __init__(
@@ -100,62 +103,72 @@ class LeRobotWriter:
         *,
         embodiment: Embodiment,
         fps: int,
-        camera: str = EGO_VIEW,
-        data_file_mib: float = 100,
-        video_file_mib: float = 200,
-        files_per_chunk: int = 1000,
+        modality: Mapping[str, Any] | None = None,
+        data_file_mib: float = DATA_FILE_MIB,
+        video_file_mib: float = VIDEO_FILE_MIB,
+        files_per_chunk: int = FILES_PER_CHUNK,
     ) -> None:
-        self.path, self.embodiment, self.fps, self.camera = Path(path), embodiment, fps, camera
+        self.path, self.embodiment, self.fps, self.modality = Path(path), embodiment, fps, modality
         if self.path.exists():
             raise ValueError(f"{self.path}: already exists; choose another output or remove it")
-        self.limits = {"data": data_file_mib, "video": video_file_mib}
-        self.files_per_chunk = files_per_chunk
         self._root = self.path.with_name(self.path.name + ".partial")
         shutil.rmtree(self._root, ignore_errors=True)
-        self._data_place, self._video_place = _Place(files_per_chunk), _Place(files_per_chunk)
-        self._rows: tuple[Any, pq.ParquetWriter] | None = None  # open file and the parquet writer on it
-        self._video: VideoFile | None = None
+        self._files = FilesV3(
+            self._root,
+            fps=fps,
+            data_file_mib=data_file_mib,
+            video_file_mib=video_file_mib,
+            files_per_chunk=files_per_chunk,
+        )
         self._tasks: dict[str, int] = {}
-        self._entries: list[dict[str, Any]] = []
-        self._values: dict[str, list[np.ndarray]] = {}
-        self._histogram = np.zeros((3, 256), np.int64)
-        self.num_frames = 0
+        self._histograms: dict[str, np.ndarray] = {}
         self._features: dict[str, dict[str, Any]] = {}
+
+    @property
+    def num_frames(self) -> int:
+        """Rows so far."""
+        return self._files.num_frames
 
     def add(self, episode: EncodedEpisode) -> None:
         """Append one episode. Raises ValueError where its shapes or columns differ from the first episode's."""
-        features = self._describe_features(episode)
+        features, index = self._describe_features(episode), self._files.num_episodes
         self._features = self._features or features
         if features != self._features:
             different = [k for k in {**features, **self._features} if features.get(k) != self._features.get(k)]
-            raise ValueError(f"{self.path}: episode {len(self._entries)} differs from episode 0 in {different[0]!r}")
+            raise ValueError(f"{self.path}: episode {index} differs from episode 0 in {different[0]!r}")
         columns = self._columns(episode)
-        self._entries.append(
-            {
-                "episode_index": len(self._entries),
-                "tasks": [episode.instruction],
-                "length": len(episode),
-                **self._write_rows(columns, len(episode)),
-                **self._write_video(episode),
-                **self._episode_statistics(columns, episode),
-            }
+        pictures = {c: describe_pictures(v.histogram, count=len(episode)) for c, v in episode.videos.items()}
+        stored = StoredEpisode(
+            table=pa.table({name: _arrow(values, features[name]) for name, values in columns.items()}),
+            tasks=[episode.instruction],
+            videos={camera: video.video for camera, video in episode.videos.items()},
+            picture_statistics={camera: as_lists(statistics) for camera, statistics in pictures.items()},
         )
-        for name, values in columns.items():
-            self._values.setdefault(name, []).append(values)
-        self._histogram += episode.histogram
-        self.num_frames += len(episode)
+        self._files.add(stored, features)
+        for camera, video in episode.videos.items():
+            self._histograms[camera] = self._histograms.get(camera, 0) + video.histogram
 
     def close(self) -> None:
         """Write the metadata and give the dataset its name. Raises ValueError without episodes."""
-        self._close_files()
-        if not self._entries:
+        if not self._files.num_episodes:
+            self._files.close()
             raise ValueError(f"{self.path}: a dataset needs at least one episode")
-        self._write_tasks()
-        self._write_episodes()
-        statistics = {name: describe(np.concatenate(values)) for name, values in self._values.items()}
-        statistics[self.camera] = describe_pictures(self._histogram, count=self.num_frames)
-        self._write_json(STATS, {k: {s: v.tolist() for s, v in entry.items()} for k, entry in statistics.items()})
-        self._write_json(INFO, self._info())
+        self._files.finish(self._tasks)
+        pictures = {c: describe_pictures(h, count=self.num_frames) for c, h in self._histograms.items()}
+        statistics = {c: as_lists(found) for c, found in pictures.items()}
+        statistics |= dict(self._files.statistics(self._features))
+        write_json(self._root / STATS, {name: statistics[name] for name in self._features})
+        if self.modality is not None:
+            write_json(self._root / MODALITY, self.modality)
+        info = info_v3(
+            {"robot_type": self.embodiment.name, "fps": self.fps},
+            files=self._files,
+            tasks=len(self._tasks),
+            features=self._features,
+            splits={"train": f"0:{self._files.num_episodes}"},
+        )
+        write_json(self._root / INFO, info)
+        seal(self._root)
         os.replace(self._root, self.path)
 
     def __enter__(self) -> "LeRobotWriter":
@@ -167,27 +180,13 @@ class LeRobotWriter:
         if kind is None:
             self.close()
         else:
-            self._close_files()
+            self._files.close()
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _describe_features(self, episode: EncodedEpisode) -> dict[str, dict[str, Any]]:
         """`info.json`'s features, in the order of the columns."""
-        height, width = episode.size
-        video = {
-            "video.height": height,
-            "video.width": width,
-            "video.codec": "h264",
-            "video.pix_fmt": "yuv420p",
-            "video.is_depth_map": False,
-            "video.fps": self.fps,
-            "video.channels": 3,
-            "video.g": GROUP_OF_PICTURES,
-            "video.crf": int(OPTIONS["crf"]),
-            "has_audio": False,
-        }
-        picture = {"dtype": "video", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
         return {
-            self.camera: {**picture, "info": video},
+            **{camera: _video_feature(video.size, self.fps) for camera, video in episode.videos.items()},
             STATE: _vector(episode.states, self.embodiment.state_names, STATE),
             ACTION: _vector(episode.actions, self.embodiment.action_names, ACTION),
             **{k: {"dtype": v.dtype.name, "shape": [1], "names": None} for k, v in episode.extra.items()},
@@ -203,116 +202,30 @@ class LeRobotWriter:
             **episode.extra,
             "timestamp": (steps / self.fps).astype(np.float32),
             "frame_index": steps,
-            "episode_index": np.full(count, len(self._entries)),
+            "episode_index": np.full(count, self._files.num_episodes),
             "index": steps + self.num_frames,
             "task_index": np.full(count, task),
         }
         vectors = {STATE: episode.states, ACTION: episode.actions}
         return vectors | {name: values.reshape(count, 1) for name, values in scalars.items()}
 
-    def _write_rows(self, columns: Mapping[str, np.ndarray], count: int) -> dict[str, int]:
-        arrays = {name: _arrow(values, self._features[name]) for name, values in columns.items()}
-        table = pa.table(arrays)
-        if self._rows and self._rows[0].tell() + table.nbytes > self.limits["data"] * 2**20:
-            self._close_rows()
-            self._data_place.advance()
-        if self._rows is None:
-            path = self._root / self._data_place(DATA_PATH)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("wb")
-            self._rows = handle, pq.ParquetWriter(handle, table.schema, compression="snappy")
-        self._rows[1].write_table(table, row_group_size=count)
-        return {
-            "data/chunk_index": self._data_place.chunk_index,
-            "data/file_index": self._data_place.file_index,
-            "dataset_from_index": self.num_frames,
-            "dataset_to_index": self.num_frames + count,
-        }
 
-    def _write_video(self, episode: EncodedEpisode) -> dict[str, Any]:
-        if self._video and self._video.num_bytes + len(episode.video) > self.limits["video"] * 2**20:
-            self._video.close()
-            self._video = None
-            self._video_place.advance()
-        if self._video is None:
-            self._video = VideoFile(self._root / self._video_place(VIDEO_PATH, video_key=self.camera), fps=self.fps)
-        start, stop = self._video.append(episode.video, num_frames=len(episode))
-        return {
-            f"videos/{self.camera}/chunk_index": self._video_place.chunk_index,
-            f"videos/{self.camera}/file_index": self._video_place.file_index,
-            f"videos/{self.camera}/from_timestamp": start,
-            f"videos/{self.camera}/to_timestamp": stop,
-        }
-
-    def _episode_statistics(self, columns: Mapping[str, np.ndarray], episode: EncodedEpisode) -> dict[str, Any]:
-        statistics = {name: describe(values) for name, values in columns.items()}
-        statistics[self.camera] = describe_pictures(episode.histogram, count=len(episode))
-        return {f"stats/{k}/{name}": v.tolist() for k, entry in statistics.items() for name, v in entry.items()}
-
-    def _write_episodes(self) -> None:
-        table = pa.Table.from_pylist(self._entries)
-        place = _Place(self.files_per_chunk)
-        rows = max(1, int(self.limits["data"] * 2**20 * table.num_rows / table.nbytes))
-        for start in range(0, table.num_rows, rows):
-            part = table.slice(start, rows)
-            for name in ("chunk_index", "file_index"):
-                here = np.full(part.num_rows, getattr(place, name), dtype=np.int64)
-                part = part.append_column(f"meta/episodes/{name}", pa.array(here))
-            path = self._root / place(EPISODES_PATH)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(part, path, compression="snappy")
-            place.advance()
-
-    def _write_tasks(self) -> None:
-        """What `DataFrame.to_parquet` writes for an index of texts named "task" and a column "task_index"."""
-
-        def column(name: str | None, kind: str, numpy_type: str, metadata: Any = None) -> dict[str, Any]:
-            types = {"pandas_type": kind, "numpy_type": numpy_type, "metadata": metadata}
-            return {"name": name, "field_name": name, **types}
-
-        pandas = {
-            "index_columns": ["task"],
-            "column_indexes": [column(None, "unicode", "object", {"encoding": "UTF-8"})],
-            "columns": [column("task_index", "int64", "int64"), column("task", "unicode", "object")],
-            "creator": {"library": "pyarrow", "version": pa.__version__},
-            "pandas_version": "2.2.3",
-        }
-        table = pa.table({"task_index": pa.array(self._tasks.values(), pa.int64()), "task": list(self._tasks)})
-        (self._root / TASKS).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), self._root / TASKS)
-
-    def _info(self) -> dict[str, Any]:
-        return {
-            "codebase_version": VERSION,
-            "robot_type": self.embodiment.name,
-            "total_episodes": len(self._entries),
-            "total_frames": self.num_frames,
-            "total_tasks": len(self._tasks),
-            "chunks_size": self.files_per_chunk,
-            "data_files_size_in_mb": self.limits["data"],
-            "video_files_size_in_mb": self.limits["video"],
-            "fps": self.fps,
-            "splits": {"train": f"0:{len(self._entries)}"},
-            "data_path": DATA_PATH,
-            "video_path": VIDEO_PATH,
-            "features": self._features,
-        }
-
-    def _write_json(self, name: str, value: Any) -> None:
-        (self._root / name).write_text(json.dumps(value, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def _close_rows(self) -> None:
-        if self._rows:
-            handle, writer = self._rows
-            writer.close()
-            handle.close()
-            self._rows = None
-
-    def _close_files(self) -> None:
-        self._close_rows()
-        if self._video:
-            self._video.close()
-            self._video = None
+def _video_feature(size: tuple[int, int], fps: int) -> dict[str, Any]:
+    height, width = size
+    video = {
+        "video.height": height,
+        "video.width": width,
+        "video.codec": "h264",
+        "video.pix_fmt": "yuv420p",
+        "video.is_depth_map": False,
+        "video.fps": fps,
+        "video.channels": 3,
+        "video.g": GROUP_OF_PICTURES,
+        "video.crf": int(OPTIONS["crf"]),
+        "has_audio": False,
+    }
+    shape = [height, width, 3]
+    return {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"], "info": video}
 
 
 def _vector(values: np.ndarray, names: tuple[str, ...], key: str) -> dict[str, Any]:

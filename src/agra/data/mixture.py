@@ -1,45 +1,54 @@
 """Episodes to batches: which windows a training step sees, and the tensors they become.                 C.2.1, C.3
 
-A window starts at a control step, its observation: K actions from there on, and latents and teacher targets of the
-frames at `frame_stride`, all cached beforehand. Past the episode's end the last row repeats.
+The windows of a step follow from (seed, step) alone, for one dataset or a mixture: a resumed run, and any number of
+ranks, see what an uninterrupted single process would have.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from agra.batch import Batch
+from agra.data.augment import AugmentConfig, augment
 from agra.data.cache import CachedFeature
-from agra.data.lerobot import EGO_VIEW, LeRobotDataset
-from agra.data.normalize import METHODS, Method, NormStats
+from agra.data.normalize import NormStats
+from agra.data.source import SourceConfig
+from agra.data.sources import Source, open_sources
+from agra.data.windows import Numbers, Windows
+
+Features = Mapping[str, CachedFeature]
+Encode = Callable[[Sequence[np.ndarray]], tuple[Tensor | None, Tensor | None]]
+"""Clips (T, H, W, 3) of B windows to latents (B, C, T, h, w) and targets (B, T, H, W, P), what is not cached of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(SourceConfig):
     """Which data, how it is sampled, and where its frozen features are cached.
 
-    A window's frame size, number of frames and horizon are the model's own and stand in its config.
+    Its own fields describe the one dataset at `path`; with a `mixture` those of its sources count instead, and `path`
+    is the folder that their paths are relative to. A window's frame size, number of frames and horizon are the model's
+    own and stand in its config.
     """
 
-    path: str = ""  # a LeRobot v3.0 dataset
-    camera: str = EGO_VIEW
+    mixture: tuple[SourceConfig, ...] = ()
     cache: str = "cache"  # folder of frozen features, shared by all runs
+    cached: tuple[Literal["latents", "targets"], ...] = ("latents", "targets")  # the others are computed while training
     embodiments: tuple[str, ...] = ("tabletop",)  # an embodiment's place is its row in the action DiT's banks
-    frame_stride: int = 1  # control steps between a window's frames: 1 in simulation, 3 on the robot
-    normalization: Method = "min_max"
-    validation_fraction: float = 0.05  # share of the episodes, the last ones, that training never sees
+    validation_fraction: float = 0.05  # share of each dataset's episodes, the last ones, that training never sees
     early_window_fraction: float = 0.0  # not in the paper: share of the windows that start early in an episode,
     early_window_steps: int = 10  # within so many control steps
-    target_steps: int | None = (
-        None  # not in the paper: only windows from these first control steps have teacher targets
-    )
+    # not in the paper: only windows from these first control steps have teacher targets
+    target_steps: int | None = None
+    augment: AugmentConfig | None = None  # of clips that are decoded while training
 
     def __post_init__(self) -> None:
-        for name in ("frame_stride", "early_window_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}: expected at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.early_window_steps < 1:
+            raise ValueError(f"data.early_window_steps: expected at least 1, got {self.early_window_steps}")
         if self.target_steps is not None and self.target_steps < 1:
             raise ValueError(f"data.target_steps: expected at least 1 or None, got {self.target_steps}")
         if not 0 <= self.validation_fraction < 1:
@@ -48,22 +57,31 @@ class DataConfig:
             raise ValueError(
                 f"data.early_window_fraction: expected a share in [0, 1], got {self.early_window_fraction}"
             )
-        if self.normalization not in METHODS:
-            raise ValueError(f"data.normalization: expected one of {', '.join(METHODS)}, got {self.normalization!r}")
         if not self.embodiments or len(set(self.embodiments)) != len(self.embodiments):
             raise ValueError(f"data.embodiments: expected different names, got {self.embodiments}")
+        if self.augment is not None and self.cached:
+            raise ValueError(f"data.augment: what is cached is not augmented; got data.cached {self.cached}")
+        unnamed = [source.path for source in self.mixture if not source.embodiment]
+        if unnamed:
+            raise ValueError(f"data.mixture: name the embodiment of every source, {unnamed[0]!r} has none")
 
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The datasets that are sampled."""
+        return self.mixture or (self,)
 
-def held_out(num_episodes: int, config: DataConfig) -> range:
-    """The episodes kept for validation: the last ones, at least one where the fraction is not 0."""
-    if config.validation_fraction == 0:
-        return range(0)
-    count = max(1, round(num_episodes * config.validation_fraction))
-    if count >= num_episodes:
-        raise ValueError(
-            f"data.validation_fraction {config.validation_fraction} leaves none of {num_episodes} episodes"
+    def source(self, embodiment: str) -> SourceConfig:
+        """How an embodiment's observations are seen: as the first source of it is."""
+        return next((source for source in self.mixture if source.embodiment == embodiment), self)
+
+    def open(self) -> tuple[Source, ...]:
+        """The datasets, opened. Raises FileNotFoundError and ValueError as `LeRobotDataset` and `open_sources` do."""
+        return open_sources(
+            self.sources,
+            root=self.path if self.mixture else "",
+            embodiments=self.embodiments,
+            validation_fraction=self.validation_fraction,
         )
-    return range(num_episodes - count, num_episodes)
 
 
 class WindowSampler:
@@ -72,67 +90,79 @@ class WindowSampler:
     def __init__(
         self,
         config: DataConfig,
-        dataset: LeRobotDataset,
-        features: Mapping[str, CachedFeature],
+        sources: Sequence[Source],
+        features: Sequence[Features],
         stats: Mapping[str, NormStats],
         *,
         horizon: int,
+        num_frames: int,
         references: Sequence[int],
         batch_size: int,
         seed: int,
         max_state_dim: int,
         max_action_dim: int,
+        encode: Encode | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`batch_size` counts all ranks. Of `features`, "targets" is optional; `references` are its control steps.
+        """`batch_size` counts all ranks. `features` are each source's prepared ones; "targets" is optional.
 
-        `references` are relative to the observation, one for each latent frame (stride included). Raises ValueError
-        where the data does not fit the model or the config.
+        `references` are the frames of a window that stand for its latent frames. Where latents are not prepared,
+        `encode` makes them of decoded clips. Raises ValueError where the data does not fit the model or the config.
         """
-        if dataset.embodiment not in config.embodiments:
-            raise ValueError(
-                f"{dataset.path}: embodiment {dataset.embodiment!r} is not in data.embodiments {config.embodiments}"
-            )
         if batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size} must be a multiple of world_size {world_size}, rank {rank} in it"
             )
-        self.config, self.features, self.horizon = config, features, horizon
+        self.config, self.sources, self.encode = config, tuple(sources), encode
         self.references, self.batch_size, self.seed = np.asarray(references), batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.lengths = dataset.lengths
-        self.embodiment = config.embodiments.index(dataset.embodiment)
-        own = stats[dataset.embodiment]
-        self.action_dim = own.action_dim
-        episodes = range(dataset.num_episodes)
-        states = [own.normalize("state", dataset.states(i)) for i in episodes]
-        actions = [own.normalize("action", dataset.actions(i)) for i in episodes]
-        self._states = [_pad(rows, max_state_dim, f"{dataset.path}: state") for rows in states]
-        self._actions = [_pad(rows, max_action_dim, f"{dataset.path}: action") for rows in actions]
-        self.validation = held_out(dataset.num_episodes, config)
-        self.training = range(dataset.num_episodes - len(self.validation))
-        self._training_ends = np.cumsum(self.lengths[: len(self.training)])
+        self.parts = [
+            Windows(
+                source,
+                own,
+                stats[source.dataset.embodiment],
+                horizon=horizon,
+                num_frames=num_frames,
+                max_state_dim=max_state_dim,
+                max_action_dim=max_action_dim,
+            )
+            for source, own in zip(sources, features, strict=True)
+        ]
+        self.rows = [config.embodiments.index(source.dataset.embodiment) for source in sources]
+        weights = np.array([source.config.weight for source in sources])
+        self._shares = weights / weights.sum()
+        self.validation = [(k, e) for k, source in enumerate(sources) for e in source.validation]
 
     def windows(self, step: int) -> np.ndarray:
-        """(batch_size, 2) int64: episode and first control step of all ranks' windows of training step `step`.
+        """(batch_size, 3) int64: source, episode and first control step of all ranks' windows of training step `step`.
 
-        Uniform over all control steps of the training episodes; the early share is uniform over the episodes and then
-        over their first steps.
+        Sources by their weight; then uniform over all control steps of the training episodes, or, for the early share,
+        over the episodes and then over their first steps.
         """
+        count = self.batch_size
+        # Sources have a stream of their own, so that one dataset is sampled alike alone and as a mixture of one.
+        chosen = np.random.default_rng([self.seed, step, 1]).choice(len(self.parts), size=count, p=self._shares)
         rng = np.random.default_rng([self.seed, step])
-        rows = rng.integers(self._training_ends[-1], size=self.batch_size)
-        early = rng.random(self.batch_size) < self.config.early_window_fraction
-        early_episodes = rng.integers(len(self.training), size=self.batch_size)
-        early_places = rng.random(self.batch_size)
-        uniform = self._at(rows, self._training_ends)
-        first_steps = np.minimum(self.lengths[early_episodes], self.config.early_window_steps)
-        starts = np.stack([early_episodes, (early_places * first_steps).astype(np.int64)], axis=1)
-        return np.where(early[:, None], starts, uniform)
+        rows = rng.integers(np.array([part.training_ends[-1] for part in self.parts])[chosen])
+        early = rng.random(count) < self.config.early_window_fraction
+        early_episodes = rng.integers(np.array([len(part.source.training) for part in self.parts])[chosen])
+        early_places = rng.random(count)
+        windows = np.zeros((count, 3), np.int64)
+        for index, part in enumerate(self.parts):
+            own = chosen == index
+            uniform = _at(rows[own], part.training_ends)
+            first_steps = np.minimum(part.starts[early_episodes[own]], self.config.early_window_steps)
+            first = np.stack([early_episodes[own], (early_places[own] * first_steps).astype(np.int64)], axis=1)
+            windows[own, 0] = index
+            windows[own, 1:] = np.where(early[own, None] & (first_steps > 0)[:, None], first, uniform)
+        return windows
 
     def batch(self, step: int) -> Batch:
         """This rank's share of a training step's windows."""
-        return self._assemble(self.windows(step)[self.rank :: self.world_size])
+        mine = slice(self.rank, None, self.world_size)
+        draws = np.random.SeedSequence([self.seed, step, 2]).spawn(self.batch_size)[mine]
+        return self._assemble(self.windows(step)[mine], draws)
 
     def validation_batch(self) -> Batch:
         """Up to `batch_size` windows spread evenly over the held-out episodes, always the same, on every rank.
@@ -141,58 +171,76 @@ class WindowSampler:
         """
         if not self.validation:
             raise ValueError("validation needs held-out episodes: set data.validation_fraction above 0")
-        ends = np.cumsum(self.lengths[self.validation.start :])
+        ends = np.cumsum([self.parts[k].lengths[e] for k, e in self.validation])
         rows = np.linspace(0, ends[-1] - 1, min(self.batch_size, int(ends[-1]))).round().astype(np.int64)
-        windows = self._at(rows, ends)
-        windows[:, 0] += self.validation.start
-        return self._assemble(windows)
+        places = _at(rows, ends)
+        return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
 
-    def first_batch(self) -> Batch:
-        """The first window of every held-out episode, in order."""
-        return self._assemble(np.array([(episode, 0) for episode in self.validation], dtype=np.int64).reshape(-1, 2))
+    def first_batch(self, source: int = 0) -> Batch:
+        """The first window of every held-out episode of a source, in order."""
+        windows = [(k, episode, 0) for k, episode in self.validation if k == source]
+        return self._assemble(np.array(windows, dtype=np.int64).reshape(-1, 3))
 
-    @staticmethod
-    def _at(rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Rows counted over episodes that end at `ends` to (episode, step)."""
-        episodes = np.searchsorted(ends, rows, side="right")
-        return np.stack([episodes, rows - np.concatenate([[0], ends])[episodes]], axis=1)
-
-    def _assemble(self, windows: np.ndarray) -> Batch:
-        pairs = [(int(episode), int(start)) for episode, start in windows]
-        actions = np.stack([self._actions[e][self._rows(e, s, np.arange(self.horizon))] for e, s in pairs])
-        mask = np.zeros(actions.shape, dtype=bool)
-        mask[..., : self.action_dim] = True
-        targets, has_targets = self._targets(pairs)
-        latents = [self.features["latents"].read(e, rows=[s])[0] for e, s in pairs]
+    def _assemble(self, windows: np.ndarray, draws: Sequence[np.random.SeedSequence] | None = None) -> Batch:
+        numbers = [self._numbers(windows, index) for index in range(len(self.parts))]
+        order = np.argsort(np.concatenate([np.flatnonzero(windows[:, 0] == k) for k in range(len(self.parts))]))
+        state, actions, mask = (np.concatenate(column)[order] for column in zip(*filter(None, numbers), strict=True))
+        triples = [(int(k), int(e), int(s)) for k, e, s in windows]
+        latents, targets, has_targets = self._seen(triples, draws)
+        instructions = [self.parts[k].features["instruction"].read(e) for k, e, _ in triples]
         return Batch(
-            latents=torch.from_numpy(np.stack(latents)).float(),
-            instruction=torch.from_numpy(np.stack([self.features["instruction"].read(e) for e, _ in pairs])).float(),
-            state=torch.from_numpy(np.stack([self._states[e][s] for e, s in pairs])),
+            latents=latents,
+            instruction=torch.from_numpy(np.stack(instructions)).float(),
+            state=torch.from_numpy(state),
             actions=torch.from_numpy(actions),
             action_mask=torch.from_numpy(mask),
-            embodiment=torch.full((len(pairs),), self.embodiment),
+            embodiment=torch.tensor([self.rows[k] for k, _, _ in triples]),
             targets=targets,
             has_targets=has_targets,
         )
 
-    def _targets(self, pairs: Sequence[tuple[int, int]]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The teacher's grids of the windows' reference frames; zeros for a window past `target_steps`."""
-        if "targets" not in self.features:
-            return None, None
-        feature, limit = self.features["targets"], self.config.target_steps
-        has = [limit is None or start < limit for _, start in pairs]
-        grids = np.zeros((len(pairs), len(self.references), *feature.shape), np.float32)
+    def _numbers(self, windows: np.ndarray, index: int) -> Numbers | None:
+        own = [(int(e), int(s)) for k, e, s in windows if k == index]
+        return self.parts[index].numbers(own) if own else None
+
+    def _seen(
+        self, triples: Sequence[tuple[int, int, int]], draws: Sequence[np.random.SeedSequence] | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Latents, targets and which samples have targets: read where they are prepared, else computed of clips."""
+        latents = targets = None
+        if self.encode is not None:
+            clips = [self.parts[k].clip(e, s) for k, e, s in triples]
+            if self.config.augment is not None and draws is not None:
+                pairs = zip(clips, draws, strict=True)
+                clips = [augment(clip, self.config.augment, np.random.default_rng(draw)) for clip, draw in pairs]
+            latents, targets = self.encode(clips)
+        features = [part.features for part in self.parts]
+        if latents is None:
+            latents = torch.from_numpy(np.stack([features[k]["latents"].read(e, rows=[s])[0] for k, e, s in triples]))
+        limit = self.config.target_steps
+        has = [limit is None or start < limit for _, _, start in triples]
+        if targets is None and "targets" in features[0]:
+            targets = self._read_targets(triples, has)
+        if targets is None:
+            return latents.float(), None, None
+        return latents.float(), targets.float(), None if limit is None else torch.tensor(has)
+
+    def _read_targets(self, triples: Sequence[tuple[int, int, int]], has: Sequence[bool]) -> Tensor:
+        """The teacher's grids of the windows' reference frames; zeros where there are none."""
+        shape = self.parts[0].features["targets"].shape
+        grids = np.zeros((len(triples), len(self.references), *shape), np.float32)
         for index in np.flatnonzero(has):
-            episode, start = pairs[index]
-            grids[index] = feature.read(episode, rows=self._rows(episode, start, self.references))
-        return torch.from_numpy(grids), None if limit is None else torch.tensor(has)
+            source, episode, start = triples[index]
+            rows = self._reference_steps(source, episode, start)
+            grids[index] = self.parts[source].features["targets"].read(episode, rows=rows)
+        return torch.from_numpy(grids)
 
-    def _rows(self, episode: int, start: int, offsets: np.ndarray) -> np.ndarray:
-        return np.minimum(start + offsets, self.lengths[episode] - 1)
+    def _reference_steps(self, source: int, episode: int, start: int) -> np.ndarray:
+        part = self.parts[source]
+        return part.rows(episode, start, self.references * part.source.config.frame_stride)
 
 
-def _pad(rows: np.ndarray, width: int, what: str) -> np.ndarray:
-    """(N, D) to (N, width) with zeros."""
-    if rows.shape[1] > width:
-        raise ValueError(f"{what} has {rows.shape[1]} dimensions, the model takes {width}")
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+def _at(rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Rows counted over episodes that end at `ends` to (episode, step)."""
+    episodes = np.searchsorted(ends, rows, side="right")
+    return np.stack([episodes, rows - np.concatenate([[0], ends])[episodes]], axis=1)

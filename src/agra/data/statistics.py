@@ -3,7 +3,8 @@
 LeRobot approximates quantiles and, over a data set, brackets them; here every figure is computed over all values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,18 +13,16 @@ QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 Statistics = Mapping[str, np.ndarray]
 """min, max, mean, std, count and the five quantiles; count (1,), the others the shape of one value."""
 
+Chunks = Callable[[], Iterable[np.ndarray]]
+"""Gives all rows from the beginning, each time it is called, in arrays of (n, D)."""
+
 
 def describe(values: np.ndarray) -> dict[str, np.ndarray]:
     """Statistics over the first axis of `values` (N, D): every entry (D,) float64, count (1,) int64.
 
     std divides by N. Raises ValueError without rows or with a value that is not finite.
     """
-    if values.ndim != 2 or len(values) == 0:
-        raise ValueError(f"statistics need rows: expected (N, D) with N >= 1, got {values.shape}")
-    values = values.astype(np.float64)
-    if not np.isfinite(values).all():
-        row, column = np.argwhere(~np.isfinite(values))[0]
-        raise ValueError(f"statistics need finite values: row {row}, dimension {column} is {values[row, column]}")
+    values = _finite(values)
     quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
     return {
         "min": values.min(0),
@@ -33,6 +32,147 @@ def describe(values: np.ndarray) -> dict[str, np.ndarray]:
         "count": np.array([len(values)]),
         **dict(zip(QUANTILES, quantiles, strict=True)),
     }
+
+
+def describe_stream(chunks: Chunks, *, block_rows: int = 2**20) -> dict[str, np.ndarray]:
+    """`describe` of all rows of `chunks()` together, holding about `block_rows` of them at a time.
+
+    Quantiles are exact, too: the order statistics that they lie between are found by counting, 16 bits of the values
+    at a time, so `chunks` is called up to five times and must give the same rows each time. Mean and standard deviation
+    merge the blocks' own (Chan et al. 1979). Raises ValueError as `describe` does.
+    """
+    blocks = _blocks(chunks(), block_rows)
+    first, second = next(blocks, None), next(blocks, None)
+    if first is None:
+        raise ValueError("statistics need rows: got none")
+    if second is None:
+        return describe(first)
+    moments = _Moments.of(first, 0).merge(_Moments.of(second, len(first)))
+    for block in blocks:
+        moments = moments.merge(_Moments.of(block, moments.count))
+    quantiles = _quantiles(chunks, block_rows, moments.count, first.dtype)
+    return {
+        "min": moments.low,
+        "max": moments.high,
+        "mean": moments.mean,
+        "std": np.sqrt(moments.squares / moments.count),
+        "count": np.array([moments.count]),
+        **dict(zip(QUANTILES, quantiles, strict=True)),
+    }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Moments:
+    count: int
+    low: np.ndarray
+    high: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray  # sum of squared distances from the mean
+
+    @classmethod
+    def of(cls, rows: np.ndarray, before: int) -> "_Moments":
+        values = _finite(rows, before)
+        mean = values.mean(0)
+        return cls(
+            count=len(values),
+            low=values.min(0),
+            high=values.max(0),
+            mean=mean,
+            squares=np.square(values - mean).sum(0),
+        )
+
+    def merge(self, other: "_Moments") -> "_Moments":
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        return _Moments(
+            count=count,
+            low=np.minimum(self.low, other.low),
+            high=np.maximum(self.high, other.high),
+            mean=self.mean + shift * (other.count / count),
+            squares=self.squares + other.squares + shift**2 * (self.count * other.count / count),
+        )
+
+
+def _finite(values: np.ndarray, before: int = 0) -> np.ndarray:
+    """`values` as (N, D) float64. Raises ValueError without rows or where one is not finite (rows count from `before`)."""
+    if values.ndim != 2 or len(values) == 0:
+        raise ValueError(f"statistics need rows: expected (N, D) with N >= 1, got {values.shape}")
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(
+            f"statistics need finite values: row {before + row}, dimension {column} is {values[row, column]}"
+        )
+    return values
+
+
+def _blocks(chunks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same rows in blocks of at least `rows` (the last one smaller)."""
+    kept: list[np.ndarray] = []
+    for chunk in chunks:
+        kept.append(chunk)
+        if sum(map(len, kept)) >= rows:
+            yield np.concatenate(kept)
+            kept = []
+    if kept:
+        yield np.concatenate(kept)
+
+
+def _quantiles(chunks: Chunks, block_rows: int, count: int, dtype: np.dtype) -> list[np.ndarray]:
+    """The five quantiles, each (D,), interpolated between order statistics as `numpy.quantile` does."""
+    places = np.array(list(QUANTILES.values())) * (count - 1)
+    below = np.floor(places).astype(np.int64)
+    ranks = np.unique(np.concatenate([below, np.minimum(below + 1, count - 1)]))
+    found = _order_statistics(
+        chunks, block_rows, ranks, np.dtype(np.float32) if dtype == np.float32 else np.dtype(float)
+    )
+    low, high = (found[np.searchsorted(ranks, np.minimum(below + more, count - 1))] for more in (0, 1))
+    share = (places - below)[:, None]
+    step = high - low
+    return list(np.where(share < 0.5, low + step * share, high - step * (1 - share)))
+
+
+def _order_statistics(chunks: Chunks, block_rows: int, ranks: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The values of `ranks` (0-based) in every dimension, (len(ranks), D) float64: radix selection by 16 bits a pass."""
+    bits = dtype.itemsize * 8
+    prefixes: np.ndarray | None = None  # (ranks, D): the leading bits that are already known
+    for shift in range(bits - 16, -1, -16):
+        histograms: dict[tuple[int, int], np.ndarray] = {}
+        for block in _blocks(chunks(), block_rows):
+            keys = _ordered_bits(block.astype(dtype))
+            if prefixes is None:
+                prefixes = np.zeros((len(ranks), keys.shape[1]), np.uint64)
+                remaining = np.repeat(ranks[:, None], keys.shape[1], 1)
+            for dimension in range(keys.shape[1]):
+                own = keys[:, dimension]
+                for prefix in np.unique(prefixes[:, dimension]):
+                    inside = own if shift == bits - 16 else own[own >> np.uint64(shift + 16) == prefix]
+                    digits = ((inside >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int64)
+                    place = dimension, int(prefix)
+                    histograms[place] = histograms.get(place, 0) + np.bincount(digits, minlength=65536)
+        assert prefixes is not None
+        for (row, dimension), prefix in np.ndenumerate(prefixes.copy()):
+            totals = histograms[dimension, int(prefix)].cumsum()
+            digit = int(np.searchsorted(totals, remaining[row, dimension], side="right"))
+            remaining[row, dimension] -= totals[digit - 1] if digit else 0
+            prefixes[row, dimension] = (int(prefix) << 16) | digit
+    assert prefixes is not None
+    return _from_ordered_bits(prefixes, dtype)
+
+
+def _ordered_bits(values: np.ndarray) -> np.ndarray:
+    """Bit patterns, as uint64, that sort as the floats do: sign bit flipped, negative numbers inverted."""
+    width = values.dtype.itemsize * 8
+    raw = np.ascontiguousarray(values).view(f"u{width // 8}").astype(np.uint64)
+    sign, full = np.uint64(1 << (width - 1)), np.uint64((1 << width) - 1)
+    return np.where(raw & sign, raw ^ full, raw | sign)
+
+
+def _from_ordered_bits(keys: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    width = dtype.itemsize * 8
+    sign, full = np.uint64(1 << (width - 1)), np.uint64((1 << width) - 1)
+    raw = np.where(keys & sign, keys ^ sign, keys ^ full)
+    return raw.astype(f"u{width // 8}").view(dtype).astype(np.float64)
 
 
 def picture_histogram(frames: np.ndarray) -> np.ndarray:

@@ -14,6 +14,8 @@ import av.container
 import av.error
 import numpy as np
 
+from agra.data.tables import REMEDY
+
 GROUP_OF_PICTURES = 8
 """Frames between key frames: the most that is decoded in vain when a reader seeks."""
 
@@ -52,36 +54,99 @@ def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:
     os.replace(temporary, path)
 
 
-def decode_frames(path: Path, *, start: float, count: int, fps: float) -> np.ndarray:
-    """Decode `count` frames of `path` from `start` seconds on: (count, H, W, 3) uint8 RGB.
+def decode_frames(path: Path, times: np.ndarray, *, fps: float, threads: int = 0) -> np.ndarray:
+    """The frames of `path` that are shown at `times` (T,), ascending seconds: (T, H, W, 3) uint8 RGB.
 
-    Raises FileNotFoundError without the file, ValueError where it is damaged or holds fewer frames.
+    Seeks to the key frame before the first one, so a short clip of a long file costs little; `threads` 0 is as many as
+    there are cores. A frame more than half a period off its time is an error, not a substitute. Raises
+    FileNotFoundError without the file, ValueError where it is damaged or lacks a frame.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: video file is missing; copy or collect the dataset again")
+        raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
     frames: list[np.ndarray] = []
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError(f"{path}: holds no video stream; copy or collect the dataset again")
+                raise ValueError(f"{path}: holds no video stream; {REMEDY}")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = threads
             # Without this a damaged packet would be painted over and trained on.
             stream.codec_context.options = {"err_detect": "explode"}
             time_base = stream.time_base
             assert time_base is not None
-            container.seek(int(start / time_base), stream=stream)
+            container.seek(max(int(times[0] / time_base) - 1, 0), stream=stream)
             for frame in container.decode(stream):
-                if frame.pts is None or float(frame.pts * time_base) < start - 0.5 / fps:
+                shown = None if frame.pts is None else float(frame.pts * time_base)
+                if shown is None or shown < times[len(frames)] - 0.5 / fps:
                     continue
-                frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) == count:
-                    return np.stack(frames)
+                if shown > times[len(frames)] + 0.5 / fps:
+                    break
+                picture = frame.to_ndarray(format="rgb24")
+                while len(frames) < len(times) and abs(times[len(frames)] - shown) <= 0.5 / fps:
+                    frames.append(picture)
+                if len(frames) == len(times):
+                    break
+    except (av.error.FFmpegError, OverflowError) as error:
+        raise ValueError(f"{path}: damaged video ({str(error).splitlines()[0]}); {REMEDY}") from error
+    if len(frames) < len(times):
+        raise ValueError(f"{path}: no frame at {times[len(frames)]:.3f} s, which {fps:g} frames/s put there; {REMEDY}")
+    if len({frame.shape for frame in frames}) > 1:
+        raise ValueError(f"{path}: damaged video (its frames differ in size); {REMEDY}")
+    return np.stack(frames)
+
+
+def inspect_video(path: Path) -> tuple[int, tuple[int, int], float]:
+    """(frames, (height, width), frames/s) as the file's header has them. Raises as `decode_frames` does."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: holds no video stream; {REMEDY}")
+            stream = container.streams.video[0]
+            return stream.frames, (stream.height, stream.width), float(stream.average_rate or 0)
     except av.error.FFmpegError as error:
-        raise ValueError(f"{path}: damaged video ({error.strerror}); copy or collect the dataset again") from error
-    raise ValueError(
-        f"{path}: expected {count} frames from {start:.3f} s on, found {len(frames)}; copy or collect the dataset again"
-    )
+        raise ValueError(f"{path}: damaged video ({str(error).splitlines()[0]}); {REMEDY}") from error
+
+
+def cut_video(path: Path, *, start: float, count: int, fps: float) -> bytes:
+    """`count` frames from `start` seconds on as an mp4 of their own, packet by packet: nothing is encoded again.
+
+    Raises FileNotFoundError without the file, ValueError where it is damaged, or where the stretch does not begin at
+    a key frame.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
+    buffer = io.BytesIO()
+    try:
+        with av.open(str(path)) as source, av.open(buffer, "w", format="mp4") as target:
+            if not source.streams.video:
+                raise ValueError(f"{path}: holds no video stream; {REMEDY}")
+            stream = source.streams.video[0]
+            assert stream.time_base is not None
+            period = 1 / fps / stream.time_base
+            first = round(start / stream.time_base)
+            source.seek(max(first - 1, 0), stream=stream)
+            chosen = []
+            for packet in source.demux(stream):
+                if packet.pts is not None and first - period / 2 <= packet.pts < first + (count - 0.5) * period:
+                    chosen.append(packet)
+                if len(chosen) == count:
+                    break
+            if len(chosen) != count or not chosen[0].is_keyframe:
+                problem = "do not begin at a key frame" if len(chosen) == count else f"number {len(chosen)}"
+                raise ValueError(f"{path}: the {count} frames from {start:.3f} s on {problem}; {REMEDY}")
+            copy = target.add_stream_from_template(stream)
+            for packet in chosen:
+                assert packet.pts is not None
+                packet.pts = packet.pts - first
+                packet.dts = packet.pts if packet.dts is None else packet.dts - first
+                packet.stream = copy
+                target.mux(packet)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path}: damaged video ({str(error).splitlines()[0]}); {REMEDY}") from error
+    return buffer.getvalue()
 
 
 class VideoFile:
@@ -96,6 +161,11 @@ class VideoFile:
         self._container: av.container.OutputContainer = av.open(str(path), "w", format="mp4")
         self._stream = None
         self._header: bytes | None = None
+
+    def accepts(self, video: bytes) -> bool:
+        """Whether an encoded episode can be appended: it has the size and settings of the first one."""
+        with av.open(io.BytesIO(video), "r") as source:
+            return self._header is None or source.streams.video[0].codec_context.extradata == self._header
 
     def append(self, video: bytes, *, num_frames: int) -> tuple[float, float]:
         """Add one encoded episode; return its (from, to) in seconds."""

@@ -1,0 +1,206 @@
+"""Where LeRobot datasets keep things: versions 2.0, 2.1 and 3.0 brought to one list of episodes.
+
+v2: a parquet file and an mp4 for each episode, metadata in JSON lines. v3.0: episodes share files, and `meta/episodes`
+says where each begins. Source: huggingface/lerobot, `datasets/utils.py` and `scripts/convert_dataset_v21_to_v30.py`.
+"""
+
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agra.data.tables import REMEDY, read_json, read_json_lines, read_table
+
+V2, V3 = ("v2.0", "v2.1"), "v3.0"
+INFO, STATS = "meta/info.json", "meta/stats.json"
+TASKS, EPISODES, EPISODES_STATS = "meta/tasks.parquet", "meta/episodes.jsonl", "meta/episodes_stats.jsonl"
+TASKS_V2 = "meta/tasks.jsonl"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+VIDEO_PATH_V2 = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+
+_LONGEST = 1e7  # seconds of video in one file, more than any has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where an episode's rows and frames lie. In v2 its rows are all those of its file, and `first_row` is None."""
+
+    index: int
+    length: int
+    tasks: tuple[str, ...]
+    data: Path
+    first_row: int | None  # the dataset's number of its first row
+    videos: Mapping[str, tuple[Path, float]]  # camera -> file, and seconds at which the episode begins in it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A dataset's metadata, whatever its version."""
+
+    root: Path
+    version: str
+    info: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    tasks: Mapping[int, str]
+
+    @classmethod
+    def read(cls, root: Path) -> "Layout":
+        """Read the metadata of the dataset in `root`.
+
+        Raises FileNotFoundError for a missing dataset or file and ValueError for a damaged or foreign one, each with
+        the file's name.
+        """
+        if not (root / INFO).is_file():
+            raise FileNotFoundError(f"{root}: no LeRobot dataset here ({INFO} is missing); make one with: agra collect")
+        info = read_json(root / INFO)
+        _check_info(root / INFO, info)
+        read = _entries_v3 if info["codebase_version"] == V3 else _entries_v2
+        entries = read(root, info)
+        tasks = _tasks_v3(root / TASKS) if info["codebase_version"] == V3 else _tasks_v2(root / TASKS_V2)
+        if [entry.index for entry in entries] != list(range(info["total_episodes"])):
+            where = root / ("meta/episodes" if info["codebase_version"] == V3 else EPISODES)
+            raise ValueError(
+                f"{where}: expected the episodes 0 to {info['total_episodes'] - 1} that {INFO} announces,"
+                f" found {len(entries)} rows; {REMEDY}"
+            )
+        frames = sum(entry.length for entry in entries)
+        if frames != info.get("total_frames", frames):
+            raise ValueError(
+                f"{root / INFO}: announces {info['total_frames']} frames, the episodes have {frames}; {REMEDY}"
+            )
+        return cls(root=root, version=info["codebase_version"], info=info, entries=entries, tasks=tasks)
+
+    def names(self, *kinds: str) -> list[str]:
+        """The features of some dtypes, such as "video" and "image"."""
+        return [name for name, feature in self.info["features"].items() if feature["dtype"] in kinds]
+
+
+def _entries_v2(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
+    path = root / EPISODES
+    cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
+    entries = []
+    for row in read_json_lines(path):
+        index, length = _whole(row, "episode_index", path), _whole(row, "length", path, least=1)
+        names = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
+        videos = {c: (root / info["video_path"].format(video_key=c, **names), 0.0) for c in cameras}
+        entries.append(
+            Entry(
+                index=index,
+                length=length,
+                tasks=_texts(row.get("tasks", ()), path),
+                data=root / info["data_path"].format(**names),
+                first_row=None,
+                videos=videos,
+            )
+        )
+    return tuple(sorted(entries, key=lambda entry: entry.index))
+
+
+def _entries_v3(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
+    files = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"{root / 'meta/episodes'}: no episode list here; {REMEDY}")
+    cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
+    keys = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
+    keys += ["dataset_from_index", "dataset_to_index"]
+    keys += [f"videos/{c}/{name}" for c in cameras for name in ("chunk_index", "file_index", "from_timestamp")]
+    entries = []
+    for path in files:
+        for row in read_table(path, keys).to_pylist():
+            length, first = _whole(row, "length", path, least=1), _whole(row, "dataset_from_index", path)
+            if _whole(row, "dataset_to_index", path) != first + length:
+                raise ValueError(
+                    f"{path}: episode {row['episode_index']} has length {length}, its rows are said to be {first} to"
+                    f" {row['dataset_to_index']}; {REMEDY}"
+                )
+            place = {n: _whole(row, f"data/{n}", path) for n in ("chunk_index", "file_index")}
+            entries.append(
+                Entry(
+                    index=_whole(row, "episode_index", path),
+                    length=length,
+                    tasks=_texts(row["tasks"], path),
+                    data=root / info["data_path"].format(**place),
+                    first_row=first,
+                    videos={camera: _span(root, info, camera, row, path) for camera in cameras},
+                )
+            )
+    return tuple(sorted(entries, key=lambda entry: entry.index))
+
+
+def _span(root: Path, info: Mapping[str, Any], camera: str, row: Mapping[str, Any], path: Path) -> tuple[Path, float]:
+    place = {n: _whole(row, f"videos/{camera}/{n}", path) for n in ("chunk_index", "file_index")}
+    start = row[f"videos/{camera}/from_timestamp"]
+    if not isinstance(start, float | int) or not 0 <= start < _LONGEST:
+        raise ValueError(f"{path}: from_timestamp of {camera!r} should be a time in seconds, got {start!r}; {REMEDY}")
+    return root / info["video_path"].format(video_key=camera, **place), float(start)
+
+
+def _tasks_v2(path: Path) -> dict[int, str]:
+    rows = read_json_lines(path)
+    return {_whole(row, "task_index", path): text for row in rows for text in _texts([row.get("task")], path)}
+
+
+def _tasks_v3(path: Path) -> dict[int, str]:
+    """Texts are a pandas index; `__index_level_0__` is pandas' name for one without a name."""
+    table = read_table(path)
+    text = "task" if "task" in table.column_names else "__index_level_0__"
+    for name in ("task_index", text):
+        if name not in table.column_names:
+            raise ValueError(f"{path}: column {name!r} is missing, there are {', '.join(table.column_names)}")
+    rows = table.to_pylist()
+    return {_whole(row, "task_index", path): task for row in rows for task in _texts([row[text]], path)}
+
+
+def _check_info(path: Path, info: Mapping[str, Any]) -> None:
+    version = info.get("codebase_version")
+    if version not in (*V2, V3):
+        raise ValueError(f"{path}: codebase_version is {version!r}, expected one of {', '.join((*V2, V3))}")
+    kinds: dict[str, type | tuple[type, ...]] = {"fps": (int, float), "features": dict, "total_episodes": int}
+    kinds |= {"data_path": str}
+    for key, kind in kinds.items():
+        if not isinstance(info.get(key), kind) or isinstance(info.get(key), bool):
+            raise ValueError(f"{path}: {key!r} is missing or ill-typed: {info.get(key)!r}; {REMEDY}")
+    if not info["fps"] > 0:
+        raise ValueError(f"{path}: fps should be positive, got {info['fps']}; {REMEDY}")
+    for name, feature in info["features"].items():
+        shape = feature.get("shape") if isinstance(feature, dict) else None
+        if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"{path}: feature {name!r} has no shape of whole numbers, got {shape!r}; {REMEDY}")
+        if not isinstance(feature.get("dtype"), str):
+            raise ValueError(f"{path}: feature {name!r} has no dtype; {REMEDY}")
+    for key in ("chunks_size", "total_frames"):
+        if not isinstance(info.get(key, 1), int) or info.get(key, 1) < 1:
+            raise ValueError(f"{path}: {key} should be a positive whole number, got {info[key]!r}; {REMEDY}")
+    files = {"chunk_index", "file_index"} if version == V3 else {"episode_chunk", "episode_index"}
+    _check_template(path, info, "data_path", files)
+    if any(feature["dtype"] == "video" for feature in info["features"].values()):
+        _check_template(path, info, "video_path", files | {"video_key"})
+
+
+def _check_template(path: Path, info: Mapping[str, Any], key: str, known: set[str]) -> None:
+    """The template may name only what is known of a file, and whole numbers as such."""
+    template = info.get(key)
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
+        if not template or not set(fields) <= known:
+            raise ValueError(f"it names {', '.join(fields) or 'nothing'}, expected {', '.join(sorted(known))}")
+        template.format(**{name: "x" if name == "video_key" else 0 for name in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {key} {template!r} is no path of this version ({error}); {REMEDY}") from None
+
+
+def _whole(row: Mapping[str, Any], key: str, path: Path, *, least: int = 0) -> int:
+    value = row.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{path}: {key!r} should be a whole number of at least {least}, got {value!r}; {REMEDY}")
+    return value
+
+
+def _texts(values: Any, path: Path) -> tuple[str, ...]:
+    if not isinstance(values, Iterable) or isinstance(values, str) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{path}: a task should be a text, got {values!r}; {REMEDY}")
+    return tuple(values)
