@@ -106,6 +106,7 @@ class FilesV3:
                     yield numbers(file.read_row_group(group, columns=[name]), {name: features[name]})[name]
 
     def _write_rows(self, table: pa.Table) -> dict[str, int]:
+        table = _as_parquet_names(table)
         if self._rows and self._rows[0].tell() + table.nbytes > self.limits["data"] * 2**20:
             self._close_rows()
             self._data_place.advance()
@@ -190,6 +191,20 @@ def info_v3(
         "features": dict(features),
     }
     return known | {key: value for key, value in info.items() if key not in known}
+
+
+def _as_parquet_names(table: pa.Table) -> pa.Table:
+    """Items of lists named as parquet names them: a table from memory and one that was read give the same bytes."""
+
+    def renamed(kind: pa.DataType) -> pa.DataType:
+        if pa.types.is_fixed_size_list(kind):
+            return pa.list_(pa.field("element", renamed(kind.value_type)), kind.list_size)
+        if pa.types.is_list(kind):
+            return pa.list_(pa.field("element", renamed(kind.value_type)))
+        return kind
+
+    fields = [pa.field(field.name, renamed(field.type), metadata=field.metadata) for field in table.schema]
+    return table.cast(pa.schema(fields, metadata=table.schema.metadata))
 
 
 def _write_tasks(path: Path, tasks: Mapping[str, int]) -> None:

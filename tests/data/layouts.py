@@ -1,0 +1,325 @@
+"""Datasets written by hand in the documented layouts, with json, pyarrow and av alone: nothing of ours takes part.
+
+Layouts: LeRobot's `datasets/utils.py` and `convert_dataset_v21_to_v30.py`; GR00T's `LeRobot_compatible_data_schema.md`;
+EgoDex (arXiv 2505.11709); robomimic's and LIBERO's HDF5. Every layout tells the same story, `Story`, so that what is read
+back can be compared number by number.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+FPS, LENGTHS = 10, (7, 5, 9)
+TASKS = ("unlocked_waist: pick the apple", "unlocked_waist: nimm den Apfel — 苹果")
+CAMERAS = ("observation.images.front", "observation.images.wrist")
+SIZES = {CAMERAS[0]: (32, 48), CAMERAS[1]: (16, 24)}
+STATE_DIM, ACTION_DIM = 6, 5
+
+
+@dataclass(frozen=True)
+class Told:
+    """One episode of the story."""
+
+    states: np.ndarray  # (N, 6)
+    actions: np.ndarray  # (N, 5)
+    task: int
+    frames: dict[str, np.ndarray]  # camera -> (N, H, W, 3)
+
+
+def story(index: int, length: int) -> Told:
+    """Random numbers; pictures of one shade an episode and camera, with a bar that moves two pixels a step."""
+    rng = np.random.default_rng(index)
+    frames = {}
+    for which, (camera, (height, width)) in enumerate(SIZES.items()):
+        frames[camera] = np.full((length, height, width, 3), 50 + 40 * index + 10 * which, np.uint8)
+        for step in range(length):
+            frames[camera][step, :, 2 * step : 2 * step + 2] = 230
+    states, actions = rng.normal(size=(length, STATE_DIM)), rng.normal(size=(length, ACTION_DIM))
+    return Told(states.astype(np.float32), actions.astype(np.float32), index % 2, frames)
+
+
+STORY = [story(i, n) for i, n in enumerate(LENGTHS)]
+
+
+def encode(frames: np.ndarray, *, fps: int = FPS, options: dict | None = None) -> bytes:
+    """An mp4 with libx264's own choices: B-frames, and key frames where it likes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options or {"crf": "12"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def join(videos: list[bytes], path: Path) -> list[float]:
+    """ffmpeg's concat: packets one after the other. Returns the seconds at which each begins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    starts, frames = [], 0
+    with av.open(str(path), "w", format="mp4") as target:
+        stream = None
+        for video in videos:
+            with av.open(io.BytesIO(video)) as source:
+                first = source.streams.video[0]
+                stream = stream or target.add_stream_from_template(first)
+                offset = round(Fraction(frames, FPS) / first.time_base)
+                starts.append(frames / FPS)
+                for packet in source.demux(first):
+                    if packet.dts is not None:
+                        packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, stream
+                        target.mux(packet)
+                frames += first.frames
+    return starts
+
+
+def features(kind: str) -> dict:
+    """info.json's features; `kind` is how the cameras are stored."""
+    found: dict = {}
+    for camera, (height, width) in SIZES.items():
+        found[camera] = {"dtype": kind, "shape": [height, width, 3], "names": ["height", "width", "channels"]}
+        if kind == "video":
+            found[camera]["info"] = {"video.fps": float(FPS), "video.codec": "h264", "has_audio": False}
+    found["observation.state"] = {"dtype": "float32", "shape": [6], "names": {"motors": [f"s{i}" for i in range(6)]}}
+    found["action"] = {"dtype": "float32", "shape": [5], "names": None}
+    for name, dtype in {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64"}.items():
+        found[name] = {"dtype": dtype, "shape": [1], "names": None}
+    for name in ("index", "task_index"):
+        found[name] = {"dtype": "int64", "shape": [1], "names": None}
+    return found
+
+
+def rows(index: int, told: Told, kind: str) -> pa.Table:
+    """The table of an episode: variable lists for vectors, as LeRobot 2 wrote them."""
+    count = len(told.states)
+    columns: dict = {}
+    if kind == "image":
+        for camera in CAMERAS:
+            cells = [{"bytes": png(frame), "path": None} for frame in told.frames[camera]]
+            columns[camera] = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    columns["observation.state"] = pa.array(told.states.tolist(), pa.list_(pa.float32()))
+    columns["action"] = pa.array(told.actions.tolist(), pa.list_(pa.float32()))
+    columns["timestamp"] = pa.array(np.arange(count, dtype=np.float32) / np.float32(FPS))
+    columns["frame_index"] = pa.array(np.arange(count))
+    columns["episode_index"] = pa.array(np.full(count, index))
+    columns["index"] = pa.array(np.arange(count) + sum(LENGTHS[:index]))
+    columns["task_index"] = pa.array(np.full(count, told.task))
+    return pa.table(columns)
+
+
+def png(frame: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _lines(path: Path, values: list) -> None:
+    _text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def _statistics(values: np.ndarray) -> dict:
+    values = values.astype(np.float64)
+    found = {name: getattr(values, name)(0).tolist() for name in ("min", "max", "mean", "std")}
+    return found | {"count": [len(values)]}
+
+
+def _info(version: str, kind: str) -> dict:
+    return {
+        "codebase_version": version,
+        "robot_type": "bot",
+        "total_episodes": len(LENGTHS),
+        "total_frames": sum(LENGTHS),
+        "total_tasks": len(TASKS),
+        "chunks_size": 1000,
+        "fps": FPS,
+        "splits": {"train": f"0:{len(LENGTHS)}"},
+        "features": features(kind),
+    }
+
+
+def write_v2(root: Path, version: str = "v2.1", kind: str = "video") -> Path:
+    """LeRobot 2.0 or 2.1: a parquet file and mp4 files for each episode."""
+    statistics = []
+    for index, told in enumerate(STORY):
+        path = root / f"data/chunk-000/episode_{index:06d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(rows(index, told, kind), path)
+        for camera in CAMERAS if kind == "video" else ():
+            path = root / f"videos/chunk-000/{camera}/episode_{index:06d}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(told.frames[camera]))
+        stats = {"observation.state": _statistics(told.states), "action": _statistics(told.actions)}
+        statistics.append({"episode_index": index, "stats": stats})
+    info = _info(version, kind) | {
+        "total_videos": len(CAMERAS) * len(LENGTHS) if kind == "video" else 0,
+        "total_chunks": 1,
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    }
+    if kind == "image":
+        info["video_path"] = None
+    _text(root / "meta/info.json", json.dumps(info, indent=4))
+    episodes = [{"episode_index": i, "tasks": [TASKS[t.task]], "length": len(t.states)} for i, t in enumerate(STORY)]
+    _lines(root / "meta/episodes.jsonl", episodes)
+    _lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(TASKS)])
+    if version == "v2.1":
+        _lines(root / "meta/episodes_stats.jsonl", statistics)
+    else:
+        _text(root / "meta/stats.json", json.dumps(_all_statistics()))
+    return root
+
+
+def _all_statistics() -> dict:
+    states, actions = (np.concatenate([getattr(t, name) for t in STORY]) for name in ("states", "actions"))
+    return {"observation.state": _statistics(states), "action": _statistics(actions)}
+
+
+def write_v3(root: Path, kind: str = "video") -> Path:
+    """LeRobot 3.0: all episodes in one parquet file (a row group each) and one mp4 a camera; tasks in a pandas index."""
+    path = root / "data/chunk-000/file-000.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tables = [rows(i, t, kind) for i, t in enumerate(STORY)]
+    with pq.ParquetWriter(path, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    entries, first = [], 0
+    starts = {}
+    for camera in CAMERAS if kind == "video" else ():
+        starts[camera] = join(
+            [encode(t.frames[camera]) for t in STORY], root / f"videos/{camera}/chunk-000/file-000.mp4"
+        )
+    for index, told in enumerate(STORY):
+        count = len(told.states)
+        entry = {"episode_index": index, "tasks": [TASKS[told.task]], "length": count}
+        entry |= {"data/chunk_index": 0, "data/file_index": 0}
+        entry |= {"dataset_from_index": first, "dataset_to_index": first + count}
+        for camera, begins in starts.items():
+            entry |= {f"videos/{camera}/chunk_index": 0, f"videos/{camera}/file_index": 0}
+            entry |= {f"videos/{camera}/from_timestamp": begins[index]}
+            entry |= {f"videos/{camera}/to_timestamp": begins[index] + count / FPS}
+        for name, values in {"observation.state": told.states, "action": told.actions}.items():
+            entry |= {f"stats/{name}/{key}": value for key, value in _statistics(values).items()}
+        entries.append(entry | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
+        first += count
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(entries), path)
+    # What pandas writes for a nameless index of texts.
+    tasks = pa.table({"task_index": pa.array([0, 1]), "__index_level_0__": list(TASKS)})
+    pq.write_table(tasks, root / "meta/tasks.parquet")
+    _text(root / "meta/stats.json", json.dumps(_all_statistics()))
+    info = _info("v3.0", kind) | {
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
+    }
+    if kind == "image":
+        info["video_path"] = None
+    _text(root / "meta/info.json", json.dumps(info, indent=4))
+    return root
+
+
+# --- GR00T's flavour, as the GR1 tabletop sets have it ------------------------------------------------------------------
+
+GR1_PARTS = {
+    "left_arm": (0, 7),
+    "left_hand": (7, 13),
+    "left_leg": (13, 19),
+    "neck": (19, 22),
+    "right_arm": (22, 29),
+    "right_hand": (29, 35),
+    "right_leg": (35, 41),
+    "waist": (41, 44),
+}
+GR1_FPS, GR1_LENGTHS = 20, (6, 8, 5)
+
+
+def gr1_states(episode: int, length: int) -> np.ndarray:
+    """Known values: dimension d of step n of episode e is .01 d + .1 n + e, in radians."""
+    return 0.01 * np.arange(44) + 0.1 * np.arange(length)[:, None] + episode
+
+
+def gr1_frame(step: int, episode: int) -> np.ndarray:
+    """256 x 256: black padding above row 43 and from row 213 on, content between them brighter with every step."""
+    frame = np.zeros((256, 256, 3), np.uint8)
+    frame[43:213] = 60 + 12 * step + 20 * episode
+    return frame
+
+
+def write_gr1(root: Path) -> Path:
+    """LeRobot v2.0 with modality.json and annotations: 44 dimensions in float64, no frame_index, 20 Hz."""
+    camera, annotations = "observation.images.ego_view", ["human.action.task_description", "human.validity"]
+    texts = ["pick the can from the plate and place it in the pan", "valid", "unlocked_waist: pick the can"]
+    first = 0
+    for index, length in enumerate(GR1_LENGTHS):
+        states = gr1_states(index, length)
+        columns = {
+            "observation.state": pa.array(states.tolist(), pa.list_(pa.float64())),
+            "action": pa.array((states + 0.5).tolist(), pa.list_(pa.float64())),
+            "timestamp": pa.array(np.arange(length) / GR1_FPS),
+            "annotation.human.action.task_description": pa.array(np.full(length, 0)),
+            "task_index": pa.array(np.full(length, 0)),
+            "annotation.human.validity": pa.array(np.full(length, 1)),
+            "annotation.human.coarse_action": pa.array(np.full(length, 2)),
+            "episode_index": pa.array(np.full(length, index)),
+            "index": pa.array(first + np.arange(length)),
+            "next.reward": pa.array(np.zeros(length)),
+            "next.done": pa.array(np.arange(length) == length - 1),
+        }
+        path = root / f"data/chunk-000/episode_{index:06d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path)
+        path = root / f"videos/chunk-000/{camera}/episode_{index:06d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.stack([gr1_frame(n, index) for n in range(length)]), fps=GR1_FPS))
+        first += length
+    scalar = {"shape": [1], "names": None}
+    joints = {"dtype": "float64", "shape": [44], "names": [f"motor_{i}" for i in range(44)]}
+    video = {"dtype": "video", "shape": [256, 256, 3], "names": ["height", "width", "channel"]}
+    given: dict = {camera: video | {"video_info": {"video.fps": 20.0, "video.codec": "h264"}}}
+    given |= {"observation.state": joints, "action": joints, "timestamp": {"dtype": "float64", **scalar}}
+    given |= {f"annotation.{name}": {"dtype": "int64", **scalar} for name in (*annotations, "human.coarse_action")}
+    given |= {name: {"dtype": "int64", **scalar} for name in ("task_index", "episode_index", "index")}
+    given |= {"next.reward": {"dtype": "float64", **scalar}, "next.done": {"dtype": "bool", **scalar}}
+    info = {
+        "codebase_version": "v2.0",
+        "robot_type": "GR1ArmsAndWaistFourierHands",
+        "total_episodes": len(GR1_LENGTHS),
+        "total_frames": sum(GR1_LENGTHS),
+        "total_tasks": 3,
+        "total_videos": len(GR1_LENGTHS),
+        "total_chunks": 1,
+        "chunks_size": 1000,
+        "fps": float(GR1_FPS),
+        "splits": {"train": "0:100"},
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+        "features": given,
+    }
+    _text(root / "meta/info.json", json.dumps(info))
+    _lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(texts)])
+    episodes = [{"episode_index": i, "tasks": texts[:1], "length": n} for i, n in enumerate(GR1_LENGTHS)]
+    _lines(root / "meta/episodes.jsonl", episodes)
+    parts = {name: {"start": start, "end": end} for name, (start, end) in GR1_PARTS.items()}
+    modality = {
+        "state": parts,
+        "action": parts,
+        "video": {"ego_view": {"original_key": camera}},
+        "annotation": {**{name: {} for name in annotations}, "human.coarse_action": {}},
+    }
+    _text(root / "meta/modality.json", json.dumps(modality))
+    return root
