@@ -323,3 +323,98 @@ def write_gr1(root: Path) -> Path:
     }
     _text(root / "meta/modality.json", json.dumps(modality))
     return root
+
+
+# --- EgoDex ---------------------------------------------------------------------------------------------------------------
+
+EGODEX_JOINTS = ("camera", "hip", "neck4", "leftForearm", "leftHand", "rightHand", "rightThumbTip")
+
+
+def egodex_transform(joint: str, step: int, episode: int) -> np.ndarray:
+    """Known poses in ARKit's frame (x right, y up, z back): hands turn about the vertical by .1 a step."""
+    angle, side = 0.1 * step + 0.3 * episode, -0.2 if joint.startswith("left") else 0.2
+    pose = np.eye(4)
+    pose[:3, :3] = [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
+    pose[:3, 3] = [side, 1.0 + 0.01 * step, -0.5 - 0.02 * episode]
+    return pose
+
+
+def write_egodex(root: Path, lengths=(6, 9), *, size=(108, 192), task="basic_pick_place") -> Path:
+    """`<task>/<i>.mp4` and `<i>.hdf5`, 30 Hz; the pictures are small, all else as documented."""
+    import h5py
+
+    for index, length in enumerate(lengths):
+        path = root / task / f"{index}.hdf5"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames = np.full((length, *size, 3), 60, np.uint8)
+        frames[:, int(size[0] * 0.5) :] = 150
+        for step in range(length):
+            frames[step, -20:, 4 * step : 4 * step + 8] = 240
+        path.with_suffix(".mp4").write_bytes(encode(frames, fps=30))
+        with h5py.File(path, "w") as file:
+            file["camera/intrinsic"] = np.array([[736.6, 0, 960], [0, 736.6, 540], [0, 0, 1]], np.float32)
+            for joint in EGODEX_JOINTS:
+                poses = np.stack([egodex_transform(joint, step, index) for step in range(length)])
+                file[f"transforms/{joint}"] = poses.astype(np.float32)
+                file[f"confidences/{joint}"] = np.ones(length, np.float32)
+            file.attrs["llm_description"] = "Put the Cup on the plate."
+            file.attrs["llm_description2"] = "Take the Cup off the plate."
+            file.attrs["llm_type"] = "reversible"
+            file.attrs["which_llm_description"] = str(index % 2 + 1)
+            file.attrs["task"] = task
+    return root
+
+
+# --- robomimic and LIBERO -------------------------------------------------------------------------------------------------
+
+
+def demonstration(index: int, length: int) -> dict[str, np.ndarray]:
+    """Numbers of one demonstration; the picture has a bright upper left corner where it is upright."""
+    rng = np.random.default_rng(100 + index)
+    picture = np.full((length, 32, 48, 3), 60, np.uint8)
+    picture[:, :10, :10] = 220
+    return {
+        "actions": rng.uniform(-1, 1, (length, 7)),
+        "position": rng.normal(size=(length, 3)),
+        "axis_angle": rng.uniform(-1, 1, (length, 3)),
+        "fingers": rng.uniform(0, 0.04, (length, 2)),
+        "picture": picture,
+    }
+
+
+def write_hdf5(path: Path, kind: str, lengths=(5, 7)) -> Path:
+    """`data/demo_<i>` with actions and observations. Demonstration 10 comes after 2 only if names are read as numbers."""
+    import h5py
+    from scipy.spatial.transform import Rotation
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["env_args"] = json.dumps({"env_name": "Lift", "env_kwargs": {"control_freq": 20}})
+        if kind == "libero":
+            data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the bowl"})
+        for index, (name, length) in enumerate(zip(("demo_2", "demo_10"), lengths, strict=True)):
+            told = demonstration(index, length)
+            demo = data.create_group(name)
+            demo.attrs["num_samples"] = length
+            demo["actions"] = told["actions"]
+            demo["dones"] = np.arange(length) == length - 1
+            quaternion = Rotation.from_rotvec(told["axis_angle"]).as_quat()  # real part last, as robosuite has it
+            seen = {
+                "libero": {
+                    "agentview_rgb": told["picture"][:, ::-1, ::-1],
+                    "eye_in_hand_rgb": told["picture"][:, ::-1, ::-1],
+                    "ee_pos": told["position"],
+                    "ee_ori": told["axis_angle"],
+                    "gripper_states": told["fingers"],
+                },
+                "robomimic": {
+                    "agentview_image": told["picture"],
+                    "robot0_eef_pos": told["position"],
+                    "robot0_eef_quat": quaternion,
+                    "robot0_gripper_qpos": told["fingers"],
+                },
+            }[kind]
+            for key, values in seen.items():
+                demo[f"obs/{key}"] = values
+    return path

@@ -54,11 +54,13 @@ def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:
     os.replace(temporary, path)
 
 
-def decode_frames(path: Path, times: np.ndarray, *, fps: float, threads: int = 0) -> np.ndarray:
+def decode_frames(
+    path: Path, times: np.ndarray, *, fps: float, threads: int = 0, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """The frames of `path` that are shown at `times` (T,), ascending seconds: (T, H, W, 3) uint8 RGB.
 
     Seeks to the key frame before the first one, so a short clip of a long file costs little; `threads` 0 is as many as
-    there are cores. A frame more than half a period off its time is an error, not a substitute. Raises
+    there are cores, `size` (H, W) makes frames smaller as they come. A frame more than half a period off its time is an error, not a substitute. Raises
     FileNotFoundError without the file, ValueError where it is damaged or lacks a frame.
     """
     if not path.is_file():
@@ -82,6 +84,8 @@ def decode_frames(path: Path, times: np.ndarray, *, fps: float, threads: int = 0
                     continue
                 if shown > times[len(frames)] + 0.5 / fps:
                     break
+                if size is not None:
+                    frame = frame.reformat(height=size[0], width=size[1], interpolation="AREA")
                 picture = frame.to_ndarray(format="rgb24")
                 while len(frames) < len(times) and abs(times[len(frames)] - shown) <= 0.5 / fps:
                     frames.append(picture)
