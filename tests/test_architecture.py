@@ -26,6 +26,7 @@ DOORS = {
     "mujoco": ("agra.simulators.tabletop",),
     "pyarrow": ("agra.data",),
     "av": ("agra.data",),
+    "h5py": ("agra.data.hdf5",),
     "onnx": ("agra.alignment",),
 }
 

@@ -142,9 +142,9 @@ def test_a_step_s_samples_follow_from_seed_and_step(parts):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_one_batch(parts, world_size):
-    config = replace(CONFIG, target_steps=5)
-    whole = make(parts, config).batch(5)
-    shares = [make(parts, config, rank=rank, world_size=world_size).batch(5) for rank in range(world_size)]
+    change = {"target_steps": 5}
+    whole = make(parts, change).batch(5)
+    shares = [make(parts, change, rank=rank, world_size=world_size).batch(5) for rank in range(world_size)]
     for name in vars(whole):
         union = torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)
         assert torch.equal(union, getattr(whole, name)), name
@@ -272,10 +272,10 @@ def test_config_is_checked(change):
 
 
 def test_only_windows_from_the_first_steps_have_targets(parts):
-    sampler = make(parts, replace(CONFIG, target_steps=5), batch_size=64)
+    sampler = make(parts, {"target_steps": 5}, batch_size=64)
     windows, batch = sampler.windows(0), sampler.batch(0)
     assert 0 < batch.has_targets.sum() < 64
-    assert batch.has_targets.tolist() == [start < 5 for _, start in windows]
+    assert batch.has_targets.tolist() == [start < 5 for _, _, start in windows]
     whole = make(parts, batch_size=64).batch(0)
     assert whole.has_targets is None
     assert torch.equal(batch.targets[batch.has_targets], whole.targets[batch.has_targets])
