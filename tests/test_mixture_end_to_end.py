@@ -10,6 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
+from layouts import write_egodex
+
 from agra import prepare as frozen
 from agra import run
 from agra.alignment.teacher import reference_frames
@@ -25,7 +27,6 @@ from agra.training import checkpoint
 from agra.training.stages import Stage
 from agra.types import Embodiment, Episode, Observation
 from agra.wam.bridge import bridged_layers
-from layouts import write_egodex
 
 EMBODIMENTS = ("tabletop", "tabletop_human", "human_egodex")
 DIMENSIONS = {"tabletop": 12, "tabletop_human": 12, "human_egodex": 18}

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -69,6 +69,78 @@ def collect(
     run(simulator, output, episodes=episodes, seed=seed, workers=workers)
 
 
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+def doctor(
+    dataset: Annotated[str, tyro.conf.Positional],
+    camera: str | None = None,
+    every_frame: bool = False,
+    seal: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Examine a dataset for everything that can silently spoil training. Exit code 1 where it finds an error.
+
+    Args:
+        dataset: a LeRobot dataset of version 2.0, 2.1 or 3.0, a folder or a hub id.
+        camera: look through this one only; by default through all.
+        every_frame: decode every episode instead of three.
+        seal: write checksums of all files as they are now; reading then finds any damage.
+        json: write the findings here, for machines.
+    """
+    from agra.data.doctor import examine
+    from agra.data.hub import local_folder
+    from agra.data.integrity import seal as write_checksums
+
+    if seal:
+        print(write_checksums(local_folder(dataset)))
+    diagnosis = examine(dataset, camera=camera, every_frame=every_frame)
+    diagnosis.print()
+    if json is not None:
+        json.write_text(diagnosis.to_json() + "\n", encoding="utf-8")
+    if not diagnosis.healthy:
+        raise SystemExit(1)
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    output: Path,
+    kind: Literal["lerobot", "egodex", "libero", "robomimic"] = "lerobot",
+    version: Literal["v2.0", "v2.1", "v3.0"] = "v3.0",
+    limit: int | None = None,
+    instruction: str | None = None,
+    fps: int | None = None,
+) -> None:
+    """Write a dataset in another form: LeRobot of any version, EgoDex, LIBERO's or robomimic's HDF5.
+
+    Args:
+        source: the dataset: a folder or a hub id; for HDF5 a file, or a folder of them.
+        output: folder of the new dataset.
+        kind: what `source` is.
+        version: LeRobot version to write, of a LeRobot source; the others become v3.0.
+        limit: convert only so many EgoDex trajectories.
+        instruction: what HDF5 demonstrations show, where the files do not tell.
+        fps: control rate of HDF5 demonstrations, where the files do not tell.
+    """
+    if kind != "lerobot" and version != "v3.0":
+        raise ValueError(f"--version {version}: {kind} is written as v3.0; convert the result")
+    if kind == "lerobot":
+        from agra.data.convert import convert as run
+
+        run(source, output, version)
+    elif kind == "egodex":
+        from agra.data.egodex import convert_egodex
+
+        convert_egodex(Path(source), output, limit=limit)
+    else:
+        from agra.data.robomimic import convert_hdf5
+
+        path = Path(source)
+        files = sorted(path.glob("*.hdf5")) if path.is_dir() else [path]
+        convert_hdf5(files, output, kind=kind, instruction=instruction, fps=fps)
+    print(output)
+
+
 # --- prepare and train -----------------------------------------------------------------------------------------------
 
 
@@ -83,11 +155,20 @@ class TrainOptions:
     device: str = "cpu"
     threads: int | None = None
     """Threads of torch; by default OMP_NUM_THREADS, or all cores."""
+    mixture: Path | None = None
+    """JSON list of the datasets to mix, each with the fields of `--data` that it sets (path, embodiment, weight ...)."""
+    augment: bool = False
+    """GR00T's image augmentation of clips that are decoded while training (--data.cached must be empty)."""
 
 
 def _train(arguments: list[str]) -> None:
     """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
     options, config = _recipe_arguments("train", arguments, TrainOptions)
+    config = _with_mixture(config, options.mixture)
+    if options.augment:
+        from agra.data.augment import AugmentConfig
+
+        config = replace(config, data=replace(config.data, augment=AugmentConfig()))
     from agra.run import train
 
     if options.threads is not None:
@@ -105,15 +186,38 @@ class PrepareOptions:
     """How the frozen features are computed."""
 
     device: str = "cpu"
+    mixture: Path | None = None
+    """JSON list of the datasets to mix, as for `agra train`."""
+    estimate: bool = False
+    """Only say how much there is to compute, how large it will be and how long it will take."""
+    rank: int = int(os.environ.get("RANK", 0))
+    """Which of several processes this is; each computes its share of the episodes. By default what torchrun says."""
+    world_size: int = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _prepare(arguments: list[str]) -> None:
     """Cache what frozen networks compute for a recipe: agra prepare RECIPE --data.path DATASET [--stage adapt]"""
     options, config = _recipe_arguments("prepare", arguments, PrepareOptions)
-    from agra.run import prepare
+    config = _with_mixture(config, options.mixture)
+    from agra.run import estimate, prepare
 
-    for folder in prepare(config, device=options.device):
-        print(folder)
+    if not 0 <= options.rank < options.world_size:
+        raise ValueError(f"--rank {options.rank}: expected 0 to {options.world_size - 1}, as --world-size says")
+    for source, expected in estimate(config, device=options.device) if options.rank == 0 else ():
+        print(f"{source.dataset.path}: {expected}", file=sys.stderr)
+        if expected.bytes > expected.free_bytes:
+            raise ValueError(f"{config.data.cache}: {expected}; choose another --data.cache")
+    if not options.estimate:
+        for folder in prepare(config, device=options.device, rank=options.rank, world_size=options.world_size):
+            print(folder)
+
+
+def _with_mixture(config: "RunConfig", path: Path | None) -> "RunConfig":
+    if path is None:
+        return config
+    from agra.config import read_mixture
+
+    return replace(config, data=replace(config.data, mixture=read_mixture(path)))
 
 
 def _recipe_arguments(command: str, arguments: list[str], options: type) -> tuple:
@@ -326,6 +430,8 @@ def _command(function: Callable[..., None]) -> Callable[[list[str]], None]:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "collect": _command(collect),
+    "convert": _command(convert),
+    "doctor": _command(doctor),
     "prepare": _prepare,
     "train": _train,
     "evaluate": _command(evaluate),

@@ -11,6 +11,7 @@ from cattrs.preconf.json import make_converter
 
 from agra.alignment.loss import AlignmentConfig
 from agra.data.mixture import DataConfig
+from agra.data.source import SourceConfig
 from agra.diagnostics.looking import TargetConfig
 from agra.training.stages import StageConfig
 from agra.wam.model import WAMConfig
@@ -58,6 +59,18 @@ class RunConfig:
         except cattrs.BaseValidationError as error:
             problem = cattrs.transform_error(error, path="config")[0]
             raise ValueError(f"{source}: {problem}{_suggestion(error)}") from error
+
+
+def read_mixture(path: Path) -> tuple[SourceConfig, ...]:
+    """A JSON list of sources, each an object of the fields that it sets. Raises as `RunConfig.from_json` does."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it should list the datasets to mix")
+    try:
+        return _converter.structure(json.loads(path.read_text(encoding="utf-8")), tuple[SourceConfig, ...])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    except cattrs.BaseValidationError as error:
+        raise ValueError(f"{path}: {cattrs.transform_error(error, path='source')[0]}{_suggestion(error)}") from error
 
 
 _converter = make_converter(forbid_extra_keys=True, detailed_validation=True)

@@ -137,7 +137,9 @@ def test_annotations_and_modality_names(gr1):
     dataset = LeRobotDataset(gr1, source=described)
     assert dataset.instruction(0) == "pick the can from the plate and place it in the pan"
     assert dataset.states(0).shape == (6, 6)
-    with pytest.raises(ValueError, match=r"no column 'human\.colour' of task numbers; there are task_index, annotation"):
+    with pytest.raises(
+        ValueError, match=r"no column 'human\.colour' of task numbers; there are task_index, annotation"
+    ):
         LeRobotDataset(gr1, source=SourceConfig(instruction_key="human.colour"))
     with pytest.raises(ValueError, match="no action key or column 'tail'; there are left_arm, left_hand"):
         LeRobotDataset(gr1, source=SourceConfig(action=("tail",)))

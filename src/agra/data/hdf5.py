@@ -23,11 +23,16 @@ def opened(path: Path) -> Iterator[h5py.File]:
         raise ValueError(f"{path}: damaged HDF5 file ({str(error).splitlines()[0]}); {REMEDY}") from error
 
 
+def keys(parent: h5py.Group) -> list[str]:
+    """Names of what is in a group."""
+    return [str(name) for name in parent]
+
+
 def group(parent: h5py.Group, name: str, path: Path) -> h5py.Group:
     """A group by name. Raises ValueError listing what there is."""
     found = parent.get(name)
     if not isinstance(found, h5py.Group):
-        raise ValueError(f"{path}: no group {name!r} in {parent.name}; there are {', '.join(parent) or 'none'}")
+        raise ValueError(f"{path}: no group {name!r} in {parent.name}; there are {', '.join(keys(parent)) or 'none'}")
     return found
 
 
@@ -35,7 +40,7 @@ def array(parent: h5py.Group, name: str, path: Path, shape: tuple[int | None, ..
     """An array by name, of a shape where None is any length; floats must be finite. Raises ValueError."""
     found = parent.get(name)
     if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"{path}: no array {name!r} in {parent.name}; there are {', '.join(parent) or 'none'}")
+        raise ValueError(f"{path}: no array {name!r} in {parent.name}; there are {', '.join(keys(parent)) or 'none'}")
     fits = len(found.shape) == len(shape) and all(w in (None, n) for w, n in zip(shape, found.shape, strict=True))
     if not fits or found.dtype.kind not in "fiub":
         raise ValueError(f"{path}: {found.name} should be numbers of {shape}, is {found.dtype} of {found.shape}")

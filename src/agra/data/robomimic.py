@@ -7,7 +7,7 @@ three, 7 numbers.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from agra.data.hdf5 import array, group, opened, text
+from agra.data.hdf5 import array, group, keys, opened, text
 from agra.data.lerobot_writer import EncodedEpisode, EncodedVideo, LeRobotWriter
 from agra.types import Embodiment
 
@@ -69,11 +69,11 @@ def convert_hdf5(
     return output
 
 
-def _demonstrations(path: Path, kind: Kind, instruction: str | None, fps: int):
+def _demonstrations(path: Path, kind: Kind, instruction: str | None, fps: int) -> Iterator[EncodedEpisode]:
     with opened(path) as file:
         data = group(file, "data", path)
         said = instruction if instruction is not None else _instruction(dict(data.attrs), path)
-        names = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
+        names = sorted((n for n in keys(data) if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
         for name in names:
             yield _demonstration(group(data, name, path), path, _KINDS[kind], said, fps)
 
@@ -84,9 +84,11 @@ def _demonstration(demo: Any, path: Path, names: _Names, instruction: str, fps: 
     position, turned, fingers = (array(seen, name, path, (count, width)) for name, width in names.state)
     if turned.shape[1] == 4:  # robosuite's quaternions end with the real part
         turned = Rotation.from_quat(turned).as_rotvec()
-    cameras = [name for name in seen if name.endswith(names.camera_suffix)]
+    cameras = [name for name in keys(seen) if name.endswith(names.camera_suffix)]
     if not cameras:
-        raise ValueError(f"{path}: no pictures (*{names.camera_suffix}) in {seen.name}; there are {', '.join(seen)}")
+        raise ValueError(
+            f"{path}: no pictures (*{names.camera_suffix}) in {seen.name}; there are {', '.join(keys(seen))}"
+        )
     videos = {}
     for name in cameras:
         frames = names.pictures(array(seen, name, path, (count, None, None, 3)))
