@@ -7,7 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from agra.data.cache import CachedFeature, folder, prepare
+from agra.data.cache import CachedFeature, estimate, folder, prepare
 from agra.data.integrity import seal
 from agra.data.lerobot import LeRobotDataset
 from agra.data.lerobot_writer import write_dataset
@@ -172,3 +172,68 @@ def test_episodes_that_disagree_are_refused(dataset, tmp_path):
 
     with pytest.raises(ValueError, match=r"episode-000001\.safetensors: expected rows of"):
         prepare(dataset, [Ragged()], tmp_path, progress=False)
+
+
+def test_shares_of_several_processes_make_one_folder(dataset, tmp_path):
+    feature = [Brightness() for _ in range(2)]
+    (path,) = prepare(dataset, [feature[1]], tmp_path, rank=1, world_size=2, progress=False)
+    with pytest.raises(FileNotFoundError, match="only 1 episodes are prepared"):
+        CachedFeature.open(path)
+    prepare(dataset, [feature[0]], tmp_path, rank=0, world_size=2, progress=False)
+    assert [f.computed for f in feature] == [2, 1]
+    whole = CachedFeature.open(path)
+    for index in range(3):
+        assert np.array_equal(whole.read(index), Brightness().compute(dataset.episode(index))["brightness"])
+
+
+def test_only_the_episodes_that_are_wanted(dataset, tmp_path):
+    feature = Brightness()
+    (path,) = prepare(dataset, [feature], tmp_path, episodes=[0, 2], progress=False)
+    assert CachedFeature.open(path, episodes=[2, 0]).episodes == (0, 2)
+    with pytest.raises(FileNotFoundError, match="episode 1 is not prepared; run agra prepare"):
+        CachedFeature.open(path, episodes=[0, 1])
+    prepare(dataset, [feature], tmp_path, episodes=[1], progress=False)
+    assert CachedFeature.open(path, episodes=[0, 1, 2]).episodes == (0, 1, 2)
+    assert feature.computed == 3
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_a_flipped_bit_is_found_where_it_is_read(dataset, tmp_path, limit):
+    """Every row has its checksum; rows beside the damaged one read right."""
+    (path,) = prepare(dataset, [Brightness()], tmp_path, progress=False)
+    file = path / "episode-000001.safetensors"
+    expected = Brightness().compute(dataset.episode(1))["brightness"]
+    content = bytearray(file.read_bytes())
+    content[content.index(expected[4].tobytes()) + 3] ^= 8
+    file.write_bytes(content)
+    if limit:
+        with pytest.raises(ValueError, match=r"episode-000001\.safetensors: damaged \(a row of 'brightness' differs"):
+            CachedFeature.open(path, memory_limit=limit)
+        return
+    cached = CachedFeature.open(path, memory_limit=limit)
+    assert np.array_equal(cached.read(1, rows=[3, 5]), expected[[3, 5]])
+    with pytest.raises(ValueError, match=r"episode-000001\.safetensors: damaged \(a row of 'brightness' differs"):
+        cached.read(1, rows=[3, 4])
+
+
+def test_files_that_changed_places(dataset, tmp_path):
+    (path,) = prepare(dataset, [Brightness()], tmp_path, progress=False)
+    one, other = (path / f"episode-{i:06d}.safetensors" for i in (0, 1))
+    os.rename(one, path / "spare")
+    os.rename(other, one)
+    os.rename(path / "spare", other)
+    with pytest.raises(ValueError, match=r"episode-000000\.safetensors: damaged \(it says to be"):
+        CachedFeature.open(path, memory_limit=0).read(0)
+
+
+def test_estimate(dataset, tmp_path):
+    """Sizes are exact for features with a row a step; nothing is left once all is prepared."""
+    expected = estimate(dataset, [Brightness(), Words()], tmp_path)
+    assert expected.episodes == 3
+    rows = sum(LENGTHS) * (16 * 2 + 4) + 3 * 3 * 2  # brightness and whole, and three words an episode
+    assert expected.bytes == rows
+    assert expected.free_bytes > 0
+    assert str(expected).startswith("3 episodes to prepare, about 0.0 MiB")
+    assert list(tmp_path.glob("brightness*")) == []
+    prepare(dataset, [Brightness(), Words()], tmp_path, progress=False)
+    assert estimate(dataset, [Brightness(), Words()], tmp_path).bytes == 0

@@ -148,10 +148,11 @@ def test_instructions(tmp_path):
     assert "begin with 'unlocked_waist: '" in found(root)["warning", "instruction"]
     path = root / "meta/tasks.jsonl"
     path.write_text('{"task_index": 0, "task": "go"}\n{"task_index": 1, "task": "go"}\n')
-    report = examine(root).findings
-    said = [f.message for f in report if f.check == "instruction"]
-    assert any("one for everything: 'go'" in message for message in said)
-    assert any("the rows say 'go', the episode list 'unlocked_waist" in message for message in said)
+    assert "episode 2 is 'go' by its rows, 'unlocked_waist: pick the apple' by" in found(root)["error", "instruction"]
+    episodes = root / "meta/episodes.jsonl"
+    rows = [json.loads(line) | {"tasks": ["go"]} for line in episodes.read_text().splitlines()]
+    episodes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "one for everything: 'go'" in found(root)["warning", "instruction"]
 
 
 def test_timestamps(copy):
@@ -170,7 +171,7 @@ def test_frames_and_rows(tmp_path):
     shutil.copy(videos[1], videos[2])
     report = found(root)
     assert report["error", "video"].endswith("episode_000002.mp4: 5 frames for 9 rows")
-    assert "no frame at 0.500 s" in report["error", "frames"]
+    assert "has 5 frames, its episode has 9 rows" in report["error", "frames"]
 
 
 def test_gr1_traps(tmp_path):

@@ -172,6 +172,13 @@ def test_rows_that_disagree(copy):
     with pytest.raises(ValueError, match="episode 1 has length 6, its rows are said to be 7 to 12"):
         LeRobotDataset(copy)
     edit(episodes, "dataset_to_index", lambda ends: ends.__setitem__(1, 13))
+    with pytest.raises(ValueError, match="episode 1 of 0.6 s is said to be from 0.7 to 1.2 s"):
+        LeRobotDataset(copy)
+    edit(episodes, f"videos/{CAMERA}/to_timestamp", lambda ends: ends.__setitem__(1, 1.3))
+    with pytest.raises(ValueError, match=r"file-000\.mp4: episodes 1 and 2 are said to share frames from 1\.2 s on"):
+        LeRobotDataset(copy)
+    for name in ("from_timestamp", "to_timestamp"):
+        edit(episodes, f"videos/{CAMERA}/{name}", lambda times: times.__setitem__(2, times[2] + 0.1))
     with pytest.raises(ValueError, match=r"info\.json: announces 21 frames, the episodes have 22"):
         LeRobotDataset(copy)
     info = copy / "meta/info.json"
@@ -184,7 +191,8 @@ def test_rows_that_disagree(copy):
 def test_frames_that_disagree(copy):
     """The last episode's video is said to start later than it does: its last frame does not exist."""
     episodes = copy / "meta/episodes/chunk-000/file-000.parquet"
-    edit(episodes, f"videos/{CAMERA}/from_timestamp", lambda starts: starts.__setitem__(2, 1.3))
+    for name in ("from_timestamp", "to_timestamp"):
+        edit(episodes, f"videos/{CAMERA}/{name}", lambda times: times.__setitem__(2, times[2] + 0.1))
     with pytest.raises(ValueError, match=r"file-000\.mp4: no frame at 2\.100 s"):
         LeRobotDataset(copy).episode(2)
 

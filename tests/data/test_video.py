@@ -99,10 +99,13 @@ def test_clips_skip_frames_and_repeat_the_last(tmp_path):
 
 
 def test_a_frame_at_another_time_is_no_substitute(tmp_path):
-    """Ten frames a second, read as if they were twenty: every second one is not there."""
     write_video(tmp_path / "a.mp4", moving_square(20), fps=10)
-    with pytest.raises(ValueError, match=r"a\.mp4: no frame at 0\.050 s, which 20 frames/s put there"):
+    with pytest.raises(ValueError, match=r"a\.mp4: has 10\.00 frames a second, 20 were announced"):
         decode_frames(tmp_path / "a.mp4", np.arange(10) / 20, fps=20)
+    with pytest.raises(ValueError, match=r"a\.mp4: no frame at 2\.500 s, which 10 frames/s put there"):
+        decode_frames(tmp_path / "a.mp4", np.array([0.5, 2.5]), fps=10)
+    with pytest.raises(ValueError, match=r"a\.mp4: has 20 frames, its episode has 19 rows"):
+        decode_frames(tmp_path / "a.mp4", np.arange(19) / 10, fps=10, total=19)
 
 
 def test_what_is_cut_out_is_what_was_put_in(tmp_path):

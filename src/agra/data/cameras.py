@@ -46,7 +46,8 @@ class Cameras:
             path, start = entry.videos[feature]
             self._seal.verify(path)
             fps = self.layout.info["fps"]
-            frames = decode_frames(path, start + rows / fps, fps=fps, threads=threads)
+            total = entry.length if entry.first_row is None else None
+            frames = decode_frames(path, start + rows / fps, fps=fps, threads=threads, total=total)
         else:
             path = entry.data
             self._seal.verify(path)

@@ -223,16 +223,6 @@ def _instructions(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, 
     prefixes = {text.split(":", 1)[0] + ": " for text in said if ": " in text[:40]}
     for prefix in sorted(prefixes):
         yield _warning("instruction", "tasks", f"begin with {prefix!r}; take it off with data.strip-prefixes")
-    for index in rows:
-        tasks = dataset.layout.entries[index].tasks
-        text = dataset.instruction(index)
-        if tasks and text not in tasks:
-            yield Finding(
-                level="error",
-                check="instruction",
-                where=f"episode {index}",
-                message=f"the rows say {text!r}, the episode list {', '.join(map(repr, tasks))}",
-            )
 
 
 def _times(dataset: LeRobotDataset, rows: Mapping[int, Any]) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ says where each begins. Source: huggingface/lerobot, `datasets/utils.py` and `sc
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 DATA_PATH_V2 = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 VIDEO_PATH_V2 = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 
+_SPAN = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 _LONGEST = 1e7  # seconds of video in one file, more than any has
 
 
@@ -61,7 +63,8 @@ class Layout:
         read = _entries_v3 if info["codebase_version"] == V3 else _entries_v2
         entries = read(root, info)
         tasks = _tasks_v3(root / TASKS) if info["codebase_version"] == V3 else _tasks_v2(root / TASKS_V2)
-        if [entry.index for entry in entries] != list(range(info["total_episodes"])):
+        expected = len(entries) == info["total_episodes"]
+        if not expected or any(entry.index != place for place, entry in enumerate(entries)):
             where = root / ("meta/episodes" if info["codebase_version"] == V3 else EPISODES)
             raise ValueError(
                 f"{where}: expected the episodes 0 to {info['total_episodes'] - 1} that {INFO} announces,"
@@ -107,7 +110,7 @@ def _entries_v3(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
     cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     keys = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
     keys += ["dataset_from_index", "dataset_to_index"]
-    keys += [f"videos/{c}/{name}" for c in cameras for name in ("chunk_index", "file_index", "from_timestamp")]
+    keys += [f"videos/{c}/{name}" for c in cameras for name in _SPAN]
     entries = []
     for path in files:
         for row in read_table(path, keys).to_pylist():
@@ -128,7 +131,19 @@ def _entries_v3(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
                     videos={camera: _span(root, info, camera, row, path) for camera in cameras},
                 )
             )
+    _check_overlap(entries, info)
     return tuple(sorted(entries, key=lambda entry: entry.index))
+
+
+def _check_overlap(entries: Iterable[Entry], info: Mapping[str, Any]) -> None:
+    """No two episodes may share frames of a file."""
+    spans = [(p, s, e) for e in entries for p, s in e.videos.values()]
+    spans.sort(key=lambda span: span[:2])
+    for (path, start, entry), (after, begins, other) in pairwise(spans):
+        if path == after and begins < start + (entry.length - 0.5) / info["fps"]:
+            raise ValueError(
+                f"{path}: episodes {entry.index} and {other.index} are said to share frames from {begins:g} s on; {REMEDY}"
+            )
 
 
 def _span(root: Path, info: Mapping[str, Any], camera: str, row: Mapping[str, Any], path: Path) -> tuple[Path, float]:
@@ -136,6 +151,12 @@ def _span(root: Path, info: Mapping[str, Any], camera: str, row: Mapping[str, An
     start = row[f"videos/{camera}/from_timestamp"]
     if not isinstance(start, float | int) or not 0 <= start < _LONGEST:
         raise ValueError(f"{path}: from_timestamp of {camera!r} should be a time in seconds, got {start!r}; {REMEDY}")
+    end, length = row[f"videos/{camera}/to_timestamp"], row["length"] / info["fps"]
+    if not isinstance(end, float | int) or not abs(end - start - length) < 0.5 / info["fps"]:
+        raise ValueError(
+            f"{path}: episode {row['episode_index']} of {length:g} s is said to be from {start:g} to {end} s of {camera!r};"
+            f" {REMEDY}"
+        )
     return root / info["video_path"].format(video_key=camera, **place), float(start)
 
 
@@ -175,18 +196,21 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
     for key in ("chunks_size", "total_frames"):
         if not isinstance(info.get(key, 1), int) or info.get(key, 1) < 1:
             raise ValueError(f"{path}: {key} should be a positive whole number, got {info[key]!r}; {REMEDY}")
-    files = {"chunk_index", "file_index"} if version == V3 else {"episode_chunk", "episode_index"}
-    _check_template(path, info, "data_path", files)
+    files = ("file_index", "chunk_index") if version == V3 else ("episode_index", "episode_chunk")
+    _check_template(path, info, "data_path", files[:1], files[1:])
     if any(feature["dtype"] == "video" for feature in info["features"].values()):
-        _check_template(path, info, "video_path", files | {"video_key"})
+        _check_template(path, info, "video_path", (*files[:1], "video_key"), files[1:])
 
 
-def _check_template(path: Path, info: Mapping[str, Any], key: str, known: set[str]) -> None:
-    """The template may name only what is known of a file, and whole numbers as such."""
+def _check_template(
+    path: Path, info: Mapping[str, Any], key: str, needed: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
+    """The template must tell files apart, and may name only what is known of one."""
+    known = {*needed, *optional}
     template = info.get(key)
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None]
-        if not template or not set(fields) <= known:
+        if not template or not set(needed) <= set(fields) <= known:
             raise ValueError(f"it names {', '.join(fields) or 'nothing'}, expected {', '.join(sorted(known))}")
         template.format(**{name: "x" if name == "video_key" else 0 for name in known})
     except (ValueError, TypeError, AttributeError) as error:

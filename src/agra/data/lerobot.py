@@ -152,7 +152,12 @@ class LeRobotDataset:
     def instruction(self, episode: int) -> str:
         """The task text of an episode's first row, without the source's prefixes."""
         rows, where = self._locate(episode)
-        text = self.task(int(rows.instruction[where.start]), rows.path)
+        text, announced = self.task(int(rows.instruction[where.start]), rows.path), self._entry(episode).tasks
+        if self._task_column == "task_index" and announced and text not in announced:
+            raise ValueError(
+                f"{rows.path}: episode {episode} is {text!r} by its rows, {', '.join(map(repr, announced))} by the episode"
+                f" list in {self.path / 'meta'}; {REMEDY}"
+            )
         for prefix in self.source.strip_prefixes:
             text = text.removeprefix(prefix)
         return text
@@ -213,7 +218,7 @@ class LeRobotDataset:
         path = entry.data
         keys = {quantity: [key for key in keys if key.column] for quantity, keys in self.keys.items()}
         wanted = {key.column for group in keys.values() for key in group} | {self._task_column, "episode_index"}
-        wanted |= {name for name in ("index", "frame_index", "next.success") if name in self.features}
+        wanted |= {name for name in ("index", "frame_index", "timestamp", "next.success") if name in self.features}
         if entry.first_row is not None:
             wanted.add("index")
         table = read_table(path, sorted(wanted))
@@ -221,6 +226,8 @@ class LeRobotDataset:
             raise ValueError(f"{path}: holds no rows; {REMEDY}")
         columns = {key.column for group in keys.values() for key in group}
         values = {name: self._column(table, name, path) for name in columns}
+        if "timestamp" in wanted:
+            self._check_rate(matrix(table, "timestamp", path)[:, 0], path)
         success = np.zeros(table.num_rows, bool)
         if "next.success" in wanted:
             success = matrix(table, "next.success", path)[:, 0] > 0
@@ -234,6 +241,16 @@ class LeRobotDataset:
             actions=self._select("action", values, table.num_rows),
             success=success,
         )
+
+    def _check_rate(self, timestamps: np.ndarray, path: Path) -> None:
+        """Rows usually come at the announced rate; that some are late is for `agra doctor` to say."""
+        steps = np.diff(timestamps.astype(np.float64))
+        usual = np.median(steps[steps > 0]) if (steps > 0).any() else None
+        if usual is not None and abs(usual * self.info["fps"] - 1) > 0.02:
+            raise ValueError(
+                f"{path}: its timestamps are {usual:.4f} s apart, {INFO} announces {self.info['fps']:g} rows a second;"
+                f" {REMEDY}"
+            )
 
     def _column(self, table: pa.Table, name: str, path: Path) -> np.ndarray:
         values = matrix(table, name, path)

@@ -229,7 +229,7 @@ class WindowSampler:
         """The teacher's grids of the windows' reference frames; zeros where there are none."""
         shape = self.parts[0].features["targets"].shape
         grids = np.zeros((len(triples), len(self.references), *shape), np.float32)
-        for index in np.flatnonzero(has):
+        for index in np.flatnonzero(has).tolist():
             source, episode, start = triples[index]
             rows = self._reference_steps(source, episode, start)
             grids[index] = self.parts[source].features["targets"].read(episode, rows=rows)

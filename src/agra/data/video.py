@@ -19,6 +19,8 @@ from agra.data.tables import REMEDY
 GROUP_OF_PICTURES = 8
 """Frames between key frames: the most that is decoded in vain when a reader seeks."""
 
+_RATE_TOLERANCE = 0.02  # of the frame rate, which headers round
+
 OPTIONS = {"crf": "16", "preset": "veryfast", "g": str(GROUP_OF_PICTURES), "bf": "0"}
 """libx264 settings; without B-frames presentation order is coding order, so files can be joined packet by packet."""
 
@@ -55,12 +57,18 @@ def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:
 
 
 def decode_frames(
-    path: Path, times: np.ndarray, *, fps: float, threads: int = 0, size: tuple[int, int] | None = None
+    path: Path,
+    times: np.ndarray,
+    *,
+    fps: float,
+    threads: int = 0,
+    size: tuple[int, int] | None = None,
+    total: int | None = None,
 ) -> np.ndarray:
     """The frames of `path` that are shown at `times` (T,), ascending seconds: (T, H, W, 3) uint8 RGB.
 
     Seeks to the key frame before the first one, so a short clip of a long file costs little; `threads` 0 is as many as
-    there are cores, `size` (H, W) makes frames smaller as they come. A frame more than half a period off its time is an error, not a substitute. Raises
+    there are cores, `size` (H, W) makes frames smaller as they come, `total` is how many the file should have. A frame more than half a period off its time is an error, not a substitute. Raises
     FileNotFoundError without the file, ValueError where it is damaged or lacks a frame.
     """
     if not path.is_file():
@@ -71,6 +79,7 @@ def decode_frames(
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream; {REMEDY}")
             stream = container.streams.video[0]
+            _check_stream(path, stream, fps, total)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
             # Without this a damaged packet would be painted over and trained on.
@@ -98,6 +107,15 @@ def decode_frames(
     if len({frame.shape for frame in frames}) > 1:
         raise ValueError(f"{path}: damaged video (its frames differ in size); {REMEDY}")
     return np.stack(frames)
+
+
+def _check_stream(path: Path, stream: av.VideoStream, fps: float, total: int | None) -> None:
+    """The header's frame rate and number of frames, where it tells them, against what is expected."""
+    rate = stream.average_rate
+    if rate and abs(float(rate) - fps) > _RATE_TOLERANCE * fps:
+        raise ValueError(f"{path}: has {float(rate):.2f} frames a second, {fps:g} were announced; {REMEDY}")
+    if total is not None and stream.frames and stream.frames != total:
+        raise ValueError(f"{path}: has {stream.frames} frames, its episode has {total} rows; {REMEDY}")
 
 
 def inspect_video(path: Path) -> tuple[int, tuple[int, int], float]:
