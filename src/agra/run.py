@@ -87,7 +87,7 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
     if config.model.codec.kind == "patch_pca":
         fitted = codec_file(config, sources)
         extra["codec.safetensors"] = lambda path: path.write_bytes(fitted.read_bytes())
-    with Prefetched(sampler.batch) as batches:
+    with Prefetched(sampler.batch, workers=1 if online is None else 2) as batches:
         trainer = Trainer(
             config,
             objective,

@@ -86,7 +86,7 @@ def decode_frames(
             stream.codec_context.options = {"err_detect": "explode"}
             time_base = stream.time_base
             assert time_base is not None
-            container.seek(max(int(times[0] / time_base) - 1, 0), stream=stream)
+            container.seek(round(times[0] / time_base), stream=stream)
             for frame in container.decode(stream):
                 shown = None if frame.pts is None else float(frame.pts * time_base)
                 if shown is None or shown < times[len(frames)] - 0.5 / fps:
