@@ -42,6 +42,7 @@ class Zeros:
         self.name, self.key, self._shape, self._rows = name, {"shape": list(shape)}, shape, rows
 
     def compute(self, episode: Episode) -> dict[str, np.ndarray]:
+        """As many rows as the episode has, or as were asked for."""
         return {self.name: np.zeros((self._rows or len(episode), *self._shape), np.float16)}
 
 
@@ -62,7 +63,9 @@ def main() -> None:
             unit=f"s for {clips} clips of {FRAMES} frames of {SIZE[0]} x {SIZE[1]}",
             rounds=3 if quick else 9,
         )
-        print(f"mp4: {clips / float(str(result['ours'])):.1f} clips/s, plain PyAV {clips / float(str(result['alternative'])):.1f}")
+        print(
+            f"mp4: {clips / float(str(result['ours'])):.1f} clips/s, plain PyAV {clips / float(str(result['alternative'])):.1f}"
+        )
         cached = _cached_sampler(data, source, root / "cache")
         from_cache = _rate(cached.batch, 20 if quick else 200)
         with Prefetched(cached.batch, workers=1) as ahead:
@@ -70,10 +73,14 @@ def main() -> None:
         appetite = _appetite(cached.batch(0), 3 if quick else 10)
         hour = BATCH * 5 if quick else int(appetite * 3600)
         grown = _memory_growth(cached, hour)
-    print(f"cache: {from_cache:.0f} samples/s, prefetched {prefetched:.0f}; tiny's joint step takes {appetite:.1f} samples/s")
+    print(
+        f"cache: {from_cache:.0f} samples/s, prefetched {prefetched:.0f}; tiny's joint step takes {appetite:.1f} samples/s"
+    )
     print(f"memory after {hour} samples from the cache: {grown:+.1f} MiB")
     extra = {"cache_samples_per_second": round(from_cache), "training_samples_per_second": round(appetite, 1)}
-    finish(result | extra | {"hour_of_samples": hour, "memory_growth_mib": round(grown, 1), "machine": _machine(result)})
+    finish(
+        result | extra | {"hour_of_samples": hour, "memory_growth_mib": round(grown, 1), "machine": _machine(result)}
+    )
 
 
 def _episode(index: int) -> Episode:

@@ -43,7 +43,9 @@ def test_each_change_does_what_it_says():
     settings = AugmentConfig(crop=1.0, brightness=0, contrast=0)  # saturation and hue leave grey as it is
     assert np.abs(augment(grey, settings, np.random.default_rng(1)).astype(int) - grey).max() <= 1
     red = np.zeros((1, 4, 4, 3), np.uint8) + np.array([120, 60, 60], np.uint8)
-    turned = augment(red, AugmentConfig(crop=1.0, brightness=0, contrast=0, saturation=0, hue=0.5), np.random.default_rng(3))
+    turned = augment(
+        red, AugmentConfig(crop=1.0, brightness=0, contrast=0, saturation=0, hue=0.5), np.random.default_rng(3)
+    )
     luma = np.array([0.299, 0.587, 0.114])
     assert abs(turned[0, 0, 0] @ luma - red[0, 0, 0] @ luma) < 3
     assert np.abs(turned[0, 0, 0].astype(int) - red[0, 0, 0]).max() > 10
@@ -51,7 +53,9 @@ def test_each_change_does_what_it_says():
 
 def test_a_crop_is_a_smaller_part_made_larger():
     ramp = np.repeat(np.linspace(0, 250, 100).astype(np.uint8)[None, None, :, None], 50, axis=1).repeat(3, axis=3)
-    cropped = augment(ramp, AugmentConfig(crop=0.8, brightness=0, contrast=0, saturation=0, hue=0), np.random.default_rng(0))
+    cropped = augment(
+        ramp, AugmentConfig(crop=0.8, brightness=0, contrast=0, saturation=0, hue=0), np.random.default_rng(0)
+    )
     assert cropped.shape == ramp.shape
     slope = np.polyfit(np.arange(100), cropped[0, 25, :, 0], 1)[0] / np.polyfit(np.arange(100), ramp[0, 25, :, 0], 1)[0]
     assert abs(slope - 0.8) < 0.02
@@ -62,6 +66,8 @@ def test_settings_are_checked_and_caches_are_not_augmented():
         AugmentConfig(crop=0)
     with pytest.raises(ValueError, match=r"data\.augment\.hue: expected 0 to 0\.5, got 0\.6"):
         AugmentConfig(hue=0.6)
-    with pytest.raises(ValueError, match=r"data\.augment: what is cached is not augmented; got data.cached \('targets',\)"):
+    with pytest.raises(
+        ValueError, match=r"data\.augment: what is cached is not augmented; got data.cached \('targets',\)"
+    ):
         DataConfig(cached=("targets",), augment=AugmentConfig())
     assert DataConfig(cached=(), augment=AugmentConfig()).augment == AugmentConfig()

@@ -108,7 +108,8 @@ def _too_long(number, frame):
 
 
 def run(tmp_path, count, seed):
-    """Counts of (sealed, kind, outcome); raises where an error does not name a file, or reading takes 20 s."""
+    """Counts of (sealed, kind, outcome), and of (outcome, layout, what was done, sealed) where it is neither right nor
+    an error that names a file; raises where reading takes 20 s."""
     whole, roots = {}, {}
     for name, write in WRITERS.items():
         roots[name] = write(tmp_path / name / "set")
@@ -127,21 +128,23 @@ def run(tmp_path, count, seed):
         try:
             outcome = "right" if same(read(copy, name), whole[name]) else "wrong"
         except (ValueError, FileNotFoundError) as error:
-            assert str(copy) in str(error), f"{name}, {done}: {error!r} names no file"
-            outcome = "named"
+            outcome = "named" if str(copy) in str(error) else f"unnamed: {error!r}"
         finally:
             signal.alarm(0)
             shutil.rmtree(copy)
-        if outcome == "wrong":
-            outcomes["wrong", name, done, sealed] += 1
+        if outcome not in ("right", "named"):
+            outcomes[outcome, name, done, sealed] += 1
         outcomes[sealed, kind, outcome] += 1
     signal.signal(signal.SIGALRM, previous)
     return outcomes
 
 
 def check(outcomes):
+    assert [key for key in outcomes if str(key[0]).startswith("unnamed")] == []
     wrong = [key for key in outcomes if key[0] == "wrong"]
-    unknowable = [key for key in wrong if key[2].startswith("flipped") or key[1:3] == ("gr1", "tasks.jsonl: 'task' changed")]
+    unknowable = [
+        key for key in wrong if key[2].startswith("flipped") or key[1:3] == ("gr1", "tasks.jsonl: 'task' changed")
+    ]
     assert [key for key in wrong if key[3] or key not in unknowable] == []
     for kind in KINDS:
         assert outcomes[True, kind, "named"] > 0, kind

@@ -172,7 +172,7 @@ def test_rows_that_disagree(copy):
     with pytest.raises(ValueError, match="episode 1 has length 6, its rows are said to be 7 to 12"):
         LeRobotDataset(copy)
     edit(episodes, "dataset_to_index", lambda ends: ends.__setitem__(1, 13))
-    with pytest.raises(ValueError, match="episode 1 of 0.6 s is said to be from 0.7 to 1.2 s"):
+    with pytest.raises(ValueError, match=r"episode 1 of 0\.6 s is said to be from 0\.7 to 1\.2 s"):
         LeRobotDataset(copy)
     edit(episodes, f"videos/{CAMERA}/to_timestamp", lambda ends: ends.__setitem__(1, 1.3))
     with pytest.raises(ValueError, match=r"file-000\.mp4: episodes 1 and 2 are said to share frames from 1\.2 s on"):
