@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from agra.cli import main
 from agra.collect import collect
-from agra.recipes import RECIPES
+from agra.recipes import PRESETS, RECIPES
 from agra.training import checkpoint
 from point_world import demonstrator
 
@@ -64,6 +64,7 @@ def test_unknown_names_suggest_the_closest(capsys):
     assert "unknown command 'trian'; did you mean 'train'?" in fails(capsys, "trian")
     assert "unknown recipe 'agra_dino_l9'; did you mean 'agra_dino_l8'?" in fails(capsys, "train", "agra_dino_l9")
     assert "unknown stage 'jiont'; did you mean 'joint'?" in fails(capsys, "train", "tiny", "--stage", "jiont")
+    assert "unknown preset 'egodx'; did you mean 'egodex'?" in fails(capsys, "train", "wam", "--with", "egodx")
     assert "did you mean 'tabletop'?" in fails(capsys, "evaluate", "expert", "--simulator", "tabeltop", "--output", "x")
 
 
@@ -196,10 +197,10 @@ def test_resuming_with_other_settings_is_refused(capsys, prepared, tmp_path):
     assert "stage.seed is 0 there and 3 here" in line
 
 
-def test_recipes_lists_every_recipe(capsys):
+def test_recipes_lists_every_recipe_and_preset(capsys):
     main(["recipes"])
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == list(RECIPES)
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert [line.split()[0] for line in printed] == [*RECIPES, *PRESETS]
     assert all(len(line.split()) > 3 for line in printed)
 
 

@@ -117,28 +117,37 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _recipe_arguments(command: str, arguments: list[str], options: type) -> tuple:
-    """RECIPE, --stage NAME, then every field of the config as a flag (--stage.steps, --data.path ...)."""
-    from agra.recipes import RECIPES
+    """RECIPE, --stage NAME, --with PRESET ..., then every field of the config as a flag (--stage.steps, --data.path ...)."""
+    from agra.recipes import PRESETS, RECIPES, compose
     from agra.training.stages import Stage
 
     if not arguments or arguments[0].startswith("-"):
         print(
-            f"usage: agra {command} RECIPE [--stage {{{','.join(Stage)}}}] [flags]; recipes: {', '.join(RECIPES)}; "
+            f"usage: agra {command} RECIPE [--stage {{{','.join(Stage)}}}] [--with PRESET ...] [flags]; "
+            f"recipes: {', '.join(RECIPES)}; presets: {', '.join(PRESETS)}; "
             f"`agra {command} RECIPE --help` lists the flags"
         )
         raise SystemExit(0 if "-h" in arguments or "--help" in arguments else 2)
     name, *rest = arguments
     if name not in RECIPES:
         raise ValueError(_unknown("recipe", name, RECIPES))
-    stage = Stage.JOINT
-    if "--stage" in rest:
-        at = rest.index("--stage")
-        value = rest[at + 1] if at + 1 < len(rest) else ""
-        if value not in list(Stage):
-            raise ValueError(_unknown("stage", value, list(Stage)))
-        stage = Stage(value)
-        del rest[at : at + 2]
-    return _parse(command, name, RECIPES[name](stage), rest, options)
+    stages, rest = _take("--stage", rest)
+    presets, rest = _take("--with", rest)
+    for what, given, known in (("stage", stages, list(Stage)), ("preset", presets, PRESETS)):
+        for value in given:
+            if value not in known:
+                raise ValueError(_unknown(what, value, known))
+    config = compose(name, Stage(stages[-1]) if stages else Stage.JOINT, presets)
+    return _parse(command, name, config, rest, options)
+
+
+def _take(flag: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The values after `flag` up to the next flag, and the arguments without them."""
+    if flag not in arguments:
+        return [], arguments
+    start = arguments.index(flag)
+    end = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("-")), len(arguments))
+    return arguments[start + 1 : end] or [""], arguments[:start] + arguments[end:]
 
 
 def _parse(command: str, recipe: str, config: "RunConfig", rest: list[str], options: type) -> tuple:
@@ -176,11 +185,13 @@ def _one_line(box: str, program: str) -> str:
 
 
 def recipes() -> None:
-    """List the recipes."""
-    from agra.recipes import RECIPES
+    """List the recipes, a row of the paper each, and the presets that --with adds to any of them."""
+    from agra.recipes import PRESETS, RECIPES
 
-    for name, recipe in RECIPES.items():
-        print(f"{name:28}{(recipe.__doc__ or '').strip().splitlines()[0]}")
+    for title, table in (("recipes", RECIPES), ("presets, for --with", PRESETS)):
+        print(f"# {title}")
+        for name, function in table.items():
+            print(f"{name:28}{(function.__doc__ or '').strip().splitlines()[0]}")
 
 
 # --- evaluate and compare --------------------------------------------------------------------------------------------

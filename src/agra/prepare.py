@@ -24,6 +24,7 @@ from agra.types import Episode
 from agra.wam.codec import Codec, PatchPCACodec, load_codec, to_video
 from agra.wam.model import WAMConfig
 from agra.wam.text import TextEncoder, load_text_encoder
+from agra.wam.video_dit import load_text_projection
 
 _CODEC_EPISODES = 64  # enough for a 768 x 768 covariance of 8 x 8 x 4 patches
 
@@ -106,7 +107,7 @@ def prepare(config: RunConfig, dataset: LeRobotDataset, *, device: torch.device 
     """
     wanted: list[cache.Feature] = [
         Latents(_open_codec(config, dataset).to(device), config.model, config.data.frame_stride),
-        Instruction(load_text_encoder(config.model.text)),
+        Instruction(_open_text(config).to(device)),
     ]
     if config.aligns:
         assert config.alignment is not None
@@ -146,6 +147,14 @@ def _open_codec(config: RunConfig, dataset: LeRobotDataset) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         PatchPCACodec.fit(_codec_videos(config, dataset), channels=config.model.codec.channels).save(path)
     return load_codec(config.model.codec, path)
+
+
+def _open_text(config: RunConfig) -> Any:
+    """The frozen text encoder; Cosmos's text projection, frozen too, is applied at once: 1 MB an instruction."""
+    text, video = config.model.text, config.model.video_dit
+    if text.kind != "cosmos_reason" or video.text_projection_dim is None:
+        return load_text_encoder(text)
+    return load_text_encoder(text, load_text_projection(video, text.source, revision=text.revision))
 
 
 def _indices(config: RunConfig, dataset: LeRobotDataset) -> dict[str, Path]:

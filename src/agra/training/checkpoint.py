@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agra.config import RunConfig
+from agra.pretrained import read_into
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -99,14 +100,7 @@ def read_config(checkpoint: Path) -> RunConfig:
 
 def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
     """Load safetensors into a module; with `prefix`, only the entries under it. Names and shapes must fit exactly."""
-    state = {k.removeprefix(prefix): v for k, v in read_tensors(path).items() if k.startswith(prefix)}
-    expected = module.state_dict()
-    odd = sorted(set(state) ^ set(expected)) or [k for k in expected if expected[k].shape != state[k].shape]
-    if odd:
-        raise ValueError(
-            f"{path}: made for another architecture; {len(odd)} entries do not fit, the first is {odd[0]!r}"
-        )
-    module.load_state_dict(state)
+    read_into(module.state_dict(), [path], what=str(path), prefix=prefix)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

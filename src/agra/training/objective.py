@@ -85,6 +85,7 @@ class Objective(nn.Module):
         self.config = config
         self.wam = wam
         self.aligned_layers = () if alignment is None else alignment.layers
+        self.teacher_depths = () if alignment is None else alignment.teacher.depths
         self.first_aligned_frame = 0 if alignment is None or alignment.include_observation else 1
         self.projectors: Projectors | None = None
         if alignment is not None:
@@ -180,6 +181,9 @@ class Objective(nn.Module):
             return batch.targets.new_zeros(()), None
         projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in self.aligned_layers})
         targets = batch.targets[rows, first:]
-        loss = alignment_loss(projected, targets)
+        pairs = [(projected, targets)]
+        if self.teacher_depths:  # each layer has a target of its own
+            pairs = [([z], y) for z, y in zip(projected, targets.chunk(len(projected), dim=-1), strict=True)]
+        loss = torch.stack([alignment_loss(z, y) for z, y in pairs]).mean()
         with torch.no_grad():
-            return loss, cosine_gain(projected, targets)
+            return loss, torch.stack([cosine_gain(z, y) for z, y in pairs]).mean()
