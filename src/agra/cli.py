@@ -72,32 +72,45 @@ def collect(
 # --- prepare and train -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Where a run is kept and what it starts from."""
-
-    output: Path
-    """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
-    init: str | None = None
-    """Checkpoint, or run folder, of the stage before; or a diffusers model (folder or hub id) for its transformer."""
-    device: str = "cpu"
-    threads: int | None = None
-    """Threads of torch; by default OMP_NUM_THREADS, or all cores."""
-
-
 def _train(arguments: list[str]) -> None:
     """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
-    options, config = _recipe_arguments("train", arguments, TrainOptions)
     from agra.run import train
+    from agra.training.sharding import ParallelConfig
+    from agra.wam.groot import GR1_ROW
 
+    @dataclass(frozen=True, kw_only=True)
+    class TrainOptions:
+        output: Path
+        """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
+        init: str | None = None
+        """Checkpoint, or run folder, of the stage before; or a diffusers model (folder, or hub id with or without
+        @revision) for its transformer."""
+        head: str | None = None
+        """A GR00T-N1.5 model (folder or hub id) for its action head."""
+        head_rows: tuple[int, ...] = (GR1_ROW,)
+        """Its embodiments that ours start from, one for each or one for all; none leaves encoders and decoder fresh."""
+        parallel: ParallelConfig = field(default_factory=ParallelConfig)
+        device: str = "cpu"
+        """cpu or cuda; under torchrun each process takes the GPU of its local rank."""
+        threads: int | None = None
+        """Threads of torch; by default OMP_NUM_THREADS, or all cores."""
+
+    options, config = _recipe_arguments("train", arguments, TrainOptions)
     if options.threads is not None:
         import torch
 
         torch.set_num_threads(options.threads)
-    done = train(config, output=options.output, init=options.init, device=options.device)
+    done = train(
+        config,
+        output=options.output,
+        init=options.init,
+        head=options.head,
+        head_rows=options.head_rows,
+        device=options.device,
+        parallel=options.parallel,
+    )
     if not done:
-        print(f"stopped by a signal; the same command resumes from {options.output}", file=sys.stderr)
-        raise SystemExit(130)
+        print(f"stopped by SIGTERM; the same command resumes from {options.output}", file=sys.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)

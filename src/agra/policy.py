@@ -78,7 +78,7 @@ class WAMPolicy:
         with torch.device("meta"):
             model = WAM(config.model)
         model.to_empty(device="cpu")
-        checkpoint.load_weights(model, folder / "model.safetensors")
+        checkpoint.load_weights(model, folder)
         codec_file = folder / "codec.safetensors"
         codec = load_codec(config.model.codec, codec_file if codec_file.is_file() else None)
         stats = NormStats.load_all(folder / "norm_stats.json")

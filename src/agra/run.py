@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,18 @@ from agra.diagnostics.looking_monitor import LookingMonitor
 from agra.diagnostics.probe import ProbeSample, samples_from_episode
 from agra.diagnostics.report import PolicyEntry, build_report
 from agra.diagnostics.report_looking import LOOKING
+from agra.draws import seed_everything
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
 from agra.policy import WAMPolicy
 from agra.prepare import codec_file, window_references
 from agra.simulators.registry import expert, make
 from agra.training import checkpoint
-from agra.training.loop import Trainer, initialize, seed_everything
+from agra.training.loop import Trainer, initialize
 from agra.training.objective import Objective
+from agra.training.sharding import ParallelConfig, World, build, joined
 from agra.types import REGIMES, Simulator
+from agra.wam.groot import GR1_ROW, load_groot_head
 from agra.wam.model import WAM
 
 _LATEST_MOMENT = 0.45
@@ -44,8 +47,49 @@ def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
     return list(frozen.prepare(config, dataset, device=device).values())
 
 
-def train(config: RunConfig, *, output: Path, init: str | Path | None = None, device: str = "cpu") -> bool:
-    """Train one stage into `output`, resuming a run found there. False if a signal stopped it early."""
+def train(
+    config: RunConfig,
+    *,
+    output: Path,
+    init: str | Path | None = None,
+    head: str | None = None,
+    head_rows: Sequence[int] = (GR1_ROW,),
+    device: str = "cpu",
+    parallel: ParallelConfig | None = None,
+) -> bool:
+    """Train one stage into `output`, resuming a run found there. False if SIGTERM stopped it early.
+
+    A fresh run starts from `init` (see `initialize`) and from the GR00T-N1.5 action head in `head`, if they are given.
+    Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not divide.
+    """
+    parallel = parallel or ParallelConfig()
+    with joined(parallel, device) as world:
+        if config.stage.batch_size % (world.size * parallel.accumulate):
+            raise ValueError(
+                f"stage.batch_size: {config.stage.batch_size} does not divide into {world.size} processes times "
+                f"{parallel.accumulate} parts"
+            )
+
+        def start(objective: Objective) -> None:
+            if init is not None:
+                initialize(objective, init, config.stage.name)
+            if head is not None:
+                load_groot_head(objective.wam.bridge, objective.wam.action_dit, head, rows=head_rows)
+
+        fresh = checkpoint.newest(output) is None
+        if fresh and world.leads:
+            output.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(_origin(output), json.dumps({"init": _relative(init, output)}) + "\n")
+        return _trainer(config, output, start if fresh else None, parallel, world).run()
+
+
+def _trainer(
+    config: RunConfig,
+    output: Path,
+    start: Callable[[Objective], None] | None,
+    parallel: ParallelConfig,
+    world: World,
+) -> Trainer:
     dataset = LeRobotDataset(config.data.path, camera=config.data.camera)
     opened = frozen.open_features(config, dataset)
     stats = {dataset.embodiment: NormStats.of(dataset, config.data.normalization)}
@@ -60,32 +104,34 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
         seed=config.stage.seed,
         max_state_dim=config.model.action_dit.state_dim,
         max_action_dim=config.model.action_dit.action_dim,
+        rank=world.rank,
+        world_size=world.size,
     )
-    seed_everything(config.stage.seed, 2**31 + 1)
-    teacher_width = opened["targets"].shape[-1] if "targets" in opened else None
-    objective = Objective(
-        WAM(config.model), config.stage.objective, config.alignment if config.aligns else None, teacher_width
-    )
-    if checkpoint.newest(output) is None:
-        if init is not None:
-            initialize(objective, init, config.stage.name)
-        output.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(_origin(output), json.dumps({"init": _relative(init, output)}) + "\n")
+
+    def make() -> Objective:
+        seed_everything(config.stage.seed, 2**31 + 1)
+        teacher_width = opened["targets"].shape[-1] if "targets" in opened else None
+        alignment = config.alignment if config.aligns else None
+        return Objective(WAM(config.model), config.stage.objective, alignment, teacher_width)
+
     extra = {"norm_stats.json": lambda path: NormStats.save_all(stats, path)}
     if config.model.codec.kind == "patch_pca":
         fitted = codec_file(config, dataset)
         extra["codec.safetensors"] = lambda path: path.write_bytes(fitted.read_bytes())
-    trainer = Trainer(
+    return Trainer(
         config,
-        objective,
+        build(make, config.stage, parallel, world, start),
         batch=sampler.batch,
         validation=sampler.validation_batch if sampler.validation else None,
         output=output,
         extra_files=extra,
         monitors=_monitors(config, dataset, sampler, stats[dataset.embodiment]),
-        device=device,
+        samples=lambda step: [
+            f"episode {episode} from step {first}" for episode, first in sampler.windows(step)[world.rank :: world.size]
+        ],
+        world=world,
+        parallel=parallel,
     )
-    return trainer.run()
 
 
 def _monitors(

@@ -164,7 +164,8 @@ class Teacher(nn.Module):
     def _read(self, inputs: Tensor) -> Tensor:
         """The outputs of several blocks side by side, each through the final LayerNorm."""
         states = self.model(inputs, output_hidden_states=True).hidden_states  # the first is the embedding
-        return torch.cat([self.model.layernorm(states[1 + depth]) for depth in self.config.depths], dim=-1)
+        norm: Any = self.model.layernorm
+        return torch.cat([norm(states[1 + depth]) for depth in self.config.depths], dim=-1)
 
     def preprocess(self, frames: np.ndarray | Tensor) -> Float[Tensor, "N 3 H W"]:
         """Resize and standardise frames as the encoder was trained on."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from agra.alignment.loss import AlignmentConfig, Projectors, alignment_loss, cosine_gain
 from agra.batch import Batch
+from agra.draws import noise_like
 from agra.flow import beta_levels, interpolate, logit_normal_levels, uniform_levels, velocity
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoOutput
@@ -112,7 +113,7 @@ class Objective(nn.Module):
         if Pass.CONDITIONING in (guides_from, aligns_in):
             hidden[Pass.CONDITIONING] = self.wam.condition(
                 batch.latents[:, :, :1],
-                torch.randn_like(batch.latents),
+                noise_like(batch.latents),
                 batch.instruction,
                 layers=self._layers(Pass.CONDITIONING, None, aligns_in),
             )
@@ -146,7 +147,7 @@ class Objective(nn.Module):
             level = uniform_levels(count)
         else:
             level = logit_normal_levels(count, shift=self.config.noise_shift)
-        noise = torch.randn_like(latents)
+        noise = noise_like(latents)
         output = self.wam.denoise(latents, noise, level.to(latents.device), batch.instruction[:count], layers=layers)
         assert output.velocity is not None
         error = (output.velocity - velocity(latents, noise))[:, :, 1:]
@@ -159,12 +160,13 @@ class Objective(nn.Module):
         actions, mask, state, embodiment = (
             x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment)
         )
-        noise = torch.randn_like(actions)
+        noise = noise_like(actions)
         level = beta_levels(len(actions)).to(actions.device)
         noisy = interpolate(actions, noise, level)
         predicted = self.wam.action_dit(noisy, state, level, guidance, embodiment).velocity
         error = (predicted - velocity(actions, noise)).float().square()
-        return (error * mask).sum() / mask.sum()
+        kept = mask.sum() if batch.kept_actions is None else batch.kept_actions * draws
+        return (error * mask).sum() / kept
 
     def _alignment(self, batch: Batch, hidden: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
         """L_AGRA on the aligned pass, over the samples that have targets, and how much better than a constant it is.
@@ -177,13 +179,18 @@ class Objective(nn.Module):
         first, rows = self.first_aligned_frame, batch.has_targets
         if rows is None:
             rows = torch.ones(len(batch), dtype=torch.bool, device=batch.targets.device)
-        if not rows.any():
-            return batch.targets.new_zeros(()), None
+        count = rows.sum()
+        if count == 0:
+            if batch.kept_targets is None:
+                return batch.targets.new_zeros(()), None
+            rows = torch.arange(len(batch), device=rows.device) == 0  # weighs nothing; all processes take the same way
         projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in self.aligned_layers})
         targets = batch.targets[rows, first:]
         pairs = [(projected, targets)]
         if self.teacher_depths:  # each layer has a target of its own
             pairs = [([z], y) for z, y in zip(projected, targets.chunk(len(projected), dim=-1), strict=True)]
         loss = torch.stack([alignment_loss(z, y) for z, y in pairs]).mean()
+        if batch.kept_targets is not None:
+            loss = loss * count / batch.kept_targets
         with torch.no_grad():
             return loss, torch.stack([cosine_gain(z, y) for z, y in pairs]).mean()
