@@ -114,6 +114,41 @@ def _train(arguments: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The machines that a run is planned for."""
+
+    gpus: int
+    gpu_memory: float = 80.0
+    """GB of each GPU."""
+    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
+    shards: int | None = None
+    """GPUs that hold one copy of the model between them; by default all."""
+    utilisation: float = 0.35
+    """Share of the GPU's peak that a step is assumed to reach."""
+    price: float = 0.0
+    """Of a GPU for an hour."""
+
+
+def _plan(arguments: list[str]) -> None:
+    """Say before launch what fits: agra plan RECIPE --gpus 8 --gpu-memory 80 [--stage joint] [--with PRESET ...]"""
+    options, config = _recipe_arguments("plan", arguments, PlanOptions)
+    from agra.planner import PEAK_FLOPS, describe, plan
+
+    found = plan(
+        config,
+        gpus=options.gpus,
+        gpu_memory=options.gpu_memory,
+        shards=options.shards,
+        peak=PEAK_FLOPS[options.gpu],
+        utilisation=options.utilisation,
+        price=options.price,
+    )
+    print(describe(found, config, gpus=options.gpus, gpu_memory=options.gpu_memory))
+    if found.hours == float("inf"):
+        raise SystemExit(1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     """How the frozen features are computed."""
 
@@ -352,6 +387,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "collect": _command(collect),
     "prepare": _prepare,
     "train": _train,
+    "plan": _plan,
     "evaluate": _command(evaluate),
     "compare": _command(compare),
     "diagnose": _command(diagnose),

@@ -52,7 +52,7 @@ def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: flo
     GR00T draws b ~ Beta(alpha, beta) and trains at time (scale - b) / scale with 1 as data; here the level is one
     minus that, b / scale, clamped to [0, 1]: mostly high noise.
     """
-    levels = torch.distributions.Beta(alpha, beta)
+    levels = torch.distributions.Beta(alpha, beta, validate_args=False)
     return (draw(lambda n: levels.sample((n,)), count) / scale).clamp(0, 1)
 
 

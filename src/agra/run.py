@@ -23,10 +23,12 @@ from agra.diagnostics.report_looking import LOOKING
 from agra.draws import seed_everything
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
+from agra.planner import flops_per_sample, peak_flops
 from agra.policy import WAMPolicy
 from agra.prepare import codec_file, window_references
 from agra.simulators.registry import expert, make
 from agra.training import checkpoint
+from agra.training.logbook import Meter
 from agra.training.loop import Trainer, initialize
 from agra.training.objective import Objective
 from agra.training.sharding import ParallelConfig, World, build, joined
@@ -114,6 +116,8 @@ def _trainer(
         alignment = config.alignment if config.aligns else None
         return Objective(WAM(config.model), config.stage.objective, alignment, teacher_width)
 
+    peak = peak_flops(world.device)
+    flops = None if peak is None else flops_per_sample(config)
     extra = {"norm_stats.json": lambda path: NormStats.save_all(stats, path)}
     if config.model.codec.kind == "patch_pca":
         fitted = codec_file(config, dataset)
@@ -131,6 +135,7 @@ def _trainer(
         ],
         world=world,
         parallel=parallel,
+        meter=Meter(device=world.device, flops_per_sample=flops, peak_flops=peak),
     )
 
 

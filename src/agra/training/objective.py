@@ -176,21 +176,24 @@ class Objective(nn.Module):
         if batch.targets is None:
             raise ValueError("alignment: the batch holds no teacher targets; prepare them with `agra prepare`")
         assert self.projectors is not None
-        first, rows = self.first_aligned_frame, batch.has_targets
+        first, rows, share = self.first_aligned_frame, batch.has_targets, None
         if rows is None:
-            rows = torch.ones(len(batch), dtype=torch.bool, device=batch.targets.device)
-        count = rows.sum()
-        if count == 0:
-            if batch.kept_targets is None:
+            rows = slice(None)
+            share = None if batch.kept_targets is None else len(batch) / batch.kept_targets
+        else:
+            count = rows.sum()
+            if count == 0 and batch.kept_targets is None:
                 return batch.targets.new_zeros(()), None
-            rows = torch.arange(len(batch), device=rows.device) == 0  # weighs nothing; all processes take the same way
+            if count == 0:
+                rows = slice(1)  # weighs nothing; all processes take the same way
+            share = None if batch.kept_targets is None else count / batch.kept_targets
         projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in self.aligned_layers})
         targets = batch.targets[rows, first:]
         pairs = [(projected, targets)]
         if self.teacher_depths:  # each layer has a target of its own
             pairs = [([z], y) for z, y in zip(projected, targets.chunk(len(projected), dim=-1), strict=True)]
         loss = torch.stack([alignment_loss(z, y) for z, y in pairs]).mean()
-        if batch.kept_targets is not None:
-            loss = loss * count / batch.kept_targets
+        if share is not None:
+            loss = loss * share
         with torch.no_grad():
             return loss, torch.stack([cosine_gain(z, y) for z, y in pairs]).mean()
