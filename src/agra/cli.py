@@ -364,6 +364,58 @@ def report(
     print(run(policies, output=output))
 
 
+# --- checkpoints that leave the machine ------------------------------------------------------------------------------
+
+
+def export(policy: Annotated[Path, tyro.conf.Positional], output: Path, ema: bool = False) -> None:
+    """Write a policy as one folder of whole safetensors with a model card, from whole or sharded checkpoints.
+
+    Args:
+        policy: a checkpoint or run folder.
+        output: the new folder.
+        ema: take the averaged weights.
+    """
+    from agra.hub import export as run
+
+    print(run(policy, output, ema=ema))
+
+
+def push(
+    policy: Annotated[Path, tyro.conf.Positional],
+    name: Annotated[str, tyro.conf.Positional],
+    public: bool = False,
+    ema: bool = False,
+) -> None:
+    """Upload a policy to the model hub with a generated card.
+
+    Args:
+        policy: a checkpoint or run folder.
+        name: owner/model.
+        public: let everyone see it.
+        ema: take the averaged weights.
+    """
+    from agra.hub import push as run
+
+    print(run(policy, name, private=not public, ema=ema))
+
+
+def pull(
+    name: Annotated[str, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
+    revision: str | None = None,
+) -> None:
+    """Download a policy from the model hub and check every file of it.
+
+    Args:
+        name: owner/model.
+        output: folder for it.
+        revision: a branch, tag or commit.
+    """
+    from agra.hub import pull as run
+
+    print(run(name, output, revision=revision))
+
+
 def _bound(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """`function` with the same signature, that returns a call to make later: parsing errors are not the command's."""
 
@@ -392,6 +444,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _command(compare),
     "diagnose": _command(diagnose),
     "report": _command(report),
+    "export": _command(export),
+    "push": _command(push),
+    "pull": _command(pull),
     "recipes": _command(recipes),
 }
 

@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +159,23 @@ def read_shards(targets: Mapping[str, Tensor], folder: Path, group: dist.Process
     """
     try:
         reader = HuggingFaceStorageReader(str(folder))
-        metadata: Any = reader.read_metadata()
-        found = {name: value.size for name, value in metadata.state_dict_metadata.items()}
+        found = _sizes(reader)
         check_fit({name: found[name] for name in targets if name in found}, targets, str(folder))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
             load(dict(targets), storage_reader=reader, process_group=group, no_dist=group is None)
     except SafetensorError as error:
         raise ValueError(f"{folder}: not readable safetensors ({error})") from error
+
+
+def stored_names(folder: Path) -> list[str]:
+    """The tensors that a folder's safetensors, whole or sharded, hold between them."""
+    return [*_sizes(HuggingFaceStorageReader(str(folder)))]
+
+
+def _sizes(reader: HuggingFaceStorageReader) -> dict[str, Sequence[int]]:
+    metadata: Any = reader.read_metadata()
+    return {name: value.size for name, value in metadata.state_dict_metadata.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

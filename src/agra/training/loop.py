@@ -159,10 +159,12 @@ class Trainer:
             checkpoint.load_optimizer(self.optimizer, found / "optimizer.safetensors", self.names)
         else:
             for parameter in self.names:
+                moments = (
+                    ("exp_avg", "exp_avg_sq") if self.stage.ema_decay is None else ("exp_avg", "exp_avg_sq", "ema")
+                )
                 self.optimizer.state[parameter] = {
                     "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
+                    **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments},
                 }
             folder = found / "sharded" if (found / "sharded").is_dir() else found
             checkpoint.read_shards(self._tensors(), folder, self._saving)
@@ -198,7 +200,21 @@ class Trainer:
             odd = [name.split("/")[1] for name, value in self._gradient_norms().items() if not math.isfinite(value)]
             self._complain(step, parts, f"the gradient of {', '.join(odd)} is not finite")
         self.optimizer.step()
+        self._average(trained)
         return agreed
+
+    @torch.no_grad()
+    def _average(self, trained: Sequence[Tensor]) -> None:
+        """Move the averages, which live with the optimiser's state; the first step begins them."""
+        decay = self.stage.ema_decay
+        if decay is None:
+            return
+        for parameter in trained:
+            state = self.optimizer.state[parameter]
+            if "ema" in state:
+                state["ema"].lerp_(parameter.detach(), 1 - decay)
+            else:
+                state["ema"] = parameter.detach().clone()
 
     def _parts(self, step: int) -> list[Batch]:
         """This process's share of a step in `accumulate` parts, each with what its losses are divided by."""
