@@ -23,12 +23,15 @@ from agra.wam.model import WAM
 
 QUIET = {"save_every": 100, "validate_every": 100, "steps": 3}
 LOSS = GRADIENT = 2e-6
-FOUR = pytest.mark.slow  # four processes on a machine of two cores
+SLOW = pytest.mark.slow  # many processes or long compilation, on a machine of two cores
+COMPILED = pytest.mark.timeout(1200)
 LAYOUTS = [
     pytest.param(1, {"accumulate": 2, "checkpoint_activations": True}, id="two parts"),
-    pytest.param(2, {"accumulate": 2, "checkpoint_activations": True}, id="two ranks, two parts", marks=FOUR),
-    pytest.param(4, {}, id="four ranks", marks=FOUR),
-    pytest.param(4, {"shards": 2}, id="two copies of two shards", marks=FOUR),
+    pytest.param(2, {"accumulate": 2, "checkpoint_activations": True}, id="two ranks, two parts", marks=SLOW),
+    pytest.param(4, {}, id="four ranks", marks=SLOW),
+    pytest.param(1, {"compile": True, "checkpoint_activations": True}, id="compiled", marks=[SLOW, COMPILED]),
+    pytest.param(2, {"compile": True}, id="two ranks, compiled", marks=[SLOW, COMPILED]),
+    pytest.param(4, {"shards": 2}, id="two copies of two shards", marks=SLOW),
 ]
 
 
@@ -103,8 +106,8 @@ def test_other_layouts_are_one_process_too(launcher, whole, tmp_path, size, para
     "moves",
     [
         pytest.param([(2, [1, 0], 1), (1, None, 3)], id="two to one"),
-        pytest.param([(4, [3, 0], 1), (2, [0, 1], 2), (1, None, 3)], id="four to two to one", marks=FOUR),
-        pytest.param([(1, [0, 0], 1), (4, None, 3)], id="one to four", marks=FOUR),
+        pytest.param([(4, [3, 0], 1), (2, [0, 1], 2), (1, None, 3)], id="four to two to one", marks=SLOW),
+        pytest.param([(1, [0, 0], 1), (4, None, 3)], id="one to four", marks=SLOW),
     ],
 )
 def test_a_run_moves_to_another_number_of_processes(launcher, whole, tmp_path, moves):

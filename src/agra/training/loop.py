@@ -235,7 +235,8 @@ class Trainer:
             return self.objective(part)
 
     def _autocast(self) -> torch.autocast:
-        return autocast(self.world.device, self.stage.precision)
+        # The copy would last through the forward pass, which checkpointing keeps small.
+        return autocast(self.world.device, self.stage.precision, cache=not self.parallel.checkpoint_activations)
 
     def _gradient_norms(self) -> dict[str, float]:
         found = {}
