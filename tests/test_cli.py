@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from agra.cli import main
 from agra.collect import collect
+from agra.policy import WAMPolicy
 from agra.recipes import PRESETS, RECIPES
 from agra.training import checkpoint
 from point_world import demonstrator
@@ -66,6 +67,19 @@ def test_unknown_names_suggest_the_closest(capsys):
     assert "unknown stage 'jiont'; did you mean 'joint'?" in fails(capsys, "train", "tiny", "--stage", "jiont")
     assert "unknown preset 'egodx'; did you mean 'egodex'?" in fails(capsys, "train", "wam", "--with", "egodx")
     assert "did you mean 'tabletop'?" in fails(capsys, "evaluate", "expert", "--simulator", "tabeltop", "--output", "x")
+
+
+def test_what_does_not_fit_the_machine_is_said_before_anything_starts(capsys, prepared, tmp_path):
+    command = train(prepared, tmp_path / "run")
+    assert "batch_size: 2 does not divide into 1 processes times 3" in fails(
+        capsys, *command, "--parallel.accumulate", "3"
+    )
+    assert "video_share: 0.25 of 2 samples does not divide into 1 processes times 2" in fails(
+        capsys, *command, "--parallel.accumulate", "2"
+    )
+    assert "8 processes are to share the model, but there is 1" in fails(capsys, *command, "--parallel.shards", "8")
+    assert "agra_dino_l8" not in fails(capsys, *command, "--init", tmp_path / "nowhere")
+    assert not list((tmp_path / "run").glob("*step*"))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +185,51 @@ def test_interrupted_by_kill_resumes_to_the_same_bits(prepared, tmp_path, capsys
             steps,
         )
     assert rows(killed) == rows(whole)
+
+
+@pytest.mark.slow
+def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys):
+    """Two processes under torchrun: the same losses as one, resumed by one; SIGTERM to a process ends with exit code 0."""
+    eight = ["--stage.batch-size", "8"]
+    main([*train(prepared, tmp_path / "one"), *eight])
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "agra.cli",
+    ]
+    first = [*train(prepared, tmp_path / "two"), *eight, "--parallel.checkpoint-activations", "True"]
+    subprocess.run([*torchrun, *first], check=True, stdout=subprocess.DEVNULL)
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("loss", "video_loss", "action_loss", "alignment_loss"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    last = tmp_path / "two" / "step_000009"
+    assert (last / "sharded").is_dir()
+    shutil.rmtree(last)  # as if the run had been cut short: one process goes on from step 8
+    main([*train(prepared, tmp_path / "two"), *eight])
+    assert (last / "model.safetensors").is_file()
+    capsys.readouterr()
+    main(["export", str(tmp_path / "two" / "step_000008"), "--output", str(tmp_path / "policy")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "policy")
+    policy = WAMPolicy.load(tmp_path / "policy")
+    assert sum(p.numel() for p in policy.model.parameters()) > 1e6
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_with_exit_code_0(prepared, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "agra.cli", *train(prepared, run), "--stage.steps", "5000"])
+    while process.poll() is None and not (run / "step_000002").is_dir():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait() == 0
+    assert checkpoint.newest(run) is not None
 
 
 def rows(folder):

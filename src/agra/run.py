@@ -31,7 +31,7 @@ from agra.training import checkpoint
 from agra.training.logbook import Meter
 from agra.training.loop import Trainer, initialize
 from agra.training.objective import Objective
-from agra.training.sharding import ParallelConfig, World, build, joined
+from agra.training.sharding import ParallelConfig, World, build, check_shares, joined
 from agra.types import REGIMES, Simulator
 from agra.wam.groot import GR1_ROW, load_groot_head
 from agra.wam.model import WAM
@@ -66,11 +66,7 @@ def train(
     """
     parallel = parallel or ParallelConfig()
     with joined(parallel, device) as world:
-        if config.stage.batch_size % (world.size * parallel.accumulate):
-            raise ValueError(
-                f"stage.batch_size: {config.stage.batch_size} does not divide into {world.size} processes times "
-                f"{parallel.accumulate} parts"
-            )
+        check_shares(config.stage, parallel, world.size)
 
         def start(objective: Objective) -> None:
             if init is not None:

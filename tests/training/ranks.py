@@ -64,7 +64,8 @@ def task_config(task):
         bridge=replace(config.model.bridge, layers=(0, 1)),
         action_dit=replace(config.model.action_dit, state_dropout=0.5),
     )
-    stage = replace(config.stage, **{"batch_size": SAMPLES, **task.get("stage", {})})
+    objective = replace(config.stage.objective, video_share=0.5)
+    stage = replace(config.stage, objective=objective, **{"batch_size": SAMPLES, **task.get("stage", {})})
     return replace(config, model=model, stage=stage)
 
 

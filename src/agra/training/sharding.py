@@ -77,6 +77,18 @@ class World:
         return found
 
 
+def check_shares(stage: StageConfig, parallel: ParallelConfig, size: int) -> None:
+    """Raise ValueError where a step's samples, or those of its denoising pass, don't divide into equal shares."""
+    shares, share = size * parallel.accumulate, stage.objective.video_share
+    spread = f"{size} processes times {parallel.accumulate} parts"
+    if stage.batch_size % shares:
+        raise ValueError(f"stage.batch_size: {stage.batch_size} does not divide into {spread}")
+    if shares > 1 and not (stage.batch_size // shares * share).is_integer():
+        raise ValueError(
+            f"stage.objective.video_share: {share} of {stage.batch_size} samples does not divide into {spread}"
+        )
+
+
 @contextmanager
 def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     """The world that torchrun's environment variables describe; without them, this process alone.
