@@ -103,6 +103,7 @@ def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
         assert config.model.bridge.position_grid is None, name
         assert config.model.action_dit.state_dropout == 0, name
         assert config.data.early_window_fraction == 0, name
+        assert config.stage.ema_decay is None, name
         assert (config.stage.objective.action_draws, config.stage.objective.video_share) == (1, 1.0), name
 
 

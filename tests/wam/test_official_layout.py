@@ -11,12 +11,13 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from torch.nn.functional import interpolate
 
+from agra.prepare import Instruction
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.bridge import BridgeConfig
 from agra.wam.codec import CodecConfig, load_codec
 from agra.wam.model import WAM, WAMConfig
 from agra.wam.text import TextConfig, load_text_encoder
-from agra.wam.video_dit import VideoDiTConfig
+from agra.wam.video_dit import VideoDiTConfig, load_text_projection
 
 INSTRUCTION = "put the banana in the box"
 LENGTH, SIZE, FRAMES = 160, (32, 48), 9
@@ -144,3 +145,19 @@ def test_text_vae_and_transformer_equal_the_pipeline_on_its_own_weights(pipeline
         velocity = model.denoise(latents, noise / level, level, text.encode([INSTRUCTION])).velocity
         torch.testing.assert_close(velocity, seen["velocity"], atol=2e-5, rtol=0)
     assert seen["velocity"].abs().max() > 0.5
+
+
+def test_the_text_projection_loads_alone_and_its_result_takes_a_megabyte(folder):
+    model = WAM(CONFIG)
+    model.video_dit.load_pretrained(folder)
+    alone = load_text_projection(CONFIG.video_dit, folder)
+    whole = model.video_dit.transformer.crossattn_proj
+    for mine, other in zip(alone.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    text = load_text_encoder(TextConfig(source=folder, length=LENGTH, dtype="float32"), alone)
+    cached = Instruction(text).compute(SimpleNamespace(instruction=INSTRUCTION))["instruction"]
+    assert cached.shape == (LENGTH, CONFIG.video_dit.text_dim)
+    real, tokens = VideoDiTConfig(), TextConfig().length
+    assert tokens * real.text_dim * cached.itemsize == 2**20
+    with pytest.raises(ValueError, match="it has no text projection"):
+        load_text_projection(VideoDiTConfig(text_projection_dim=None), folder)
