@@ -80,8 +80,8 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, from the newest checkpoint if there is one. False if SIGTERM stopped it early.
 
-        SIGTERM or SIGINT to any process ends the present step and saves; SIGINT then raises KeyboardInterrupt. A loss or gradient that is not finite
-        raises ValueError and leaves the last checkpoint as it is.
+        SIGTERM or SIGINT to any process ends the present step and saves; SIGINT then raises KeyboardInterrupt. A loss or
+        gradient that is not finite raises ValueError and leaves the last checkpoint as it is.
         """
         self._resume()
         try:
@@ -102,9 +102,10 @@ class Trainer:
                 self.save()
         finally:
             self._finish_save()
-        if self.stopped_by == signal.SIGINT:
+        done = self.step >= self.stage.steps
+        if self.stopped_by == signal.SIGINT and not done:
             raise KeyboardInterrupt
-        return self.stopped_by is None
+        return done
 
     def save(self) -> None:
         """Write a checkpoint of the present step; with a mesh, in the background."""
