@@ -24,11 +24,6 @@ class Batch:
     embodiment: Int[Tensor, "B"]  # row of the action DiT's banks
     targets: Float[Tensor, "B T H W P"] | None = None  # the teacher's grid, Eq. 4; None where a stage needs none
     has_targets: Bool[Tensor, "B"] | None = None  # False where a sample's targets were not computed; None: all were
-    kept_actions: Float[Tensor, ""] | None = None
-    """What the action loss is divided by, and `kept_targets` the alignment loss: the mean of `action_mask.sum()`, and of
-    the number of samples with targets, over all parts that a step is spread over, so that the mean of the parts' losses is
-    the whole step's. None: this batch's own."""
-    kept_targets: Float[Tensor, ""] | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -40,5 +35,5 @@ class Batch:
 
     def part(self, index: int, count: int) -> "Batch":
         """The rows index::count."""
-        rows = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("kept_")}
+        rows = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v[index::count] for k, v in rows.items() if v is not None})

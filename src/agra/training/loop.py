@@ -5,7 +5,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ from agra.precision import autocast
 from agra.training import checkpoint, sharded
 from agra.training.logbook import Meter, logbook, progress
 from agra.training.nonfinite import first_module, suspects
-from agra.training.objective import Losses, Objective
+from agra.training.objective import Kept, Losses, Objective
 from agra.training.sharding import ParallelConfig, World, gathered
 from agra.training.stages import Stage, freeze, modules, parameter_groups
 from agra.wam.model import WAM
@@ -34,6 +34,9 @@ _COLUMNS = {
     "alignment": "alignment_loss",
     "alignment_cosine_gain": "alignment_cosine_gain",
 }
+
+
+Part = tuple[Batch, Kept | None]
 
 
 class Trainer:
@@ -217,23 +220,23 @@ class Trainer:
             else:
                 state["ema"] = parameter.detach().clone()
 
-    def _parts(self, step: int) -> list[Batch]:
+    def _parts(self, step: int) -> list[Part]:
         """This process's share of a step in `accumulate` parts, each with what its losses are divided by."""
         batch = self.batch(step).to(self.world.device)
         count = self.parallel.accumulate
         if count == 1 and self.world.size == 1:
-            return [batch]
+            return [(batch, None)]
         targets = len(batch) if batch.has_targets is None else batch.has_targets.sum().item()
-        total = self.world.mean({"kept_actions": batch.action_mask.sum().item(), "kept_targets": targets})
-        kept = {k: torch.tensor(max(v / count, 1e-9), device=self.world.device) for k, v in total.items()}
-        return [replace(batch.part(index, count), **kept) for index in range(count)]
+        total = self.world.mean({"actions": batch.action_mask.sum().item(), "targets": targets})
+        means = {k: torch.tensor(max(v / count, 1e-9), device=self.world.device) for k, v in total.items()}
+        return [(batch.part(index, count), Kept(**means)) for index in range(count)]
 
-    def _losses(self, part: Batch, step: int, index: int) -> Losses:
+    def _losses(self, part: Part, step: int, index: int) -> Losses:
         """A part's losses; its samples are every count-th of the step's, and so are their random numbers."""
         size = self.world.size
         share = {"index": self.world.rank + size * index, "count": size * self.parallel.accumulate}
-        with shared_draws(self.stage.seed, step, samples=len(part), **share), self._autocast():
-            return self.objective(part)
+        with shared_draws(self.stage.seed, step, samples=len(part[0]), **share), self._autocast():
+            return self.objective(*part)
 
     def _autocast(self) -> torch.autocast:
         # The copy would last through the forward pass, which checkpointing keeps small.
@@ -247,12 +250,12 @@ class Trainer:
                 found[f"gradient_norm/{name}"] = _whole(torch.nn.utils.get_total_norm(gradients)).item()
         return found
 
-    def _complain(self, step: int, parts: Sequence[Batch], problem: str) -> NoReturn:
+    def _complain(self, step: int, parts: Sequence[Part], problem: str) -> NoReturn:
         """Raise ValueError with the module and the samples that the trouble came from, the same in every process."""
         names, found = self.samples(step), []
         for index, part in enumerate(parts):
             module = first_module(self.objective, lambda part=part, index=index: self._losses(part, step, index))
-            found.append((module, suspects(part, names[index :: len(parts)])))
+            found.append((module, suspects(part[0], names[index :: len(parts)])))
         bad = [pair for pair in found if pair[0]] or found
         reports = self.world.gather(
             "; ".join(f"first in {module}, {which}" if module else which for module, which in bad)

@@ -76,6 +76,15 @@ class Losses:
     alignment_cosine_gain: Float[Tensor, ""] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a step's masked losses are divided by where the step is spread over parts: the means over all parts, so that
+    the mean of the parts' losses is the whole step's."""
+
+    actions: Float[Tensor, ""]  # of action_mask.sum()
+    targets: Float[Tensor, ""]  # of the number of samples that have targets
+
+
 class Objective(nn.Module):
     """A WAM with the projectors of its alignment: one root, whose forward is one training step's loss."""
 
@@ -97,8 +106,8 @@ class Objective(nn.Module):
                 raise ValueError("Objective: alignment needs the teacher's width")
             self.projectors = Projectors(wam.config.video_dit.width, teacher_width, alignment)
 
-    def forward(self, batch: Batch) -> Losses:
-        """All losses whose weight is above zero, and only the passes that they need."""
+    def forward(self, batch: Batch, kept: Kept | None = None) -> Losses:
+        """All losses whose weight is above zero, and only the passes that they need; `kept` where `batch` is a part."""
         config = self.config
         acts = config.action_weight > 0
         aligns = self.projectors is not None and config.alignment_weight > 0
@@ -118,9 +127,9 @@ class Objective(nn.Module):
                 layers=self._layers(Pass.CONDITIONING, None, aligns_in),
             )
         if guides_from is not None:
-            action_loss = self.action_loss(batch, hidden[guides_from])
+            action_loss = self.action_loss(batch, hidden[guides_from], kept)
         if aligns_in is not None:
-            align_loss, gain = self._alignment(batch, hidden[aligns_in])
+            align_loss, gain = self._alignment(batch, hidden[aligns_in], kept)
 
         weighted = (
             (config.video_weight, video_loss),
@@ -153,7 +162,7 @@ class Objective(nn.Module):
         error = (output.velocity - velocity(latents, noise))[:, :, 1:]
         return error.float().square().mean(), output
 
-    def action_loss(self, batch: Batch, hidden: dict[int, Tensor]) -> Float[Tensor, ""]:
+    def action_loss(self, batch: Batch, hidden: dict[int, Tensor], kept: Kept | None = None) -> Float[Tensor, ""]:
         """L_act, averaged over the actions that the mask keeps.                                           Eqs. 11, 13"""
         draws = self.config.action_draws
         guidance = self.wam.guide(hidden)  # shared by the draws
@@ -165,10 +174,9 @@ class Objective(nn.Module):
         noisy = interpolate(actions, noise, level)
         predicted = self.wam.action_dit(noisy, state, level, guidance, embodiment).velocity
         error = (predicted - velocity(actions, noise)).float().square()
-        kept = mask.sum() if batch.kept_actions is None else batch.kept_actions * draws
-        return (error * mask).sum() / kept
+        return (error * mask).sum() / (mask.sum() if kept is None else kept.actions * draws)
 
-    def _alignment(self, batch: Batch, hidden: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _alignment(self, batch: Batch, hidden: dict[int, Tensor], kept: Kept | None) -> tuple[Tensor, Tensor | None]:
         """L_AGRA on the aligned pass, over the samples that have targets, and how much better than a constant it is.
 
         0 and None where none of them has.                                                                    Eqs. 5-6
@@ -179,14 +187,14 @@ class Objective(nn.Module):
         first, rows, share = self.first_aligned_frame, batch.has_targets, None
         if rows is None:
             rows = slice(None)
-            share = None if batch.kept_targets is None else len(batch) / batch.kept_targets
+            share = None if kept is None else len(batch) / kept.targets
         else:
             count = rows.sum()
-            if count == 0 and batch.kept_targets is None:
+            if count == 0 and kept is None:
                 return batch.targets.new_zeros(()), None
             if count == 0:
                 rows = slice(1)  # weighs nothing; all processes take the same way
-            share = None if batch.kept_targets is None else count / batch.kept_targets
+            share = None if kept is None else count / kept.targets
         projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in self.aligned_layers})
         targets = batch.targets[rows, first:]
         pairs = [(projected, targets)]
