@@ -29,9 +29,10 @@ from agra.prepare import codec_file, window_references
 from agra.simulators.registry import expert, make
 from agra.training import checkpoint
 from agra.training.logbook import Meter
-from agra.training.loop import Trainer, initialize
+from agra.training.loop import Trainer
 from agra.training.objective import Objective
 from agra.training.sharding import ParallelConfig, World, build, check_shares, joined
+from agra.training.start import initialize
 from agra.types import REGIMES, Simulator
 from agra.wam.groot import GR1_ROW, load_groot_head
 from agra.wam.model import WAM

@@ -13,9 +13,10 @@ from agra.config import RunConfig
 from agra.draws import seed_everything
 from agra.recipes import at_stage
 from agra.training import checkpoint
-from agra.training.loop import Trainer, initialize
+from agra.training.loop import Trainer
 from agra.training.objective import Objective
 from agra.training.stages import Stage
+from agra.training.start import initialize
 from agra.wam.model import WAM
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import Launcher
 
+from agra.hub import export
 from agra.training import checkpoint
 from agra.training.sharding import ParallelConfig, joined, make_mesh
 from agra.wam.model import WAM
@@ -148,6 +149,23 @@ def test_shards_are_read_as_a_checkpoint_of_one_process_is(whole, two, tmp_path)
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(ValueError, match="checksum differs from manifest"):
         checkpoint.verify(sharded)
+
+
+@pytest.mark.slow
+def test_averages_are_kept_over_a_move(launcher, tmp_path):
+    """Two processes, then one: the averaged weights are those of one process all the way."""
+    stage = {**QUIET, "ema_decay": 0.5}
+    assert launcher.run(1, tmp_path / "one", stage=stage) == [0], launcher.errors
+    assert launcher.run(2, tmp_path / "two", stage=stage, stop=[1, 1]) == [0, 0], launcher.errors
+    half = load_file(export(tmp_path / "two", tmp_path / "half", ema=True) / "model.safetensors")
+    assert launcher.run(1, tmp_path / "two", stage=stage) == [0], launcher.errors
+    ours, theirs = (
+        load_file(export(tmp_path / name, tmp_path / f"{name}_policy", ema=True) / "model.safetensors")
+        for name in ("two", "one")
+    )
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-4, msg=name)
+    assert any(not torch.equal(half[name], ours[name]) for name in ours)
 
 
 def test_a_number_that_is_not_finite_is_traced_to_its_sample(launcher, tmp_path):
