@@ -208,7 +208,8 @@ def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys)
         assert ours["step"] == theirs["step"]
         for name in ("loss", "video_loss", "action_loss", "alignment_loss"):
             if name in theirs:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+                # Adam's first steps divide rounding by itself: what starts as 1e-7 grows with every step.
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-6 if ours["step"] == 1 else 2e-3, abs=2e-6)
     last = tmp_path / "two" / "step_000009"
     assert (last / "sharded").is_dir()
     shutil.rmtree(last)  # as if the run had been cut short: one process goes on from step 8
