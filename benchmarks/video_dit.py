@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import diffusers.models.transformers.transformer_cosmos as stock
 import torch
+from diffusers import CosmosTransformer3DModel
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -31,7 +32,8 @@ def main() -> None:
     )
     torch.manual_seed(0)
     config = replace(tiny().model.video_dit, max_size=(8, 64, 64), learned_positions=False)
-    model = VideoDiT(config)
+    model, stock_model = VideoDiT(config), config.build()
+    stock_model.load_state_dict(model.transformer.state_dict())
     for batch, frames, size, label in (
         (8 if quick else 16, 3, (8, 14), "84 tokens"),
         (4 if quick else 8, 5, (24, 42), "1,260 tokens"),
@@ -42,7 +44,7 @@ def main() -> None:
         level = torch.rand(batch, frames)
 
         ours = partial(_ours, model, latents, level, text, mask)
-        theirs = partial(_theirs, model, latents, level, text, mask)
+        theirs = partial(_theirs, stock_model, latents, level, text, mask)
         difference = (ours() - theirs()).abs().max().item()
         result = compare(f"video_dit {label}", ours, theirs, unit="s, forward and backward", rounds=3 if quick else 9)
         print(f"{label}: {result['ratio']}x {result['spread']}, largest difference of the outputs {difference:.1e}")
@@ -55,11 +57,11 @@ def _ours(model: VideoDiT, latents: Tensor, level: Tensor, text: Tensor, mask: T
     return output
 
 
-def _theirs(model: VideoDiT, latents: Tensor, level: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+def _theirs(model: CosmosTransformer3DModel, latents: Tensor, level: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     padding = torch.zeros(1, 1, *latents.shape[3:])
     levels = level[:, None, :, None, None]
     arguments = {"condition_mask": mask, "padding_mask": padding, "return_dict": False}
-    output = model.transformer(latents, levels, text, **arguments)[0]
+    output = model(latents, levels, text, **arguments)[0]
     output.square().mean().backward()
     return output
 

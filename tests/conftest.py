@@ -12,6 +12,10 @@ from agra.wam.bridge import bridged_layers
 
 @pytest.fixture
 def small_config():
+    return make_small_config()
+
+
+def make_small_config():
     """tiny() made smaller still: 4 video layers of width 32, 2 action blocks, 32 x 48 frames."""
     config = tiny()
     layers = bridged_layers(4, 2)

@@ -63,8 +63,9 @@ def test_no_cycle():
 
 
 def test_leaves_know_nothing():
-    for leaf in ("agra.types", "agra.batch", "agra.flow"):
+    for leaf in ("agra.types", "agra.batch", "agra.draws"):
         assert not _ours(leaf), leaf
+    assert _ours("agra.flow") == {"agra.draws"}
 
 
 def test_only_the_command_line_knows_recipes():
@@ -72,7 +73,7 @@ def test_only_the_command_line_knows_recipes():
 
 
 def test_wam_knows_only_the_leaves():
-    allowed = ("agra.wam", "agra.flow", "agra.batch", "agra.types", "agra.pretrained")
+    allowed = ("agra.wam", "agra.flow", "agra.draws", "agra.batch", "agra.types", "agra.pretrained")
     for name in FILES:
         if _under(name, "agra.wam"):
             assert all(_under(m, *allowed) for m in _ours(name)), (name, _ours(name))

@@ -13,7 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from agra.cli import main
 from agra.collect import collect
-from agra.recipes import RECIPES
+from agra.policy import WAMPolicy
+from agra.recipes import PRESETS, RECIPES
 from agra.training import checkpoint
 from point_world import demonstrator
 
@@ -62,9 +63,23 @@ def fails(capsys, *arguments):
 
 def test_unknown_names_suggest_the_closest(capsys):
     assert "unknown command 'trian'; did you mean 'train'?" in fails(capsys, "trian")
-    assert "unknown recipe 'agra_dino_l9'; did you mean 'agra_dino_l8'?" in fails(capsys, "train", "agra_dino_l9")
+    assert "unknown recipe 'agra_dino_8'; did you mean 'agra_dino_l8'?" in fails(capsys, "train", "agra_dino_8")
     assert "unknown stage 'jiont'; did you mean 'joint'?" in fails(capsys, "train", "tiny", "--stage", "jiont")
+    assert "unknown preset 'egodx'; did you mean 'egodex'?" in fails(capsys, "train", "wam", "--with", "egodx")
     assert "did you mean 'tabletop'?" in fails(capsys, "evaluate", "expert", "--simulator", "tabeltop", "--output", "x")
+
+
+def test_what_does_not_fit_the_machine_is_said_before_anything_starts(capsys, prepared, tmp_path):
+    command = train(prepared, tmp_path / "run")
+    assert "batch_size: 2 does not divide into 1 processes times 3" in fails(
+        capsys, *command, "--parallel.accumulate", "3"
+    )
+    assert "video_share: 0.25 of 2 samples does not divide into 1 processes times 2" in fails(
+        capsys, *command, "--parallel.accumulate", "2"
+    )
+    assert "8 processes are to share the model, but there is 1" in fails(capsys, *command, "--parallel.shards", "8")
+    assert "agra_dino_l8" not in fails(capsys, *command, "--init", tmp_path / "nowhere")
+    assert not list((tmp_path / "run").glob("*step*"))
 
 
 @pytest.mark.parametrize(
@@ -172,9 +187,55 @@ def test_interrupted_by_kill_resumes_to_the_same_bits(prepared, tmp_path, capsys
     assert rows(killed) == rows(whole)
 
 
+@pytest.mark.slow
+def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys):
+    """Two processes under torchrun: the same losses as one, resumed by one; SIGTERM to a process ends with exit code 0."""
+    eight = ["--stage.batch-size", "8"]
+    main([*train(prepared, tmp_path / "one"), *eight])
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "agra.cli",
+    ]
+    first = [*train(prepared, tmp_path / "two"), *eight, "--parallel.checkpoint-activations", "True"]
+    subprocess.run([*torchrun, *first], check=True, stdout=subprocess.DEVNULL)
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("loss", "video_loss", "action_loss", "alignment_loss"):
+            if name in theirs:
+                # Adam's first steps divide rounding by itself: what starts as 1e-7 grows with every step.
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-6 if ours["step"] == 1 else 2e-3, abs=2e-6)
+    last = tmp_path / "two" / "step_000009"
+    assert (last / "sharded").is_dir()
+    shutil.rmtree(last)  # as if the run had been cut short: one process goes on from step 8
+    main([*train(prepared, tmp_path / "two"), *eight])
+    assert (last / "model.safetensors").is_file()
+    capsys.readouterr()
+    main(["export", str(tmp_path / "two" / "step_000008"), "--output", str(tmp_path / "policy")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "policy")
+    policy = WAMPolicy.load(tmp_path / "policy")
+    assert sum(p.numel() for p in policy.model.parameters()) > 1e6
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_with_exit_code_0(prepared, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "agra.cli", *train(prepared, run), "--stage.steps", "5000"])
+    while process.poll() is None and not (run / "step_000002").is_dir():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait() == 0
+    assert checkpoint.newest(run) is not None
+
+
 def rows(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in found]
+    return [{k: v for k, v in row.items() if not k.startswith(("meter/", "samples_per_second"))} for row in found]
 
 
 def test_a_checkpoint_with_a_flipped_byte(capsys, prepared, tmp_path):
@@ -196,10 +257,10 @@ def test_resuming_with_other_settings_is_refused(capsys, prepared, tmp_path):
     assert "stage.seed is 0 there and 3 here" in line
 
 
-def test_recipes_lists_every_recipe(capsys):
+def test_recipes_lists_every_recipe_and_preset(capsys):
     main(["recipes"])
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == list(RECIPES)
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert [line.split()[0] for line in printed] == [*RECIPES, *PRESETS]
     assert all(len(line.split()) > 3 for line in printed)
 
 

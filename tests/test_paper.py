@@ -9,7 +9,7 @@ import torch
 from agra.alignment.loss import alignment_loss
 from agra.alignment.teacher import reference_frames
 from agra.flow import interpolate, velocity
-from agra.recipes import RECIPES, agra_dino_l8
+from agra.recipes import PRESETS, RECIPES, agra_dino_l8, compose
 from agra.training.stages import Stage
 from agra.wam.bridge import bridged_layers
 from agra.wam.model import WAM
@@ -103,20 +103,85 @@ def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
         assert config.model.bridge.position_grid is None, name
         assert config.model.action_dit.state_dropout == 0, name
         assert config.data.early_window_fraction == 0, name
+        assert config.stage.ema_decay is None, name
         assert (config.stage.objective.action_draws, config.stage.objective.video_share) == (1, 1.0), name
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
-@pytest.mark.parametrize("stage", list(Stage))
-def test_every_recipe_builds_on_the_meta_device(name, stage):
-    config = RECIPES[name](stage)
+def _on_meta(config):
     with torch.device("meta"):
-        model = WAM(config.model)
-    video = sum(p.numel() for n, p in model.named_parameters() if "video_dit" in n)
-    assert video == (
-        2_059_174_912 if not name.startswith("tiny") else sum(p.numel() for p in model.video_dit.parameters())
-    )
-    assert config.stage.name is stage
+        return WAM(config.model)
+
+
+def _count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def test_every_recipe_builds_on_the_meta_device():
+    """The video DiT is Cosmos-Predict2.5-2B; head and bridge together have the counts of N1.5 less its future tokens."""
+    for name, recipe in RECIPES.items():
+        for stage in Stage:
+            assert recipe(stage).stage.name is stage
+            assert compose(name, stage) == recipe(stage), name
+        if not name.startswith("tiny"):
+            model = _on_meta(recipe(Stage.JOINT))
+            assert _count(model.video_dit) == 2_059_174_912, name
+            assert _count(model.bridge, model.action_dit) == 763_300_896 - 32 * 1536, name
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_builds_on_the_meta_device(name):
+    for stage in Stage:
+        assert compose("agra_dino_l8", stage, [name]).stage.name is stage
+    config = compose("agra_dino_l8", Stage.JOINT, [name])
+    model = _on_meta(config)
+    blocks, width = (36, 5120) if name == "cosmos_14b" else (28, 2048)
+    each = 14 * width**2 + 5120 * width + 512  # attention 4 + 2, feed-forward 8; modulations, text keys, head norms
+    around = 4 * width**2 + 905 * width + 100_353 * 1024  # time, output, patches; the text projection
+    assert _count(model.video_dit) == blocks * each + around
+    assert len(config.model.bridge.layers) == 8
+    assert config.model.bridge.layers[-1] == blocks - 1
+
+
+def test_head_presets_have_the_published_counts():
+    """facts of GR00T-N1.5: 763.3 M with one embodiment, 464.2 M in the literal reading, both with 32 future tokens."""
+    groot = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["groot_head"]))
+    assert _count(groot.bridge, groot.action_dit) == 763_300_896
+    literal = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["literal_head", "groot_head"]))
+    assert _count(literal.bridge, literal.action_dit) == 464_198_688
+
+
+def test_presets_are_c3():
+    """Steps, rates, horizon and stride of every experiment; the adapt stage's 5k before each, the robot's 2k after."""
+    rows = {
+        ("agra_dino_l8", ()): (80_000, 1e-4, 16, 1),
+        ("agra_dino_l8", ("gr1_few_shot",)): (40_000, 1e-4, 16, 1),
+        ("wam", ("real_world",)): (60_000, 1e-5, 48, 3),
+        ("agra_dino_l8", ("real_world", "egodex")): (60_000, 1e-5, 48, 3),
+    }
+    for (name, presets), (steps, video_lr, horizon, stride) in rows.items():
+        config = compose(name, Stage.JOINT, presets)
+        assert (config.stage.steps, config.stage.video_lr, config.stage.action_lr) == (steps, video_lr, 1e-4)
+        assert (config.model.action_dit.horizon, config.data.frame_stride) == (horizon, stride)
+        assert config.stage.batch_size == 256
+        assert compose(name, Stage.ADAPT, presets).stage.steps == 5_000
+        finetune = compose(name, Stage.FINETUNE, presets).stage
+        assert (finetune.steps, finetune.train_video_dit) == (2_000, False)
+    human = compose("agra_dino_l8", Stage.JOINT, ["real_world", "egodex"])
+    assert human.data.embodiments == ("iron", "human_egodex")
+    assert human.model.action_dit.num_embodiments == 2
+
+
+def test_freeze_backbone_adapts_first_and_then_freezes():
+    adapt, joint = (RECIPES["freeze_backbone"](stage) for stage in (Stage.ADAPT, Stage.JOINT))
+    assert (adapt.stage.train_video_dit, adapt.stage.objective.video_weight) == (True, 1.0)
+    assert (joint.stage.train_video_dit, joint.stage.objective.video_weight) == (False, 0.0)
+
+
+def test_condition_level_follows_the_checkpoint():
+    post, pre = (compose("wam", Stage.JOINT, presets).model for presets in ([], ["cosmos_pre_trained"]))
+    assert (post.codec.revision, post.condition_noise_level) == ("diffusers/base/post-trained", 1e-4)
+    assert (pre.codec.revision, pre.condition_noise_level) == ("diffusers/base/pre-trained", None)
+    assert pre.text.revision == pre.codec.revision
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

@@ -1,12 +1,15 @@
+import json
+
 import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agra.alignment.teacher import TeacherConfig, load_teacher
-from agra.pretrained import loading, package_folder, weights_digest
+from agra.pretrained import loading, package_folder, read_into, weight_files, weights_digest
 from agra.wam.codec import CodecConfig, load_codec
 
 
@@ -66,3 +69,43 @@ def test_damaged_weights_are_called_that():
 def test_a_missing_package_names_the_extra():
     with pytest.raises(ImportError, match=r'the thing needs the package "no-such-thing": pip install "agra\[demo\]"'):
         package_folder("no_such_thing", "the thing")
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A model in two shards with their index, as the hub has them."""
+    torch.manual_seed(0)
+    parts = {"first": nn.Linear(3, 4).state_dict(), "second": nn.Linear(4, 5).state_dict()}
+    index = {}
+    for number, (name, tensors) in enumerate(parts.items(), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({f"{name}.{key}": value for key, value in tensors.items()}, tmp_path / file)
+        index |= {f"{name}.{key}": file for key in tensors}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return tmp_path
+
+
+def test_weights_are_read_in_place_and_cast(published):
+    model = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(4, 5)}).to(torch.bfloat16)
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    read_into(model.state_dict(), weight_files(published), what="model")
+    stored = load_file(published / "model-00002-of-00002.safetensors")["second.weight"]
+    assert torch.equal(model["second"].weight, stored.bfloat16())
+    assert before == {name: value.data_ptr() for name, value in model.state_dict().items()}
+
+
+def test_an_interrupted_download_is_called_that_and_changes_nothing(published):
+    model = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(4, 5)})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    last = published / "model-00002-of-00002.safetensors"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-7])
+    with pytest.raises(ValueError, match=r"model: not a readable safetensors file .*take it from its source again"):
+        read_into(model.state_dict(), weight_files(published), what="model")
+    last.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"00002\.safetensors: missing, though .*index\.json lists it.*download it again"
+    ):
+        weight_files(published)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -32,3 +32,8 @@ class Batch:
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device) for k, v in moved.items() if v is not None})
+
+    def part(self, index: int, count: int) -> "Batch":
+        """The rows index::count."""
+        rows = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v[index::count] for k, v in rows.items() if v is not None})

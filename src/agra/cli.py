@@ -144,41 +144,89 @@ def convert(
 # --- prepare and train -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """Where a run is kept and what it starts from."""
-
-    output: Path
-    """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
-    init: str | None = None
-    """Checkpoint, or run folder, of the stage before; or a diffusers model (folder or hub id) for its transformer."""
-    device: str = "cpu"
-    threads: int | None = None
-    """Threads of torch; by default OMP_NUM_THREADS, or all cores."""
-    mixture: Path | None = None
-    """JSON list of the datasets to mix, each with the fields of `--data` that it sets (path, embodiment, weight ...)."""
-    augment: bool = False
-    """GR00T's image augmentation of clips that are decoded while training (--data.cached must be empty)."""
-
-
 def _train(arguments: list[str]) -> None:
     """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
+    from agra.run import train
+    from agra.training.sharding import ParallelConfig
+    from agra.wam.groot import GR1_ROW
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainOptions:
+        output: Path
+        """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
+        init: str | None = None
+        """Checkpoint, or run folder, of the stage before; or a diffusers model (folder, or hub id with or without
+        @revision) for its transformer."""
+        head: str | None = None
+        """A GR00T-N1.5 model (folder or hub id) for its action head."""
+        head_rows: tuple[int, ...] = (GR1_ROW,)
+        """Its embodiments that ours start from, one for each or one for all; none leaves encoders and decoder fresh."""
+        mixture: Path | None = None
+        """JSON list of the datasets to mix, each with the fields of `--data` that it sets (path, embodiment, weight ...)."""
+        augment: bool = False
+        """GR00T's image augmentation of clips that are decoded while training (--data.cached must be empty)."""
+        parallel: ParallelConfig = field(default_factory=ParallelConfig)
+        device: str = "cpu"
+        """cpu or cuda; under torchrun each process takes the GPU of its local rank."""
+        threads: int | None = None
+        """Threads of torch; by default OMP_NUM_THREADS, or all cores."""
+
     options, config = _recipe_arguments("train", arguments, TrainOptions)
     config = _with_mixture(config, options.mixture)
     if options.augment:
         from agra.data.augment import AugmentConfig
 
         config = replace(config, data=replace(config.data, augment=AugmentConfig()))
-    from agra.run import train
-
     if options.threads is not None:
         import torch
 
         torch.set_num_threads(options.threads)
-    done = train(config, output=options.output, init=options.init, device=options.device)
+    done = train(
+        config,
+        output=options.output,
+        init=options.init,
+        head=options.head,
+        head_rows=options.head_rows,
+        device=options.device,
+        parallel=options.parallel,
+    )
     if not done:
-        print(f"stopped by a signal; the same command resumes from {options.output}", file=sys.stderr)
-        raise SystemExit(130)
+        print(f"stopped by SIGTERM; the same command resumes from {options.output}", file=sys.stderr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The machines that a run is planned for."""
+
+    gpus: int
+    gpu_memory: float = 80.0
+    """GB of each GPU."""
+    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
+    shards: int | None = None
+    """GPUs that hold one copy of the model between them; by default all."""
+    utilisation: float = 0.35
+    """Share of the GPU's peak that a step is assumed to reach."""
+    price: float = 0.0
+    """Of a GPU for an hour."""
+
+
+def _plan(arguments: list[str]) -> None:
+    """Say before launch what fits: agra plan RECIPE --gpus 8 --gpu-memory 80 [--stage joint] [--with PRESET ...]"""
+    options, config = _recipe_arguments("plan", arguments, PlanOptions)
+    from agra.planner import PEAK_FLOPS, describe, plan
+
+    found = plan(
+        config,
+        gpus=options.gpus,
+        gpu_memory=options.gpu_memory,
+        shards=options.shards,
+        peak=PEAK_FLOPS[options.gpu],
+        utilisation=options.utilisation,
+        price=options.price,
+    )
+    print(describe(found, config, gpus=options.gpus, gpu_memory=options.gpu_memory))
+    if found.hours == float("inf"):
+        raise SystemExit(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,28 +269,37 @@ def _with_mixture(config: "RunConfig", path: Path | None) -> "RunConfig":
 
 
 def _recipe_arguments(command: str, arguments: list[str], options: type) -> tuple:
-    """RECIPE, --stage NAME, then every field of the config as a flag (--stage.steps, --data.path ...)."""
-    from agra.recipes import RECIPES
+    """RECIPE, --stage NAME, --with PRESET ..., then every field of the config as a flag (--stage.steps, --data.path ...)."""
+    from agra.recipes import PRESETS, RECIPES, compose
     from agra.training.stages import Stage
 
     if not arguments or arguments[0].startswith("-"):
         print(
-            f"usage: agra {command} RECIPE [--stage {{{','.join(Stage)}}}] [flags]; recipes: {', '.join(RECIPES)}; "
+            f"usage: agra {command} RECIPE [--stage {{{','.join(Stage)}}}] [--with PRESET ...] [flags]; "
+            f"recipes: {', '.join(RECIPES)}; presets: {', '.join(PRESETS)}; "
             f"`agra {command} RECIPE --help` lists the flags"
         )
         raise SystemExit(0 if "-h" in arguments or "--help" in arguments else 2)
     name, *rest = arguments
     if name not in RECIPES:
         raise ValueError(_unknown("recipe", name, RECIPES))
-    stage = Stage.JOINT
-    if "--stage" in rest:
-        at = rest.index("--stage")
-        value = rest[at + 1] if at + 1 < len(rest) else ""
-        if value not in list(Stage):
-            raise ValueError(_unknown("stage", value, list(Stage)))
-        stage = Stage(value)
-        del rest[at : at + 2]
-    return _parse(command, name, RECIPES[name](stage), rest, options)
+    stages, rest = _take("--stage", rest)
+    presets, rest = _take("--with", rest)
+    for what, given, known in (("stage", stages, list(Stage)), ("preset", presets, PRESETS)):
+        for value in given:
+            if value not in known:
+                raise ValueError(_unknown(what, value, known))
+    config = compose(name, Stage(stages[-1]) if stages else Stage.JOINT, presets)
+    return _parse(command, name, config, rest, options)
+
+
+def _take(flag: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The values after `flag` up to the next flag, and the arguments without them."""
+    if flag not in arguments:
+        return [], arguments
+    start = arguments.index(flag)
+    end = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("-")), len(arguments))
+    return arguments[start + 1 : end] or [""], arguments[:start] + arguments[end:]
 
 
 def _parse(command: str, recipe: str, config: "RunConfig", rest: list[str], options: type) -> tuple:
@@ -280,11 +337,13 @@ def _one_line(box: str, program: str) -> str:
 
 
 def recipes() -> None:
-    """List the recipes."""
-    from agra.recipes import RECIPES
+    """List the recipes, a row of the paper each, and the presets that --with adds to any of them."""
+    from agra.recipes import PRESETS, RECIPES
 
-    for name, recipe in RECIPES.items():
-        print(f"{name:28}{(recipe.__doc__ or '').strip().splitlines()[0]}")
+    for title, table in (("recipes", RECIPES), ("presets, for --with", PRESETS)):
+        print(f"# {title}")
+        for name, function in table.items():
+            print(f"{name:28}{(function.__doc__ or '').strip().splitlines()[0]}")
 
 
 # --- evaluate and compare --------------------------------------------------------------------------------------------
@@ -409,6 +468,58 @@ def report(
     print(run(policies, output=output))
 
 
+# --- checkpoints that leave the machine ------------------------------------------------------------------------------
+
+
+def export(policy: Annotated[Path, tyro.conf.Positional], output: Path, ema: bool = False) -> None:
+    """Write a policy as one folder of whole safetensors with a model card, from whole or sharded checkpoints.
+
+    Args:
+        policy: a checkpoint or run folder.
+        output: the new folder.
+        ema: take the averaged weights.
+    """
+    from agra.hub import export as run
+
+    print(run(policy, output, ema=ema))
+
+
+def push(
+    policy: Annotated[Path, tyro.conf.Positional],
+    name: Annotated[str, tyro.conf.Positional],
+    public: bool = False,
+    ema: bool = False,
+) -> None:
+    """Upload a policy to the model hub with a generated card.
+
+    Args:
+        policy: a checkpoint or run folder.
+        name: owner/model.
+        public: let everyone see it.
+        ema: take the averaged weights.
+    """
+    from agra.hub import push as run
+
+    print(run(policy, name, private=not public, ema=ema))
+
+
+def pull(
+    name: Annotated[str, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
+    revision: str | None = None,
+) -> None:
+    """Download a policy from the model hub and check every file of it.
+
+    Args:
+        name: owner/model.
+        output: folder for it.
+        revision: a branch, tag or commit.
+    """
+    from agra.hub import pull as run
+
+    print(run(name, output, revision=revision))
+
+
 def _bound(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """`function` with the same signature, that returns a call to make later: parsing errors are not the command's."""
 
@@ -434,10 +545,14 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "doctor": _command(doctor),
     "prepare": _prepare,
     "train": _train,
+    "plan": _plan,
     "evaluate": _command(evaluate),
     "compare": _command(compare),
     "diagnose": _command(diagnose),
     "report": _command(report),
+    "export": _command(export),
+    "push": _command(push),
+    "pull": _command(pull),
     "recipes": _command(recipes),
 }
 

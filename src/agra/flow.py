@@ -1,13 +1,14 @@
 """Flow matching in the paper's convention: noise level 1 is pure noise, the velocity points from data to noise.
 
-The samplers draw from torch's global generator, which the training loop seeds anew from (seed, step, rank) at every
-step, so that a resumed run draws what the interrupted one would have drawn.
+The samplers draw what belongs to a sample (`agra.draws`): a resumed run draws what the interrupted one would have drawn.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from agra.draws import draw
 
 
 def _spread(level: Tensor, like: Tensor) -> Tensor:
@@ -36,13 +37,13 @@ def logit_normal_levels(count: int, *, shift: float = 5.0) -> Tensor:
 
     u = sigmoid(N(0, 1)), then shift * u / (1 + (shift - 1) * u); shift 1 leaves u alone.
     """
-    u = torch.sigmoid(torch.randn(count))
+    u = torch.sigmoid(draw(torch.randn, count))
     return shift * u / (1 + (shift - 1) * u)
 
 
 def uniform_levels(count: int) -> Tensor:
     """Video noise levels uniform in [0, 1), (count,): the reading of A.3."""
-    return torch.rand(count)
+    return draw(torch.rand, count)
 
 
 def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: float = 0.999) -> Tensor:
@@ -51,7 +52,8 @@ def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: flo
     GR00T draws b ~ Beta(alpha, beta) and trains at time (scale - b) / scale with 1 as data; here the level is one
     minus that, b / scale, clamped to [0, 1]: mostly high noise.
     """
-    return (torch.distributions.Beta(alpha, beta).sample((count,)) / scale).clamp(0, 1)
+    levels = torch.distributions.Beta(alpha, beta, validate_args=False)
+    return (draw(lambda n: levels.sample((n,)), count) / scale).clamp(0, 1)
 
 
 def euler(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from agra.config import RunConfig
 from agra.data.cameras import crop
@@ -19,6 +19,12 @@ from agra.types import ActionChunk, Observation
 from agra.wam.codec import Codec, load_codec, to_video
 from agra.wam.model import WAM
 from agra.wam.text import TextEncoder, load_text_encoder
+
+
+def _projection(config: RunConfig, model: WAM) -> nn.Module | None:
+    """Cosmos's frozen text projection, where tokens were cached after it."""
+    reads_cosmos = config.model.text.kind == "cosmos_reason" and config.model.video_dit.text_projection_dim is not None
+    return model.video_dit.transformer.crossattn_proj if reads_cosmos else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,7 @@ class WAMPolicy:
         with torch.device("meta"):
             model = WAM(config.model)
         model.to_empty(device="cpu")
-        checkpoint.load_weights(model, folder / "model.safetensors")
+        checkpoint.load_weights(model, folder)
         codec_file = folder / "codec.safetensors"
         codec = load_codec(config.model.codec, codec_file if codec_file.is_file() else None)
         stats = NormStats.load_all(folder / "norm_stats.json")
@@ -82,7 +88,7 @@ class WAMPolicy:
             config=config,
             model=model,
             codec=codec.to(device),
-            text=load_text_encoder(config.model.text),
+            text=load_text_encoder(config.model.text, _projection(config, model)),
             stats=stats,
             device=device,
         )

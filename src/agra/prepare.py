@@ -24,6 +24,7 @@ from agra.types import Episode
 from agra.wam.codec import Codec, PatchPCACodec, load_codec, to_video
 from agra.wam.model import WAMConfig
 from agra.wam.text import TextEncoder, load_text_encoder
+from agra.wam.video_dit import load_text_projection
 
 _CODEC_EPISODES = 64  # enough for a 768 x 768 covariance of 8 x 8 x 4 patches
 
@@ -199,7 +200,7 @@ def _features(
     config: RunConfig, sources: Sequence[Source], device: torch.device | str
 ) -> dict[str, Callable[[Source], cache.Feature]]:
     """How to make each needed feature for a source; the frozen networks are loaded once."""
-    text, model = Instruction(load_text_encoder(config.model.text)), config.model
+    text, model = Instruction(_open_text(config).to(device)), config.model
     made: dict[str, Callable[[Source], cache.Feature]] = {"instruction": lambda source: text}
     needed = _needed(config)
     if "latents" in needed:
@@ -221,6 +222,14 @@ def _open_codec(config: RunConfig, sources: Sequence[Source]) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         PatchPCACodec.fit(_codec_videos(config, sources), channels=config.model.codec.channels).save(path)
     return load_codec(config.model.codec, path)
+
+
+def _open_text(config: RunConfig) -> Any:
+    """The frozen text encoder; Cosmos's text projection, frozen too, is applied at once: 1 MB an instruction."""
+    text, video = config.model.text, config.model.video_dit
+    if text.kind != "cosmos_reason" or video.text_projection_dim is None:
+        return load_text_encoder(text)
+    return load_text_encoder(text, load_text_projection(video, text.source, revision=text.revision))
 
 
 def _index(config: RunConfig, sources: Sequence[Source], source: Source, name: str) -> Path:

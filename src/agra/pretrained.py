@@ -1,20 +1,22 @@
-"""Frozen weights: where they come from, what to say when they are missing, and which ones they are.
+"""Published weights: where they come from, what to say when they are missing, and which ones they are.
 
-A leaf, shared by the three frozen networks: the video codec, the text encoder and the teacher.
+A leaf, shared by the frozen networks and by the trained ones that start from a public checkpoint.
 """
 
 import hashlib
 import importlib.util
+import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -42,6 +44,69 @@ def package_folder(package: str, what: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f'{what} needs the package "{package.replace("_", "-")}": pip install "agra[demo]"')
     return Path(spec.submodule_search_locations[0])
+
+
+def model_folder(what: str, *, source: str, revision: str | None, subfolder: str = "") -> Path:
+    """The folder of one part of a model: inside a local folder, or fetched from the hub, that part alone.
+
+    The hub's client goes on with an interrupted download. Raises FileNotFoundError with the remedy.
+    """
+    with loading(what, source=source, revision=revision, subfolder=subfolder):
+        root = Path(source)
+        if not root.is_dir():
+            wanted = f"{subfolder}/*" if subfolder else None
+            root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        if not (root / subfolder).is_dir():
+            raise FileNotFoundError(f"it has no folder {subfolder}")
+    return root / subfolder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files. Raises FileNotFoundError where there are none, or one that the index lists lacks."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no .safetensors file; the weights as published lie there")
+    for index in folder.glob("*.safetensors.index.json"):
+        listed = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(listed - {file.name for file in files}):
+            raise FileNotFoundError(
+                f"{folder / absent[0]}: missing, though {index.name} lists it, as after an interrupted download; "
+                "download it again"
+            )
+    return files
+
+
+@contextmanager
+def stored_tensors(files: Sequence[Path], what: str) -> Iterator[dict[str, Any]]:
+    """The tensors of safetensors `files` by name, as slices that read when indexed. ValueError where one is damaged."""
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(str(file), framework="pt")) for file in files]
+            yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118, no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{what}: not a readable safetensors file ({error}); take it from its source again") from error
+
+
+def read_into(targets: Mapping[str, Tensor], files: Sequence[Path], *, what: str, prefix: str = "") -> None:
+    """Copy every tensor of safetensors `files` into the target of its name, one at a time and cast to its type.
+
+    With `prefix`, the entries under it, without it. Names and shapes are compared before anything is copied:
+    raises ValueError where they differ or a file is damaged.
+    """
+    with stored_tensors(files, what) as found, torch.no_grad():
+        stored = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+        check_fit({name: tuple(value.get_shape()) for name, value in stored.items()}, targets, what)
+        for name, value in stored.items():
+            targets[name].copy_(value[...])
+
+
+def check_fit(found: Mapping[str, Sequence[int]], targets: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError naming the first of the names or shapes in which `found` and `targets` differ."""
+    odd = sorted(set(found) ^ set(targets)) or [k for k in found if tuple(found[k]) != tuple(targets[k].shape)]
+    if odd:
+        raise ValueError(
+            f"{what}: made for another architecture; {len(odd)} entries do not fit, the first is {odd[0]!r}"
+        )
 
 
 @contextmanager

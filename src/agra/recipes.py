@@ -1,9 +1,11 @@
-"""One function for each row of the paper, and `tiny()`. A recipe calls another and replaces what differs.
+"""One function for each row of the paper, presets that change any of them, and `tiny()`.
 
-Every recipe takes the stage and returns a `RunConfig`; the defaults of the config classes are the paper's.
+A recipe takes the stage and returns a `RunConfig`; it calls another and replaces what differs. The defaults of the config
+classes are the paper's. A preset takes a config to another: which data (C.3), with EgoDex or not, the head's reading.
+`compose` puts the three together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from agra.alignment.loss import AlignmentConfig
@@ -20,10 +22,13 @@ from agra.wam.model import WAMConfig
 from agra.wam.text import TextConfig
 from agra.wam.video_dit import VideoDiTConfig
 
+Recipe = Callable[[Stage], RunConfig]
+Preset = Callable[[RunConfig], RunConfig]
+
 
 def agra_dino_l8(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA-DinoL8, the paper's default: video layer 8 aligned with DINOv2 on the conditioning pass.        4.1, C.1, C.3"""
-    return at_stage(RunConfig(data=DataConfig()), stage)
+    return at_stage(RunConfig(data=DataConfig(embodiments=("gr1",))), stage)
 
 
 def wam(stage: Stage = Stage.JOINT) -> RunConfig:
@@ -33,21 +38,24 @@ def wam(stage: Stage = Stage.JOINT) -> RunConfig:
 
 def freeze_backbone(stage: Stage = Stage.JOINT) -> RunConfig:
     """Freeze backbone: the video DiT stays as the adapt stage left it; only the action head learns.          4.1, B.2.2"""
-    config = wam(stage)
-    if stage is not Stage.JOINT:
-        return config
+    config = wam()
     objective = replace(config.stage.objective, video_weight=0.0)
-    return replace(config, stage=replace(config.stage, train_video_dit=False, objective=objective))
+    return at_stage(replace(config, stage=replace(config.stage, train_video_dit=False, objective=objective)), stage)
 
 
 def agra_dino_l15(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-DinoL15: a deeper layer is aligned.                                                               4.2.2 a"""
+    """AGRA-DinoL15: a deeper layer is aligned.                                                       4.2.2 a, Fig. 10"""
     return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(15,)))
 
 
 def agra_dino_l4_8_12(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA-DinoL4/8/12: three layers are aligned at once.                                                    4.2.2 a"""
     return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(4, 8, 12)))
+
+
+def agra_dino_hierarchical(stage: Stage = Stage.JOINT) -> RunConfig:
+    """Hierarchical alignment: three layers, each with a DINOv2 block of its own depth (ours: 3, 7, 11).        4.2.2 a"""
+    return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(4, 8, 12), teacher=TeacherConfig(depths=(3, 7, 11))))
 
 
 def agra_siglip_l8(stage: Stage = Stage.JOINT) -> RunConfig:
@@ -58,8 +66,7 @@ def agra_siglip_l8(stage: Stage = Stage.JOINT) -> RunConfig:
 
 def agra_bridge_l8(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA-BridgeL8: every cross-attention block reads the aligned layer.                                    4.2.2 c"""
-    config = agra_dino_l8(stage)
-    return replace(config, model=replace(config.model, bridge=BridgeConfig(layers=(8,) * 8)))
+    return _bridged(agra_dino_l8(stage), 8)
 
 
 def agra_video_pass(stage: Stage = Stage.JOINT) -> RunConfig:
@@ -147,15 +154,78 @@ def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:
     return _aligned(tiny(stage), None)
 
 
+# --- presets: what C.3 and C.1 leave to the experiment -----------------------------------------------------------------
+
+
+def gr1_few_shot(config: RunConfig) -> RunConfig:
+    """GR1 with a tenth of the demonstrations (2,400): 40k steps instead of 80k.                              B.1, C.3"""
+    return replace(config, stage=replace(config.stage, steps=40_000))
+
+
+def real_world(config: RunConfig) -> RunConfig:
+    """The robot: 60k steps (fine-tuning 2k), video DiT at 1e-5, chunks of 48 actions, every third frame.     C.2.1, C.3
+
+    Rows of 64 for the 50 dimensions of IRON's state and action; they are padded and masked.
+    """
+    head = replace(config.model.action_dit, horizon=48, state_dim=64, action_dim=64)
+    return replace(
+        config,
+        model=replace(config.model, action_dit=head),
+        data=replace(config.data, frame_stride=3, embodiments=("iron", *config.data.embodiments[1:])),
+        stage=replace(config.stage, steps=60_000, video_lr=1e-5),
+    )
+
+
+def egodex(config: RunConfig) -> RunConfig:
+    """With human demonstrations of EgoDex: a second embodiment with encoders and a decoder of its own.         4.2.2 d"""
+    embodiments = (*config.data.embodiments, "human_egodex")
+    head = replace(config.model.action_dit, num_embodiments=len(embodiments))
+    data = replace(config.data, embodiments=embodiments)
+    return replace(config, model=replace(config.model, action_dit=head), data=data)
+
+
+def literal_head(config: RunConfig) -> RunConfig:
+    """The action head as C.1's words have it: inner width 1024 = 32 x 32, instead of GR00T-N1.5's 1536 (#4)."""
+    return replace(config, model=replace(config.model, action_dit=replace(config.model.action_dit, head_dim=32)))
+
+
+def groot_head(config: RunConfig) -> RunConfig:
+    """The action head with N1.5's 32 future tokens, so that all of its weights have a place (`--head`)."""
+    return replace(config, model=replace(config.model, action_dit=replace(config.model.action_dit, future_tokens=32)))
+
+
+def cosmos_pre_trained(config: RunConfig) -> RunConfig:
+    """Cosmos's pre-trained revision instead of the post-trained: the condition frame gets the others' level (#10, #11)."""
+    return _cosmos(config, "nvidia/Cosmos-Predict2.5-2B", "diffusers/base/pre-trained", level=None)
+
+
+def cosmos_14b(config: RunConfig) -> RunConfig:
+    """Cosmos-Predict2.5-14B: 36 layers of width 5120; the bridge and the head's keys follow. Not in the paper."""
+    config = _cosmos(config, "nvidia/Cosmos-Predict2.5-14B", "diffusers/base/post-trained", level=1e-4)
+    model = config.model
+    video = replace(model.video_dit, num_layers=36, num_heads=40)
+    bridge = replace(model.bridge, layers=bridged_layers(36, model.action_dit.num_blocks), num_heads=80)
+    head = replace(model.action_dit, guidance_dim=video.width)
+    return replace(config, model=replace(model, video_dit=video, bridge=bridge, action_dit=head))
+
+
+def compose(name: str, stage: Stage, presets: Sequence[str] = ()) -> RunConfig:
+    """The recipe `name` changed by `presets` in their order, at `stage`."""
+    config = RECIPES[name](Stage.JOINT)
+    for preset in presets:
+        config = PRESETS[preset](config)
+    return at_stage(config, stage)
+
+
 def at_stage(config: RunConfig, stage: Stage) -> RunConfig:
     """A joint-stage config turned into another stage's, with C.3's steps for it."""
     joint = config.stage
     if stage is Stage.JOINT:
         return config
     if stage is Stage.ADAPT:
-        objective = replace(joint.objective, action_weight=0.0, alignment_weight=0.0)
-        steps = min(joint.steps, 5_000)
-        return replace(config, stage=replace(joint, name=stage, objective=objective, steps=steps))
+        objective = replace(joint.objective, video_weight=1.0, action_weight=0.0, alignment_weight=0.0)
+        changed = replace(joint, name=stage, objective=objective, steps=min(joint.steps, 5_000), train_video_dit=True)
+        return replace(config, stage=changed)
     objective = replace(joint.objective, video_weight=0.0, alignment_weight=0.0)
     steps = min(joint.steps, 2_000)
     return replace(config, stage=replace(joint, name=stage, objective=objective, steps=steps, train_video_dit=False))
@@ -173,7 +243,41 @@ def _passes(config: RunConfig, *, guidance: Pass, aligned: Pass) -> RunConfig:
     return replace(config, stage=replace(config.stage, objective=objective))
 
 
-Recipe = Callable[[Stage], RunConfig]
+def _bridged(config: RunConfig, layer: int) -> RunConfig:
+    layers = (layer,) * config.model.action_dit.num_blocks
+    return replace(config, model=replace(config.model, bridge=replace(config.model.bridge, layers=layers)))
+
+
+def _cosmos(config: RunConfig, source: str, revision: str, *, level: float | None) -> RunConfig:
+    codec, text = (replace(part, source=source, revision=revision) for part in (config.model.codec, config.model.text))
+    return replace(config, model=replace(config.model, codec=codec, text=text, condition_noise_level=level))
+
+
+def _aligned_sweep() -> Iterator[Recipe]:
+    """Fig. 10: every bridged layer aligned alone, besides those that have a name of their own."""
+    for layer in sorted({*bridged_layers(28, 8)} - {8, 15}):
+
+        def recipe(stage: Stage = Stage.JOINT, layer: int = layer) -> RunConfig:
+            return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(layer,)))
+
+        yield _named(recipe, f"agra_dino_l{layer}", f"Layer sweep: video layer {layer} aligned alone.", "Fig. 10")
+
+
+def _bridge_sweep() -> Iterator[Recipe]:
+    """Fig. 11: the baseline WAM with a single-layer bridge."""
+    for layer in bridged_layers(28, 8):
+
+        def recipe(stage: Stage = Stage.JOINT, layer: int = layer) -> RunConfig:
+            return _bridged(wam(stage), layer)
+
+        yield _named(recipe, f"wam_bridge_l{layer}", f"WAM whose blocks all read video layer {layer}.", "Fig. 11")
+
+
+def _named(recipe: Recipe, name: str, says: str, where: str) -> Recipe:
+    recipe.__name__, recipe.__doc__ = name, f"{says:<104} {where}"
+    return recipe
+
+
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
@@ -182,11 +286,18 @@ RECIPES: dict[str, Recipe] = {
         freeze_backbone,
         agra_dino_l15,
         agra_dino_l4_8_12,
+        agra_dino_hierarchical,
         agra_siglip_l8,
         agra_bridge_l8,
         agra_video_pass,
         agra_shared_denoising_pass,
+        *_aligned_sweep(),
+        *_bridge_sweep(),
         tiny,
         tiny_wam,
     )
+}
+PRESETS: dict[str, Preset] = {
+    preset.__name__: preset
+    for preset in (gr1_few_shot, real_world, egodex, literal_head, groot_head, cosmos_pre_trained, cosmos_14b)
 }

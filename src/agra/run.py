@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,21 @@ from agra.diagnostics.looking_monitor import LookingMonitor
 from agra.diagnostics.probe import ProbeSample, samples_from_episode
 from agra.diagnostics.report import PolicyEntry, build_report
 from agra.diagnostics.report_looking import LOOKING
+from agra.draws import seed_everything
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
+from agra.planner import flops_per_sample, peak_flops
 from agra.policy import WAMPolicy
 from agra.prepare import codec_file, window_references
 from agra.simulators.registry import expert, make
 from agra.training import checkpoint
-from agra.training.loop import Trainer, initialize, seed_everything
+from agra.training.logbook import Meter
+from agra.training.loop import Trainer
 from agra.training.objective import Objective
+from agra.training.sharding import ParallelConfig, World, build, check_shares, joined
+from agra.training.start import initialize
 from agra.types import REGIMES, Simulator
+from agra.wam.groot import GR1_ROW, load_groot_head
 from agra.wam.model import WAM
 
 _LATEST_MOMENT = 0.45
@@ -53,12 +59,49 @@ def estimate(config: RunConfig, *, device: str = "cpu") -> list[tuple[Source, Es
     return frozen.estimate(config, config.data.open(), device=device)
 
 
-def train(config: RunConfig, *, output: Path, init: str | Path | None = None, device: str = "cpu") -> bool:
-    """Train one stage into `output`, resuming a run found there. False if a signal stopped it early."""
+def train(
+    config: RunConfig,
+    *,
+    output: Path,
+    init: str | Path | None = None,
+    head: str | None = None,
+    head_rows: Sequence[int] = (GR1_ROW,),
+    device: str = "cpu",
+    parallel: ParallelConfig | None = None,
+) -> bool:
+    """Train one stage into `output`, resuming a run found there. False if SIGTERM stopped it early.
+
+    A fresh run starts from `init` (see `initialize`) and from the GR00T-N1.5 action head in `head`, if they are given.
+    Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not divide.
+    """
+    parallel = parallel or ParallelConfig()
+    with joined(parallel, device) as world:
+        check_shares(config.stage, parallel, world.size)
+
+        def start(objective: Objective) -> None:
+            if init is not None:
+                initialize(objective, init, config.stage.name)
+            if head is not None:
+                load_groot_head(objective.wam.bridge, objective.wam.action_dit, head, rows=head_rows)
+
+        fresh = checkpoint.newest(output) is None
+        if fresh and world.leads:
+            output.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(_origin(output), json.dumps({"init": _relative(init, output)}) + "\n")
+        return _train(config, output, start if fresh else None, parallel, world)
+
+
+def _train(
+    config: RunConfig,
+    output: Path,
+    start: Callable[[Objective], None] | None,
+    parallel: ParallelConfig,
+    world: World,
+) -> bool:
     sources = config.data.open()
     opened = frozen.open_features(config, sources)
     stats = embodiment_stats(sources)
-    online = frozen.OnlineEncoder.open(config, sources, device=device)
+    online = frozen.OnlineEncoder.open(config, sources, device=world.device)
     sampler = WindowSampler(
         config.data,
         sources,
@@ -72,17 +115,18 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
         max_state_dim=config.model.action_dit.state_dim,
         max_action_dim=config.model.action_dit.action_dim,
         encode=online,
+        rank=world.rank,
+        world_size=world.size,
     )
-    seed_everything(config.stage.seed, 2**31 + 1)
-    teacher_width = opened[0]["targets"].shape[-1] if "targets" in opened[0] else online and online.teacher_width
-    objective = Objective(
-        WAM(config.model), config.stage.objective, config.alignment if config.aligns else None, teacher_width
-    )
-    if checkpoint.newest(output) is None:
-        if init is not None:
-            initialize(objective, init, config.stage.name)
-        output.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(_origin(output), json.dumps({"init": _relative(init, output)}) + "\n")
+
+    def make() -> Objective:
+        seed_everything(config.stage.seed, 2**31 + 1)
+        width = opened[0]["targets"].shape[-1] if "targets" in opened[0] else online and online.teacher_width
+        alignment = config.alignment if config.aligns else None
+        return Objective(WAM(config.model), config.stage.objective, alignment, width)
+
+    peak = peak_flops(world.device)
+    flops = None if peak is None else flops_per_sample(config)
     extra = {"norm_stats.json": lambda path: NormStats.save_all(stats, path)}
     if config.model.codec.kind == "patch_pca":
         fitted = codec_file(config, sources)
@@ -90,13 +134,19 @@ def train(config: RunConfig, *, output: Path, init: str | Path | None = None, de
     with Prefetched(sampler.batch, workers=1 if online is None else 2) as batches:
         trainer = Trainer(
             config,
-            objective,
+            build(make, config.stage, parallel, world, start),
             batch=batches,
             validation=sampler.validation_batch if sampler.validation else None,
             output=output,
             extra_files=extra,
             monitors=_monitors(config, sampler, stats),
-            device=device,
+            samples=lambda step: [
+                f"{sources[source].dataset.path}, episode {episode} from step {first}"
+                for source, episode, first in sampler.windows(step)[world.rank :: world.size]
+            ],
+            world=world,
+            parallel=parallel,
+            meter=Meter(device=world.device, flops_per_sample=flops, peak_flops=peak),
         )
         return trainer.run()
 

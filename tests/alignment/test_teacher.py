@@ -11,13 +11,14 @@ from transformers import (
     Dinov2WithRegistersModel,
     SiglipConfig,
     SiglipModel,
+    SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 import agra.precision
 import agra.pretrained
 from agra.alignment.packaged_dinov2 import MODEL_FILE, PACKAGE
-from agra.alignment.teacher import TeacherConfig, interpolate_grid, load_teacher, reference_frames
+from agra.alignment.teacher import Teacher, TeacherConfig, interpolate_grid, load_teacher, reference_frames
 from agra.pretrained import package_folder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -152,6 +153,58 @@ def test_an_earlier_block_is_read_through_the_final_norm(folders, kind, norm):
     torch.testing.assert_close(cut(frames), expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="blocks are 0 to 2, got 3"):
         load_teacher(TeacherConfig(**config, layer=3))
+
+
+def test_several_depths_lie_side_by_side(folders):
+    config = {"source": str(folders / "dinov2"), "input_size": (112, 112)}
+    both = load_teacher(TeacherConfig(**config, depths=(2, 0)))
+    parts = [load_teacher(TeacherConfig(**config, layer=layer)) for layer in (2, 0)]
+    assert both.width == 2 * parts[0].width
+    expected = torch.cat([part(picture(1)) for part in parts], dim=-1)
+    torch.testing.assert_close(both(picture(1)), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"TeacherConfig\.depths: expected 0-based blocks of a dinov2 teacher"):
+        TeacherConfig(**config, depths=(2, 0), layer=1)
+    with pytest.raises(ValueError, match="blocks are 0 to 2, got 3"):
+        load_teacher(TeacherConfig(**config, depths=(3, 0)))
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "millions"),
+    [(384, 12, 6, 22.06), (768, 12, 12, 86.58), (1024, 24, 16, 304.37), (1536, 40, 24, 1136.48)],
+    ids=["small", "base", "large", "giant"],
+)
+@pytest.mark.parametrize("registers", [False, True])
+def test_dinov2_sizes_are_the_published_ones(width, depth, heads, millions, registers):
+    """Built without weights: 448 x 448 gives 32 x 32 patches of the known width, from the known number of parameters."""
+    settings = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "patch_size": 14}
+    settings |= {"image_size": 518, "use_swiglu_ffn": width == 1536}
+    with torch.device("meta"):
+        model = (
+            Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**settings, num_register_tokens=4))
+            if registers
+            else Dinov2Model(Dinov2Config(**settings))
+        )
+    teacher = Teacher(model, TeacherConfig())
+    assert (teacher.grid_size, teacher.width) == ((32, 32), width)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid", "millions"),
+    [
+        ({"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "image_size": 384, "patch_size": 16}, 28, 93.2),
+        ({"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+          "image_size": 384, "patch_size": 14}, 32, 428.2),
+    ],
+    ids=["base", "so400m"],
+)  # fmt: skip
+def test_siglip_sizes_are_the_published_ones(settings, grid, millions):
+    with torch.device("meta"):
+        model = SiglipVisionModel(SiglipVisionConfig(**settings))
+    teacher = Teacher(model, TeacherConfig(kind="siglip"))
+    assert (teacher.grid_size, teacher.width) == ((grid, grid), settings["hidden_size"])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.3)
 
 
 def test_kind_and_source_must_agree(folders):

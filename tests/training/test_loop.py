@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from agra.config import RunConfig
+from agra.draws import seed_everything
 from agra.recipes import at_stage
 from agra.training import checkpoint
-from agra.training.loop import Trainer, initialize, seed_everything
+from agra.training.loop import Trainer
 from agra.training.objective import Objective
 from agra.training.stages import Stage
+from agra.training.start import initialize
 from agra.wam.model import WAM
 
 
@@ -49,7 +51,7 @@ def _assert_same(a, b):
 
 def _rows(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("meter/", "samples_per_second"))} for row in rows]
 
 
 @pytest.mark.parametrize("stop_before", [1, 3, 4, 5])
@@ -164,3 +166,22 @@ def test_config_json_round_trip(small_config, tmp_path):
         RunConfig.from_json(text, "here.json")
     with pytest.raises(ValueError, match=r"here.json: not JSON"):
         RunConfig.from_json("{", "here.json")
+
+
+def test_a_revision_that_contradicts_the_condition_level_is_refused(small_config, make_batch, tmp_path):
+    objective = make_trainer(small_config, tmp_path, make_batch).objective
+    with pytest.raises(ValueError, match=r"pre-trained goes with model\.condition_noise_level None, got 0\.0001"):
+        initialize(objective, "nvidia/Cosmos-Predict2.5-2B@diffusers/base/pre-trained", Stage.ADAPT)
+    model = replace(small_config.model, condition_noise_level=None)
+    objective = make_trainer(replace(small_config, model=model), tmp_path, make_batch).objective
+    with pytest.raises(ValueError, match=r"post-trained goes with model\.condition_noise_level 0\.0001, got None"):
+        initialize(objective, "nvidia/Cosmos-Predict2.5-2B", Stage.ADAPT)
+
+
+def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch, tmp_path):
+    trainer = make_trainer(small_config, tmp_path, make_batch, validation=False)
+    handle = trainer.objective.wam.bridge.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(ValueError, match=r"step 0: the gradient of bridge is not finite \(one of row 0, row 1"):
+        trainer.run()
+    handle.remove()
+    assert checkpoint.newest(tmp_path) is None

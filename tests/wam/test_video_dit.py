@@ -41,8 +41,15 @@ def _inputs(batch=2, frames=3, size=(8, 12), text=(5, 20)):
     return torch.randn(batch, 6, frames, *size), torch.randn(batch, *text), mask
 
 
-def _stock(model, latents, level, text, mask):
-    return model.transformer(
+def _twin(model):
+    """diffusers' own transformer with the same weights."""
+    twin = model.config.build()
+    twin.load_state_dict(model.transformer.state_dict())
+    return twin
+
+
+def _stock(transformer, latents, level, text, mask):
+    return transformer(
         hidden_states=latents,
         timestep=level if level.ndim == 1 else level[:, None, :, None, None],
         encoder_hidden_states=text,
@@ -61,7 +68,7 @@ def test_forward_equals_diffusers(per_frame, changes):
     latents, text, mask = _inputs(text=(5, config.text_projection_dim or 20))
     level = torch.rand(2, 3) if per_frame else torch.rand(2)
     ours = model(latents, level, text, condition_mask=mask).velocity
-    theirs = _stock(model, latents, level, text, mask)
+    theirs = _stock(_twin(model), latents, level, text, mask)
     assert theirs.abs().max() > 0.5
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
@@ -70,14 +77,10 @@ def test_gradients_equal_diffusers():
     model = _random()
     latents, text, mask = _inputs()
     level = torch.rand(2, 3)
-    gradients = []
-    for forward in (
-        lambda: model(latents, level, text, condition_mask=mask).velocity,
-        lambda: _stock(model, latents, level, text, mask),
-    ):
-        model.zero_grad()
-        forward().square().mean().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
+    twin = _twin(model)
+    model(latents, level, text, condition_mask=mask).velocity.square().mean().backward()
+    _stock(twin, latents, level, text, mask).square().mean().backward()
+    gradients = [[p.grad for p in m.parameters()] for m in (model.transformer, twin)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
@@ -87,13 +90,10 @@ def test_hidden_states_are_the_blocks_outputs():
     latents, text, mask = _inputs()
     level = torch.rand(2)
     seen = {}
-    handles = [
+    twin = _twin(model)
+    for i, block in enumerate(twin.transformer_blocks):
         block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
-        for i, block in enumerate(model.transformer.transformer_blocks)
-    ]
-    _stock(model, latents, level, text, mask)
-    for handle in handles:
-        handle.remove()
+    _stock(twin, latents, level, text, mask)
     hidden = model(latents, level, text, condition_mask=mask, layers=(0, 1, 2)).hidden
     assert sorted(hidden) == [0, 1, 2]
     for index, value in hidden.items():
@@ -164,7 +164,10 @@ def test_pretrained_weights_load_from_a_diffusers_folder(tmp_path):
     ours.load_pretrained(str(tmp_path / "model"))
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.transformer.state_dict()[name], value), name
-    with pytest.raises(ValueError, match=r"its transformer does not fit this recipe's video DiT; \d+ entries differ"):
+    with pytest.raises(ValueError, match=r"another architecture; num_layers is 3 there and 2 in this recipe"):
+        VideoDiT(replace(CONFIG, num_layers=2)).load_pretrained(str(tmp_path / "model"))
+    (tmp_path / "model/transformer/config.json").unlink()
+    with pytest.raises(ValueError, match=r"its transformer: made for another architecture; \d+ entries do not fit"):
         VideoDiT(replace(CONFIG, num_layers=2)).load_pretrained(str(tmp_path / "model"))
     with pytest.raises(FileNotFoundError, match="the folder must hold transformer as saved by save_pretrained"):
         ours.load_pretrained(str(tmp_path))

@@ -28,6 +28,11 @@ class AlignmentConfig:
             raise ValueError(
                 f"AlignmentConfig.layers: expected at least one video layer, none twice, got {self.layers}"
             )
+        if self.teacher.depths and len(self.teacher.depths) != len(self.layers):
+            raise ValueError(
+                f"AlignmentConfig.teacher.depths: expected one for each of the layers {self.layers}, got "
+                f"{self.teacher.depths}"
+            )
 
 
 class Projector(nn.Module):
@@ -65,10 +70,11 @@ class FrameConv(nn.Conv2d):
 
 
 class Projectors(nn.ModuleDict):
-    """One projector for each aligned layer, keyed by the layer."""
+    """One projector for each aligned layer, keyed by the layer. Targets of several depths share `teacher_width`."""
 
     def __init__(self, width: int, teacher_width: int, config: AlignmentConfig) -> None:
-        super().__init__({str(layer): Projector(width, teacher_width, config) for layer in config.layers})
+        own = teacher_width // max(1, len(config.teacher.depths))
+        super().__init__({str(layer): Projector(width, own, config) for layer in config.layers})
 
     def project(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> list[Float[Tensor, "B T H W P"]]:
         """Z_k of every aligned layer, in the order of the config."""

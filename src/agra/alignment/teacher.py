@@ -75,6 +75,9 @@ class TeacherConfig:
     """(height, width) that frames are resized to, each a multiple of the patch; the aspect may change."""
     layer: int | None = None
     """Read the output after this block (0-based), through the final LayerNorm; None reads the last."""
+    depths: tuple[int, ...] = ()
+    """Read several blocks at once (0-based, each through the final LayerNorm), one for each aligned video layer: the
+    features lie one after another along the last axis. Empty reads one, which `layer` names."""
     precision: Precision = "float32"
     """Features are float32 whatever it is."""
 
@@ -91,6 +94,10 @@ class TeacherConfig:
             raise ValueError(f"TeacherConfig.input_size: expected (height, width), got {self.input_size}")
         if self.layer is not None and self.layer < 0:
             raise ValueError(f"TeacherConfig.layer: expected a 0-based block or None, got {self.layer}")
+        if self.depths and (self.layer is not None or self.kind != "dinov2" or min(self.depths) < 0):
+            raise ValueError(
+                f"TeacherConfig.depths: expected 0-based blocks of a dinov2 teacher, without `layer`, got {self.depths}"
+            )
 
 
 class Teacher(nn.Module):
@@ -100,7 +107,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.config = config
         self.model = frozen(model)
-        self.width: int = model.config.hidden_size
+        self.width: int = model.config.hidden_size * max(1, len(config.depths))
         self.patch_size: int = model.config.patch_size
         if any(side % self.patch_size for side in config.input_size):
             raise ValueError(
@@ -124,6 +131,7 @@ class Teacher(nn.Module):
             "kind": self.config.kind,
             "input_size": list(self.config.input_size),
             "layer": self.config.layer,
+            **({"depths": list(self.config.depths)} if self.config.depths else {}),
             "precision": self.config.precision,
             "width": self.width,
             "patch_size": self.patch_size,
@@ -148,10 +156,16 @@ class Teacher(nn.Module):
         inputs = self.preprocess(frames)
         extra = {"interpolate_pos_encoding": True} if self.config.kind == "siglip" else {}
         with autocast(inputs.device, self.config.precision):
-            tokens = self.model(inputs, **extra).last_hidden_state
+            tokens = self._read(inputs) if self.config.depths else self.model(inputs, **extra).last_hidden_state
         height, width = self.grid_size
         # A class token and registers, where there are any, come first.
         return tokens[:, -height * width :].float().unflatten(1, (height, width))
+
+    def _read(self, inputs: Tensor) -> Tensor:
+        """The outputs of several blocks side by side, each through the final LayerNorm."""
+        states = self.model(inputs, output_hidden_states=True).hidden_states  # the first is the embedding
+        norm: Any = self.model.layernorm
+        return torch.cat([norm(states[1 + depth]) for depth in self.config.depths], dim=-1)
 
     def preprocess(self, frames: np.ndarray | Tensor) -> Float[Tensor, "N 3 H W"]:
         """Resize and standardise frames as the encoder was trained on."""
@@ -210,7 +224,9 @@ def _load_pretrained(config: TeacherConfig) -> PreTrainedModel:
         found = AutoConfig.from_pretrained(source, revision=revision).model_type
         if found not in _MODEL_TYPES[config.kind]:
             raise ValueError(f"{source} is a {found} model, but the teacher's kind is {config.kind}")
-        settings = _cut(config_class.from_pretrained(source, revision=revision), config.layer)
+        settings = _cut(
+            config_class.from_pretrained(source, revision=revision), max(config.depths, default=config.layer)
+        )
         loaded = model_class.from_pretrained(source, revision=revision, config=settings, output_loading_info=True)
     return _complete(loaded, source)
 

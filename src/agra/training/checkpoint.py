@@ -1,5 +1,8 @@
 """Self-describing checkpoint folders: JSON and safetensors, checksummed, written whole or not at all.
 
+One process writes the files below. Several write their shards into a folder `sharded` instead of the first three
+(`training/sharded.py`); whatever reads a checkpoint reads either.
+
     step_000500/
       config.json            the RunConfig
       model.safetensors      the WAM
@@ -10,7 +13,7 @@
       trainer.json           the number of finished steps
       manifest.json          sha256 of every file above
 
-Everything random in training is a pure function of seed, step and rank, so no random state is stored.
+Everything random in training is a pure function of seed, step and sample, so no random state is stored.
 """
 
 import hashlib
@@ -18,15 +21,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from agra.config import RunConfig
+from agra.pretrained import check_fit, read_into
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -53,19 +62,40 @@ def save(run: Path, step: int, files: Mapping[str, Callable[[Path], None]], *, k
 
     `files` maps a file's name to the function that writes it at a given path.
     """
-    target = run / f"step_{step:06d}"
-    temporary = run / f".{target.name}.writing"
+    temporary = unfinished(run, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, write in files.items():
-        write(temporary / name)
-    manifest = {name: _sha256(temporary / name) for name in sorted(files)}
+    try:
+        for name, write in files.items():
+            write(temporary / name)
+        for path in temporary.iterdir():
+            sync(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise unwritten(run, step, error) from error
+    return commit(run, step, {name: sha256(temporary / name) for name in sorted(files)}, keep=keep)
+
+
+def unfinished(run: Path, step: int) -> Path:
+    """Where a step's checkpoint is written before it has its name."""
+    return run / f".step_{step:06d}.writing"
+
+
+def unwritten(run: Path, step: int, cause: BaseException) -> OSError:
+    """What to say where a checkpoint could not be written."""
+    previous = newest(run)
+    kept = f"{previous} is intact" if previous else "there was none before it"
+    return OSError(f"{run}: the checkpoint of step {step} could not be written ({cause}); {kept}")
+
+
+def commit(run: Path, step: int, manifest: Mapping[str, str], *, keep: int) -> Path:
+    """Give a step's written files their manifest (name to sha256) and the folder its name; then drop all but `keep`."""
+    temporary, target = unfinished(run, step), run / f"step_{step:06d}"
     write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    for path in temporary.iterdir():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+    sync(temporary / "manifest.json")
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
+    sync(run)
     finished = sorted(
         (path for path in run.glob("step_*") if _NAME.fullmatch(path.name)), key=lambda p: int(p.name[5:])
     )
@@ -74,18 +104,30 @@ def save(run: Path, step: int, files: Mapping[str, Callable[[Path], None]], *, k
     return target
 
 
-def verify(checkpoint: Path) -> None:
-    """Compare every file with the manifest. Raises ValueError naming the first one that differs or lacks."""
+def sync(path: Path) -> None:
+    """Have the file, or the folder's list of names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Compare every file with the manifest, or the part::parts of them.
+
+    Raises ValueError naming the first one that differs or lacks.
+    """
     manifest_path = checkpoint / "manifest.json"
     if not manifest_path.is_file():
         raise FileNotFoundError(f"{manifest_path}: missing, so {checkpoint} is not a complete checkpoint")
-    for name, expected in json.loads(manifest_path.read_text()).items():
+    for name, expected in [*json.loads(manifest_path.read_text()).items()][part::parts]:
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(
                 f"{path}: missing, though manifest.json lists it; take the checkpoint from its source again"
             )
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise ValueError(
                 f"{path}: checksum differs from manifest.json; the file is damaged, take it from its source again"
             )
@@ -97,16 +139,43 @@ def read_config(checkpoint: Path) -> RunConfig:
     return RunConfig.from_json(path.read_text(), path)
 
 
-def load_weights(module: nn.Module, path: Path, *, prefix: str = "") -> None:
-    """Load safetensors into a module; with `prefix`, only the entries under it. Names and shapes must fit exactly."""
-    state = {k.removeprefix(prefix): v for k, v in read_tensors(path).items() if k.startswith(prefix)}
-    expected = module.state_dict()
-    odd = sorted(set(state) ^ set(expected)) or [k for k in expected if expected[k].shape != state[k].shape]
-    if odd:
-        raise ValueError(
-            f"{path}: made for another architecture; {len(odd)} entries do not fit, the first is {odd[0]!r}"
-        )
-    module.load_state_dict(state)
+def load_weights(module: nn.Module, checkpoint: Path, name: str = "model.safetensors", *, prefix: str = "") -> None:
+    """Load a checkpoint's weights into a module of one process; with `prefix`, only the entries under it.
+
+    `name` is the file that one process writes; in the shards of several the entries have the same names. Raises
+    ValueError where names or shapes don't fit.
+    """
+    folder = checkpoint / "sharded"
+    if folder.is_dir():
+        read_shards({prefix + key: value for key, value in module.state_dict().items()}, folder)
+    else:
+        read_into(module.state_dict(), [checkpoint / name], what=str(checkpoint / name), prefix=prefix)
+
+
+def read_shards(targets: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Copy tensors out of a folder's safetensors, whole or sharded, into whole tensors or shards of any other layout.
+
+    Each process reads what its own shards need. With a process group all of its processes call this together.
+    """
+    try:
+        reader = HuggingFaceStorageReader(str(folder))
+        found = _sizes(reader)
+        check_fit({name: found[name] for name in targets if name in found}, targets, str(folder))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant to be
+            load(dict(targets), storage_reader=reader, process_group=group, no_dist=group is None)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: not readable safetensors ({error})") from error
+
+
+def stored_names(folder: Path) -> list[str]:
+    """The tensors that a folder's safetensors, whole or sharded, hold between them."""
+    return [*_sizes(HuggingFaceStorageReader(str(folder)))]
+
+
+def _sizes(reader: HuggingFaceStorageReader) -> dict[str, Sequence[int]]:
+    metadata: Any = reader.read_metadata()
+    return {name: value.size for name, value in metadata.state_dict_metadata.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -137,8 +206,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, names: Mapping[
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors; the caller gives a temporary folder or renames."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    """Write safetensors; the caller gives a temporary folder or renames. Raises OSError where there is no room."""
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -148,6 +220,7 @@ def write_text(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Checksum of a file, as hex digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -3,25 +3,28 @@
 import json
 import math
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.distributed.tensor import DTensor
 
 from agra.batch import Batch
 from agra.config import RunConfig
+from agra.draws import seed_everything, shared_draws
 from agra.precision import autocast
-from agra.training import checkpoint
-from agra.training.objective import Losses, Objective
-from agra.training.stages import Stage, freeze, modules, parameter_groups
+from agra.training import checkpoint, sharded
+from agra.training.logbook import Meter, logbook, progress
+from agra.training.nonfinite import first_module, suspects
+from agra.training.objective import Kept, Losses, Objective
+from agra.training.sharding import ParallelConfig, World, gathered
+from agra.training.stages import freeze, modules, parameter_groups
 from agra.wam.model import WAM
 
 _COLUMNS = {
@@ -33,11 +36,16 @@ _COLUMNS = {
 }
 
 
+Part = tuple[Batch, Kept | None]
+
+
 class Trainer:
     """One stage of one run: objective, optimiser, data and the folder that they are saved in.
 
-    `batch(step)` and `validation()` give the data; `extra_files` are written into every checkpoint beside ours. Each of
-    `monitors` is asked for figures wherever there is validation; they are logged under its name.
+    `batch(step)` gives this process's rows of a step's batch (rank::size), `samples(step)` their names for complaints,
+    `validation()` the same held-out windows on every process; `extra_files` are written into every checkpoint beside
+    ours. Each of `monitors` is asked for figures wherever there is validation; they are logged under its name. With a
+    mesh in `world` the objective must have been built for it (`sharding.build`).
     """
 
     def __init__(
@@ -50,107 +58,227 @@ class Trainer:
         output: Path,
         extra_files: Mapping[str, Callable[[Path], None]],
         monitors: Mapping[str, Callable[[WAM], Mapping[str, float]]] | None = None,
-        device: torch.device | str = "cpu",
+        samples: Callable[[int], Sequence[str]] | None = None,
+        world: World | None = None,
+        parallel: ParallelConfig | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.config, self.stage = config, config.stage
-        self.objective = objective.to(device)
+        self.world, self.parallel = world or World(), parallel or ParallelConfig()
+        self.objective = objective if self.world.mesh is not None else objective.to(self.world.device)
         self.batch, self.validation, self.monitors = batch, validation, monitors or {}
-        self.output, self.extra_files, self.device = output, extra_files, torch.device(device)
+        self.samples = samples or (lambda step: ())
+        self.output, self.extra_files = output, extra_files
+        self.meter = meter or Meter(device=self.world.device)
         freeze(self.objective, self.stage)
         self.optimizer = torch.optim.AdamW(list(parameter_groups(self.objective, self.stage)), betas=self.stage.betas)
         self.names: dict[Tensor, str] = {p: n for n, p in self.objective.named_parameters() if p.requires_grad}
-        self.step = 0
+        self.step, self.saved = 0, -1
+        self.stopped_by: int | None = None
+        """The signal that ended `run` early."""
+        self._pending: sharded.PendingSave | None = None
+        # Saving happens beside training: its messages need a group of their own.
+        self._saving: Any = None if self.world.mesh is None else dist.new_group(backend="gloo")
 
     def run(self) -> bool:
-        """Train to the end, from the newest checkpoint if there is one. False if a signal stopped it early.
+        """Train to the end, from the newest checkpoint if there is one. False if SIGTERM stopped it early.
 
-        SIGINT and SIGTERM end the present step, save, and return. A loss that is not finite raises ValueError and
-        leaves the last checkpoint as it is.
+        SIGTERM or SIGINT to any process ends the present step and saves; SIGINT then raises KeyboardInterrupt. A loss or
+        gradient that is not finite raises ValueError and leaves the last checkpoint as it is.
         """
         self._resume()
-        stage = self.stage
-        with (
-            _stop_signals() as stopped,
-            _progress(stage.name, stage.steps, self.step) as advance,
-            self._writer() as log,
-        ):
-            clock, since = time.monotonic(), self.step
-            while self.step < stage.steps and not stopped():
-                row = self._train_step(self.step)
-                self.step += 1
-                if self.step % stage.log_every == 0 or self.step == stage.steps:
-                    now = time.monotonic()
-                    row["samples_per_second"] = (self.step - since) * stage.batch_size / (now - clock)
-                    clock, since = now, self.step
-                    log({"step": self.step, **row})
-                due = self.step % stage.validate_every == 0 or self.step == stage.steps
-                if due and (found := self._validate()):
-                    log({"step": self.step, **found})
-                if self.step % stage.save_every == 0 and self.step < stage.steps:
-                    self.save()
-                advance(self.step, row["loss"])
-        if checkpoint.newest(self.output) != self.output / f"step_{self.step:06d}":
-            self.save()
-        return self.step >= stage.steps
+        try:
+            with (
+                _stop_signals() as received,
+                progress(self.stage.name, self.stage.steps, self.step, shown=self.world.leads) as advance,
+                logbook(self.output, self.step, written=self.world.leads) as log,
+            ):
+                self.meter.start(self.step)
+                while self.step < self.stage.steps and self.stopped_by is None:
+                    row = self._train_step(self.step, received)
+                    self.step += 1
+                    self._log(row, log)
+                    if self.step % self.stage.save_every == 0 and self.step < self.stage.steps:
+                        self.save()
+                    advance(self.step, row["loss"])
+            if self.saved != self.step:
+                self.save()
+        finally:
+            self._finish_save()
+        done = self.step >= self.stage.steps
+        if self.stopped_by == signal.SIGINT and not done:
+            raise KeyboardInterrupt
+        return done
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+    def save(self) -> None:
+        """Write a checkpoint of the present step; with a mesh, in the background."""
+        self._finish_save()
         files: dict[str, Callable[[Path], None]] = {
             "config.json": lambda path: checkpoint.write_text(path, self.config.to_json()),
-            "model.safetensors": lambda path: checkpoint.write_tensors(path, self.objective.wam.state_dict()),
-            "optimizer.safetensors": lambda path: checkpoint.write_tensors(
-                path, checkpoint.optimizer_tensors(self.optimizer, self.names)
-            ),
             "trainer.json": lambda path: checkpoint.write_text(path, json.dumps({"step": self.step}) + "\n"),
             **self.extra_files,
         }
-        if (projectors := self.objective.projectors) is not None:
-            files["projectors.safetensors"] = lambda path: checkpoint.write_tensors(path, projectors.state_dict())
-        return checkpoint.save(self.output, self.step, files, keep=self.stage.keep_checkpoints)
+        keep = self.stage.keep_checkpoints
+        if self._saving is not None:
+            self._pending = sharded.save(self.output, self.step, self._tensors(), files, keep=keep, group=self._saving)
+        else:
+            files["model.safetensors"] = lambda path: checkpoint.write_tensors(path, self.objective.wam.state_dict())
+            files["optimizer.safetensors"] = lambda path: checkpoint.write_tensors(
+                path, checkpoint.optimizer_tensors(self.optimizer, self.names)
+            )
+            if (projectors := self.objective.projectors) is not None:
+                files["projectors.safetensors"] = lambda path: checkpoint.write_tensors(path, projectors.state_dict())
+            checkpoint.save(self.output, self.step, files, keep=keep)
+        self.saved = self.step
+
+    def _finish_save(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint keeps, under the names that the files of one process have together."""
+        projectors = self.objective.projectors
+        return {
+            **self.objective.wam.state_dict(),
+            **({} if projectors is None else projectors.state_dict()),
+            **checkpoint.optimizer_tensors(self.optimizer, self.names),
+        }
 
     def _resume(self) -> None:
         found = checkpoint.newest(self.output)
         if found is None:
             return
-        checkpoint.verify(found)
+        checkpoint.verify(found, part=self.world.rank, parts=self.world.size)
         saved = checkpoint.read_config(found)
         if saved != self.config:
             raise ValueError(
                 f"{found}: made by another config ({_first_difference(saved, self.config)}); choose another "
                 "output folder, or the same settings to resume"
             )
-        checkpoint.load_weights(self.objective.wam, found / "model.safetensors")
-        if self.objective.projectors is not None:
-            checkpoint.load_weights(self.objective.projectors, found / "projectors.safetensors")
-        checkpoint.load_optimizer(self.optimizer, found / "optimizer.safetensors", self.names)
-        self.step = json.loads((found / "trainer.json").read_text())["step"]
+        if self.world.mesh is None and not (found / "sharded").is_dir():
+            checkpoint.load_weights(self.objective.wam, found)
+            if self.objective.projectors is not None:
+                checkpoint.load_weights(self.objective.projectors, found, "projectors.safetensors")
+            checkpoint.load_optimizer(self.optimizer, found / "optimizer.safetensors", self.names)
+        else:
+            for parameter in self.names:
+                moments = (
+                    ("exp_avg", "exp_avg_sq") if self.stage.ema_decay is None else ("exp_avg", "exp_avg_sq", "ema")
+                )
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments},
+                }
+            folder = found / "sharded" if (found / "sharded").is_dir() else found
+            checkpoint.read_shards(self._tensors(), folder, self._saving)
+        self.step = self.saved = json.loads((found / "trainer.json").read_text())["step"]
 
-    def _train_step(self, step: int) -> dict[str, float]:
+    def _train_step(self, step: int, received: Sequence[int]) -> dict[str, float]:
         stage = self.stage
         factor = stage.learning_rate_factor(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.objective.train()
-        seed_everything(stage.seed, step)
-        losses = self._losses(self.batch(step))
-        if not math.isfinite(losses.total.item()):
-            raise ValueError(
-                f"step {step}: the loss is {losses.total.item()}; the last checkpoint in {self.output} is "
-                "intact. Lower the learning rate, or look at the batch of this step"
-            )
+        with self.meter.waiting():
+            parts = self._parts(step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        row = _row(losses)
+        rows = []
+        for index, part in enumerate(parts):
+            losses = self._losses(part, step, index)
+            (losses.total / len(parts)).backward()
+            rows.append(_row(losses))
+        row = {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]}
+        agreed = self.world.mean(row | {"stop": float(bool(received)), "signal": float(received[0] if received else 0)})
+        stop, number = agreed.pop("stop"), agreed.pop("signal")
+        if stop:
+            self.stopped_by = round(number / stop)
+        if not math.isfinite(agreed["loss"]):
+            self._complain(step, parts, f"the loss is {agreed['loss']}")
         if (step + 1) % stage.log_every == 0:
-            for name, module in modules(self.objective).items():
-                gradients = [p.grad for p in module.parameters() if p.grad is not None]
-                if gradients:
-                    row[f"gradient_norm/{name}"] = torch.nn.utils.get_total_norm(gradients).item()
-            row["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
+            agreed |= self._gradient_norms()
+            agreed["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)
+        norm = _whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
+        if not math.isfinite(norm):
+            odd = [name.split("/")[1] for name, value in self._gradient_norms().items() if not math.isfinite(value)]
+            self._complain(step, parts, f"the gradient of {', '.join(odd)} is not finite")
         self.optimizer.step()
-        return row
+        self._average(trained)
+        return agreed
+
+    @torch.no_grad()
+    def _average(self, trained: Sequence[Tensor]) -> None:
+        """Move the averages, which live with the optimiser's state; the first step begins them."""
+        decay = self.stage.ema_decay
+        if decay is None:
+            return
+        for parameter in trained:
+            state = self.optimizer.state[parameter]
+            if "ema" in state:
+                state["ema"].lerp_(parameter.detach(), 1 - decay)
+            else:
+                state["ema"] = parameter.detach().clone()
+
+    def _parts(self, step: int) -> list[Part]:
+        """This process's share of a step in `accumulate` parts, each with what its losses are divided by."""
+        batch = self.batch(step).to(self.world.device)
+        count = self.parallel.accumulate
+        if count == 1 and self.world.size == 1:
+            return [(batch, None)]
+        targets = len(batch) if batch.has_targets is None else batch.has_targets.sum().item()
+        total = self.world.mean({"actions": batch.action_mask.sum().item(), "targets": targets})
+        means = {k: torch.tensor(max(v / count, 1e-9), device=self.world.device) for k, v in total.items()}
+        return [(batch.part(index, count), Kept(**means)) for index in range(count)]
+
+    def _losses(self, part: Part, step: int, index: int) -> Losses:
+        """A part's losses; its samples are every count-th of the step's, and so are their random numbers."""
+        size = self.world.size
+        share = {"index": self.world.rank + size * index, "count": size * self.parallel.accumulate}
+        with shared_draws(self.stage.seed, step, samples=len(part[0]), **share), self._autocast():
+            return self.objective(*part)
+
+    def _autocast(self) -> torch.autocast:
+        # The copy would last through the forward pass, which checkpointing keeps small.
+        return autocast(self.world.device, self.stage.precision, cache=not self.parallel.checkpoint_activations)
+
+    def _gradient_norms(self) -> dict[str, float]:
+        found = {}
+        for name, module in modules(self.objective).items():
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            if gradients:
+                found[f"gradient_norm/{name}"] = _whole(torch.nn.utils.get_total_norm(gradients)).item()
+        return found
+
+    def _complain(self, step: int, parts: Sequence[Part], problem: str) -> NoReturn:
+        """Raise ValueError with the module and the samples that the trouble came from, the same in every process."""
+        names, found = self.samples(step), []
+        for index, part in enumerate(parts):
+            module = first_module(self.objective, lambda part=part, index=index: self._losses(part, step, index))
+            found.append((module, suspects(part[0], names[index :: len(parts)])))
+        bad = [pair for pair in found if pair[0]] or found
+        reports = self.world.gather(
+            "; ".join(f"first in {module}, {which}" if module else which for module, which in bad)
+        )
+        telling = [report for report in reports if report.startswith("first in")] or reports
+        raise ValueError(
+            f"step {step}: {problem} ({'; '.join(telling)}); the last checkpoint in {self.output} is intact. Lower the "
+            "learning rate, or look at these samples"
+        )
+
+    def _log(self, row: dict[str, float], log: Callable[[dict[str, float]], None]) -> None:
+        """Write what is due after a step: its figures, and those of held-out windows."""
+        stage = self.stage
+        if self.step % stage.log_every == 0 or self.step == stage.steps:
+            log(
+                {
+                    "step": self.step,
+                    **row,
+                    **self.world.mean(self.meter.read(self.step, stage.batch_size, self.world.size)),
+                }
+            )
+        if (self.step % stage.validate_every == 0 or self.step == stage.steps) and (found := self._validate()):
+            log({"step": self.step, **found})
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -159,69 +287,18 @@ class Trainer:
         self.objective.eval()
         if self.validation is not None:
             seed_everything(self.stage.seed, 2**31)
-            row = _row(self._losses(self.validation()))
+            with self._autocast():
+                row = _row(self.objective(self.validation().to(self.world.device)))
             found = {f"validation/{name}": value for name, value in row.items()}
-        for name, monitor in self.monitors.items():
-            figures = monitor(self.objective.wam)
-            found |= {f"{name}/{key}": value for key, value in figures.items()}
+        with gathered(self.objective):
+            for name, monitor in self.monitors.items():
+                figures = monitor(self.objective.wam)
+                found |= {f"{name}/{key}": value for key, value in figures.items()}
         return found
 
-    def _losses(self, batch: Batch) -> Losses:
-        with autocast(self.device, self.stage.precision):
-            return self.objective(batch.to(self.device))
 
-    @contextmanager
-    def _writer(self) -> Iterator[Callable[[dict[str, float]], None]]:
-        """metrics.jsonl and TensorBoard, both cut back to the step that the run resumes from."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            rows = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
-            kept = [row for row in rows if row["step"] <= self.step]
-        checkpoint.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        board = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step)
-
-        def log(row: dict[str, float]) -> None:
-            with path.open("a") as handle:
-                handle.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if name != "step":
-                    board.add_scalar(name, value, int(row["step"]))
-
-        try:
-            yield log
-        finally:
-            board.close()
-
-
-def seed_everything(seed: int, step: int, rank: int = 0) -> None:
-    """Seed torch's global generator with a hash of (seed, step, rank)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
-
-
-def initialize(objective: Objective, source: str | Path, stage: Stage) -> None:
-    """Start a stage from a checkpoint of an earlier one, or from a pretrained video DiT.                            C.3
-
-    From `adapt` the video DiT is taken and the rest stays fresh; from `joint` everything is. A `source` that is not a
-    checkpoint of ours is a diffusers model: a folder or hub id whose `transformer` is the video DiT.
-    """
-    folder = Path(source)
-    if not folder.is_dir() or (folder / "transformer").is_dir():
-        objective.wam.video_dit.load_pretrained(str(source))
-        return
-    found = checkpoint.resolve(folder)
-    checkpoint.verify(found)
-    earlier = checkpoint.read_config(found).stage.name
-    weights = found / "model.safetensors"
-    if earlier is Stage.ADAPT:
-        checkpoint.load_weights(objective.wam.video_dit, weights, prefix="video_dit.")
-        return
-    if stage is Stage.ADAPT:
-        raise ValueError(f"{found}: a {earlier} checkpoint does not start an adapt stage")
-    checkpoint.load_weights(objective.wam, weights)
-    if objective.projectors is not None and (found / "projectors.safetensors").is_file():
-        checkpoint.load_weights(objective.projectors, found / "projectors.safetensors")
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _row(losses: Losses) -> dict[str, float]:
@@ -243,8 +320,8 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM set a flag instead of raising; a second one acts as usual."""
+def _stop_signals() -> Iterator[Sequence[int]]:
+    """SIGINT and SIGTERM are noted in the list instead of raising; a second one acts as usual."""
     received: list[int] = []
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -255,22 +332,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     for number in previous:
         signal.signal(number, handle)
     try:
-        yield lambda: bool(received)
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress(name: str, total: int, start: int) -> Iterator[Callable[[int, float], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=total, completed=start, loss=float("nan"))
-        yield lambda step, loss: progress.update(task, completed=step, loss=loss)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from agra.alignment.loss import AlignmentConfig, Projectors, alignment_loss, cosine_gain
 from agra.batch import Batch
+from agra.draws import noise_like
 from agra.flow import beta_levels, interpolate, logit_normal_levels, uniform_levels, velocity
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoOutput
@@ -75,6 +76,15 @@ class Losses:
     alignment_cosine_gain: Float[Tensor, ""] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What a step's masked losses are divided by where the step is spread over parts: the means over all parts, so that
+    the mean of the parts' losses is the whole step's."""
+
+    actions: Float[Tensor, ""]  # of action_mask.sum()
+    targets: Float[Tensor, ""]  # of the number of samples that have targets
+
+
 class Objective(nn.Module):
     """A WAM with the projectors of its alignment: one root, whose forward is one training step's loss."""
 
@@ -85,6 +95,7 @@ class Objective(nn.Module):
         self.config = config
         self.wam = wam
         self.aligned_layers = () if alignment is None else alignment.layers
+        self.teacher_depths = () if alignment is None else alignment.teacher.depths
         self.first_aligned_frame = 0 if alignment is None or alignment.include_observation else 1
         self.projectors: Projectors | None = None
         if alignment is not None:
@@ -95,8 +106,8 @@ class Objective(nn.Module):
                 raise ValueError("Objective: alignment needs the teacher's width")
             self.projectors = Projectors(wam.config.video_dit.width, teacher_width, alignment)
 
-    def forward(self, batch: Batch) -> Losses:
-        """All losses whose weight is above zero, and only the passes that they need."""
+    def forward(self, batch: Batch, kept: Kept | None = None) -> Losses:
+        """All losses whose weight is above zero, and only the passes that they need; `kept` where `batch` is a part."""
         config = self.config
         acts = config.action_weight > 0
         aligns = self.projectors is not None and config.alignment_weight > 0
@@ -111,14 +122,14 @@ class Objective(nn.Module):
         if Pass.CONDITIONING in (guides_from, aligns_in):
             hidden[Pass.CONDITIONING] = self.wam.condition(
                 batch.latents[:, :, :1],
-                torch.randn_like(batch.latents),
+                noise_like(batch.latents),
                 batch.instruction,
                 layers=self._layers(Pass.CONDITIONING, None, aligns_in),
             )
         if guides_from is not None:
-            action_loss = self.action_loss(batch, hidden[guides_from])
+            action_loss = self.action_loss(batch, hidden[guides_from], kept)
         if aligns_in is not None:
-            align_loss, gain = self._alignment(batch, hidden[aligns_in])
+            align_loss, gain = self._alignment(batch, hidden[aligns_in], kept)
 
         weighted = (
             (config.video_weight, video_loss),
@@ -145,27 +156,27 @@ class Objective(nn.Module):
             level = uniform_levels(count)
         else:
             level = logit_normal_levels(count, shift=self.config.noise_shift)
-        noise = torch.randn_like(latents)
+        noise = noise_like(latents)
         output = self.wam.denoise(latents, noise, level.to(latents.device), batch.instruction[:count], layers=layers)
         assert output.velocity is not None
         error = (output.velocity - velocity(latents, noise))[:, :, 1:]
         return error.float().square().mean(), output
 
-    def action_loss(self, batch: Batch, hidden: dict[int, Tensor]) -> Float[Tensor, ""]:
+    def action_loss(self, batch: Batch, hidden: dict[int, Tensor], kept: Kept | None = None) -> Float[Tensor, ""]:
         """L_act, averaged over the actions that the mask keeps.                                           Eqs. 11, 13"""
         draws = self.config.action_draws
         guidance = self.wam.guide(hidden)  # shared by the draws
         actions, mask, state, embodiment = (
             x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment)
         )
-        noise = torch.randn_like(actions)
+        noise = noise_like(actions)
         level = beta_levels(len(actions)).to(actions.device)
         noisy = interpolate(actions, noise, level)
         predicted = self.wam.action_dit(noisy, state, level, guidance, embodiment).velocity
         error = (predicted - velocity(actions, noise)).float().square()
-        return (error * mask).sum() / mask.sum()
+        return (error * mask).sum() / (mask.sum() if kept is None else kept.actions * draws)
 
-    def _alignment(self, batch: Batch, hidden: dict[int, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _alignment(self, batch: Batch, hidden: dict[int, Tensor], kept: Kept | None) -> tuple[Tensor, Tensor | None]:
         """L_AGRA on the aligned pass, over the samples that have targets, and how much better than a constant it is.
 
         0 and None where none of them has.                                                                    Eqs. 5-6
@@ -173,13 +184,24 @@ class Objective(nn.Module):
         if batch.targets is None:
             raise ValueError("alignment: the batch holds no teacher targets; prepare them with `agra prepare`")
         assert self.projectors is not None
-        first, rows = self.first_aligned_frame, batch.has_targets
+        first, rows, share = self.first_aligned_frame, batch.has_targets, None
         if rows is None:
-            rows = torch.ones(len(batch), dtype=torch.bool, device=batch.targets.device)
-        if not rows.any():
-            return batch.targets.new_zeros(()), None
+            rows = slice(None)
+            share = None if kept is None else len(batch) / kept.targets
+        else:
+            count = rows.sum()
+            if count == 0 and kept is None:
+                return batch.targets.new_zeros(()), None
+            if count == 0:
+                rows = slice(1)  # weighs nothing; all processes take the same way
+            share = None if kept is None else count / kept.targets
         projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in self.aligned_layers})
         targets = batch.targets[rows, first:]
-        loss = alignment_loss(projected, targets)
+        pairs = [(projected, targets)]
+        if self.teacher_depths:  # each layer has a target of its own
+            pairs = [([z], y) for z, y in zip(projected, targets.chunk(len(projected), dim=-1), strict=True)]
+        loss = torch.stack([alignment_loss(z, y) for z, y in pairs]).mean()
+        if share is not None:
+            loss = loss * share
         with torch.no_grad():
-            return loss, cosine_gain(projected, targets)
+            return loss, torch.stack([cosine_gain(z, y) for z, y in pairs]).mean()

@@ -42,6 +42,8 @@ class StageConfig:
     weight_decay: float = 1e-5
     betas: tuple[float, float] = (0.95, 0.999)
     clip_norm: float = 1.0
+    ema_decay: float | None = None
+    """Keep an exponential average of the trained weights beside them; not in the paper (docs/paper.md #26)."""
     precision: Precision = "auto"
     seed: int = 0
     log_every: int = 10
@@ -53,6 +55,8 @@ class StageConfig:
         for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"stage.ema_decay: expected a share in [0, 1) or None, got {self.ema_decay}")
         for weight in _WEIGHTS_OFF[self.name]:
             if getattr(self.objective, weight) != 0:
                 raise ValueError(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from agra.draws import draw
 from agra.wam.bridge import Attention, FeedForward
 
 
@@ -125,8 +126,8 @@ class ActionDiT(nn.Module):
 
     def _tokens(self, noisy_actions: Tensor, state: Tensor, bucket: Tensor, embodiment: Tensor) -> Tensor:
         if self.training and self.config.state_dropout > 0:
-            keep = torch.rand(len(state), 1, device=state.device) >= self.config.state_dropout
-            state = state * keep
+            kept = draw(lambda n: torch.rand(n, 1, device=state.device), len(state))
+            state = state * (kept >= self.config.state_dropout)
         actions = self.action_encoder(noisy_actions, bucket, embodiment)
         actions = actions + self.position_embedding.weight[: actions.shape[1]]
         parts = [self.state_encoder(state.unsqueeze(1), embodiment), actions]

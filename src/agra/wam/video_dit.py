@@ -10,17 +10,18 @@ checkpoints. The forward differs from the stock one in three ways that leave the
 - the padding mask is built at latent resolution, so torchvision is not needed.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
+from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel, CosmosTransformerBlock
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from agra.pretrained import loading
+from agra.pretrained import model_folder, read_into, weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,8 @@ class VideoDiT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = config.build()
+        for block in self.transformer.transformer_blocks:
+            block.__class__ = VideoBlock  # the same parameters under the same names, with our forward
 
     def forward(
         self,
@@ -128,7 +131,7 @@ class VideoDiT(nn.Module):
 
         hidden: dict[int, Tensor] = {}
         for index, block in enumerate(model.transformer_blocks[: last + 1]):
-            x = _block(block, x, text, embedded, temb, rope, positions)
+            x = block(x, text, embedded, temb, rope, positions)
             if index in layers:
                 hidden[index] = x.unflatten(2, grid[1:])
         if not velocity:
@@ -150,22 +153,21 @@ class VideoDiT(nn.Module):
         raise ValueError(f"instruction tokens: expected width {expected}, got {width}")
 
     def load_pretrained(self, source: str, *, revision: str | None = None) -> None:
-        """Take the weights of a diffusers model's `transformer`, from a folder or a hub id.
+        """Take the weights of a diffusers model's `transformer`, from a folder or a hub id, tensor by tensor.
 
-        Raises FileNotFoundError where they are out of reach, ValueError where they have another shape than the config.
+        Raises FileNotFoundError where they are out of reach, ValueError where they are of another architecture.
         """
-        with loading("video DiT", source=source, revision=revision, subfolder="transformer"):
-            found = CosmosTransformer3DModel.from_pretrained(
-                source, subfolder="transformer", revision=revision or "main", low_cpu_mem_usage=True
-            )
-        ours, theirs = self.transformer.state_dict(), found.state_dict()
-        odd = sorted(set(ours) ^ set(theirs)) or [name for name in ours if ours[name].shape != theirs[name].shape]
-        if odd:
-            raise ValueError(
-                f"{source}: its transformer does not fit this recipe's video DiT; {len(odd)} entries differ, the first is "
-                f"{odd[0]!r}"
-            )
-        self.transformer.load_state_dict(theirs)
+        folder = model_folder("video DiT", source=source, revision=revision, subfolder="transformer")
+        config, ours = folder / "config.json", dict(self.transformer.config)
+        if config.is_file():
+            for key, found in json.loads(config.read_text()).items():
+                expected = ours.get(key, found)
+                expected = list(expected) if isinstance(expected, tuple) else expected
+                if not key.startswith("_") and found != expected:
+                    raise ValueError(
+                        f"{config}: made for another architecture; {key} is {found} there and {expected} in this recipe"
+                    )
+        read_into(self.transformer.state_dict(), weight_files(folder), what=f"{source}: its transformer")
 
     def _check(self, layers: Sequence[int], noise_level: Tensor, latents: Tensor) -> int:
         if any(not 0 <= layer < self.config.num_layers for layer in layers):
@@ -191,33 +193,50 @@ class VideoDiT(nn.Module):
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
+def load_text_projection(config: VideoDiTConfig, source: str, *, revision: str | None = None) -> nn.Module:
+    """Cosmos's frozen text projection alone (100352 -> 1024 and GELU), so that projected tokens can be cached.   C.1
+
+    Raises as `VideoDiT.load_pretrained` does, ValueError where the config has no projection.
+    """
+    if config.text_projection_dim is None:
+        raise ValueError("this recipe's video DiT takes instruction tokens as they come: it has no text projection")
+    projection = nn.Sequential(nn.Linear(config.text_projection_dim, config.text_dim), nn.GELU())
+    folder = model_folder("text projection", source=source, revision=revision, subfolder="transformer")
+    what = f"{source}: its text projection"
+    read_into(projection.state_dict(), weight_files(folder), what=what, prefix="crossattn_proj.")
+    return projection
+
+
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def _block(
-    block: Any,  # diffusers' CosmosTransformerBlock
-    x: Tensor,
-    text: Tensor,
-    embedded: Tensor,
-    temb: Tensor,
-    rope: tuple[Tensor, Tensor],
-    positions: Tensor | None,
-) -> Tensor:
-    """One Cosmos block on (B, T, S, D): self-attention, cross-attention to the text, feed-forward, each gated."""
-    if positions is not None:
-        x = x + positions.view_as(x)
-    activated = F.silu(embedded)
-    for norm, branch in (
-        (block.norm1, lambda h: _attention(block.attn1, h, h, rope)),
-        (block.norm2, lambda h: _attention(block.attn2, h, text, None)),
-        (block.norm3, block.ff),
-    ):
-        modulation = norm.linear_2(norm.linear_1(activated)) + temb
-        shift, scale, gate = modulation.unsqueeze(2).chunk(3, dim=-1)
-        update = branch(_modulate(norm.norm(x), shift, scale).flatten(1, 2))
-        x = torch.addcmul(x, gate, update.view_as(x))
-    return x
+class VideoBlock(CosmosTransformerBlock):
+    """A stock Cosmos block whose forward takes tokens frame by frame; only `VideoDiT` calls it."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Float[Tensor, "B T S D"],
+        text: Float[Tensor, "B L E"],
+        embedded: Float[Tensor, "B F D"],
+        temb: Float[Tensor, "B F M"],
+        rope: tuple[Tensor, Tensor],
+        positions: Tensor | None,
+    ) -> Float[Tensor, "B T S D"]:
+        """Self-attention, cross-attention to the text, feed-forward, each gated. F is T, or 1 for one level a sample."""
+        if positions is not None:
+            x = x + positions.view_as(x)
+        activated = F.silu(embedded)
+        for norm, branch in (
+            (self.norm1, lambda h: _attention(self.attn1, h, h, rope)),
+            (self.norm2, lambda h: _attention(self.attn2, h, text, None)),
+            (self.norm3, self.ff),
+        ):
+            modulation = norm.linear_2(norm.linear_1(activated)) + temb
+            shift, scale, gate = modulation.unsqueeze(2).chunk(3, dim=-1)
+            update = branch(_modulate(norm.norm(x), shift, scale).flatten(1, 2))
+            x = torch.addcmul(x, gate, update.view_as(x))
+        return x
 
 
 def _attention(attn: Any, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:

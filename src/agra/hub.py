@@ -1,0 +1,139 @@
+"""Checkpoints that leave the machine: one folder of whole safetensors with a model card, to the hub and back.       C.3"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from agra.config import RunConfig
+from agra.pretrained import loading, stored_tensors
+from agra.training import checkpoint
+from agra.wam.model import WAM
+
+_KEPT = ("config.json", "norm_stats.json", "trainer.json", "codec.safetensors")
+
+
+def export(source: str | Path, output: Path, *, ema: bool = False) -> Path:
+    """Write a policy's newest checkpoint, whole or sharded, as a folder that needs nothing else; no optimiser state.
+
+    With `ema` the averaged weights stand in for the trained ones. Raises FileNotFoundError where there is no checkpoint,
+    ValueError where it is damaged, holds no average, or `output` is not empty.
+    """
+    found = checkpoint.resolve(source)
+    checkpoint.verify(found)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: not empty; choose a folder that is not there yet")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        _write(found, temporary, ema=ema)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+def push(source: str | Path, name: str, *, private: bool = True, ema: bool = False) -> str:
+    """Export a policy and upload it to the hub as `name` (owner/model); returns its address.
+
+    Raises ValueError where the name is none, OSError naming the remedy where the hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        made = export(source, Path(folder) / "model", ema=ema)
+        api = HfApi()
+        try:
+            address = str(api.create_repo(name, private=private, exist_ok=True))
+            api.upload_folder(repo_id=name, folder_path=made, commit_message="Checkpoint of agra")
+        except HFValidationError as error:
+            raise ValueError(f"{name}: no name for the hub; expected owner/model") from error
+        except (HfHubHTTPError, OSError) as error:
+            raise OSError(
+                f"{name}: could not be uploaded ({' '.join(str(error).split())}); run `hf auth login` with a token "
+                "that may write there"
+            ) from error
+    return address
+
+
+def pull(name: str, output: Path, *, revision: str | None = None) -> Path:
+    """Download a policy that `push` uploaded into a new folder and check every file of it.
+
+    The hub's client goes on with an interrupted download. Raises FileNotFoundError with the remedy, ValueError where a
+    file is damaged.
+    """
+    with loading("policy", source=name, revision=revision):
+        snapshot_download(name, revision=revision, local_dir=output)
+    checkpoint.verify(output)
+    return output
+
+
+def _write(found: Path, folder: Path, *, ema: bool) -> None:
+    config = checkpoint.read_config(found)
+    for name in _KEPT:
+        if (found / name).is_file():
+            shutil.copyfile(found / name, folder / name)
+    with torch.device("meta"):
+        model = WAM(config.model)
+    model.to_empty(device="cpu")
+    checkpoint.load_weights(model, found)
+    if ema:
+        _take_average(model, found)
+    checkpoint.write_tensors(folder / "model.safetensors", model.state_dict())
+    steps = json.loads((found / "trainer.json").read_text())["step"]
+    checkpoint.write_text(folder / "README.md", str(model_card(config, steps=steps, model=model, ema=ema)))
+    names = sorted(os.listdir(folder))
+    manifest = {name: checkpoint.sha256(folder / name) for name in names}
+    checkpoint.write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def _take_average(model: WAM, found: Path) -> None:
+    """Copy the average of every parameter that was trained over its last value."""
+    prefix, own = "ema/wam.", model.state_dict()
+    if (found / "sharded").is_dir():
+        names = checkpoint.stored_names(found / "sharded")
+        averaged = {name: own[name.removeprefix(prefix)] for name in names if name.startswith(prefix)}
+        checkpoint.read_shards(averaged, found / "sharded")
+    else:
+        path = found / "optimizer.safetensors"
+        with stored_tensors([path], str(path)) as stored, torch.no_grad():
+            averaged = {name: value for name, value in stored.items() if name.startswith(prefix)}
+            for name, value in averaged.items():
+                own[name.removeprefix(prefix)].copy_(value[...])
+    if not averaged:
+        raise ValueError(f"{found}: holds no averaged weights; train with --stage.ema-decay")
+
+
+def model_card(config: RunConfig, *, steps: int, model: WAM, ema: bool) -> ModelCard:
+    """What a checkpoint is, from its own config: parts, data, stage, and how to run it."""
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    alignment, objective, stage = config.alignment, config.stage.objective, config.stage
+    if alignment is None or not config.aligns:
+        aligned = "no alignment in this stage"
+    else:
+        layers = ", ".join(map(str, alignment.layers))
+        aligned = (
+            f"video layers {layers} aligned with {alignment.teacher.kind} ({alignment.teacher.source}) on the "
+            f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}"
+        )
+    data = ModelCardData(library_name="agra", tags=["robotics", "world-action-model"])
+    rows = "\n".join(f"| `{name}` | {count:,} |" for name, count in parts.items())
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        "# World action model\n\n"
+        f"Trained with `agra`: {steps:,} steps of the {stage.name} stage, batch {stage.batch_size}, "
+        f"{'averaged weights, ' if ema else ''}{aligned}.\n\n"
+        f"| part | parameters |\n|---|---|\n{rows}\n\n"
+        f"- Embodiments: {', '.join(config.data.embodiments)}; {config.model.action_dit.horizon} actions a chunk, a frame "
+        f"every {config.data.frame_stride} control steps, {config.model.frame_size[0]} x {config.model.frame_size[1]} "
+        f"pixels.\n"
+        f"- Frozen parts it needs: {config.model.codec.kind} ({config.model.codec.source}) and {config.model.text.kind} "
+        f"({config.model.text.source}), under the licences of their own.\n"
+        "- Its success rates are not part of this card; measure them with `agra evaluate`.\n\n"
+        "```python\nfrom agra.policy import WAMPolicy\n\npolicy = WAMPolicy.load(FOLDER)  # agra pull NAME FOLDER\n```\n"
+    )

@@ -1,0 +1,117 @@
+"""The planner's counts against arithmetic and against a step that really runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from agra.cli import main
+from agra.planner import _batch, _objective, flops_per_sample, measure, plan, teacher_width
+from agra.recipes import agra_dino_hierarchical, agra_siglip_l8, at_stage, tiny
+from agra.training.logbook import Meter
+from agra.training.sharding import ParallelConfig, apply
+from agra.training.stages import Stage, parameter_groups
+
+
+def test_flops_are_those_of_the_products(small_config):
+    """The adapt stage: every product of the video DiT forward, and twice that backward."""
+    config = at_stage(replace(small_config, alignment=None), Stage.ADAPT)
+    config = replace(config, stage=replace(config.stage, objective=replace(config.stage.objective, video_share=1.0)))
+    model, video = config.model, config.model.video_dit
+    frames, rows, columns = model.token_grid
+    n, w, t = frames * rows * columns, video.width, model.text.length
+    block = 2 * n * w * w * (4 + 2 + 8)  # projections of both attentions and the feed-forward
+    block += 2 * 2 * t * video.text_dim * w + 2 * 2 * n * n * w + 2 * 2 * n * t * w  # text keys and values, attention
+    block += 3 * 2 * frames * video.adaln_lora_dim * (w + 3 * w)  # modulations, a frame each
+    ends = 2 * n * w * (4 * (video.latent_channels + 2) + 4 * video.latent_channels)
+    time = 2 * frames * (w * w + 3 * w * w) + 2 * frames * video.adaln_lora_dim * (w + 2 * w)
+    expected = 3 * (video.num_layers * block + ends + time)
+    assert flops_per_sample(config) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("samples", [16, 64])
+def test_peak_memory_is_foreseen(checkpointed, samples):
+    """torch's own count of allocations in a step of tiny: at most as much as planned, and not less than 3/4 of it."""
+    config = tiny()
+    plain = measure(config)
+    found = measure(config, checkpoint_activations=True) if checkpointed else plain
+    states = 4 * (sum(plain.parameters.values()) + 3 * plain.trained)
+    planned = states + found.saved_fixed + samples * (found.saved_per_sample + plain.working_per_sample)
+    objective, width, _ = _objective(config)
+    apply(objective, ParallelConfig(checkpoint_activations=checkpointed))
+    optimizer = torch.optim.AdamW(list(parameter_groups(objective, config.stage)))
+    batch = _batch(config, width, samples)
+
+    def step():
+        optimizer.zero_grad()
+        objective(batch).total.backward()
+        optimizer.step()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = peak = states  # where the step before left it
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    assert 0.75 * planned < peak <= planned
+    assert plain.flops_per_sample == pytest.approx(flops_per_sample(config), rel=1e-6)
+
+
+def test_checkpointing_keeps_less(small_config):
+    config = replace(small_config, stage=replace(small_config.stage, batch_size=8))
+    config = replace(config, alignment=replace(config.alignment, teacher=replace(tiny().alignment.teacher)))
+    found = plan(config, gpus=2, gpu_memory=80, price=2)
+    plain, checkpointed = found.layouts
+    assert checkpointed.per_sample < plain.per_sample
+    assert (plain.accumulate, checkpointed.accumulate) == (1, 1)
+    assert plain.samples < checkpointed.samples
+    assert found.hours == pytest.approx(found.step_seconds * config.stage.steps / 3600)
+    assert found.cost == pytest.approx(found.hours * 4)
+    with pytest.raises(ValueError, match="3 GPUs"):
+        plan(config, gpus=3, gpu_memory=80)
+
+
+def test_teacher_widths():
+    assert teacher_width(tiny()) == 384
+    assert teacher_width(agra_siglip_l8()) == 768
+    assert teacher_width(agra_dino_hierarchical()) == 3 * 768
+    assert teacher_width(tiny(Stage.FINETUNE)) is None
+    config = agra_siglip_l8()
+    own = replace(config.alignment, teacher=replace(config.alignment.teacher, source="my/encoder"))
+    with pytest.raises(ValueError, match=r"the width of 'my/encoder' is not known"):
+        teacher_width(replace(config, alignment=own))
+
+
+@pytest.mark.slow
+def test_the_papers_model_is_planned_from_the_command_line(capsys):
+    main(["plan", "agra_dino_l8", "--gpus", "8", "--gpu-memory", "80", "--price", "2"])
+    printed = capsys.readouterr().out
+    assert "video_dit 2,059,174,912" in printed
+    assert "--parallel.checkpoint-activations True" in printed
+    with pytest.raises(SystemExit):
+        main(["plan", "agra_dino_l8", "--gpus", "1", "--gpu-memory", "16"])
+    assert "no layout fits" in capsys.readouterr().out
+
+
+def test_a_meter_counts_what_it_is_told(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    meter = Meter(flops_per_sample=2e12, peak_flops=1e14)
+    meter.start(10)
+    with meter.waiting():
+        now[0] += 1
+    now[0] += 3
+    found = meter.read(14, batch_size=32, devices=4)
+    assert found["samples_per_second"] == pytest.approx(32)
+    assert found["meter/samples_per_second_per_device"] == pytest.approx(8)
+    assert found["meter/data_wait_share"] == pytest.approx(0.25)
+    assert found["meter/mfu"] == pytest.approx(8 * 2e12 / 1e14)
+    assert found["meter/peak_memory_bytes"] > 1e6
+    plain = Meter()
+    plain.start(0)
+    assert "meter/mfu" not in plain.read(1, batch_size=1, devices=1)
