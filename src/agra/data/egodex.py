@@ -1,7 +1,7 @@
 """EgoDex: egocentric video of human hands, brought to wrist poses and to LeRobot v3.0.          C.2.1; docs/paper.md #33
 
 A trajectory is `<task>/<i>.mp4` (1920 x 1080, 30 Hz) beside `<task>/<i>.hdf5` with `transforms/<joint>` (N, 4, 4) in the
-session's world frame (Hoque et al., arXiv 2505.11709). The mapping is DIAL's
+recording's world frame (Hoque et al., arXiv 2505.11709). The mapping is DIAL's
 (`preprocessing/convert_egodex_data_to_lerobot.py`): of each hand the wrist's position and the first two columns of its
 rotation, x to the right, y forward, z up; the state of a step is its own pose, the action the next step's.
 """
