@@ -34,7 +34,10 @@ def test_flops_are_those_of_the_products(small_config):
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("samples", [16, 64])
 def test_peak_memory_is_foreseen(checkpointed, samples):
-    """torch's own count of allocations in a step of tiny: at most as much as planned, and not less than 3/4 of it."""
+    """torch's own count of allocations in a step of tiny: at most as much as planned, and not much less.
+
+    The plan takes every block's working memory for that of the hungriest one, which costs most where blocks are run again.
+    """
     config = tiny()
     plain = measure(config)
     found = measure(config, checkpoint_activations=True) if checkpointed else plain
@@ -58,7 +61,7 @@ def test_peak_memory_is_foreseen(checkpointed, samples):
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()
         peak = max(peak, level)
-    assert 0.75 * planned < peak <= planned
+    assert (0.7 if checkpointed else 0.85) * planned < peak <= planned
     assert plain.flops_per_sample == pytest.approx(flops_per_sample(config), rel=1e-6)
 
 
