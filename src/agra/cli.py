@@ -247,16 +247,17 @@ def _prepare(arguments: list[str]) -> None:
     """Cache what frozen networks compute for a recipe: agra prepare RECIPE --data.path DATASET [--stage adapt]"""
     options, config = _recipe_arguments("prepare", arguments, PrepareOptions)
     config = _with_mixture(config, options.mixture)
-    from agra.run import estimate, prepare
+    from agra.run import preparation
 
     if not 0 <= options.rank < options.world_size:
         raise ValueError(f"--rank {options.rank}: expected 0 to {options.world_size - 1}, as --world-size says")
-    for source, expected in estimate(config, device=options.device) if options.rank == 0 else ():
+    features = preparation(config, device=options.device)
+    for source, expected in features.estimate() if options.rank == 0 else ():
         print(f"{source.dataset.path}: {expected}", file=sys.stderr)
         if expected.bytes > expected.free_bytes:
             raise ValueError(f"{config.data.cache}: {expected}; choose another --data.cache")
     if not options.estimate:
-        for folder in prepare(config, device=options.device, rank=options.rank, world_size=options.world_size):
+        for folder in features.run(rank=options.rank, world_size=options.world_size):
             print(folder)
 
 

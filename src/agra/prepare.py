@@ -100,38 +100,40 @@ class Instruction:
         return {"instruction": self._known[episode.instruction]}
 
 
-def prepare(
-    config: RunConfig,
-    sources: Sequence[Source],
-    *,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-) -> list[Path]:
-    """Compute and cache what the config's stage needs of every source; returns the features' folders.
+class Preparation:
+    """The frozen networks that a config's stage needs, loaded once: what computing their features will take, and doing it."""
 
-    Leaves a file beside each folder by which training finds it without loading a frozen network.
-    """
-    wanted, folders = _features(config, sources, device), []
-    for source in sources:
-        own = [make(source) for make in wanted.values()]
-        paths = cache.prepare(
-            source.dataset, own, Path(config.data.cache), episodes=source.used, rank=rank, world_size=world_size
-        )
-        for name, path in zip(wanted, paths, strict=True):
-            checkpoint.write_text(_index(config, sources, source, name), json.dumps(path.name) + "\n")
-        folders += paths
-    return folders
+    def __init__(self, config: RunConfig, sources: Sequence[Source], *, device: torch.device | str = "cpu") -> None:
+        self.config, self.sources, self.root = config, sources, Path(config.data.cache)
+        self._wanted = _features(config, sources, device)
 
+    def estimate(self) -> list[tuple[Source, cache.Estimate]]:
+        """What `run` will take for every source, measured on one episode of each."""
+        return [(s, cache.estimate(s.dataset, self._of(s), self.root, episodes=s.used)) for s in self.sources]
 
-def estimate(
-    config: RunConfig, sources: Sequence[Source], *, device: torch.device | str = "cpu"
-) -> list[tuple[Source, cache.Estimate]]:
-    """What `prepare` will take for every source, measured on one episode of each."""
-    wanted, root = _features(config, sources, device), Path(config.data.cache)
-    return [
-        (s, cache.estimate(s.dataset, [make(s) for make in wanted.values()], root, episodes=s.used)) for s in sources
-    ]
+    def run(self, *, rank: int = 0, world_size: int = 1) -> list[Path]:
+        """Compute and cache what lacks of every source; returns the features' folders.
+
+        Leaves a file beside each folder by which training finds it without loading a frozen network. Of `world_size`
+        processes, each with its own `rank`, every one computes its share of the episodes.
+        """
+        folders = []
+        for source in self.sources:
+            paths = cache.prepare(
+                source.dataset,
+                self._of(source),
+                self.root,
+                episodes=source.used,
+                rank=rank,
+                world_size=world_size,
+            )
+            for name, path in zip(self._wanted, paths, strict=True):
+                checkpoint.write_text(_index(self.config, self.sources, source, name), json.dumps(path.name) + "\n")
+            folders += paths
+        return folders
+
+    def _of(self, source: Source) -> list[cache.Feature]:
+        return [make(source) for make in self._wanted.values()]
 
 
 def open_features(config: RunConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:

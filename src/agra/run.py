@@ -11,11 +11,10 @@ from torch import Tensor
 from agra import prepare as frozen
 from agra.alignment.teacher import load_teacher, reference_frames
 from agra.config import RunConfig
-from agra.data.cache import Estimate
 from agra.data.mixture import WindowSampler
 from agra.data.normalize import NormStats
 from agra.data.prefetch import Prefetched
-from agra.data.sources import Source, embodiment_stats
+from agra.data.sources import embodiment_stats
 from agra.diagnostics.diagnosis import diagnose as examine
 from agra.diagnostics.looking import FirstLook, look
 from agra.diagnostics.looking_monitor import LookingMonitor
@@ -27,7 +26,7 @@ from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
 from agra.planner import flops_per_sample, peak_flops
 from agra.policy import WAMPolicy
-from agra.prepare import codec_file, window_references
+from agra.prepare import Preparation, codec_file, window_references
 from agra.simulators.registry import expert, make
 from agra.training import checkpoint
 from agra.training.logbook import Meter
@@ -46,17 +45,14 @@ _LOOKED_AT = ("in_distribution", "semantic")
 _GOLDEN = 0.6180339887498949
 
 
-def prepare(config: RunConfig, *, device: str = "cpu", rank: int = 0, world_size: int = 1) -> list[Path]:
-    """Compute and cache the frozen features that the config's stage needs; returns their folders.
-
-    Of `world_size` processes, each with its own `rank`, every one computes its share of the episodes.
-    """
-    return frozen.prepare(config, config.data.open(), device=device, rank=rank, world_size=world_size)
+def preparation(config: RunConfig, *, device: str = "cpu") -> Preparation:
+    """The frozen features that the config's stage needs, still to be estimated or computed."""
+    return Preparation(config, config.data.open(), device=device)
 
 
-def estimate(config: RunConfig, *, device: str = "cpu") -> list[tuple[Source, Estimate]]:
-    """What `prepare` will take, by dataset."""
-    return frozen.estimate(config, config.data.open(), device=device)
+def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
+    """Compute and cache the frozen features that the config's stage needs; returns their folders."""
+    return preparation(config, device=device).run()
 
 
 def train(

@@ -233,6 +233,16 @@ def write_v3(root: Path, kind: str = "video") -> Path:
     return root
 
 
+LEROBOT_WRITERS = {
+    "v2.0": lambda root: write_v2(root, "v2.0"),
+    "v2.1": lambda root: write_v2(root, "v2.1"),
+    "v3.0": write_v3,
+    "v2.1 images": lambda root: write_v2(root, "v2.1", "image"),
+    "v3.0 images": lambda root: write_v3(root, "image"),
+}
+"""Every version, with video or pictures, by name."""
+
+
 # --- GR00T's flavour, as the GR1 tabletop sets have it ------------------------------------------------------------------
 
 GR1_PARTS = {

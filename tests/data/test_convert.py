@@ -5,25 +5,17 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from layouts import CAMERAS, LENGTHS, STORY, TASKS, write_gr1, write_v2, write_v3
+from layouts import CAMERAS, LENGTHS, LEROBOT_WRITERS, STORY, TASKS, write_gr1
 
 from agra.data.convert import convert
 from agra.data.lerobot import LeRobotDataset
 from agra.data.lerobot_writer import LeRobotWriter, encode_episode
 from agra.types import Embodiment, Episode
 
-WRITERS = {
-    "v2.0": lambda root: write_v2(root, "v2.0"),
-    "v2.1": lambda root: write_v2(root, "v2.1"),
-    "v3.0": write_v3,
-    "v2.1 images": lambda root: write_v2(root, "v2.1", "image"),
-    "v3.0 images": lambda root: write_v3(root, "image"),
-}
 
-
-@pytest.fixture(scope="module", params=WRITERS)
+@pytest.fixture(scope="module", params=LEROBOT_WRITERS)
 def root(request, tmp_path_factory):
-    return WRITERS[request.param](tmp_path_factory.mktemp("convert") / "set")
+    return LEROBOT_WRITERS[request.param](tmp_path_factory.mktemp("convert") / "set")
 
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])

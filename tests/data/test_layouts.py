@@ -5,7 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
-from layouts import CAMERAS, FPS, GR1_LENGTHS, LENGTHS, STORY, TASKS, gr1_states, write_gr1, write_v2, write_v3
+from layouts import (
+    CAMERAS,
+    FPS,
+    GR1_LENGTHS,
+    LENGTHS,
+    LEROBOT_WRITERS,
+    STORY,
+    TASKS,
+    gr1_states,
+    write_gr1,
+)
 
 from agra.data.gr1 import KEYS, gr1_mixture, gr1_source
 from agra.data.gr1 import TASKS as GR1_TASKS
@@ -14,18 +24,10 @@ from agra.data.mixture import DataConfig
 from agra.data.source import SourceConfig
 from agra.data.sources import embodiment_stats
 
-WRITERS = {
-    "v2.0": lambda root: write_v2(root, "v2.0"),
-    "v2.1": lambda root: write_v2(root, "v2.1"),
-    "v3.0": write_v3,
-    "v2.1 images": lambda root: write_v2(root, "v2.1", "image"),
-    "v3.0 images": lambda root: write_v3(root, "image"),
-}
 
-
-@pytest.fixture(scope="module", params=WRITERS)
+@pytest.fixture(scope="module", params=LEROBOT_WRITERS)
 def root(request, tmp_path_factory):
-    return WRITERS[request.param](tmp_path_factory.mktemp("layout") / "set")
+    return LEROBOT_WRITERS[request.param](tmp_path_factory.mktemp("layout") / "set")
 
 
 def close(frames: np.ndarray, told: np.ndarray) -> bool:
