@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from agra import hub
 from agra.draws import seed_everything
-from agra.training import checkpoint
+from agra.recipes import at_stage
+from agra.training import checkpoint, lineage
 from agra.training.loop import Trainer
 from agra.training.objective import Objective
+from agra.training.stages import Stage
 from agra.wam.model import WAM
 
 
@@ -38,7 +40,7 @@ def test_an_export_is_a_checkpoint_without_the_optimiser(run, tmp_path):
     folder, kept = run
     made = hub.export(folder, tmp_path / "out")
     assert sorted(p.name for p in made.iterdir()) == [
-        "README.md", "config.json", "manifest.json", "model.safetensors", "norm_stats.json", "trainer.json",
+        "README.md", "config.json", "history", "manifest.json", "model.safetensors", "norm_stats.json", "trainer.json",
     ]  # fmt: skip
     checkpoint.verify(made)
     assert checkpoint.read_config(made) == checkpoint.read_config(checkpoint.resolve(folder))
@@ -46,11 +48,58 @@ def test_an_export_is_a_checkpoint_without_the_optimiser(run, tmp_path):
         assert torch.equal(value, kept[-1][name])
     card = (made / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: agra")
-    for told in ("3 steps of the joint stage", "video layers 1 aligned with packaged_dinov2_small", "`action_dit`"):
+    for told in ("step 3 of the joint stage", "video layer 1 aligned with packaged dinov2 small", "`action_dit`"):
         assert told in card
     with pytest.raises(ValueError, match="out: not empty"):
         hub.export(folder, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_an_export_in_half_precision(run, tmp_path):
+    folder, kept = run
+    made = hub.export(folder, tmp_path / "half", half=True)
+    stored = load_file(made / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    model = WAM(checkpoint.read_config(made).model)
+    checkpoint.load_weights(model, made)
+    for name, value in model.named_parameters():
+        assert value.dtype is torch.float32
+        assert torch.equal(value, kept[-1][name].half().float())
+
+
+def test_what_half_precision_cannot_hold(run, tmp_path):
+    found = checkpoint.resolve(run[0])
+    weights = load_file(found / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = 1e6
+    checkpoint.write_tensors(found / "model.safetensors", weights)
+    manifest = json.loads((found / "manifest.json").read_text())
+    manifest["model.safetensors"] = checkpoint.sha256(found / "model.safetensors")
+    (found / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"{name}: holds values beyond float16's range"):
+        hub.export(run[0], tmp_path / "half", half=True)
+    assert not (tmp_path / "half").exists()
+
+
+def test_an_export_carries_the_stages_before(run, small_config, make_batch, tmp_path):
+    config = at_stage(replace(small_config, stage=replace(small_config.stage, steps=1)), Stage.FINETUNE)
+    objective = Objective(WAM(config.model), config.stage.objective, config.alignment, 6)
+    later = tmp_path / "later"
+    later.mkdir()
+    lineage.note(later, run[0])
+    Trainer(
+        config, objective, batch=lambda step: make_batch(config), validation=None, output=later, extra_files={}
+    ).run()
+    made = hub.export(later, tmp_path / "out")
+    stages = lineage.lineage(made)
+    assert [stage.config for stage in stages] == [stage.config for stage in lineage.lineage(later)]
+    assert [stage.config.stage.name for stage in stages] == [Stage.JOINT, Stage.FINETUNE]
+    logs = [stage.metrics.read_text() for stage in stages]
+    assert logs == [(run[0] / "metrics.jsonl").read_text(), (later / "metrics.jsonl").read_text()]
+    assert lineage.describe(stages).endswith("Stages: joint 3 steps, finetune 1 steps")
+    shutil.rmtree(run[0])
+    assert len(lineage.lineage(later)) == 1
+    assert [s.config for s in lineage.lineage(hub.export(made, tmp_path / "again"))] == [s.config for s in stages]
 
 
 def test_the_average_is_exported(run, tmp_path):
@@ -121,4 +170,4 @@ def test_a_hub_that_cannot_be_reached_is_one_line(run, tmp_path, monkeypatch):
 def test_manifest_lists_every_file(run, tmp_path):
     made = hub.export(run[0], tmp_path / "out")
     listed = json.loads((made / "manifest.json").read_text())
-    assert {*listed, "manifest.json"} == {p.name for p in made.iterdir()}
+    assert {*listed, "manifest.json"} == {str(p.relative_to(made)) for p in made.rglob("*") if p.is_file()}

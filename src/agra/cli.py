@@ -364,10 +364,11 @@ def evaluate(
     """Play the trials of C.2.2 and write one JSON line for each. Interrupted, it goes on where it was.
 
     Args:
-        policy: a checkpoint or run folder, or `expert` for the simulator's scripted expert.
+        policy: a checkpoint or run folder, the name of a policy that comes with agra, or `expert` for the simulator's
+            scripted expert.
         simulator: a registered simulator.
         regimes: which of the four regimes to play.
-        output: results file; by default results.jsonl in the run's folder.
+        output: results file; by default results.jsonl in the run's folder, outputs/NAME for a policy of agra's own.
         execute_steps: actions executed of each chunk before the policy is asked again.
         limit: play only so many trials of each regime, evenly spread.
         videos: trials of each regime to record as mp4 beside the results.
@@ -378,6 +379,7 @@ def evaluate(
     from agra.evaluation.results import print_summary, read_results
     from agra.evaluation.rollout import evaluate as run
     from agra.simulators.registry import make
+    from agra.training.checkpoint import home
 
     world = make(simulator)
     try:
@@ -385,7 +387,8 @@ def evaluate(
         if output is None:
             if policy == "expert":
                 raise ValueError("--output: give a results file for the expert")
-            output = Path(policy) / "results.jsonl"
+            output = home(policy) / "results.jsonl"
+        output.parent.mkdir(parents=True, exist_ok=True)
         trials = regime_trials(world, regimes, limit=limit)
         protocol = Protocol(execute_steps=1 if policy == "expert" else execute_steps)
         run(
@@ -429,7 +432,7 @@ def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.co
 
 
 def diagnose(
-    policies: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional],
     simulator: str = "tabletop",
     samples: int = 40,
     seed: int = 0,
@@ -441,7 +444,7 @@ def diagnose(
     interaction mask that the simulator renders.
 
     Args:
-        policies: checkpoint or run folders.
+        policies: checkpoint or run folders, or names of policies that come with agra.
         simulator: the world that the samples come from.
         samples: how many, spread evenly over the four regimes.
         seed: decides the noise and the background sets.
@@ -454,13 +457,13 @@ def diagnose(
 
 
 def report(
-    policies: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional],
     output: Path = Path("report.html"),
 ) -> None:
     """One HTML page that lays runs side by side: training, evaluation, grounding, pictures.
 
     Args:
-        policies: run folders; each gives what it holds of metrics.jsonl, results.jsonl and diagnosis/, and the
+        policies: run folders or names of policies that come with agra; each gives what it holds of metrics.jsonl, results.jsonl and diagnosis/, and the
             metrics of the stages that it started from.
         output: the page.
     """
@@ -472,21 +475,22 @@ def report(
 # --- checkpoints that leave the machine ------------------------------------------------------------------------------
 
 
-def export(policy: Annotated[Path, tyro.conf.Positional], output: Path, ema: bool = False) -> None:
+def export(policy: Annotated[str, tyro.conf.Positional], output: Path, ema: bool = False, half: bool = False) -> None:
     """Write a policy as one folder of whole safetensors with a model card, from whole or sharded checkpoints.
 
     Args:
         policy: a checkpoint or run folder.
         output: the new folder.
         ema: take the averaged weights.
+        half: store the weights in float16.
     """
     from agra.hub import export as run
 
-    print(run(policy, output, ema=ema))
+    print(run(policy, output, ema=ema, half=half))
 
 
 def push(
-    policy: Annotated[Path, tyro.conf.Positional],
+    policy: Annotated[str, tyro.conf.Positional],
     name: Annotated[str, tyro.conf.Positional],
     public: bool = False,
     ema: bool = False,

@@ -1,7 +1,6 @@
 """Checkpoints that leave the machine: one folder of whole safetensors with a model card, to the hub and back.       C.3"""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,17 +11,18 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from agra.config import RunConfig
 from agra.pretrained import loading, stored_tensors
-from agra.training import checkpoint
+from agra.training import checkpoint, lineage
 from agra.wam.model import WAM
 
 _KEPT = ("config.json", "norm_stats.json", "trainer.json", "codec.safetensors")
 
 
-def export(source: str | Path, output: Path, *, ema: bool = False) -> Path:
+def export(source: str | Path, output: Path, *, ema: bool = False, half: bool = False) -> Path:
     """Write a policy's newest checkpoint, whole or sharded, as a folder that needs nothing else; no optimiser state.
 
-    With `ema` the averaged weights stand in for the trained ones. Raises FileNotFoundError where there is no checkpoint,
-    ValueError where it is damaged, holds no average, or `output` is not empty.
+    The settings and logs of all stages that made it come with it. With `ema` the averaged weights stand in for the
+    trained ones; with `half` they are rounded to float16. Raises FileNotFoundError where there is no checkpoint,
+    ValueError where it is damaged, holds no average or what float16 cannot, or `output` is not empty.
     """
     found = checkpoint.resolve(source)
     checkpoint.verify(found)
@@ -31,7 +31,7 @@ def export(source: str | Path, output: Path, *, ema: bool = False) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        _write(found, temporary, ema=ema)
+        _write(found, temporary, ema=ema, half=half)
         if output.exists():
             output.rmdir()
         temporary.rename(output)
@@ -73,7 +73,7 @@ def pull(name: str, output: Path, *, revision: str | None = None) -> Path:
     return output
 
 
-def _write(found: Path, folder: Path, *, ema: bool) -> None:
+def _write(found: Path, folder: Path, *, ema: bool, half: bool) -> None:
     config = checkpoint.read_config(found)
     for name in _KEPT:
         if (found / name).is_file():
@@ -84,10 +84,15 @@ def _write(found: Path, folder: Path, *, ema: bool) -> None:
     checkpoint.load_weights(model, found)
     if ema:
         _take_average(model, found)
-    checkpoint.write_tensors(folder / "model.safetensors", model.state_dict())
+    weights = model.state_dict()
+    if half:
+        weights = {name: _halved(name, value) for name, value in weights.items()}
+    checkpoint.write_tensors(folder / "model.safetensors", weights)
+    lineage.carry(found, folder)
     steps = json.loads((found / "trainer.json").read_text())["step"]
-    checkpoint.write_text(folder / "README.md", str(model_card(config, steps=steps, model=model, ema=ema)))
-    names = sorted(os.listdir(folder))
+    card = model_card(config, lineage.describe(lineage.lineage(found)), steps=steps, model=model, ema=ema)
+    checkpoint.write_text(folder / "README.md", str(card))
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     manifest = {name: checkpoint.sha256(folder / name) for name in names}
     checkpoint.write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
@@ -109,25 +114,26 @@ def _take_average(model: WAM, found: Path) -> None:
         raise ValueError(f"{found}: holds no averaged weights; train with --stage.ema-decay")
 
 
-def model_card(config: RunConfig, *, steps: int, model: WAM, ema: bool) -> ModelCard:
-    """What a checkpoint is, from its own config: parts, data, stage, and how to run it."""
+def _halved(name: str, value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    rounded = value.half()
+    if not rounded.isfinite().all():
+        raise ValueError(f"{name}: holds values beyond float16's range; export it without half")
+    return rounded
+
+
+def model_card(config: RunConfig, description: str, *, steps: int, model: WAM, ema: bool) -> ModelCard:
+    """What a checkpoint is: `description` says how it was made, the config its parts, data, stage, and how to run it."""
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    alignment, objective, stage = config.alignment, config.stage.objective, config.stage
-    if alignment is None or not config.aligns:
-        aligned = "no alignment in this stage"
-    else:
-        layers = ", ".join(map(str, alignment.layers))
-        aligned = (
-            f"video layers {layers} aligned with {alignment.teacher.kind} ({alignment.teacher.source}) on the "
-            f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}"
-        )
+    stage = config.stage
     data = ModelCardData(library_name="agra", tags=["robotics", "world-action-model"])
     rows = "\n".join(f"| `{name}` | {count:,} |" for name, count in parts.items())
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
         "# World action model\n\n"
-        f"Trained with `agra`: {steps:,} steps of the {stage.name} stage, batch {stage.batch_size}, "
-        f"{'averaged weights, ' if ema else ''}{aligned}.\n\n"
+        f"{description}. Trained with `agra`; here after step {steps:,} of the {stage.name} stage, batch "
+        f"{stage.batch_size}{', averaged weights' if ema else ''}.\n\n"
         f"| part | parameters |\n|---|---|\n{rows}\n\n"
         f"- Embodiments: {', '.join(config.data.embodiments)}; {config.model.action_dit.horizon} actions a chunk, a frame "
         f"every {config.data.frame_stride} control steps, {config.model.frame_size[0]} x {config.model.frame_size[1]} "

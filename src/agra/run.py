@@ -1,7 +1,5 @@
 """A config or a run's folder in, files out: what the commands do, for use from Python as well."""
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from agra.planner import flops_per_sample, peak_flops
 from agra.policy import WAMPolicy
 from agra.prepare import Preparation, codec_file, window_references
 from agra.simulators.registry import expert, make
-from agra.training import checkpoint
+from agra.training import checkpoint, lineage
 from agra.training.logbook import Meter
 from agra.training.loop import Trainer
 from agra.training.objective import Objective
@@ -43,6 +41,7 @@ _LATEST_MOMENT = 0.45
 _LOOKED_AT = ("in_distribution", "semantic")
 """Regimes whose first observations tell whether a policy looks: the same task, things at many places, two candidates."""
 _GOLDEN = 0.6180339887498949
+_FOUND_OUT = ("results.jsonl", "diagnosis")
 
 
 def preparation(config: RunConfig, *, device: str = "cpu") -> Preparation:
@@ -83,7 +82,7 @@ def train(
         fresh = checkpoint.newest(output) is None
         if fresh and world.leads:
             output.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(_origin(output), json.dumps({"init": _relative(init, output)}) + "\n")
+            lineage.note(output, init)
         return _train(config, output, start if fresh else None, parallel, world)
 
 
@@ -191,15 +190,16 @@ def first_looks(simulator: Simulator, regimes: Sequence[str], steps: int) -> lis
     ]
 
 
-def diagnose(run: Path, *, simulator: str, samples: int, seed: int = 0, device: str = "cpu") -> Path:
-    """Examine a run's newest checkpoint and write its folder `diagnosis`."""
+def diagnose(run: str | Path, *, simulator: str, samples: int, seed: int = 0, device: str = "cpu") -> Path:
+    """Examine a policy, a run's newest checkpoint say, and write the folder `diagnosis` in its home."""
     policy = WAMPolicy.load(run, device=device)
     teacher = name = None
     if policy.config.alignment is not None:
         settings = policy.config.alignment.teacher
         network = load_teacher(settings).to(device)
         teacher, name = (lambda frames: network(frames).cpu().numpy()), settings.kind
-    output = checkpoint.resolve(run).parent / "diagnosis"
+    output = checkpoint.home(run) / "diagnosis"
+    output.parent.mkdir(parents=True, exist_ok=True)
     world, target = make(simulator), policy.config.looking
     try:
         probes = probe_samples(world, samples, window_references(policy.config))
@@ -212,61 +212,20 @@ def diagnose(run: Path, *, simulator: str, samples: int, seed: int = 0, device: 
     return output
 
 
-def report(runs: Sequence[Path], *, output: Path) -> Path:
-    """Lay runs side by side in one HTML page; each gives what its folder, and those it started from, hold."""
-    return build_report([_entry(run) for run in runs], output)
+def report(policies: Sequence[str | Path], *, output: Path) -> Path:
+    """Lay policies side by side in one HTML page; each gives what its folder, and those it started from, hold."""
+    return build_report([_entry(policy) for policy in policies], output)
 
 
-def _origin(run: Path) -> Path:
-    """The file that says what a run started from."""
-    return run / "origin.json"
-
-
-def _relative(init: str | Path | None, output: Path) -> str | None:
-    """`init` as seen from the run's folder, so that both may be moved together; a hub id stays as it is."""
-    if init is None or not Path(init).is_dir():
-        return None if init is None else str(init)
-    return os.path.relpath(init, output)
-
-
-def _lineage(run: Path) -> list[Path]:
-    """The run's folder and, before it, those that it started from, as far as they are still there."""
-    found = [run]
-    while _origin(found[0]).is_file():
-        init = json.loads(_origin(found[0]).read_text())["init"]
-        earlier = None if init is None else found[0] / init
-        if earlier is None or not earlier.is_dir():
-            break
-        found.insert(0, earlier if checkpoint.newest(earlier) else earlier.parent)
-    return found
-
-
-def _entry(run: Path) -> PolicyEntry:
-    newest = checkpoint.resolve(run)
-    lineage = _lineage(newest.parent)
-    configs = [checkpoint.read_config(checkpoint.resolve(path)) for path in lineage]
-    logs = {c.stage.name: path / "metrics.jsonl" for c, path in zip(configs, lineage, strict=True)}
-    results, diagnosis = newest.parent / "results.jsonl", newest.parent / "diagnosis"
+def _entry(policy: str | Path) -> PolicyEntry:
+    found, own = checkpoint.resolve(policy), checkpoint.home(policy)
+    stages = lineage.lineage(policy)
+    results, diagnosis = (next((f / name for f in (own, found) if (f / name).exists()), None) for name in _FOUND_OUT)
     return PolicyEntry(
-        name=run.name,
-        description=_describe(configs),
-        training_logs={stage: path for stage, path in logs.items() if path.is_file()},
-        results=results if results.is_file() else None,
-        diagnosis=diagnosis if diagnosis.is_dir() else None,
-        config=newest / "config.json",
+        name=own.name,
+        description=lineage.describe(stages),
+        training_logs={stage.config.stage.name: stage.metrics for stage in stages if stage.metrics is not None},
+        results=results,
+        diagnosis=diagnosis,
+        config=found / "config.json",
     )
-
-
-def _describe(lineage: Sequence[RunConfig]) -> str:
-    """One sentence about the stages that made a policy."""
-    stages = ", ".join(f"{config.stage.name} {config.stage.steps:,} steps" for config in lineage)
-    for config in lineage:
-        if config.aligns:
-            assert config.alignment is not None
-            layers, objective = ", ".join(map(str, config.alignment.layers)), config.stage.objective
-            teacher = config.alignment.teacher.kind.replace("_", " ")
-            return (
-                f"World action model with AGRA: video layer {layers} aligned with {teacher} on the "
-                f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}. Stages: {stages}"
-            )
-    return f"World action model without alignment. Stages: {stages}"

@@ -15,6 +15,23 @@ def _files(text="x"):
     }
 
 
+def test_policies_that_come_with_agra_have_names(tmp_path, monkeypatch):
+    """A folder of the user's goes first; what is found out about them is not kept in the package."""
+    shipped = tmp_path / "package"
+    (shipped / "tabletop").mkdir(parents=True)
+    (shipped / "tabletop" / "manifest.json").write_text("{}")
+    monkeypatch.setattr(checkpoint, "SHIPPED", shipped)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.resolve("tabletop") == shipped / "tabletop"
+    assert str(checkpoint.home("tabletop")) == "outputs/tabletop"
+    with pytest.raises(FileNotFoundError, match=r"tabletp: no checkpoint here; .* comes with agra \(tabletop\)"):
+        checkpoint.resolve("tabletp")
+    (tmp_path / "tabletop" / "step_000010").mkdir(parents=True)
+    assert str(checkpoint.resolve("tabletop")) == "tabletop/step_000010"
+    assert str(checkpoint.home("tabletop")) == "tabletop"
+    assert str(checkpoint.home("tabletop/step_000010")) == "tabletop"
+
+
 def test_save_keeps_the_newest_and_lists_checksums(tmp_path):
     for step in (5, 10, 1000005):
         checkpoint.save(tmp_path, step, _files(), keep=2)

@@ -37,6 +37,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from agra.config import RunConfig
 from agra.pretrained import check_fit, read_into
 
+SHIPPED = Path(__file__).parent.parent / "policies"
+"""The policies that come with agra: exported folders by name."""
+
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -46,15 +49,37 @@ def newest(run: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def resolve(path: str | Path) -> Path:
-    """A checkpoint folder from its own path or its run's. Raises FileNotFoundError naming what was looked for."""
-    path = Path(path)
+def find(name: str | Path) -> Path:
+    """A folder by its path or, where there is none, by the name of a policy that comes with agra."""
+    shipped = SHIPPED / name
+    return shipped if not Path(name).exists() and shipped.is_dir() else Path(name)
+
+
+def resolve(name: str | Path) -> Path:
+    """A checkpoint folder from its own path, its run's, or the name of a policy that comes with agra.
+
+    Raises FileNotFoundError naming what was looked for.
+    """
+    path = find(name)
     if (path / "manifest.json").is_file():
         return path
-    found = newest(path) if path.is_dir() else None
-    if found is None:
-        raise FileNotFoundError(f"{path}: no checkpoint here; expected a folder with manifest.json or step_*/ folders")
-    return found
+    last = newest(path) if path.is_dir() else None
+    if last is None:
+        known = ", ".join(sorted(p.name for p in SHIPPED.glob("*/")))
+        raise FileNotFoundError(
+            f"{path}: no checkpoint here; expected a folder with manifest.json or step_*/ folders, or a policy that "
+            f"comes with agra ({known})"
+        )
+    return last
+
+
+def home(name: str | Path) -> Path:
+    """The folder for what is found out about a policy: its run's; an export's own; for a policy that comes with agra,
+    which is read-only, outputs/NAME in the working directory."""
+    path = find(name)
+    if path.parent == SHIPPED:
+        return Path("outputs") / path.name
+    return path.parent if _NAME.fullmatch(path.name) else path
 
 
 def save(run: Path, step: int, files: Mapping[str, Callable[[Path], None]], *, keep: int) -> Path:

@@ -14,7 +14,7 @@ def initialize(objective: Objective, source: str | Path, stage: Stage) -> None:
     checkpoint of ours is a diffusers model: a folder, or a hub id with or without @revision, whose `transformer` is the
     video DiT; the revision is else the one of the recipe's codec.
     """
-    folder = Path(source)
+    folder = checkpoint.find(source)
     if not folder.is_dir() or (folder / "transformer").is_dir():
         config = objective.wam.config
         name, _, revision = (str(source), "", "") if folder.is_dir() else str(source).partition("@")
