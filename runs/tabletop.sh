@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The two policies that come with agra, tabletop-wam and tabletop-agra: the same demonstrations, steps and seed, with and
+# without AGRA. About two and a half hours on two cores. Interrupted, it goes on where it was. Everything lands in outputs/tabletop;
+# the folders tabletop-* there are what lies in src/agra/policies.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:-outputs/tabletop}
+DATA="--data.path $OUT/demonstrations --data.cache $OUT/cache"
+mkdir -p "$OUT"
+
+export OMP_NUM_THREADS=1
+both() {
+  "$1" wam tiny_wam & local first=$!
+  "$1" agra tiny & local second=$!
+  wait $first && wait $second
+}
+
+agra collect tabletop --output "$OUT/demonstrations" --episodes 3000 --seed 1 --workers 2
+OMP_NUM_THREADS=2 agra prepare tiny $DATA
+
+# One adapt stage for both; then joint, which ends in the policies.
+OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 500 $DATA
+joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1" --stage.steps 3000 $DATA; }
+both joint
+
+export_half() { [ -d "$OUT/tabletop-$1" ] || agra export "$OUT/$1" --output "$OUT/tabletop-$1" --half; }
+both export_half
+
+# All 180 trials of the four regimes and the diagnosis, of what is shipped.
+evaluate() { agra evaluate "$OUT/tabletop-$1"; }
+both evaluate
+agra compare "$OUT/tabletop-wam/results.jsonl" "$OUT/tabletop-agra/results.jsonl"
+diagnose() { agra diagnose "$OUT/tabletop-$1" --samples 160; }
+both diagnose
+agra report "$OUT/tabletop-wam" "$OUT/tabletop-agra" --output "$OUT/report.html"
