@@ -22,8 +22,8 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks runs
+	$(BIN)/ruff format --check src tests benchmarks runs
 	$(BIN)/pyright
 
 setup: system $(VENV)/.installed

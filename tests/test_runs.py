@@ -18,6 +18,10 @@ RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir()
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_a_script_parses_and_names_what_exists(path):
     text = path.read_text()
+    if path.suffix == ".py":
+        compile(text, path, "exec")
+        assert path.name in path.with_suffix(".sh").read_text()
+        return
     if path.suffix == ".yaml":
         kinds = [document["kind"] for document in yaml.safe_load_all(text)]
         assert kinds == ["Service", "Job"]
