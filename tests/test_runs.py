@@ -27,7 +27,7 @@ def test_a_script_parses_and_names_what_exists(path):
         assert kinds == ["Service", "Job"]
     else:
         subprocess.run(["bash", "-n", str(path)], check=True)
-    commands = re.findall(r"(?:^|exec |-m )agra(?:\.cli)? (\w+)", text, re.M)
+    commands = re.findall(r"(?:^\s*|exec |-m |\|\| )agra(?:\.cli)? ([a-z]\w*)(?! \d)", text, re.M)
     assert commands
     assert set(commands) <= COMMANDS.keys()
     assert set(re.findall(r"\b(?:train|prepare|plan) (agra_\w+|wam\w*|tiny\w*)", text)) <= RECIPES.keys()
