@@ -83,8 +83,8 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA small enough for two CPU cores, on the embedded parts: patch-PCA codec, MiniLM, packaged DINOv2-S.
 
     It shows the mechanism, not the paper's numbers. Beyond size it departs from the paper where a model trained from
-    scratch on an hour of data needs it: learned positions, state dropout, early windows, a larger alignment weight,
-    two action draws, and a denoising pass on half of the batch.
+    scratch within an hour needs it: positions on the guidance, state dropout, early windows, another balance of the
+    losses (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch.
     """
     layers = bridged_layers(6, 4)
     model = WAMConfig(
@@ -132,7 +132,7 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
         target_steps=4,
         embodiments=("tabletop", "tabletop_human"),
     )
-    objective = ObjectiveConfig(alignment_weight=0.2, action_draws=4, video_share=0.25)
+    objective = ObjectiveConfig(video_weight=0.1, alignment_weight=0.2, action_draws=4, video_share=0.25)
     training = StageConfig(
         objective=objective,
         steps=2_000,
