@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first comparison: WAM and AGRA over three seeds, and one seed of freeze backbone and of the two other passes of
-# Table 2, all at a small budget (300 steps of 32 windows) from the demonstrations and the adapt stage of runs/tabletop.sh.
+# Table 2, all at a small budget (400 steps of 32 windows) from the demonstrations and the adapt stage of runs/tabletop.sh.
 # About an hour on two cores. Interrupted, it goes on where it was. Everything lands in outputs/comparison.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ mkdir -p "$OUT"
 one() {
   local run="$OUT/$1_$2" seed=$2 recipe=$3
   shift 3
-  agra train "$recipe" --stage joint --init "$BASE/adapt" --output "$run" --stage.steps 300 --stage.seed "$seed" \
+  agra train "$recipe" --stage joint --init "$BASE/adapt" --output "$run" --stage.steps 400 --stage.seed "$seed" \
     --data.path "$BASE/demonstrations" --data.cache "$BASE/cache" "$@"
   agra evaluate "$run" --limit 10 --videos 0
   [ -d "$run/diagnosis" ] || agra diagnose "$run" --samples 40
