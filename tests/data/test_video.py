@@ -130,9 +130,7 @@ def test_what_is_cut_out_is_what_was_put_in(tmp_path):
 class _Allocated(ctypes.Structure):
     """glibc's `struct mallinfo2`; `in_use` counts the main thread's bytes."""
 
-    _fields_ = [  # noqa: RUF012
-        (name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "mapped", "f", "g", "in_use", "free", "top")
-    ]
+    _fields_ = [(name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "mapped", "f", "g", "in_use", "free", "top")]
 
 
 def test_reading_clips_leaves_nothing_behind(tmp_path):
