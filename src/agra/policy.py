@@ -14,6 +14,7 @@ from agra.config import RunConfig
 from agra.data.cameras import crop
 from agra.data.normalize import NormStats
 from agra.training import checkpoint
+from agra.training.lora import merged
 from agra.training.stages import Stage
 from agra.types import ActionChunk, Observation
 from agra.wam.codec import Codec, load_codec, to_video
@@ -79,7 +80,8 @@ class WAMPolicy:
         with torch.device("meta"):
             model = WAM(config.model)
         model.to_empty(device="cpu")
-        checkpoint.load_weights(model, folder)
+        with merged(model, config.stage.lora):
+            checkpoint.load_weights(model, folder)
         codec_file = folder / "codec.safetensors"
         codec = load_codec(config.model.codec, codec_file if codec_file.is_file() else None)
         stats = NormStats.load_all(folder / "norm_stats.json")
