@@ -19,6 +19,7 @@ import tyro
 
 if TYPE_CHECKING:
     from agra.config import RunConfig
+    from agra.serving.app import Source
     from agra.types import Policy, Simulator
 
 REGIME_NAMES = Literal["in_distribution", "semantic", "instance", "attribute"]
@@ -364,7 +365,8 @@ def evaluate(
     """Play the trials of C.2.2 and write one JSON line for each. Interrupted, it goes on where it was.
 
     Args:
-        policy: a checkpoint or run folder, or `expert` for the simulator's scripted expert.
+        policy: a checkpoint or run folder, a server's address (ws://HOST:PORT), or `expert` for the simulator's scripted
+            expert.
         simulator: a registered simulator.
         regimes: which of the four regimes to play.
         output: results file; by default results.jsonl in the run's folder.
@@ -383,8 +385,8 @@ def evaluate(
     try:
         acting = _policy(policy, world, name, device)
         if output is None:
-            if policy == "expert":
-                raise ValueError("--output: give a results file for the expert")
+            if policy == "expert" or "://" in policy:
+                raise ValueError(f"--output: give a results file for {policy}")
             output = Path(policy) / "results.jsonl"
         trials = regime_trials(world, regimes, limit=limit)
         protocol = Protocol(execute_steps=1 if policy == "expert" else execute_steps)
@@ -407,6 +409,10 @@ def _policy(policy: str, world: "Simulator", name: str | None, device: str) -> "
         from agra.simulators.registry import expert
 
         return expert(world)
+    if policy.startswith(("ws://", "wss://")):
+        from agra.serving.client import PolicyClient
+
+        return PolicyClient(policy, api_key=os.environ.get("AGRA_API_KEY"))
     from agra.policy import WAMPolicy
 
     return WAMPolicy.load(policy, name=name, device=device)
@@ -467,6 +473,97 @@ def report(
     from agra.run import report as run
 
     print(run(policies, output=output))
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+def serve(
+    policy: Annotated[Path, tyro.conf.Positional],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    without_key: bool = False,
+    image_key: str = "observation/image",
+    state_keys: tuple[str, ...] = ("observation/state",),
+    prompt_key: str = "prompt",
+    max_batch: int = 16,
+    max_connections: int = 64,
+    watch: float | None = None,
+    tls_certificate: Path | None = None,
+    tls_key: Path | None = None,
+    plain: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> None:
+    """Serve a policy on openpi's websocket wire; the variable AGRA_API_KEY sets a key that clients must send.
+
+    SIGTERM finishes what is running and stops, SIGHUP loads the newest checkpoint. /healthz, /readyz and /metrics are
+    on the same port.
+
+    Args:
+        policy: a checkpoint or run folder.
+        host: address to listen on; any but this machine's own needs AGRA_API_KEY or --without-key.
+        port: port of the websocket wire; 0 takes a free one.
+        without_key: listen on a network without a key.
+        image_key: what clients call the frame.
+        state_keys: what clients call the state; several are joined in order.
+        prompt_key: what clients call the instruction.
+        max_batch: requests of different clients that are computed together.
+        max_connections: clients at a time.
+        watch: look every so many seconds for a newer checkpoint in the run folder and swap to it.
+        tls_certificate: PEM file; the wire is then wss://.
+        tls_key: PEM file of its private key.
+        plain: without the fast path; for comparison.
+        device: where the policy runs.
+        threads: threads of torch; by default OMP_NUM_THREADS, or all cores.
+    """
+    import asyncio
+    import logging
+    import ssl
+
+    from agra.serving.app import run
+    from agra.serving.messages import WireKeys
+    from agra.serving.server import WebsocketServer
+    from agra.serving.service import Limits, PolicyService
+
+    key = os.environ.get("AGRA_API_KEY")
+    if host not in ("127.0.0.1", "::1", "localhost") and key is None and not without_key:
+        raise ValueError(f"--host {host}: set AGRA_API_KEY, or say --without-key to let everyone on that network in")
+    if (tls_certificate is None) != (tls_key is None):
+        raise ValueError("--tls-certificate and --tls-key belong together")
+    tls = None
+    if tls_certificate is not None and tls_key is not None:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(tls_certificate, tls_key)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # strangers' broken handshakes
+    source = _policy_source(policy, device=device, fast=not plain)
+    keys = WireKeys(image=image_key, state=state_keys, prompt=prompt_key)
+
+    async def main() -> None:
+        limits = Limits(max_batch=max_batch, max_connections=max_connections)
+        service = PolicyService(source.load(), limits)
+        server = WebsocketServer(service, host=host, port=port, keys=keys, api_key=key, tls=tls)
+        scheme = "ws" if tls is None else "wss"
+
+        def started() -> None:
+            print(f"serving {service.spec.name} on {scheme}://{host}:{server.port}", flush=True)
+
+        await run(service, server, source, watch_every=watch, started=started)
+
+    asyncio.run(main())
+
+
+def _policy_source(path: Path, *, device: str, fast: bool) -> "Source":
+    from agra.policy import WAMPolicy
+    from agra.serving.app import Source
+    from agra.training.checkpoint import resolve
+
+    return Source(load=partial(WAMPolicy.load, path, device=device), stamp=partial(resolve, path))
 
 
 # --- checkpoints that leave the machine ------------------------------------------------------------------------------
@@ -551,6 +648,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _command(compare),
     "diagnose": _command(diagnose),
     "report": _command(report),
+    "serve": _command(serve),
     "export": _command(export),
     "push": _command(push),
     "pull": _command(pull),
