@@ -1,6 +1,7 @@
 # quickstart   set everything up, run the whole method on the embedded default, end with the report
 # test         set everything up, run the quick tests          (make test-slow: the slow ones)
 # check        ruff and pyright
+# openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
 # setup        Debian packages for headless rendering, virtual environment, CPU torch, agra
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DEBIAN_PACKAGES := libegl1 libgl1-mesa-dri
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check setup system clean
+.PHONY: quickstart test test-slow check openpi setup system clean
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash runs/quickstart.sh
@@ -25,6 +26,9 @@ check: setup
 	$(BIN)/ruff check src tests benchmarks runs
 	$(BIN)/ruff format --check src tests benchmarks runs
 	$(BIN)/pyright
+
+openpi: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash runs/openpi_client.sh $(CHECKPOINT) 5
 
 setup: system $(VENV)/.installed
 
@@ -43,4 +47,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) outputs build dist
+	rm -rf $(VENV) .openpi outputs build dist

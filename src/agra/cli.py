@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from agra.cli_robot import control, load_policy, serve
+
 if TYPE_CHECKING:
     from agra.config import RunConfig
-    from agra.types import Policy, Simulator
 
 REGIME_NAMES = Literal["in_distribution", "semantic", "instance", "attribute"]
 
@@ -364,8 +365,8 @@ def evaluate(
     """Play the trials of C.2.2 and write one JSON line for each. Interrupted, it goes on where it was.
 
     Args:
-        policy: a checkpoint or run folder, the name of a policy that comes with agra, or `expert` for the simulator's
-            scripted expert.
+        policy: a checkpoint or run folder, the name of a policy that comes with agra, a server's address
+            (ws://HOST:PORT), or `expert` for the simulator's scripted expert.
         simulator: a registered simulator.
         regimes: which of the four regimes to play.
         output: results file; by default results.jsonl in the run's folder, outputs/NAME for a policy of agra's own.
@@ -383,10 +384,10 @@ def evaluate(
 
     world = make(simulator)
     try:
-        acting = _policy(policy, world, name, device)
+        acting = load_policy(policy, world, name, device)
         if output is None:
-            if policy == "expert":
-                raise ValueError("--output: give a results file for the expert")
+            if policy == "expert" or "://" in policy:
+                raise ValueError(f"--output: give a results file for {policy}")
             output = home(policy) / "results.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)
         trials = regime_trials(world, regimes, limit=limit)
@@ -403,16 +404,6 @@ def evaluate(
     finally:
         world.close()
     print_summary(read_results(output))
-
-
-def _policy(policy: str, world: "Simulator", name: str | None, device: str) -> "Policy":
-    if policy == "expert":
-        from agra.simulators.registry import expert
-
-        return expert(world)
-    from agra.policy import WAMPolicy
-
-    return WAMPolicy.load(policy, name=name, device=device)
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -470,6 +461,32 @@ def report(
     from agra.run import report as run
 
     print(run(policies, output=output))
+
+
+# --- latency -----------------------------------------------------------------------------------------------------------
+
+
+def bench_latency(
+    subject: Annotated[str, tyro.conf.Positional],
+    rounds: int = 50,
+    batch: int = 1,
+    device: str = "cpu",
+    output: Path | None = None,
+) -> None:
+    """Time an answer stage by stage, p50 and p95, the plain path and the fast one in turn.
+
+    Args:
+        subject: a checkpoint or run folder, or a recipe's name: its model with random weights, after codec and text.
+        rounds: calls that count.
+        batch: robots that are answered together.
+        device: where the policy runs; a recipe runs in bfloat16 on a GPU.
+        output: write the figures here, for machines.
+    """
+    from agra.latency import bench
+    from agra.recipes import RECIPES
+
+    config = RECIPES[subject]() if subject in RECIPES else None
+    bench(subject, config, device=device, batch=batch, rounds=rounds, output=output)
 
 
 # --- checkpoints that leave the machine ------------------------------------------------------------------------------
@@ -537,7 +554,7 @@ def _bound(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 def _command(function: Callable[..., None]) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
-        call = _from_flags(_bound(function), arguments, f"agra {function.__name__}")
+        call = _from_flags(_bound(function), arguments, f"agra {function.__name__.replace('_', '-')}")
         call()
 
     run.__doc__ = function.__doc__
@@ -555,6 +572,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _command(compare),
     "diagnose": _command(diagnose),
     "report": _command(report),
+    "serve": _command(serve),
+    "control": _command(control),
+    "bench-latency": _command(bench_latency),
     "export": _command(export),
     "push": _command(push),
     "pull": _command(pull),
@@ -563,7 +583,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _help() -> str:
-    lines = [f"  {name:10}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:15}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
     return "usage: agra COMMAND [flags]\n\n" + "\n".join(lines) + "\n\n`agra COMMAND --help` lists a command's flags."
 
 
