@@ -13,7 +13,7 @@ from agra.flow import euler
 
 GRID = (3, 4, 5)
 TARGET = (1, 2, 3)
-WIDTH, HORIZON, ACTION, HEADS = 6, 4, 3, 2
+WIDTH, HORIZON, ACTION, HEADS, FRAMES = 6, 4, 3, 2, 5
 
 
 @dataclass
@@ -41,7 +41,8 @@ class OneTokenWAM(nn.Module):
         wanted = sorted({*self.bridged_layers, *layers})
         positions = torch.arange(np.prod(GRID)).view(GRID)[..., None] + torch.arange(WIDTH)
         return {
-            layer: torch.sin(positions * (1 + layer) + base[:, None, None, None, None]) + noise.mean()
+            layer: torch.sin(positions * (1 + layer) + base[:, None, None, None, None])
+            + noise.mean(dim=(1, 2, 3, 4), keepdim=True)
             for layer in wanted
         }
 
@@ -59,8 +60,29 @@ class OneTokenWAM(nn.Module):
             attention = tuple(weights for _ in guidance)
         return ActionOutput(velocity, attention)
 
+    def text_attention(self, observation_latent, noise, instruction, *, layers):
+        """Token 1 is read at TARGET alone, the others everywhere."""
+        weights = torch.full((1, *GRID, instruction.shape[1]), 0.1)
+        weights[..., 1] = 0
+        weights[0, *TARGET, 1] = 1
+        return dict.fromkeys(layers, weights)
+
+    def imagine(self, observation_latent, noise, instruction, *, steps):
+        """Expects that nothing moves; StandInCodec makes FRAMES frames of one."""
+        return observation_latent
+
     def act(self, guidance, state, embodiment, noise, *, steps=4):
         return euler(lambda x, level: self.action_dit(x, state, level, guidance, embodiment).velocity, noise, steps)
+
+
+class StandInCodec:
+    def decode(self, latents):
+        return 2 * latents.expand(-1, -1, FRAMES, -1, -1) - 1
+
+
+class StandInText:
+    def words(self, instruction):
+        return [(word, (place,)) for place, word in enumerate(instruction.split()[:3])]
 
 
 class StandInPolicy:
@@ -68,6 +90,8 @@ class StandInPolicy:
 
     name = "stand-in"
     action_steps = 4
+    frame_size = (16, 20)
+    codec, text = StandInCodec(), StandInText()
     config = SimpleNamespace(alignment=SimpleNamespace(layers=(2,)))
 
     def __init__(self, model) -> None:
@@ -80,7 +104,7 @@ class StandInPolicy:
         count = len(observations)
         return SimpleNamespace(
             observation_latent=latent,
-            instruction=torch.zeros(count, 1, 2),
+            instruction=torch.zeros(count, 4, 2),
             state=state,
             embodiment=torch.zeros(count, dtype=torch.long),
         )
@@ -93,6 +117,12 @@ class StandInPolicy:
 
     def unnormalize(self, actions, embodiment):
         return actions.numpy()
+
+    def normalize(self, actions, embodiment):
+        return actions
+
+    def seen(self, frames, embodiment):
+        return frames
 
 
 @pytest.fixture
@@ -114,11 +144,19 @@ def target():
 def make_sample():
     """Frames of 16 x 20 pixels (4 x 4 a token), the mask on the target's spatial cell in every latent frame."""
 
-    def make(trial="trial-0", step=0, regime="in_distribution", seed=0, masked=True):
+    def make(trial="trial-0", step=0, regime="in_distribution", seed=0, masked=True, known=True):
         random = np.random.default_rng(seed)
         masks = np.zeros((GRID[0], 16, 20), dtype=bool)
         if masked:
             masks[:, 4 * TARGET[1] : 4 * TARGET[1] + 4, 4 * TARGET[2] : 4 * TARGET[2] + 4] = True
+        frames = random.integers(0, 256, (GRID[0], 16, 20, 3), dtype=np.uint8)
+        video = np.broadcast_to(frames[:1], (FRAMES, 16, 20, 3)).copy()
+        video[-1] = random.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        more = {
+            "video": video,
+            "actions": random.normal(size=(6, ACTION)).astype(np.float32),
+            "position": random.random(2),
+        }
         return ProbeSample(
             trial=trial,
             step=step,
@@ -126,8 +164,9 @@ def make_sample():
             instruction="put the banana in the box",
             embodiment="hands",
             state=random.normal(size=4).astype(np.float32),
-            frames=random.integers(0, 256, (GRID[0], 16, 20, 3), dtype=np.uint8),
+            frames=frames,
             masks=masks,
+            **(more if known else {}),
         )
 
     return make

@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from agra.diagnostics.diagnosis import DiagnosisConfig, diagnose
+from agra.diagnostics.diagnosis import diagnose
+from agra.diagnostics.instrument import DiagnosisConfig
 from agra.diagnostics.looking import Looking, Swaps
 from agra.diagnostics.metrics import Estimate
 from agra.diagnostics.record import Diagnosis, read_diagnosis, write_diagnosis

@@ -19,7 +19,7 @@ import numpy as np
 
 from agra.diagnostics.metrics import Estimate, bootstrap_interval, matched_sensitivity_ratio
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("metrics.jsonl", "arrays.npz", "diagnosis.json")
 
 
@@ -46,12 +46,13 @@ class Diagnosis:
         return np.array([math.nan if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
 
     def deviations(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Delta(I) (n,) and Delta(B) (n, draws) of an intervention, NaN where a sample could not be matched."""
-        draws = int(self.header["settings"]["draws"])
+        """Delta(I) (n, noises) and Delta(B) (n, noises, draws), NaN where a sample could not be matched."""
+        noises, draws = (int(self.header["settings"][name]) for name in ("noises", "draws"))
         cells = [row["deviation"][kind] if row["deviation"] else None for row in self.rows]
-        inside = [math.nan if cell is None else cell["interaction"] for cell in cells]
-        outside = [[math.nan] * draws if cell is None else cell["background"] for cell in cells]
-        return np.array(inside), np.array(outside, dtype=np.float64).reshape(-1, draws)
+        unmatched = np.full((noises, draws), math.nan)
+        inside = [unmatched[:, 0] if cell is None else cell["interaction"] for cell in cells]
+        outside = [unmatched if cell is None else cell["background"] for cell in cells]
+        return np.array(inside).reshape(-1, noises), np.array(outside).reshape(-1, noises, draws)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
@@ -67,9 +68,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: 
     for kind in kinds:
         ratio = matched_sensitivity_ratio(
             np.array([row["deviation"][kind]["interaction"] for row in matched]),
-            np.array([row["deviation"][kind]["background"] for row in matched]).reshape(len(matched), -1)
-            if matched
-            else np.zeros(0),
+            np.array([row["deviation"][kind]["background"] for row in matched]),
             groups=[row["trial"] for row in matched],
             seed=seed,
         )

@@ -57,7 +57,7 @@ def _trials(diagnosis: Diagnosis) -> list[str]:
 
 def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
     inside, outside = diagnosis.deviations(kind)
-    known = np.isfinite(inside)
+    known = np.isfinite(inside).all(axis=1)
     trials = [trial for trial, keep in zip(_trials(diagnosis), known, strict=True) if keep]
     return matched_sensitivity_ratio(inside[known], outside[known], groups=trials)
 
@@ -65,7 +65,7 @@ def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
 def _per_sample_ratio(diagnosis: Diagnosis, kind: str) -> np.ndarray:
     inside, outside = diagnosis.deviations(kind)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return inside / outside.mean(axis=1)
+        return inside.mean(axis=1) / outside.mean(axis=(1, 2))
 
 
 def _verdicts(columns: Sequence[Column], compare, margin, *, better: str, baseline: str, form=number) -> list[Cell]:
@@ -198,8 +198,9 @@ def _note(diagnoses: Sequence[Diagnosis], named: Sequence[tuple[str, Diagnosis]]
         "cross-attention blocks. Centroid error: distance between the centroids of attention and mask in each latent "
         "frame, averaged over the frames. Sensitivity ratio: change of the normalised action chunk (Euclidean) when the "
         "mask's tokens are replaced in every bridged layer, over the mean change for "
-        f"{settings['draws']} random sets of as many tokens outside the mask, frame by frame; the median over samples, and "
-        "differences are those of the medians."
+        f"{settings['draws']} random sets of as many tokens outside the mask, frame by frame, under each of "
+        f"{settings['noises']} noises of video and action, averaged on both sides; the median over samples, and differences are "
+        "those of the medians."
     ]
     for name, diagnosis in named:
         left_out = sum(row["note"] is not None for row in diagnosis.rows)

@@ -177,6 +177,13 @@ def load_weights(module: nn.Module, checkpoint: Path, name: str = "model.safeten
         read_into(module.state_dict(), [checkpoint / name], what=str(checkpoint / name), prefix=prefix)
 
 
+def has_projectors(checkpoint: Path) -> bool:
+    """Whether a checkpoint, of one process or of several, holds AGRA's projectors."""
+    if (checkpoint / "sharded").is_dir():
+        return any(".layers." in name and name.split(".")[0].isdigit() for name in stored_names(checkpoint / "sharded"))
+    return (checkpoint / "projectors.safetensors").is_file()
+
+
 def read_shards(targets: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Copy tensors out of a folder's safetensors, whole or sharded, into whole tensors or shards of any other layout.
 

@@ -84,6 +84,8 @@ class VideoOutput:
 
     velocity: Float[Tensor, "B C T h w"] | None  # None where nobody asked for it
     hidden: dict[int, Float[Tensor, "B T H W D"]] = field(default_factory=dict)  # output after block l, 0-based
+    text_attention: dict[int, Float[Tensor, "B T H W L"]] = field(default_factory=dict)
+    """Share of each instruction token in what every video token of block l reads, mean over heads."""
 
 
 class VideoDiT(nn.Module):
@@ -104,15 +106,17 @@ class VideoDiT(nn.Module):
         *,
         condition_mask: Float[Tensor, "B 1 T h w"],
         layers: Sequence[int] = (),
+        text_layers: Sequence[int] = (),
         velocity: bool = True,
     ) -> VideoOutput:
         """Run the blocks once.
 
         `noise_level` is (B,) for one level a sample or (B, T) for one a latent frame, in [0, 1] as Cosmos takes it.
-        `condition_mask` is 1 on condition frames. `layers` names the blocks whose outputs are wanted; with
-        `velocity=False` the blocks after the last of them, the final norm and the projection are skipped.
+        `condition_mask` is 1 on condition frames. `layers` names the blocks whose outputs are wanted, `text_layers` those
+        whose attention to the instruction is; with `velocity=False` the blocks after the last of them, the final norm
+        and the projection are skipped.
         """
-        last = self._check(layers, noise_level, latents)
+        last = self._check((*layers, *text_layers), noise_level, latents)
         if velocity:
             last = self.config.num_layers - 1
         model = self.transformer
@@ -130,13 +134,17 @@ class VideoDiT(nn.Module):
         text = self.project_text(instruction)
 
         hidden: dict[int, Tensor] = {}
+        read: dict[int, Tensor] = {}
         for index, block in enumerate(model.transformer_blocks[: last + 1]):
-            x = block(x, text, embedded, temb, rope, positions)
+            if index in text_layers:
+                x, weights = block(x, text, embedded, temb, rope, positions, return_attention=True)
+                read[index] = weights.unflatten(1, grid)
+            else:
+                x = block(x, text, embedded, temb, rope, positions)
             if index in layers:
                 hidden[index] = x.unflatten(2, grid[1:])
-        if not velocity:
-            return VideoOutput(velocity=None, hidden=hidden)
-        return VideoOutput(velocity=self._unpatchify(self._project_out(x, embedded, temb), grid), hidden=hidden)
+        predicted = self._unpatchify(self._project_out(x, embedded, temb), grid) if velocity else None
+        return VideoOutput(velocity=predicted, hidden=hidden, text_attention=read)
 
     def project_text(self, instruction: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E2"]:
         """Apply Cosmos's frozen text projection, unless the tokens already come projected (as a cache holds them)."""
@@ -222,27 +230,52 @@ class VideoBlock(CosmosTransformerBlock):
         temb: Float[Tensor, "B F M"],
         rope: tuple[Tensor, Tensor],
         positions: Tensor | None,
-    ) -> Float[Tensor, "B T S D"]:
-        """Self-attention, cross-attention to the text, feed-forward, each gated. F is T, or 1 for one level a sample."""
+        *,
+        return_attention: bool = False,
+    ) -> Any:
+        """Self-attention, cross-attention to the text, feed-forward, each gated. F is T, or 1 for one level a sample.
+
+        Returns the tokens (B, T, S, D), and with `return_attention` the weights of the cross-attention (B, T * S, L),
+        mean over heads, as well.
+        """
+        weights: list[Tensor] = []
+
+        def read(h: Tensor) -> Tensor:
+            if return_attention:
+                weights.append(_attention_weights(self.attn2, h, text))
+            return _attention(self.attn2, h, text, None)
+
         if positions is not None:
             x = x + positions.view_as(x)
         activated = F.silu(embedded)
         for norm, branch in (
             (self.norm1, lambda h: _attention(self.attn1, h, h, rope)),
-            (self.norm2, lambda h: _attention(self.attn2, h, text, None)),
+            (self.norm2, read),
             (self.norm3, self.ff),
         ):
             modulation = norm.linear_2(norm.linear_1(activated)) + temb
             shift, scale, gate = modulation.unsqueeze(2).chunk(3, dim=-1)
             update = branch(_modulate(norm.norm(x), shift, scale).flatten(1, 2))
             x = torch.addcmul(x, gate, update.view_as(x))
-        return x
+        return (x, weights[0]) if return_attention else x
+
+
+def _query_key(attn: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """RMS-normalised queries and keys, (B, heads, N, d)."""
+    query = attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    key = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    return query, key
+
+
+def _attention_weights(attn: Any, x: Tensor, context: Tensor) -> Tensor:
+    """The weights that `_attention` uses without a rotary embedding, mean over heads, (B, N, L) float32."""
+    query, key = _query_key(attn, x, context)
+    return (query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
 
 
 def _attention(attn: Any, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
     """Multi-head attention with RMS-normalised queries and keys and optional rotary embedding, (B, N, D)."""
-    query = attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
-    key = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    query, key = _query_key(attn, x, context)
     value = attn.to_v(context).unflatten(2, (attn.heads, -1)).transpose(1, 2)
     if rope is not None:
         query, key = _rotate(query, rope), _rotate(key, rope)
