@@ -14,13 +14,18 @@ from agra.data.normalize import NormStats
 from agra.data.prefetch import Prefetched
 from agra.data.sources import embodiment_stats
 from agra.diagnostics.diagnosis import diagnose as examine
+from agra.diagnostics.grounding_monitor import GroundingMonitor
 from agra.diagnostics.instrument import DiagnosisConfig
-from agra.diagnostics.looking import look
+from agra.diagnostics.looking import TargetConfig, look
 from agra.diagnostics.looking_monitor import LookingMonitor
+from agra.diagnostics.masks import read_masks, with_masks
+from agra.diagnostics.probe import load_samples
+from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.report import PolicyEntry, build_report
 from agra.diagnostics.report_looking import LOOKING
+from agra.diagnostics.rerun_export import write_recording
 from agra.draws import seed_everything
-from agra.examine import TeacherKind, first_looks, probe_samples, projectors_of, teacher_of
+from agra.examine import TeacherKind, first_looks, probe_inputs, probe_samples, projectors_of, teacher_of
 from agra.planner import flops_per_sample, peak_flops
 from agra.policy import WAMPolicy
 from agra.prepare import Preparation, codec_file
@@ -139,20 +144,36 @@ def _train(
         return trainer.run()
 
 
-def _monitors(config: RunConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]) -> dict[str, LookingMonitor]:
-    """What is measured beside the losses, on the first dataset, in the stages that train the action head."""
-    if config.looking is None or config.stage.objective.action_weight == 0 or not sampler.validation:
+Monitor = Callable[[WAM], Mapping[str, float]]
+
+
+def _monitors(config: RunConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]) -> dict[str, Monitor]:
+    """What is measured beside the losses in the stages that train the action head."""
+    if config.stage.objective.action_weight == 0:
         return {}
+    found: dict[str, Monitor] = {}
+    if config.monitor.probes:
+        inputs = probe_inputs(config, sampler.sources, stats)
+        found["grounding"] = GroundingMonitor(inputs, config.monitor, seed=config.stage.seed)
+    if config.looking is not None and sampler.validation:
+        found["looking"] = _looking(config, config.looking, sampler, stats)
+    return found
+
+
+def _looking(
+    config: RunConfig, looking: TargetConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]
+) -> LookingMonitor:
+    """First looks at the first dataset's held-out episodes."""
     source = sampler.sources[0]
     own_stats = stats[source.dataset.embodiment]
-    dimensions, step = config.looking.select(source.dataset.action_names), config.looking.step
+    dimensions, step = looking.select(source.dataset.action_names), looking.step
 
     def targets(actions: Tensor) -> np.ndarray:
         own = own_stats.unnormalize("action", actions[..., : own_stats.width("action")].float().cpu().numpy())
         return own[:, min(step, own.shape[1] - 1), dimensions]
 
     instructions = [source.dataset.instruction(episode) for episode in source.validation]
-    return {"looking": LookingMonitor(sampler.first_batch(), instructions, targets, seed=config.stage.seed)}
+    return LookingMonitor(sampler.first_batch(), instructions, targets, seed=config.stage.seed)
 
 
 def diagnose(
@@ -164,22 +185,32 @@ def diagnose(
     device: str = "cpu",
     config: DiagnosisConfig | None = None,
     teacher: TeacherKind = "own",
+    probes: Path | None = None,
+    masks: Path | None = None,
 ) -> Path:
-    """Examine a policy's newest checkpoint and write its folder `diagnosis`."""
+    """Examine a policy, a run's newest checkpoint say, and write the folder `diagnosis` in its home.
+
+    The samples come from `probes`, a folder of `agra probes`, if it is given, and else from the simulator; `masks` are
+    annotations of theirs (`agra.diagnostics.masks`).
+    """
     policy = WAMPolicy.load(run, device=device)
     settings = teacher_of(policy.config, teacher)
     network = None if settings is None else load_teacher(settings).to(device)
     output = checkpoint.home(run) / "diagnosis"
     output.parent.mkdir(parents=True, exist_ok=True)
-    world, target = make(simulator), policy.config.looking
-    try:
-        probes = probe_samples(world, samples, policy.config)
-        looks = [] if target is None else first_looks(world, target.step + 1)
-    finally:
-        world.close()
+    target = policy.config.looking if probes is None else None
+    if probes is not None:
+        found = load_samples(probes)
+    else:
+        world = make(simulator)
+        try:
+            found = probe_samples(world, samples, policy.config)
+            looks = [] if target is None else first_looks(world, target.step + 1)
+        finally:
+            world.close()
     examine(
         policy,
-        probes,
+        found if masks is None else with_masks(found, read_masks(masks)),
         output,
         teacher=None if network is None else lambda frames: network(frames).cpu().numpy(),
         teacher_name="" if settings is None else settings.kind,
@@ -187,14 +218,26 @@ def diagnose(
         seed=seed,
         config=config,
     )
-    if target is not None:
+    if target is not None and probes is None:
         look(policy, looks, world.embodiment.action_names, target, seed=seed).save(output / LOOKING)
     return output
 
 
-def report(policies: Sequence[str | Path], *, output: Path) -> Path:
-    """Lay policies side by side in one HTML page; each gives what its folder, and those it started from, hold."""
-    return build_report([_entry(policy) for policy in policies], output)
+def report(policies: Sequence[str | Path], *, output: Path, studies: Sequence[Path] = ()) -> Path:
+    """Lay policies side by side in one HTML page; each gives what its folder, and those it started from, hold.
+
+    `studies` are folders of `agra study`.
+    """
+    return build_report([_entry(policy) for policy in policies], output, studies=studies)
+
+
+def record(policies: Sequence[str | Path], *, output: Path) -> Path:
+    """The galleries of policies' diagnoses as one recording for the Rerun viewer."""
+    entries = [_entry(policy) for policy in policies]
+    missing = [entry.name for entry in entries if entry.diagnosis is None]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no diagnosis; run `agra diagnose` first")
+    return write_recording([(e.name, read_diagnosis(e.diagnosis)) for e in entries if e.diagnosis is not None], output)
 
 
 def _entry(policy: str | Path) -> PolicyEntry:

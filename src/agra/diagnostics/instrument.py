@@ -39,7 +39,7 @@ class DiagnosisConfig:
     """Interventions on the interaction mask and its background sets."""
     noises: int = 2
     """Draws of the policy's own randomness for each sample: the video noise and the action noise together."""
-    draws: int = 3
+    draws: int = 2
     """Background sets for each sample and noise."""
     map_kinds: tuple[Kind, ...] = ("mean", "zero")
     """Interventions of the sensitivity maps; each map needs one prediction per cell."""
@@ -135,12 +135,20 @@ class Instrument:
         names = ("trial", "step", "regime", "instruction", "embodiment")
         return {
             **{name: getattr(self.sample, name) for name in names},
+            **self._place(),
             **self._grounding(blocks),
             **self._deviation(),
             **self._layers(),
             **self._imagination(),
             "action_error": self._action_error(guidance),
         }
+
+    def _place(self) -> dict[str, Any]:
+        """What brings a mask drawn on the cropped frame back to the recorded one: its size and the crop's corner."""
+        height, width = self.sample.frames.shape[1:3]
+        numbers = np.arange(height * width).reshape(height, width, 1)
+        corner = divmod(int(self.policy.seen(numbers, self.sample.embodiment)[0, 0, 0]), width)
+        return {"images": self.sample.image_names(), "frame_size": [height, width], "crop": list(corner)}
 
     def _grounding(self, blocks: np.ndarray) -> dict[str, Any]:
         """Attention metrics of the blocks' average, of each block, and of attention spread evenly."""

@@ -29,7 +29,9 @@ class Diagnosis:
 
     `arrays` holds `attention` (n, J, T, H, W) float32 and `mask` (n, T, H, W) bool on the token grid; for the gallery
     `frames` (g, T, h, w, 3) uint8, `frame_masks` (g, T, h, w) bool, `sensitivity_KIND` (g, H, W) or (g, T, H, W)
-    float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8.
+    float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8, `attention_by_steps`, `_heads`
+    and `_actions` (g, so many, J, T, H, W) float16, `imagined` and `recorded` (g, F, h, w, 3) uint8, and for the sample at
+    place p of the gallery `text_attention_p` (layers, words, T, H, W) float16.
     """
 
     header: Mapping[str, Any]
@@ -44,6 +46,19 @@ class Diagnosis:
     def values(self, name: str) -> np.ndarray:
         """A number of every sample (n,), NaN where it is null."""
         return np.array([math.nan if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
+
+    def layer_values(self, name: str, layer: int) -> np.ndarray:
+        """A layer's number of every sample (n,), NaN where there is none: `name` without its "_by_layer"."""
+        place = self.header["layers"].index(layer) if layer in self.header["layers"] else None
+        cells = [row[f"{name}_by_layer"] for row in self.rows]
+        known = [None if cell is None or place is None else cell[place] for cell in cells]
+        return np.array([math.nan if value is None else value for value in known], dtype=np.float64)
+
+    def of_regime(self, regime: str) -> "Diagnosis":
+        """The samples of one regime; the gallery stays behind."""
+        chosen = [place for place, row in enumerate(self.rows) if row["regime"] == regime]
+        arrays = {name: self.arrays[name][chosen] for name in ("attention", "mask")}
+        return Diagnosis(header=self.header, rows=[self.rows[place] for place in chosen], arrays=arrays)
 
     def deviations(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Delta(I) (n, noises) and Delta(B) (n, noises, draws), NaN where a sample could not be matched."""
