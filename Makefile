@@ -2,7 +2,7 @@
 # test         set everything up, run the quick tests          (make test-slow: the slow ones)
 # check        ruff and pyright
 # openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
-# setup        Debian packages for headless rendering, virtual environment, CPU torch, agra
+# setup        Debian packages for headless rendering and a browser, virtual environment, CPU torch, agra
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,6 +38,9 @@ system:
 		$(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends $(DEBIAN_PACKAGES); fi
 	@if ! $(PYTHON) -c 'import ensurepip' 2>/dev/null && command -v apt-get >/dev/null; then \
 		$(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y python3-venv; fi
+	@if command -v apt-get >/dev/null && ! command -v chromium google-chrome >/dev/null; then \
+		$(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends chromium \
+		|| echo "no Chromium from this system's packages: the tests of the report's page will be skipped"; fi
 
 # torch first and alone: a later resolver run then finds it there and does not fetch another build.
 $(VENV)/.installed: pyproject.toml

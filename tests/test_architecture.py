@@ -18,6 +18,7 @@ MEETING_PLACES = (
     "agra.recipes",
     "agra.prepare",
     "agra.run",
+    "agra.examine",
     "agra.cli",
 )
 DOORS = {

@@ -46,7 +46,8 @@ def test_the_two_differ_in_the_alignment_alone():
     assert [config.stage.name for config in agra] == [Stage.ADAPT, Stage.JOINT]
     assert wam[0] == agra[0]
     joint = agra[1]
-    assert joint.aligns and not wam[1].aligns
+    assert joint.aligns
+    assert not wam[1].aligns
     objective = replace(joint.stage.objective, alignment_weight=0.0)
     assert wam[1] == replace(joint, alignment=None, stage=replace(joint.stage, objective=objective))
     logs = [stage.metrics.read_text().splitlines() for name in NAMES for stage in lineage(name)]

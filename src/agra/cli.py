@@ -407,16 +407,23 @@ def evaluate(
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Pair two policies' trials: success side by side, differences, McNemar's exact test.
+    """Pair two policies' trials (success, differences, McNemar's exact test) or the samples of their diagnoses.
 
     Args:
-        a: a results file.
-        b: another one, over the same trials.
+        a: a results file, or a folder of `agra diagnose`.
+        b: another one, over the same trials or samples.
     """
-    from agra.evaluation.results import compare as pair
+    if (a / "diagnosis.json").is_file() or (b / "diagnosis.json").is_file():
+        from agra.diagnostics.record import read_diagnosis
+        from agra.diagnostics.report_grounding import print_grounding
+
+        pair = [read_diagnosis(folder) for folder in (a, b)]
+        print_grounding([(i, str(d.header["policy"]), d) for i, d in enumerate(pair)])
+        return
+    from agra.evaluation.results import compare as pair_trials
     from agra.evaluation.results import print_comparison, read_results
 
-    print_comparison(pair(read_results(a), read_results(b)))
+    print_comparison(pair_trials(read_results(a), read_results(b)))
 
 
 # --- diagnose and report ---------------------------------------------------------------------------------------------
@@ -426,41 +433,133 @@ def diagnose(
     policies: Annotated[tuple[str, ...], tyro.conf.Positional],
     simulator: str = "tabletop",
     samples: int = 40,
+    noises: int = 2,
+    draws: int = 2,
+    gallery: int = 6,
+    maps: tuple[Literal["zero", "mean", "shuffle", "swap"], ...] = ("mean", "zero"),
+    layers: tuple[int, ...] | None = None,
+    teacher: Literal["own", "packaged_dinov2_small", "dinov2", "siglip", "none"] = "own",
+    probes: Path | None = None,
+    masks: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
     """Where a policy's actions come from: attention, interventions, PCA; into the folder `diagnosis` of each run.
 
     The samples are moments of the scripted expert's episodes on evaluation trials, the same for every policy, with the
-    interaction mask that the simulator renders.
+    interaction mask that the simulator renders; or, with --probes, those of a folder that `agra probes` wrote.
 
     Args:
         policies: checkpoint or run folders, or names of policies that come with agra.
         simulator: the world that the samples come from.
         samples: how many, spread evenly over the four regimes.
+        noises: draws of video and action noise for each sample.
+        draws: background sets for each sample and noise.
+        gallery: samples that get maps and pictures.
+        maps: interventions of the sensitivity maps.
+        layers: video layers to measure and picture; by default those that the action head reads.
+        teacher: what hidden states are compared with; `own` is the recipe's, or else the packaged DINOv2.
+        probes: a folder of samples instead of the simulator.
+        masks: annotations of the samples' frames: COCO, CVAT or labelme.
         seed: decides the noise and the background sets.
         device: where the policies run.
     """
+    from agra.diagnostics.instrument import DiagnosisConfig
     from agra.run import diagnose as run
 
+    config = DiagnosisConfig(noises=noises, draws=draws, gallery=gallery, map_kinds=maps, layers=layers)
     for policy in policies:
-        run(policy, simulator=simulator, samples=samples, seed=seed, device=device)
+        run(
+            policy, simulator=simulator, samples=samples, seed=seed, device=device, config=config, teacher=teacher,
+            probes=probes, masks=masks,
+        )  # fmt: skip
 
 
 def report(
     policies: Annotated[tuple[str, ...], tyro.conf.Positional],
     output: Path = Path("report.html"),
+    studies: tuple[Path, ...] = (),
+    rerun: Path | None = None,
 ) -> None:
     """One HTML page that lays runs side by side: training, evaluation, grounding, pictures.
 
     Args:
-        policies: run folders or names of policies that come with agra; each gives what it holds of metrics.jsonl, results.jsonl and diagnosis/, and the
-            metrics of the stages that it started from.
+        policies: run folders or names of policies that come with agra; each gives what it holds of metrics.jsonl,
+            results.jsonl and diagnosis/, and the metrics of the stages that it started from.
         output: the page.
+        studies: folders of `agra study`.
+        rerun: write the galleries as a .rrd recording for the Rerun viewer as well.
     """
+    from agra.run import record
     from agra.run import report as run
 
-    print(run(policies, output=output))
+    print(run(policies, output=output, studies=studies))
+    if rerun is not None:
+        print(record(policies, output=rerun))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesOptions:
+    """Which moments become probe samples."""
+
+    output: Path
+    simulator: str | None = None
+    """A world whose scripted expert is recorded, with masks; None takes the recipe's dataset, without masks."""
+    samples: int = 24
+
+
+def _probes(arguments: list[str]) -> None:
+    """Write probe samples, and their frames as pictures to annotate: agra probes RECIPE --output DIR [--data.path ...]"""
+    options, config = _recipe_arguments("probes", arguments, ProbesOptions)
+    from agra.diagnostics.probe import save_samples
+    from agra.examine import dataset_samples, probe_samples, write_pictures
+    from agra.simulators.registry import make
+
+    if options.simulator is None:
+        found = dataset_samples(config, options.samples)
+    else:
+        world = make(options.simulator)
+        try:
+            found = probe_samples(world, options.samples, config)
+        finally:
+            world.close()
+    save_samples(found, options.output)
+    write_pictures(found, options.output / "pictures")
+    print(options.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Which layers, and how the trained variants are judged."""
+
+    output: Path
+    over: Literal["alignment", "bridge"]
+    """Fig. 10: each layer aligned alone. Fig. 11: each layer read alone."""
+    layers: tuple[int, ...] | None = None
+    """By default all that the recipe's action head reads."""
+    init: str | None = None
+    """What every variant starts from, say a run of the adapt stage."""
+    simulator: str | None = "tabletop"
+    """None leaves evaluation and diagnosis out."""
+    limit: int | None = 10
+    """Trials of each regime."""
+    samples: int = 40
+    """Samples of the diagnosis; 0 leaves it out."""
+    device: str = "cpu"
+
+
+def _study(arguments: list[str]) -> None:
+    """Train, evaluate and diagnose one variant for every layer: agra study RECIPE --over alignment --output DIR"""
+    options, config = _recipe_arguments("study", arguments, StudyOptions)
+    from agra.study import Judgement, study
+
+    judgement = Judgement(simulator=options.simulator, limit=options.limit, samples=options.samples)
+    print(
+        study(
+            config, over=options.over, output=options.output, layers=options.layers, init=options.init,
+            judgement=judgement, device=options.device,
+        )
+    )  # fmt: skip
 
 
 # --- latency -----------------------------------------------------------------------------------------------------------
@@ -575,6 +674,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "serve": _command(serve),
     "control": _command(control),
     "bench-latency": _command(bench_latency),
+    "probes": _probes,
+    "study": _study,
     "export": _command(export),
     "push": _command(push),
     "pull": _command(pull),

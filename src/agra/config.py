@@ -12,6 +12,7 @@ from cattrs.preconf.json import make_converter
 from agra.alignment.loss import AlignmentConfig
 from agra.data.mixture import DataConfig
 from agra.data.source import SourceConfig
+from agra.diagnostics.grounding_monitor import MonitorConfig
 from agra.diagnostics.looking import TargetConfig
 from agra.training.stages import StageConfig
 from agra.wam.model import WAMConfig
@@ -28,6 +29,9 @@ class RunConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     looking: TargetConfig | None = None
     """Which actions make the target that `diagnostics.looking` follows, in training as well; None leaves it out."""
+
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    """Grounding measured during training, on probe samples."""
 
     def __post_init__(self) -> None:
         if self.alignment is not None:

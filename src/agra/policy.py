@@ -174,7 +174,7 @@ class WAMPolicy:
     def prepare(self, observations: Sequence[Observation]) -> PolicyInputs:
         """Observations to model inputs: resize and encode frames, look up instructions, normalise states."""
         model, head = self.config.model, self.config.model.action_dit
-        videos = [to_video(self._seen(o)[None], model.frame_size) for o in observations]
+        videos = [to_video(self.seen(o.frame, o.embodiment)[None], model.frame_size) for o in observations]
         states = torch.zeros(len(observations), head.state_dim)
         for row, observation in zip(states, observations, strict=True):
             normalized = self._stats(observation.embodiment).normalize("state", observation.state)
@@ -201,16 +201,24 @@ class WAMPolicy:
         own = actions[..., : stats.width("action")].float().cpu().numpy()
         return stats.unnormalize("action", own).astype(np.float32)
 
+    def normalize(self, actions: np.ndarray, embodiment: str) -> np.ndarray:
+        """Actions (..., the embodiment's own D) in the robot's units as the model predicts them; inverse of `unnormalize`."""
+        return np.asarray(self._stats(embodiment).normalize("action", actions), dtype=np.float32)
+
     def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         head = self.config.model.action_dit
         video = torch.randn(count, *self.config.model.latent_shape, generator=generator)
         action = torch.randn(count, head.horizon, head.action_dim, generator=generator)
         return video.to(self.device), action.to(self.device)
 
-    def _seen(self, observation: Observation) -> np.ndarray:
-        """The frame as training saw it: cropped as the embodiment's source says."""
-        source = self.config.data.source(observation.embodiment)
-        return crop(observation.frame, source, f"policy {self.name}: the observed frame")
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(H, W) of the frames that the model sees."""
+        return self.config.model.frame_size
+
+    def seen(self, frames: np.ndarray, embodiment: str) -> np.ndarray:
+        """Frames (..., H, W, 3) as training saw them: cropped as the embodiment's source says."""
+        return crop(frames, self.config.data.source(embodiment), f"policy {self.name}: the observed frame")
 
     def _stats(self, embodiment: str) -> NormStats:
         if embodiment not in self.stats:

@@ -14,33 +14,31 @@ from agra.data.normalize import NormStats
 from agra.data.prefetch import Prefetched
 from agra.data.sources import embodiment_stats
 from agra.diagnostics.diagnosis import diagnose as examine
-from agra.diagnostics.looking import FirstLook, look
+from agra.diagnostics.grounding_monitor import GroundingMonitor
+from agra.diagnostics.instrument import DiagnosisConfig
+from agra.diagnostics.looking import TargetConfig, look
 from agra.diagnostics.looking_monitor import LookingMonitor
-from agra.diagnostics.probe import ProbeSample, samples_from_episode
+from agra.diagnostics.masks import read_masks, with_masks
+from agra.diagnostics.probe import load_samples
+from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.report import PolicyEntry, build_report
 from agra.diagnostics.report_looking import LOOKING
+from agra.diagnostics.rerun_export import write_recording
 from agra.draws import seed_everything
-from agra.evaluation.protocols import regime_trials
-from agra.evaluation.rollout import run_episode
+from agra.examine import TeacherKind, first_looks, probe_inputs, probe_samples, projectors_of, teacher_of
 from agra.planner import flops_per_sample, peak_flops
 from agra.policy import WAMPolicy
-from agra.prepare import Preparation, codec_file, window_references
-from agra.simulators.registry import expert, make
+from agra.prepare import Preparation, codec_file
+from agra.simulators.registry import make
 from agra.training import checkpoint, lineage
 from agra.training.logbook import Meter
 from agra.training.loop import Trainer
 from agra.training.objective import Objective
 from agra.training.sharding import ParallelConfig, World, build, check_shares, joined
 from agra.training.start import initialize
-from agra.types import REGIMES, Simulator
 from agra.wam.groot import GR1_ROW, load_groot_head
 from agra.wam.model import WAM
 
-_LATEST_MOMENT = 0.45
-"""Share of an expert episode up to which policies are examined: from the first look to about the grasp."""
-_LOOKED_AT = ("in_distribution", "semantic")
-"""Regimes whose first observations tell whether a policy looks: the same task, things at many places, two candidates."""
-_GOLDEN = 0.6180339887498949
 _FOUND_OUT = ("results.jsonl", "diagnosis")
 
 
@@ -146,75 +144,100 @@ def _train(
         return trainer.run()
 
 
-def _monitors(config: RunConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]) -> dict[str, LookingMonitor]:
-    """What is measured beside the losses, on the first dataset, in the stages that train the action head."""
-    if config.looking is None or config.stage.objective.action_weight == 0 or not sampler.validation:
+Monitor = Callable[[WAM], Mapping[str, float]]
+
+
+def _monitors(config: RunConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]) -> dict[str, Monitor]:
+    """What is measured beside the losses in the stages that train the action head."""
+    if config.stage.objective.action_weight == 0:
         return {}
+    found: dict[str, Monitor] = {}
+    if config.monitor.probes:
+        inputs = probe_inputs(config, sampler.sources, stats)
+        found["grounding"] = GroundingMonitor(inputs, config.monitor, seed=config.stage.seed)
+    if config.looking is not None and sampler.validation:
+        found["looking"] = _looking(config, config.looking, sampler, stats)
+    return found
+
+
+def _looking(
+    config: RunConfig, looking: TargetConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]
+) -> LookingMonitor:
+    """First looks at the first dataset's held-out episodes."""
     source = sampler.sources[0]
     own_stats = stats[source.dataset.embodiment]
-    dimensions, step = config.looking.select(source.dataset.action_names), config.looking.step
+    dimensions, step = looking.select(source.dataset.action_names), looking.step
 
     def targets(actions: Tensor) -> np.ndarray:
         own = own_stats.unnormalize("action", actions[..., : own_stats.width("action")].float().cpu().numpy())
         return own[:, min(step, own.shape[1] - 1), dimensions]
 
     instructions = [source.dataset.instruction(episode) for episode in source.validation]
-    return {"looking": LookingMonitor(sampler.first_batch(), instructions, targets, seed=config.stage.seed)}
+    return LookingMonitor(sampler.first_batch(), instructions, targets, seed=config.stage.seed)
 
 
-def probe_samples(simulator: Simulator, count: int, references: Sequence[int]) -> list[ProbeSample]:
-    """Moments of the scripted expert's episodes on evaluation trials, evenly spread over regimes and over
-    the first part of an episode.
+def diagnose(
+    run: str | Path,
+    *,
+    simulator: str,
+    samples: int,
+    seed: int = 0,
+    device: str = "cpu",
+    config: DiagnosisConfig | None = None,
+    teacher: TeacherKind = "own",
+    probes: Path | None = None,
+    masks: Path | None = None,
+) -> Path:
+    """Examine a policy, a run's newest checkpoint say, and write the folder `diagnosis` in its home.
 
-    `references` are the control steps from the observation to each latent frame's reference frame.
+    The samples come from `probes`, a folder of `agra probes`, if it is given, and else from the simulator; `masks` are
+    annotations of theirs (`agra.diagnostics.masks`).
     """
-    acting = expert(simulator)
-    found: list[ProbeSample] = []
-    for trial in regime_trials(simulator, limit=-(-count // len(REGIMES))):
-        episode = run_episode(acting, simulator, trial, execute_steps=1, masks=True)
-        step = int(_LATEST_MOMENT * (len(found) * _GOLDEN % 1) * len(episode))
-        found += samples_from_episode(episode, [step], references, trial=trial.name, regime=trial.regime)
-    return found
-
-
-def first_looks(simulator: Simulator, regimes: Sequence[str], steps: int) -> list[FirstLook]:
-    """What every trial of `regimes` shows first, and the scripted expert's first `steps` actions; a regime is a group."""
-    acting = expert(simulator)
-    return [
-        FirstLook.of(
-            run_episode(acting, simulator, trial, execute_steps=1, max_steps=steps),
-            trial=trial.name,
-            group=trial.regime,
-        )
-        for trial in regime_trials(simulator, regimes)
-    ]
-
-
-def diagnose(run: str | Path, *, simulator: str, samples: int, seed: int = 0, device: str = "cpu") -> Path:
-    """Examine a policy, a run's newest checkpoint say, and write the folder `diagnosis` in its home."""
     policy = WAMPolicy.load(run, device=device)
-    teacher = name = None
-    if policy.config.alignment is not None:
-        settings = policy.config.alignment.teacher
-        network = load_teacher(settings).to(device)
-        teacher, name = (lambda frames: network(frames).cpu().numpy()), settings.kind
+    settings = teacher_of(policy.config, teacher)
+    network = None if settings is None else load_teacher(settings).to(device)
     output = checkpoint.home(run) / "diagnosis"
     output.parent.mkdir(parents=True, exist_ok=True)
-    world, target = make(simulator), policy.config.looking
-    try:
-        probes = probe_samples(world, samples, window_references(policy.config))
-        looks = [] if target is None else first_looks(world, _LOOKED_AT, target.step + 1)
-    finally:
-        world.close()
-    examine(policy, probes, output, teacher=teacher, teacher_name=name or "", seed=seed)
-    if target is not None:
+    target = policy.config.looking if probes is None else None
+    if probes is not None:
+        found = load_samples(probes)
+    else:
+        world = make(simulator)
+        try:
+            found = probe_samples(world, samples, policy.config)
+            looks = [] if target is None else first_looks(world, target.step + 1)
+        finally:
+            world.close()
+    examine(
+        policy,
+        found if masks is None else with_masks(found, read_masks(masks)),
+        output,
+        teacher=None if network is None else lambda frames: network(frames).cpu().numpy(),
+        teacher_name="" if settings is None else settings.kind,
+        projectors=None if network is None or teacher != "own" else projectors_of(run, network.width),
+        seed=seed,
+        config=config,
+    )
+    if target is not None and probes is None:
         look(policy, looks, world.embodiment.action_names, target, seed=seed).save(output / LOOKING)
     return output
 
 
-def report(policies: Sequence[str | Path], *, output: Path) -> Path:
-    """Lay policies side by side in one HTML page; each gives what its folder, and those it started from, hold."""
-    return build_report([_entry(policy) for policy in policies], output)
+def report(policies: Sequence[str | Path], *, output: Path, studies: Sequence[Path] = ()) -> Path:
+    """Lay policies side by side in one HTML page; each gives what its folder, and those it started from, hold.
+
+    `studies` are folders of `agra study`.
+    """
+    return build_report([_entry(policy) for policy in policies], output, studies=studies)
+
+
+def record(policies: Sequence[str | Path], *, output: Path) -> Path:
+    """The galleries of policies' diagnoses as one recording for the Rerun viewer."""
+    entries = [_entry(policy) for policy in policies]
+    missing = [entry.name for entry in entries if entry.diagnosis is None]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no diagnosis; run `agra diagnose` first")
+    return write_recording([(e.name, read_diagnosis(e.diagnosis)) for e in entries if e.diagnosis is not None], output)
 
 
 def _entry(policy: str | Path) -> PolicyEntry:

@@ -214,3 +214,12 @@ class Simulator(Protocol):
     def close(self) -> None:
         """Free the renderer."""
         ...
+
+
+@runtime_checkable
+class LocatesTarget(Protocol):
+    """A simulator that can also tell the object from the hand."""
+
+    def target_mask(self) -> np.ndarray:
+        """(H, W) bool: pixels of the object that is to be moved next, in the present frame."""
+        ...

@@ -1,5 +1,6 @@
 """A stand-in for the world action model whose action and attention hang on exactly one known hidden token."""
 
+import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -8,12 +9,17 @@ import pytest
 import torch
 from torch import nn
 
+from agra.diagnostics.diagnosis import diagnose
+from agra.diagnostics.instrument import DiagnosisConfig
 from agra.diagnostics.probe import ProbeSample
+from agra.diagnostics.record import Diagnosis, write_diagnosis
+from agra.diagnostics.report import PolicyEntry
 from agra.flow import euler
+from agra.types import REGIMES
 
 GRID = (3, 4, 5)
 TARGET = (1, 2, 3)
-WIDTH, HORIZON, ACTION, HEADS = 6, 4, 3, 2
+WIDTH, HORIZON, ACTION, HEADS, FRAMES = 6, 4, 3, 2, 5
 
 
 @dataclass
@@ -41,7 +47,8 @@ class OneTokenWAM(nn.Module):
         wanted = sorted({*self.bridged_layers, *layers})
         positions = torch.arange(np.prod(GRID)).view(GRID)[..., None] + torch.arange(WIDTH)
         return {
-            layer: torch.sin(positions * (1 + layer) + base[:, None, None, None, None]) + noise.mean()
+            layer: torch.sin(positions * (1 + layer) + base[:, None, None, None, None])
+            + noise.mean(dim=(1, 2, 3, 4), keepdim=True)
             for layer in wanted
         }
 
@@ -59,8 +66,29 @@ class OneTokenWAM(nn.Module):
             attention = tuple(weights for _ in guidance)
         return ActionOutput(velocity, attention)
 
+    def text_attention(self, observation_latent, noise, instruction, *, layers):
+        """Token 1 is read at TARGET alone, the others everywhere."""
+        weights = torch.full((1, *GRID, instruction.shape[1]), 0.1)
+        weights[..., 1] = 0
+        weights[0, *TARGET, 1] = 1
+        return dict.fromkeys(layers, weights)
+
+    def imagine(self, observation_latent, noise, instruction, *, steps):
+        """Expects that nothing moves; StandInCodec makes FRAMES frames of one."""
+        return observation_latent
+
     def act(self, guidance, state, embodiment, noise, *, steps=4):
         return euler(lambda x, level: self.action_dit(x, state, level, guidance, embodiment).velocity, noise, steps)
+
+
+class StandInCodec:
+    def decode(self, latents):
+        return 2 * latents.expand(-1, -1, FRAMES, -1, -1) - 1
+
+
+class StandInText:
+    def words(self, instruction):
+        return [(word, (place,)) for place, word in enumerate(instruction.split()[:3])]
 
 
 class StandInPolicy:
@@ -68,6 +96,8 @@ class StandInPolicy:
 
     name = "stand-in"
     action_steps = 4
+    frame_size = (16, 20)
+    codec, text = StandInCodec(), StandInText()
     config = SimpleNamespace(alignment=SimpleNamespace(layers=(2,)))
 
     def __init__(self, model) -> None:
@@ -80,7 +110,7 @@ class StandInPolicy:
         count = len(observations)
         return SimpleNamespace(
             observation_latent=latent,
-            instruction=torch.zeros(count, 1, 2),
+            instruction=torch.zeros(count, 4, 2),
             state=state,
             embodiment=torch.zeros(count, dtype=torch.long),
         )
@@ -93,6 +123,12 @@ class StandInPolicy:
 
     def unnormalize(self, actions, embodiment):
         return actions.numpy()
+
+    def normalize(self, actions, embodiment):
+        return actions
+
+    def seen(self, frames, embodiment):
+        return frames
 
 
 @pytest.fixture
@@ -114,11 +150,19 @@ def target():
 def make_sample():
     """Frames of 16 x 20 pixels (4 x 4 a token), the mask on the target's spatial cell in every latent frame."""
 
-    def make(trial="trial-0", step=0, regime="in_distribution", seed=0, masked=True):
+    def make(trial="trial-0", step=0, regime="in_distribution", seed=0, masked=True, known=True):
         random = np.random.default_rng(seed)
         masks = np.zeros((GRID[0], 16, 20), dtype=bool)
         if masked:
             masks[:, 4 * TARGET[1] : 4 * TARGET[1] + 4, 4 * TARGET[2] : 4 * TARGET[2] + 4] = True
+        frames = random.integers(0, 256, (GRID[0], 16, 20, 3), dtype=np.uint8)
+        video = np.broadcast_to(frames[:1], (FRAMES, 16, 20, 3)).copy()
+        video[-1] = random.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        more = {
+            "video": video,
+            "actions": random.normal(size=(6, ACTION)).astype(np.float32),
+            "position": random.random(2),
+        }
         return ProbeSample(
             trial=trial,
             step=step,
@@ -126,8 +170,89 @@ def make_sample():
             instruction="put the banana in the box",
             embodiment="hands",
             state=random.normal(size=4).astype(np.float32),
-            frames=random.integers(0, 256, (GRID[0], 16, 20, 3), dtype=np.uint8),
+            frames=frames,
             masks=masks,
+            **(more if known else {}),
         )
 
     return make
+
+
+@pytest.fixture
+def run(policy, make_sample, tmp_path):
+    """Writes the traces of a policy: a log, results of 10 trials a regime, a diagnosis and a config."""
+    samples = [make_sample(trial=f"t{i}", seed=i, regime=REGIMES[i % 4]) for i in range(6)]
+
+    def write(name, *, wins=3, teacher=None):
+        folder = tmp_path / name
+        policy.name = name
+        diagnose(policy, samples, folder / "diagnosis", teacher=teacher, teacher_name="pixels",
+                 config=DiagnosisConfig(draws=2, gallery=2), progress=False)  # fmt: skip
+        log = [
+            {"step": s, "loss": 1 / s, "action_loss": 0.5 / s, "samples_per_second": 30.0} for s in range(10, 200, 10)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log) + '{"step": 2')
+        header = {"policy": name, "simulator": "tabletop", "trials_sha256": "x", "protocol": {}, "max_steps": 9,
+                  "num_trials": 40, "regimes": {r: {"played": 10, "full": 10} for r in REGIMES}}  # fmt: skip
+        rows = [{"trial": f"{r}-{i}", "regime": r, "task": "t", "seed": i, "instruction": "go", "success": i < wins,
+                 "progress": {"grasped": i < wins + 2}, "steps": 5, "calls": 1, "wall_s": 0.1,
+                 "policy_ms": {"mean": 1.0, "p50": 1.0, "p95": 1.0}} for r in REGIMES for i in range(10)]  # fmt: skip
+        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+        config = {"model": {"codec": {"kind": "patch_pca"}}, "name": name}
+        (folder / "config.json").write_text(json.dumps(config))
+        return PolicyEntry(
+            name=name,
+            description=f"The arm {name} <b>",
+            training_logs={"joint": folder / "metrics.jsonl"},
+            results=folder / "results.jsonl",
+            diagnosis=folder / "diagnosis",
+            config=folder / "config.json",
+        )
+
+    return write
+
+
+@pytest.fixture
+def pictured(policy, make_sample, tmp_path):
+    """Writes the diagnosis of a policy whose pictures are random, of any size, so that every control must change some."""
+
+    def write(name, *, samples, grid, blocks, heads, actions, frame, seed=0):
+        random = np.random.default_rng(seed)
+        policy.name = name
+        given = [make_sample(trial=f"t{i}", seed=i, regime=REGIMES[i % 4]) for i in range(samples)]
+        config = DiagnosisConfig(draws=1, noises=1, gallery=samples, map_kinds=())
+        found = diagnose(policy, given, tmp_path / f"{name}-small", config=config, progress=False)
+        frames, (height, width) = 4 * (grid[0] - 1) + 1, frame
+
+        def photos(count):
+            """Smooth pictures, about as dense as a camera's."""
+            coarse = random.integers(0, 256, (samples, count, height // 8, width // 8, 3)).astype(np.float32)
+            fine = coarse.repeat(8, axis=2).repeat(8, axis=3) + random.normal(0, 4, (samples, count, height, width, 3))
+            return fine.clip(0, 255).astype(np.uint8)
+
+        def grids(*lead):
+            return random.random((*lead, *grid)).astype(np.float32)
+
+        masks = np.zeros((samples, grid[0], height, width), bool)
+        masks[:, :, height // 4 : height // 2, width // 4 : width // 2] = True
+        layers = list(range(blocks))
+        arrays = {
+            "attention": grids(samples, blocks), "mask": grids(samples) > 0.5, "frames": photos(grid[0]),
+            "frame_masks": masks, "sensitivity_mean": grids(samples), "sensitivity_zero": grids(samples),
+            "attention_by_steps": grids(samples, 4, blocks).astype(np.float16),
+            "attention_by_heads": grids(samples, heads, blocks).astype(np.float16),
+            "attention_by_actions": grids(samples, actions, blocks).astype(np.float16),
+            "imagined": photos(frames), "recorded": photos(frames),
+            **{f"text_attention_{i}": grids(blocks, 5).astype(np.float16) for i in range(samples)},
+            **{f"pca_layer_{i}": (grids(samples, 3).transpose(0, 2, 3, 4, 1) * 255).astype(np.uint8) for i in layers},
+        }  # fmt: skip
+        header = {**found.header, "grid": list(grid), "layers": layers, "aligned_layers": [1], "bridged_layers": layers,
+                  "words": [["put", "the", "red", "banana", "box"]] * samples}  # fmt: skip
+        header["settings"] = {**header["settings"], "map_unit": "token"}
+        rows = [{**row, "frame_size": [height + 6, width], "crop": [4, 0], "teacher_similarity_by_layer": [0.1] * blocks,
+                 "alignment_cosine_by_layer": None, "probe_error_by_layer": [1.0] * blocks} for row in found.rows]  # fmt: skip
+        folder = tmp_path / name
+        write_diagnosis(Diagnosis(header=header, rows=rows, arrays=arrays), folder)
+        return PolicyEntry(name=name, description=f"The policy {name}", diagnosis=folder)
+
+    return write

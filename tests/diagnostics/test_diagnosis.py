@@ -1,7 +1,10 @@
+import zlib
+
 import numpy as np
 import pytest
 
-from agra.diagnostics.diagnosis import DiagnosisConfig, diagnose
+from agra.diagnostics.diagnosis import diagnose
+from agra.diagnostics.instrument import DiagnosisConfig
 from agra.diagnostics.record import read_diagnosis
 
 
@@ -34,7 +37,7 @@ def test_diagnose_finds_the_token_and_round_trips(policy, samples, tmp_path, tar
     inside, outside = read.deviations("zero")
     assert (inside[:5] > 0).all()
     assert (outside[:5] == 0).all()
-    assert outside.shape == (6, 3)
+    assert (inside.shape, outside.shape) == ((6, 2), (6, 2, 3))
     assert read.rows[5]["note"] == "the interaction mask is empty"
     assert read.arrays["frames"].shape == (3, 3, 16, 20, 3)
     heat = read.arrays["sensitivity_zero"]
@@ -43,6 +46,15 @@ def test_diagnose_finds_the_token_and_round_trips(policy, samples, tmp_path, tar
     assert (heat[:, target[1], target[2]] > 0).all()
     assert read.arrays["pca_teacher"].shape == read.arrays["pca_layer_2"].shape == (3, 3, 4, 5, 3)
     assert read.header["summary"]["in_mask_ratio"]["value"] == pytest.approx(1)
+    for name, count in (("steps", 4), ("heads", 2), ("actions", 4)):  # every part looks at the token alone
+        part = read.arrays[f"attention_by_{name}"]
+        assert part.shape == (3, count, 2, 3, 4, 5)
+        assert (part[..., *target] == 1).all()
+        np.testing.assert_allclose(part.sum(axis=(3, 4, 5)), 1)
+    assert read.header["words"] == [["put", "the", "banana"]] * 3
+    words = read.arrays["text_attention_0"]
+    assert words.shape == (2, 3, 3, 4, 5)
+    assert np.argwhere(words[0, 1]).tolist() == [list(target)]
     assert not list((tmp_path / "d").glob("*.tmp"))
 
 
@@ -69,3 +81,64 @@ def test_diagnose_refuses(policy, samples, make_sample, tmp_path):
         DiagnosisConfig(kinds=("blur",))
     with pytest.raises(FileNotFoundError, match="agra diagnose"):
         read_diagnosis(tmp_path / "nothing")
+
+
+def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
+    """The stand-in expects that nothing moves; of the four frames to come only the last one differs from the first."""
+    samples = [make_sample(trial=f"t{i}", seed=i) for i in range(8)]
+    config = DiagnosisConfig(draws=1, gallery=1, map_kinds=())
+    found = diagnose(policy, samples, tmp_path / "d", config=config, progress=False)
+    row = found.rows[0]
+    assert 10 < row["psnr"] == row["still_psnr"] < 15
+    assert 0.75 <= row["ssim"] == row["still_ssim"] < 0.85
+    np.testing.assert_array_equal(found.arrays["imagined"][0], found.arrays["recorded"][0][[0] * 5])
+    wanted = samples[0].actions[:4]
+    chunks = [
+        policy.model.act(
+            policy.model.guide(policy.model.condition(p.observation_latent, policy.video_noise(1, s), p.instruction)),
+            p.state, p.embodiment, policy.action_noise(1, s),
+        )[0].detach().numpy()
+        for p in [policy.prepare([samples[0].observation])]
+        for s in (zlib.crc32(b"0/t0/0"), zlib.crc32(b"0/t0/0") + 1)
+    ]  # fmt: skip
+    errors = [np.sqrt(np.square(chunk - wanted).mean()) for chunk in chunks]
+    assert row["action_error"] == pytest.approx(np.mean(errors), rel=1e-5)
+    assert len(row["probe_error_by_layer"]) == 2
+    others = np.mean([sample.position for sample in samples[1:]], axis=0)
+    assert row["blind_probe_error"] == pytest.approx(np.linalg.norm((others - samples[0].position) * (4, 5)))
+
+
+def test_samples_without_a_recording_are_measured_all_the_same(policy, make_sample, tmp_path):
+    samples = [make_sample(trial=f"t{i}", seed=i, known=False) for i in range(3)]
+    found = diagnose(policy, samples, tmp_path / "d", config=DiagnosisConfig(draws=1, map_kinds=()), progress=False)
+    missing = ("psnr", "action_error", "probe_error_by_layer", "teacher_similarity_by_layer")
+    assert all(row[name] is None for row in found.rows for name in missing)
+    assert "imagined" not in found.arrays
+
+
+def test_projectors_are_read_where_they_belong(policy, make_sample, tmp_path):
+    """A projector that maps the hidden states to the teacher's features exactly has a cosine of 1 at its layer."""
+
+    class Exact:
+        def __iter__(self):
+            return iter(["2"])
+
+        def project(self, hidden):
+            return [hidden[2] * 3]
+
+    def teacher(frames):
+        hidden = policy.model.condition(*inputs, layers=(2,))[2][0]
+        return hidden.numpy()
+
+    sample = make_sample()
+    prepared = policy.prepare([sample.observation])
+    inputs = (prepared.observation_latent, policy.video_noise(1, zlib.crc32(b"0/trial-0/0")), prepared.instruction)
+    config = DiagnosisConfig(draws=1, noises=1, map_kinds=())
+    found = diagnose(
+        policy, [sample], tmp_path / "d", teacher=teacher, projectors=Exact(), config=config, progress=False
+    )
+    row = found.rows[0]
+    assert found.header["layers"] == [0, 2]
+    assert row["alignment_cosine_by_layer"] == [None, pytest.approx(1)]
+    assert row["teacher_similarity_by_layer"][1] == pytest.approx(1)
+    assert row["teacher_similarity_by_layer"][0] < 0.9

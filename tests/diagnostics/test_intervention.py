@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from agra.diagnostics.intervention import (
     matched_background,
     sensitivity_map,
     set_deviation,
+    shuffled_cells,
     single_token_sets,
     token_table,
 )
@@ -71,7 +75,7 @@ def test_identity_is_exact_to_the_last_bit(wam, probe):
     assert torch.equal(copies[0], probe.hidden[0])
 
 
-@pytest.mark.parametrize("kind", ["zero", "mean", "swap"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_map_finds_exactly_the_token(wam, probe, target, kind):
     t, h, w = target
     heat = sensitivity_map(wam, probe, kind=kind, unit="token", generator=torch.Generator().manual_seed(0))
@@ -101,8 +105,10 @@ def test_frames_and_layers_can_be_chosen(wam, probe, target):
 
 
 def test_batched_equals_one_token_at_a_time(wam, probe):
-    for kind in ("zero", "mean"):
-        batched = sensitivity_map(wam, probe, kind=kind, batch=16)
+    for kind in KINDS:
+        batched = sensitivity_map(wam, probe, kind=kind, batch=16, generator=torch.Generator().manual_seed(0))
+        sets, draw = single_token_sets(GRID), torch.Generator().manual_seed(0)
+        tables = shuffled_cells(sets, generator=draw) if kind == "shuffle" else token_table(sets, kind, generator=draw)
         reference = wam.act(
             wam.guide({k: v[None] for k, v in probe.hidden.items()}),
             probe.state[None], probe.embodiment[None], probe.noise[None],
@@ -110,9 +116,12 @@ def test_batched_equals_one_token_at_a_time(wam, probe):
         for h in range(GRID[1]):
             for w in range(GRID[2]):
                 hidden = {k: v.clone()[None] for k, v in probe.hidden.items()}
+                taken = tables[h * GRID[2] + w]
                 for layer, tokens in hidden.items():
-                    value = 0 if kind == "zero" else probe.hidden[layer].mean(dim=(0, 1, 2))
-                    tokens[:, :, h, w] = value
+                    before = probe.hidden[layer].flatten(0, 2)
+                    for place in (taken != torch.arange(COUNT)).nonzero().flatten().tolist():
+                        value = 0 if kind == "zero" else before.mean(dim=0) if kind == "mean" else before[taken[place]]
+                        tokens[0].view(COUNT, -1)[place] = value
                 actions = wam.act(wam.guide(hidden), probe.state[None], probe.embodiment[None], probe.noise[None])
                 torch.testing.assert_close((actions - reference).norm(), batched[h, w], atol=1e-6, rtol=1e-5)
 
@@ -145,24 +154,51 @@ def test_background_is_matched_frame_by_frame():
         matched_background(torch.ones(GRID, dtype=torch.bool), 1, generator=torch.Generator())
 
 
-def test_set_deviation_sees_the_interaction(wam, probe, target):
+def test_set_deviation_sees_the_interaction(wam, policy, probe, target):
     inside = torch.zeros(GRID, dtype=torch.bool)
     inside[:, target[1], target[2]] = True
-    answer = set_deviation(wam, probe, inside, draws=5, seed=7)
+    probes = [probe, replace(probe, noise=policy.action_noise(1, 1)[0])]
+    answer = set_deviation(wam, probes, inside, draws=5, seed=7)
     assert set(answer) == set(KINDS)
-    for kind in ("zero", "mean"):
-        assert answer[kind].interaction > 0
-        assert answer[kind].background == (0,) * 5
-    assert np.isfinite(answer["swap"].background).all()
-    again = set_deviation(wam, probe, inside, draws=5, seed=7)
+    for found in answer.values():
+        assert min(found.interaction) > 0
+        assert np.isfinite(found.background).all()
+        assert (np.shape(found.interaction), np.shape(found.background)) == ((2,), (2, 5))
+    for kind in ("zero", "mean", "shuffle"):  # a swap drags its partners along, and the target may be among them
+        assert answer[kind].background == ((0,) * 5,) * 2
+    again = set_deviation(wam, probes, inside, draws=5, seed=7)
     assert answer["swap"].background == again["swap"].background
+    assert set_deviation(wam, probes[:1], inside, draws=5, seed=7)["swap"].background == answer["swap"].background[:1]
     with pytest.raises(ValueError, match="non-empty"):
-        set_deviation(wam, probe, torch.zeros(GRID, dtype=torch.bool))
+        set_deviation(wam, probes, torch.zeros(GRID, dtype=torch.bool))
+
+
+def test_every_noise_has_sets_of_its_own(wam, probe):
+    """The same noise twice: zero replacement differs by nothing but the sets, and a model that reads all sees that."""
+    wam.action_dit = lambda x, state, level, guidance, embodiment, return_attention=False: SimpleNamespace(
+        velocity=x + sum(g.square().mean(dim=1) @ wam.read for g in guidance).view(x.shape)
+    )
+    inside = torch.zeros(GRID, dtype=torch.bool)
+    inside[:, 0, 0] = True
+    found = set_deviation(wam, [probe, probe], inside, kinds=("zero",), draws=3)["zero"]
+    assert found.interaction[0] == found.interaction[1] > 0
+    assert not set(found.background[0]) & set(found.background[1])
+
+
+def test_a_shuffled_cell_takes_another_position_of_its_frame():
+    for unit in ("token", "column"):
+        sets = single_token_sets(GRID, unit=unit)
+        table = shuffled_cells(sets, generator=torch.Generator().manual_seed(0))
+        chosen, own = sets.flatten(1), torch.arange(COUNT).expand(len(sets), -1)
+        assert (table[~chosen] == own[~chosen]).all()
+        assert (table[chosen] != own[chosen]).all()
+        assert (table // 20 == own // 20).all()  # the latent frame stays
+        assert sorted(table[chosen].tolist()) == list(range(COUNT))  # one shuffle of the picture, cell by cell
+    with pytest.raises(ValueError, match="pass a generator"):
+        sensitivity_map(None, Probe(hidden={0: torch.zeros(*GRID, 2)}, state=None, embodiment=None, noise=None),
+                        kind="shuffle")  # fmt: skip
 
 
 def test_single_token_sets_cover_each_token_once():
     assert (single_token_sets(GRID, unit="token").sum(dim=0) == 1).all()
     assert (single_token_sets(GRID).sum(dim=0) == 1).all()
-    with pytest.raises(ValueError, match="shuffle"):
-        sensitivity_map(None, Probe(hidden={0: torch.zeros(*GRID, 2)}, state=None, embodiment=None, noise=None),
-                        kind="shuffle", unit="token")  # fmt: skip

@@ -107,6 +107,13 @@ def test_matched_sensitivity_ratio_without_background_effect():
         matched_sensitivity_ratio(np.ones(3), np.ones((2, 3)))
 
 
+def test_noises_and_draws_are_averaged_before_the_ratio():
+    inside, outside = np.array([[1.0, 3.0], [6.0, 6.0]]), np.array([[[0.5, 1.5], [1.0, 1.0]], [[2.0, 4.0], [3.0, 3.0]]])
+    result = matched_sensitivity_ratio(inside, outside)
+    np.testing.assert_allclose(result.per_sample, [2, 2])
+    assert result.ratio == matched_sensitivity_ratio(inside.mean(axis=1), outside.mean(axis=2)).ratio
+
+
 def test_bootstrap_interval_draws_groups():
     values = np.repeat([0.0, 1.0, 2.0, 3.0], 25) + np.tile(np.linspace(-0.01, 0.01, 25), 4)
     groups = np.repeat(["a", "b", "c", "d"], 25).tolist()

@@ -185,3 +185,35 @@ def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch
         trainer.run()
     handle.remove()
     assert checkpoint.newest(tmp_path) is None
+
+
+def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
+    """Six steps, validated at 2, 4 and 6, keeping one checkpoint: the best figure comes at step 2."""
+    figures = {2: 5.0, 4: 1.0, 6: 3.0}
+    stage = replace(small_config.stage, validate_every=2, keep_checkpoints=1, keep_best="max:probe/score")
+    config = replace(small_config, stage=stage)
+    trainer = make_trainer(config, tmp_path, make_batch)
+    trainer.monitors = {"probe": lambda wam: {"score": figures[trainer.step]}}
+    assert trainer.run()
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000006"]
+    assert checkpoint.best(tmp_path) == (tmp_path / "step_000002", 5.0)
+    assert checkpoint.resolve(tmp_path / "best") == tmp_path / "step_000002"
+    assert checkpoint.home(tmp_path / "best") == tmp_path
+    assert checkpoint.resolve(tmp_path) == tmp_path / "step_000006"
+
+
+def test_the_least_is_best_where_that_is_asked(small_config, make_batch, tmp_path):
+    figures = {2: 5.0, 4: 1.0, 6: 3.0}
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/score"))
+    trainer = make_trainer(config, tmp_path, make_batch)
+    trainer.monitors = {"probe": lambda wam: {"score": figures[trainer.step]}}
+    assert trainer.run()
+    assert checkpoint.best(tmp_path) == (tmp_path / "step_000004", 1.0)
+
+
+def test_a_figure_that_nobody_measures_is_named(small_config, make_batch, tmp_path):
+    config = replace(small_config, stage=replace(small_config.stage, keep_best="min:validation/score"))
+    with pytest.raises(ValueError, match=r"nothing is logged as 'validation/score'; there are validation/action_loss"):
+        make_trainer(config, tmp_path, make_batch).run()
+    with pytest.raises(ValueError, match="expected min:NAME or max:NAME"):
+        replace(small_config.stage, keep_best="validation/loss")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from agra.wam.model import WAM
+from agra.wam.video_dit import VideoOutput
 
 
 @pytest.fixture
@@ -109,3 +110,23 @@ def test_bridge_and_head_must_agree(small_config):
         replace(model, bridge=replace(model.bridge, layers=(0, 4)))
     with pytest.raises(ValueError, match="must agree"):
         replace(model, action_dit=replace(model.action_dit, guidance_dim=64))
+
+
+@torch.no_grad()
+def test_imagination_reaches_a_video_that_the_velocity_points_at(wam, small_config, make_batch):
+    """With a velocity of noise - latents for known latents, any number of Euler steps arrives at them."""
+    batch, noise = make_batch(small_config), torch.randn_like(make_batch(small_config).latents)
+    wam.video_dit.forward = lambda latents, *a, **k: VideoOutput(velocity=noise - batch.latents)
+    for steps in (1, 5):
+        found = wam.imagine(batch.latents[:, :, :1], noise, batch.instruction, steps=steps)
+        torch.testing.assert_close(found, batch.latents)
+
+
+@torch.no_grad()
+def test_text_attention_is_that_of_the_conditioning_pass(wam, small_config, make_batch):
+    batch, calls = make_batch(small_config), _spy(wam)
+    noise = torch.randn_like(batch.latents)
+    found = wam.text_attention(batch.latents[:, :, :1], noise, batch.instruction, layers=(2,))
+    assert found[2].shape == (4, *small_config.model.token_grid, 5)
+    torch.testing.assert_close(found[2].sum(-1), torch.ones(4, *small_config.model.token_grid))
+    assert calls[0][1][:, 1:].eq(1).all()

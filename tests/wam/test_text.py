@@ -46,6 +46,16 @@ def test_minilm_refuses_to_truncate(minilm):
         minilm.encode(["put " * 30])
 
 
+def test_words_know_their_tokens(minilm):
+    words = minilm.words("put the steamer's lid on the bamboo tray")
+    assert [word for word, _ in words] == ["put", "the", "steamer's", "lid", "on", "the", "bamboo", "tray"]
+    ids = minilm.tokenizer("put the steamer's lid on the bamboo tray")["input_ids"]
+    for word, places in words:
+        pieces = minilm.tokenizer.convert_ids_to_tokens([ids[place] for place in places])
+        assert "".join(piece.removeprefix("##") for piece in pieces) == word
+    assert sorted(place for _, places in words for place in places) == list(range(1, len(ids) - 1))
+
+
 @pytest.mark.parametrize("bad", ["put the banana in the box", []])
 def test_instructions_come_as_a_sequence(minilm, bad):
     with pytest.raises(ValueError, match="sequence of at least one instruction"):
@@ -105,6 +115,16 @@ def test_cosmos_reason_says_the_fixed_system_message(cosmos):
     assert "system\nYou are a helpful assistant who will provide prompts to an image generator." in text
     assert "user\nopen the steamer<|im_end|>" in text
     assert "<|im_start|>assistant" not in text
+
+
+def test_cosmos_words_are_those_of_the_instruction(cosmos):
+    """The system message says "a helpful assistant", too."""
+    instruction = "a helpful banana"
+    ids = cosmos._token_ids(instruction)
+    for word, places in cosmos.words(instruction):
+        assert cosmos.tokenizer.decode([ids[place] for place in places]).strip() == word
+    assert "\n" in cosmos.tokenizer.decode(ids[: cosmos.words(instruction)[0][1][0]])
+    assert all(not places for _, places in cosmos.words("banana " * LENGTH)[-3:])  # cut off
 
 
 def test_cosmos_reason_projects_once(cosmos, cosmos_folder):

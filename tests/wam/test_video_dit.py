@@ -10,7 +10,7 @@ import torch
 from diffusers import CosmosTransformer3DModel
 from torch.nn.functional import interpolate
 
-from agra.wam.video_dit import VideoDiT, VideoDiTConfig
+from agra.wam.video_dit import VideoDiT, VideoDiTConfig, _attention, _attention_weights
 
 CONFIG = VideoDiTConfig(
     latent_channels=6, num_layers=3, num_heads=2, head_dim=24, adaln_lora_dim=16, text_dim=20, text_projection_dim=None
@@ -99,6 +99,29 @@ def test_hidden_states_are_the_blocks_outputs():
     for index, value in hidden.items():
         assert value.shape == (2, 3, 4, 6, 48)
         torch.testing.assert_close(value.flatten(1, 3), seen[index], atol=2e-5, rtol=0)
+
+
+def test_text_attention_is_what_the_values_are_weighed_with():
+    """A value of 1 for one token and 0 for the rest comes out as that token's weight; looking changes nothing."""
+    model = _random()
+    (latents, text, mask), level = _inputs(), torch.rand(2)
+    plain = model(latents, level, text, condition_mask=mask)
+    found = model(latents, level, text, condition_mask=mask, text_layers=(0, 1))
+    assert torch.equal(found.velocity, plain.velocity)
+    assert {layer: weights.shape for layer, weights in found.text_attention.items()} == dict.fromkeys(
+        (0, 1), (2, 3, 4, 6, 5)
+    )
+    attn = model.transformer.transformer_blocks[0].attn2
+    x, context = torch.randn(2, 7, attn.to_q.in_features), torch.randn(2, 5, attn.to_k.in_features)
+    weights = _attention_weights(attn, x, context)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 7))
+    width = attn.to_q.out_features
+    telling = SimpleNamespace(
+        heads=attn.heads, to_q=attn.to_q, to_k=attn.to_k, norm_q=attn.norm_q, norm_k=attn.norm_k,
+        to_v=lambda c: torch.eye(5)[None, :, 3:4].expand(2, 5, width), to_out=[torch.nn.Identity()],
+    )  # fmt: skip
+    seen = _attention(telling, x, context, None).unflatten(-1, (attn.heads, -1)).mean(dim=(2, 3))
+    torch.testing.assert_close(seen, weights[..., 3])
 
 
 def test_stops_after_the_last_wanted_layer():

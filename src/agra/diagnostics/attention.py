@@ -80,6 +80,27 @@ def average_queries(weights: Float[Tensor, "*lead heads Q N"], horizon: int) -> 
     return weights[..., -horizon:, :].float().mean(dim=(-3, -2))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionParts:
+    """The action tokens' attention seen along one axis, averaged over the others; each sums to 1 over the tokens."""
+
+    steps: Float[Tensor, "B steps J N"]
+    heads: Float[Tensor, "B heads J N"]
+    actions: Float[Tensor, "B K J N"]
+
+
+def attention_parts(weights: Float[Tensor, "B steps J heads Q N"], horizon: int) -> AttentionParts:
+    """By denoising step, by head and by action token, for each block; state and other tokens left out.       Fig. 15"""
+    if not 1 <= horizon <= weights.shape[-2]:
+        raise ValueError(f"attention of {weights.shape[-2]} query tokens does not hold {horizon} action tokens")
+    own = weights[..., -horizon:, :].float()
+    return AttentionParts(
+        steps=own.mean(dim=(3, 4)),
+        heads=own.mean(dim=(1, 4)).transpose(1, 2),
+        actions=own.mean(dim=(1, 3)).transpose(1, 2),
+    )
+
+
 @torch.no_grad()
 def action_attention(
     model: "WAM",

@@ -8,6 +8,10 @@ Every intervention is a table that names, for each position, the token that it g
 the same sample and layer, their mean (number N), or zeros (N + 1). The identity table therefore copies, and changes
 nothing to the last bit. Unless chosen otherwise an intervention acts in every bridged layer and latent frame at once;
 the paper leaves that open.
+
+A set of tokens is shuffled among its own members, so a map, which takes one cell at a time, needs another meaning: it
+draws one shuffle of all positions within each latent frame, and lets one cell at a time take the tokens that it would
+hold then, while the rest stay. Swapped, a cell changes places with a random other one, which therefore changes, too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +52,8 @@ class Probe:
 class SetDeviation:
     """Delta(I) and Delta(B) of one sample under one kind of intervention."""
 
-    interaction: float
-    background: tuple[float, ...]  # one a draw
+    interaction: tuple[float, ...]  # one a noise
+    background: tuple[tuple[float, ...], ...]  # for each noise one a draw
 
 
 def token_table(
@@ -84,6 +88,19 @@ def token_table(
         partners = outside[torch.randperm(len(outside), generator=generator)[: len(inside)]]
         table[row, inside], table[row, partners] = partners, inside
     return table
+
+
+def shuffled_cells(tokens: Bool[Tensor, "R T H W"], *, generator: torch.Generator) -> Int[Tensor, "R N"]:
+    """The tables of a map's shuffle: the chosen tokens take what one shuffle of every latent frame puts there.
+
+    The same shuffle for all rows, one random cycle of the positions, so that each row's tokens come from elsewhere.
+    """
+    frames, height, width = tokens.shape[1:]
+    order = torch.randperm(height * width, generator=generator)
+    taken = torch.empty_like(order)
+    taken[order] = order.roll(1)
+    shuffled = (torch.arange(frames)[:, None] * height * width + taken).flatten()
+    return torch.where(tokens.flatten(1).cpu(), shuffled, torch.arange(len(shuffled)))
 
 
 def intervene(hidden: Float[Tensor, "T H W D"], table: Int[Tensor, "R N"]) -> Float[Tensor, "R T H W D"]:
@@ -189,15 +206,19 @@ def sensitivity_map(
 ) -> Float[Tensor, "H W"] | Float[Tensor, "frames H W"]:
     """Delta of replacing each token by itself: (H, W) for `column`, (chosen frames, H, W) for `token`.      Figs. 2, 5
 
-    Not scaled; figures stretch each map to [0, 1]. A shuffle within one token is no change, and is refused.
+    Not scaled; figures stretch each map to [0, 1]. A cell is shuffled as `shuffled_cells` says.
     """
     sets = single_token_sets(probe.grid, unit=unit, frames=frames)
-    if kind == "shuffle" and int(sets[0].sum()) < 2:
-        raise ValueError("shuffle within a single token changes nothing: choose another intervention")
+    if kind == "shuffle":
+        if generator is None:
+            raise ValueError("intervention 'shuffle' draws at random: pass a generator")
+        table = shuffled_cells(sets, generator=generator)
+    else:
+        table = token_table(sets, kind, generator=generator)
     deviations = action_deviation(
         model,
         probe,
-        token_table(sets, kind, generator=generator),
+        table,
         layers=layers,
         dimensions=dimensions,
         steps=steps,
@@ -232,11 +253,11 @@ def matched_background(
 
 def set_deviation(
     model: "WAM",
-    probe: Probe,
+    probes: Sequence[Probe],
     interaction: Bool[Tensor, "T H W"],
     *,
     kinds: Sequence[Kind] = KINDS,
-    draws: int = 8,
+    draws: int = 4,
     seed: int = 0,
     layers: Sequence[int] | None = None,
     dimensions: Sequence[int] | None = None,
@@ -244,21 +265,28 @@ def set_deviation(
     batch: int = 32,
     advance: Callable[[int], None] | None = None,
 ) -> dict[Kind, SetDeviation]:
-    """Delta(I) and Delta(B) of each kind, with the same `draws` background sets for all kinds.                4.2.1
+    """Delta(I) and Delta(B) of each kind for one sample under several noises.                                4.2.1
 
-    `seed` decides the sets and the random interventions; give each sample its own. Feed the answer's deviations to
+    `probes` are the sample's, one a noise. Each noise gets `draws` background sets of its own, the same for all kinds,
+    and random interventions of its own. `seed` decides them; give each sample its own. Feed the answer's deviations to
     `agra.diagnostics.metrics.matched_sensitivity_ratio`.
     """
-    if not interaction.any() or draws < 1:
-        raise ValueError(f"expected a non-empty interaction mask and draws >= 1, got {draws} draws")
+    if not interaction.any() or draws < 1 or not probes:
+        raise ValueError(
+            f"expected a non-empty interaction mask, draws >= 1 and a probe, got {draws} draws, {len(probes)} probes"
+        )
     generator = torch.Generator().manual_seed(seed)
-    background = matched_background(interaction, draws, generator=generator)
-    sets = torch.cat([interaction[None].cpu(), background])
-    tables = torch.cat([token_table(sets, kind, generator=generator) for kind in kinds])
-    deviations = action_deviation(
-        model, probe, tables, layers=layers, dimensions=dimensions, steps=steps, batch=batch, advance=advance
-    )
-    rows = deviations.view(len(kinds), 1 + draws).tolist()
+    rows = []
+    for probe in probes:
+        background = matched_background(interaction, draws, generator=generator)
+        sets = torch.cat([interaction[None].cpu(), background])
+        tables = torch.cat([token_table(sets, kind, generator=generator) for kind in kinds])
+        deviations = action_deviation(
+            model, probe, tables, layers=layers, dimensions=dimensions, steps=steps, batch=batch, advance=advance
+        )
+        rows.append(deviations.view(len(kinds), 1 + draws))
+    found = torch.stack(rows, dim=1)  # kind, noise, set
     return {
-        kind: SetDeviation(interaction=row[0], background=tuple(row[1:])) for kind, row in zip(kinds, rows, strict=True)
+        kind: SetDeviation(interaction=tuple(each[:, 0].tolist()), background=tuple(map(tuple, each[:, 1:].tolist())))
+        for kind, each in zip(kinds, found, strict=True)
     }

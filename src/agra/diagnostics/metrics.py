@@ -231,17 +231,26 @@ def matched_sensitivity_ratio(
 ) -> SensitivityRatio:
     """R = Delta(I) / Delta(B): how much more the action heeds the interaction tokens than as many others.      4.2.1
 
-    `deviation_interaction` is (N,); `deviation_background` is (N,) or (N, draws), for background sets with |B| = |I|,
-    whose deviations are averaged over the draws first. A sample in which neither side moves the action has no ratio
-    and is left out and counted; one in which only the background does not move it has an infinite one.
+    `deviation_interaction` is (N,) or (N, noises); `deviation_background`, for background sets with |B| = |I|, is (N,),
+    (N, draws) or (N, noises, draws). Each side of a sample is averaged over noises and draws first. A sample in which
+    neither side moves the action has no ratio and is left out and counted; one in which only the background does not
+    move it has an infinite one.
     """
     inside = np.asarray(deviation_interaction, dtype=np.float64)
     outside = np.asarray(deviation_background, dtype=np.float64)
-    if inside.ndim != 1 or outside.ndim not in (1, 2) or len(outside) != len(inside) or 0 in outside.shape[1:]:
-        raise ValueError(f"deviations: expected (N,) and (N,) or (N, draws), got {inside.shape} and {outside.shape}")
+    if (
+        not inside.ndim
+        or not outside.ndim
+        or len(outside) != len(inside)
+        or 0 in (*inside.shape[1:], *outside.shape[1:])
+    ):
+        raise ValueError(
+            f"deviations: expected (N,) or (N, noises) and (N,), (N, draws) or (N, noises, draws), got {inside.shape} "
+            f"and {outside.shape}"
+        )
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()) or (inside < 0).any() or (outside < 0).any():
         raise ValueError("deviations: expected finite, non-negative distances")
-    outside = outside.mean(axis=1) if outside.ndim == 2 else outside
+    inside, outside = (side.reshape(len(side), -1).mean(axis=1) if len(side) else side for side in (inside, outside))
     known = inside + outside > 0
 
     def estimate(statistic: Statistic) -> Estimate:

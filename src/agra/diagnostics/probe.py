@@ -2,7 +2,9 @@
 
 A sample holds what the policy sees at one control step and, for every latent frame, the recorded reference frame and
 its interaction mask. The policy gets the observation only; the later frames come from the recording and serve to say
-where the interaction was. numpy only, and stored without pickle.
+where the interaction was. Where they are known, the whole window's frames, the demonstrated actions and the object's
+position come along, to judge the predicted video, the predicted actions and what the hidden states hold. numpy only, and
+stored without pickle.
 """
 
 import json
@@ -16,6 +18,7 @@ import numpy as np
 from agra.types import REGIMES, Episode, Observation
 
 ARRAYS = ("state", "frames", "masks")
+OPTIONAL = ("video", "actions", "position")
 TEXTS = ("trial", "step", "regime", "instruction", "embodiment")
 
 
@@ -31,6 +34,9 @@ class ProbeSample:
     state: np.ndarray  # (S,) float32, in the robot's units
     frames: np.ndarray  # (T, H, W, 3) uint8 RGB: the reference frame of every latent frame; 0 is the observation
     masks: np.ndarray  # (T, H, W) bool: acting hand and target object in those frames
+    video: np.ndarray | None = None  # (F, H, W, 3) uint8 RGB: every frame of the model's window
+    actions: np.ndarray | None = None  # (N, D) float32: what the demonstration did from here, in the robot's units
+    position: np.ndarray | None = None  # (2,) row and column of the target object's middle, as shares of the frame
 
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
@@ -45,6 +51,24 @@ class ProbeSample:
             )
         if self.state.ndim != 1:
             raise ValueError(f"ProbeSample.state: expected one axis, got shape {self.state.shape}")
+        if self.video is not None and (self.video.dtype != np.uint8 or self.video.shape[1:] != self.frames.shape[1:]):
+            raise ValueError(
+                f"ProbeSample.video: expected (F, {', '.join(map(str, self.frames.shape[1:]))}) uint8, got"
+                f" {self.video.shape} {self.video.dtype}"
+            )
+        if self.actions is not None and (self.actions.ndim != 2 or not len(self.actions)):
+            raise ValueError(f"ProbeSample.actions: expected (N, D), got shape {self.actions.shape}")
+        if self.position is not None and self.position.shape != (2,):
+            raise ValueError(f"ProbeSample.position: expected (2,), got shape {self.position.shape}")
+
+    @property
+    def name(self) -> str:
+        """Trial and step in one word, for files."""
+        return f"{self.trial}-step{self.step:05d}".replace("/", "-")
+
+    def image_names(self) -> list[str]:
+        """The file name of every reference frame, by which annotations find it."""
+        return [f"{self.name}-frame{frame}.png" for frame in range(len(self.frames))]
 
     @property
     def observation(self) -> Observation:
@@ -61,15 +85,16 @@ def samples_from_episode(
     *,
     trial: str,
     regime: str,
+    window_offsets: Sequence[int] | None = None,
+    position: np.ndarray | None = None,
 ) -> list[ProbeSample]:
     """The samples of an episode at the control steps `steps`.
 
     `reference_offsets` are the control steps from the observation to the reference frame of each latent frame, (0, 1,
-    5, 9, 13) times the video stride for five latent frames. Past the end of the episode its last frame repeats.
-    Raises `ValueError` if the episode has no masks or a step lies outside it.
+    5, 9, 13) times the video stride for five latent frames; `window_offsets`, if given, those to every frame of the
+    window. Past the end of the episode its last frame repeats. An episode without masks gives empty ones, to be drawn.
+    Raises `ValueError` if a step lies outside the episode.
     """
-    if episode.masks is None:
-        raise ValueError(f"trial {trial}: the episode was recorded without interaction masks")
     offsets = np.asarray(reference_offsets)
     if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (offsets < 0).any():
         raise ValueError(
@@ -81,7 +106,7 @@ def samples_from_episode(
 
     def sample(step: int) -> ProbeSample:
         rows = np.minimum(step + offsets, len(episode) - 1)
-        assert episode.masks is not None
+        window = None if window_offsets is None else np.minimum(step + np.asarray(window_offsets), len(episode) - 1)
         return ProbeSample(
             trial=trial,
             step=int(step),
@@ -90,7 +115,10 @@ def samples_from_episode(
             embodiment=episode.embodiment,
             state=episode.states[step],
             frames=episode.frames[rows],
-            masks=episode.masks[rows],
+            masks=np.zeros(episode.frames[rows].shape[:-1], bool) if episode.masks is None else episode.masks[rows],
+            video=None if window is None else episode.frames[window],
+            actions=episode.actions[step:],
+            position=position,
         )
 
     return [sample(step) for step in steps]
@@ -100,7 +128,12 @@ def save_samples(samples: Sequence[ProbeSample], folder: Path) -> None:
     """Write `samples.npz` (arrays) and `samples.json` (the rest) into `folder`, each by renaming."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {f"{i}/{name}": getattr(sample, name) for i, sample in enumerate(samples) for name in ARRAYS}
+    arrays = {
+        f"{i}/{name}": array
+        for i, sample in enumerate(samples)
+        for name in (*ARRAYS, *OPTIONAL)
+        if (array := getattr(sample, name)) is not None
+    }
     texts = [{name: getattr(sample, name) for name in TEXTS} for sample in samples]
     with open(folder / "samples.npz.tmp", "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -117,9 +150,14 @@ def load_samples(folder: Path) -> list[ProbeSample]:
     texts = json.loads((folder / "samples.json").read_text())["samples"]
     with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
         wanted = {f"{i}/{name}" for i in range(len(texts)) for name in ARRAYS}
-        if wanted != set(arrays.files):
+        allowed = wanted | {f"{i}/{name}" for i in range(len(texts)) for name in OPTIONAL}
+        if not wanted <= set(arrays.files) <= allowed:
+            odd = sorted((wanted - set(arrays.files)) | (set(arrays.files) - allowed))
             raise ValueError(
-                f"{folder}: samples.json lists {len(texts)} samples, samples.npz holds {len(arrays.files)} arrays,"
-                f" expected {len(wanted)}"
+                f"{folder}: samples.json lists {len(texts)} samples, and samples.npz does not fit: {odd[:3]}"
             )
-        return [ProbeSample(**text, **{n: arrays[f"{i}/{n}"] for n in ARRAYS}) for i, text in enumerate(texts)]
+        present = [[n for n in (*ARRAYS, *OPTIONAL) if f"{i}/{n}" in arrays.files] for i in range(len(texts))]
+        return [
+            ProbeSample(**text, **{n: arrays[f"{i}/{n}"] for n in names})
+            for i, (text, names) in enumerate(zip(texts, present, strict=True))
+        ]

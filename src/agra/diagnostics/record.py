@@ -19,7 +19,7 @@ import numpy as np
 
 from agra.diagnostics.metrics import Estimate, bootstrap_interval, matched_sensitivity_ratio
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("metrics.jsonl", "arrays.npz", "diagnosis.json")
 
 
@@ -29,7 +29,9 @@ class Diagnosis:
 
     `arrays` holds `attention` (n, J, T, H, W) float32 and `mask` (n, T, H, W) bool on the token grid; for the gallery
     `frames` (g, T, h, w, 3) uint8, `frame_masks` (g, T, h, w) bool, `sensitivity_KIND` (g, H, W) or (g, T, H, W)
-    float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8.
+    float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8, `attention_by_steps`, `_heads`
+    and `_actions` (g, so many, J, T, H, W) float16, `imagined` and `recorded` (g, F, h, w, 3) uint8, and for the sample at
+    place p of the gallery `text_attention_p` (layers, words, T, H, W) float16.
     """
 
     header: Mapping[str, Any]
@@ -45,13 +47,27 @@ class Diagnosis:
         """A number of every sample (n,), NaN where it is null."""
         return np.array([math.nan if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
 
+    def layer_values(self, name: str, layer: int) -> np.ndarray:
+        """A layer's number of every sample (n,), NaN where there is none: `name` without its "_by_layer"."""
+        place = self.header["layers"].index(layer) if layer in self.header["layers"] else None
+        cells = [row[f"{name}_by_layer"] for row in self.rows]
+        known = [None if cell is None or place is None else cell[place] for cell in cells]
+        return np.array([math.nan if value is None else value for value in known], dtype=np.float64)
+
+    def of_regime(self, regime: str) -> "Diagnosis":
+        """The samples of one regime; the gallery stays behind."""
+        chosen = [place for place, row in enumerate(self.rows) if row["regime"] == regime]
+        arrays = {name: self.arrays[name][chosen] for name in ("attention", "mask")}
+        return Diagnosis(header=self.header, rows=[self.rows[place] for place in chosen], arrays=arrays)
+
     def deviations(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Delta(I) (n,) and Delta(B) (n, draws) of an intervention, NaN where a sample could not be matched."""
-        draws = int(self.header["settings"]["draws"])
+        """Delta(I) (n, noises) and Delta(B) (n, noises, draws), NaN where a sample could not be matched."""
+        noises, draws = (int(self.header["settings"][name]) for name in ("noises", "draws"))
         cells = [row["deviation"][kind] if row["deviation"] else None for row in self.rows]
-        inside = [math.nan if cell is None else cell["interaction"] for cell in cells]
-        outside = [[math.nan] * draws if cell is None else cell["background"] for cell in cells]
-        return np.array(inside), np.array(outside, dtype=np.float64).reshape(-1, draws)
+        unmatched = np.full((noises, draws), math.nan)
+        inside = [unmatched[:, 0] if cell is None else cell["interaction"] for cell in cells]
+        outside = [unmatched if cell is None else cell["background"] for cell in cells]
+        return np.array(inside).reshape(-1, noises), np.array(outside).reshape(-1, noises, draws)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
@@ -67,9 +83,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: 
     for kind in kinds:
         ratio = matched_sensitivity_ratio(
             np.array([row["deviation"][kind]["interaction"] for row in matched]),
-            np.array([row["deviation"][kind]["background"] for row in matched]).reshape(len(matched), -1)
-            if matched
-            else np.zeros(0),
+            np.array([row["deviation"][kind]["background"] for row in matched]),
             groups=[row["trial"] for row in matched],
             seed=seed,
         )

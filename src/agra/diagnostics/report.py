@@ -21,7 +21,9 @@ from agra.diagnostics.record import Diagnosis, plain, read_diagnosis
 from agra.diagnostics.report_evaluation import evaluation_section
 from agra.diagnostics.report_gallery import RAMP, gallery_section
 from agra.diagnostics.report_grounding import grounding_section
+from agra.diagnostics.report_layers import imagination_section, layers_section
 from agra.diagnostics.report_looking import looking_section, read_looking
+from agra.diagnostics.report_study import study_sections
 from agra.diagnostics.report_tables import Table, number
 from agra.evaluation.results import Results, read_results
 
@@ -55,10 +57,11 @@ def build_report(
     *,
     title: str = "What the action head reads",
     notes: Sequence[str] = (),
+    studies: Sequence[Path] = (),
 ) -> Path:
     """Write the report of `policies` to `output`; the first one is what the others are compared with.
 
-    `notes` are printed first under "What stands in for what", before what the configurations tell by themselves.
+    `studies` are folders of `agra study` (Figs. 10, 11). `notes` are printed first under "What stands in for what", before what the configurations tell by themselves.
     Raises `ValueError` or `FileNotFoundError` naming the policy's file that is missing or unfit.
     """
     if not policies:
@@ -82,6 +85,9 @@ def build_report(
         evaluation=evaluation,
         looking=looking,
         grounding=grounding,
+        layers=layers_section(columns),
+        imagination=imagination_section(columns),
+        studies=study_sections(studies),
         gallery=gallery_section(columns),
         settings=_settings(configs),
         ramp=RAMP,
@@ -158,7 +164,7 @@ def _summary(
         rows += [row for row in looking["table"].rows if row.label in ("Target error, one thing", "Image swapped")]
     if grounding:
         wanted = ("Attention in mask", "Centroid error", "Sensitivity ratio, mean", "Sensitivity ratio, zero")
-        rows += [row for row in grounding["table"].rows if row.label in wanted]
+        rows += [row for row in (*grounding["table"].rows, *grounding["table_1"].rows) if row.label in wanted]
     return Table(corner="", rows=rows)
 
 

@@ -26,6 +26,7 @@ from agra.diagnostics.report_tables import (
     estimate_cell,
     number,
     percent,
+    print_table,
 )
 
 Column = tuple[int, str, Diagnosis | None]
@@ -43,7 +44,7 @@ TITLES = {
 }
 
 
-def _paired(ours: Diagnosis, reference: Diagnosis) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def paired_rows(ours: Diagnosis, reference: Diagnosis) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Row numbers of the samples that both policies were probed on, and their trials."""
     there = {key: row for row, key in enumerate(reference.keys)}
     common = [(row, there[key]) for row, key in enumerate(ours.keys) if key in there]
@@ -57,7 +58,7 @@ def _trials(diagnosis: Diagnosis) -> list[str]:
 
 def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
     inside, outside = diagnosis.deviations(kind)
-    known = np.isfinite(inside)
+    known = np.isfinite(inside).all(axis=1)
     trials = [trial for trial, keep in zip(_trials(diagnosis), known, strict=True) if keep]
     return matched_sensitivity_ratio(inside[known], outside[known], groups=trials)
 
@@ -65,7 +66,7 @@ def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
 def _per_sample_ratio(diagnosis: Diagnosis, kind: str) -> np.ndarray:
     inside, outside = diagnosis.deviations(kind)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return inside / outside.mean(axis=1)
+        return inside.mean(axis=1) / outside.mean(axis=(1, 2))
 
 
 def _verdicts(columns: Sequence[Column], compare, margin, *, better: str, baseline: str, form=number) -> list[Cell]:
@@ -94,7 +95,7 @@ def _metric_row(columns: Sequence[Column], name: str, label: str, hint: str, bet
         return None if diagnosis is None else bootstrap_interval(diagnosis.values(name), groups=_trials(diagnosis))
 
     def compare(ours: Diagnosis, reference: Diagnosis) -> Estimate:
-        left, right, trials = _paired(ours, reference)
+        left, right, trials = paired_rows(ours, reference)
         return paired_difference(ours.values(name)[left], reference.values(name)[right], groups=trials)
 
     def margin(diagnosis: Diagnosis) -> Estimate:
@@ -125,7 +126,7 @@ def _points(share: float) -> str:
 
 def _ratio_row(columns: Sequence[Column], kind: str, ratios: dict[tuple[int, str], SensitivityRatio]) -> Row:
     def compare(ours: Diagnosis, reference: Diagnosis) -> Estimate:
-        left, right, trials = _paired(ours, reference)
+        left, right, trials = paired_rows(ours, reference)
         a, b = _per_sample_ratio(ours, kind)[left], _per_sample_ratio(reference, kind)[right]
         return paired_difference(a, b, statistic=np.median, groups=trials)
 
@@ -149,16 +150,77 @@ def grounding_section(columns: Sequence[Column]) -> dict[str, Any] | None:
         return None
     kinds = [kind for kind in TITLES if all(kind in d.header["settings"]["kinds"] for _, _, d in known)]
     ratios = {(i, kind): _ratio(d, kind) for i, _, d in known for kind in kinds}
-    rows = [_metric_row(columns, *metric) for metric in METRICS]
-    rows += [_ratio_row(columns, kind, ratios) for kind in kinds]
+    attention, sensitivity = grounding_rows(columns, kinds)
+    regimes = list(dict.fromkeys(row["regime"] for _, _, d in known for row in d.rows))
     return {
-        "table": Table(corner="metric", rows=rows, extra="evenly spread"),
+        "table": Table(corner="metric", rows=attention, extra="evenly spread"),
+        "table_1": Table(corner="intervention", rows=sensitivity, extra="no preference"),
+        "samples": _samples(known, kinds),
+        "regimes": [(_heading(columns, regime), regime_table(columns, kinds, regime)) for regime in regimes],
         "intro": _intro([d for _, _, d in known]),
         "blocks": _block_chart(known),
         "ratios": _ratio_chart(known, kinds, ratios) if kinds else None,
         "averages": Table(corner="intervention and average", rows=_average_rows(columns, kinds, ratios)),
         "note": _note([d for _, _, d in known], [(name, d) for _, name, d in known]),
     }
+
+
+def _samples(known: Sequence[tuple[int, str, Diagnosis]], kinds: Sequence[str]) -> dict[str, list]:
+    """Every sample's own numbers, the policies one below the other."""
+    names = ("in_mask_ratio", "centroid_error", "psnr", "action_error")
+    columns = {
+        name: [*(d.values(one) for one in names), *(_per_sample_ratio(d, kind) for kind in kinds)]
+        for _, name, d in known
+    }
+    places = {name: {key: row for row, key in enumerate(d.keys)} for _, name, d in known}
+    rows = []
+    for trial, step in known[0][2].keys:
+        for _, name, _ in known:
+            row = places[name].get((trial, step))
+            if row is not None:
+                rows.append([f"{trial}, step {step}", name, *(number(float(v[row])) for v in columns[name])])
+    heads = ["in mask", "centroid error", "PSNR", "action error", *(f"R, {kind}" for kind in kinds)]
+    return {"heads": heads, "rows": rows}
+
+
+def grounding_rows(columns: Sequence[Column], kinds: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """The rows of attention's metrics and those of the sensitivity ratios."""
+    ratios = {(i, kind): _ratio(d, kind) for i, _, d in columns if d is not None for kind in kinds}
+    return [_metric_row(columns, *metric) for metric in METRICS], [_ratio_row(columns, kind, ratios) for kind in kinds]
+
+
+def of_regime(columns: Sequence[Column], regime: str) -> list[Column]:
+    """The same policies on one regime's samples."""
+    return [(i, name, None if d is None else d.of_regime(regime)) for i, name, d in columns]
+
+
+def regime_table(columns: Sequence[Column], kinds: Sequence[str], regime: str) -> Table:
+    """Attention and sensitivity on one regime's samples."""
+    attention, sensitivity = grounding_rows(of_regime(columns, regime), kinds)
+    return Table(corner="metric", rows=[*attention, *sensitivity], extra="evenly spread")
+
+
+def print_grounding(columns: Sequence[Column]) -> None:
+    """The same for a terminal: all samples, then every regime."""
+    known = [d for _, _, d in columns if d is not None]
+    kinds = [kind for kind in TITLES if all(kind in d.header["settings"]["kinds"] for d in known)]
+    names = [name for _, name, _ in columns]
+    attention, sensitivity = grounding_rows(columns, kinds)
+    everything = Table(corner="metric", rows=[*attention, *sensitivity], extra="evenly spread")
+    print_table(everything, names, title=f"all regimes: {len(known[0].rows)} samples")
+    for regime in dict.fromkeys(row["regime"] for row in known[0].rows):
+        print_table(regime_table(columns, kinds, regime), names, title=_heading(columns, regime))
+
+
+def _heading(columns: Sequence[Column], regime: str) -> str:
+    counts = {sum(row["regime"] == regime for row in d.rows) for _, _, d in columns if d is not None}
+    masked = {
+        sum(row["regime"] == regime and row["deviation"] is not None for row in d.rows)
+        for _, _, d in columns
+        if d is not None
+    }
+    span = "–".join(map(str, sorted(counts)))
+    return f"{regime.replace('_', ' ')}: {span} samples, {'–'.join(map(str, sorted(masked)))} with a matched mask"
 
 
 def _average_rows(
@@ -198,8 +260,9 @@ def _note(diagnoses: Sequence[Diagnosis], named: Sequence[tuple[str, Diagnosis]]
         "cross-attention blocks. Centroid error: distance between the centroids of attention and mask in each latent "
         "frame, averaged over the frames. Sensitivity ratio: change of the normalised action chunk (Euclidean) when the "
         "mask's tokens are replaced in every bridged layer, over the mean change for "
-        f"{settings['draws']} random sets of as many tokens outside the mask, frame by frame; the median over samples, and "
-        "differences are those of the medians."
+        f"{settings['draws']} random sets of as many tokens outside the mask, frame by frame, under each of "
+        f"{settings['noises']} noises of video and action, averaged on both sides; the median over samples, and differences are "
+        "those of the medians."
     ]
     for name, diagnosis in named:
         left_out = sum(row["note"] is not None for row in diagnosis.rows)

@@ -7,6 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import rich.console
+import rich.table
+
 from agra.diagnostics.metrics import Estimate
 
 
@@ -37,6 +40,19 @@ class Table:
     corner: str
     rows: Sequence[Row]
     extra: str = ""
+
+
+def print_table(table: Table, names: Sequence[str], *, title: str) -> None:
+    """The table in a terminal: intervals under the numbers, verdicts last."""
+    shown = rich.table.Table(title=title, title_justify="left", show_lines=True)
+    verdicts = [f"{name} against {names[0]}" for name in names[1:]]
+    for head in (table.corner, *names, *([table.extra] if table.extra else []), *verdicts):
+        shown.add_column(head)
+    for row in table.rows:
+        extra = [row.extra or MISSING] if table.extra else []
+        cells = [*row.cells, *extra, *row.verdicts]
+        shown.add_row(row.label, *(f"{cell.text}\n{cell.range}".strip() for cell in cells))
+    rich.console.Console().print(shown)
 
 
 MISSING = Cell(text="–")

@@ -51,6 +51,20 @@ def newest(run: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def best(run: Path) -> tuple[Path, float] | None:
+    """The checkpoint that was best by `stage.keep_best`, and the figure that it was best by; None where none was kept."""
+    path = run / "best.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return run / f"step_{found['step']:06d}", found["value"]
+
+
+def note_best(run: Path, step: int, value: float) -> None:
+    """Write down that a saved checkpoint is the best so far."""
+    write_text(run / "best.json", json.dumps({"step": step, "value": value}) + "\n")
+
+
 def find(name: str | Path) -> Path:
     """A folder by its path or, where there is none, by the name of a policy that comes with agra."""
     shipped = SHIPPED / name
@@ -58,11 +72,14 @@ def find(name: str | Path) -> Path:
 
 
 def resolve(name: str | Path) -> Path:
-    """A checkpoint folder from its own path, its run's, or the name of a policy that comes with agra.
+    """A checkpoint folder from its own path, its run's, or the name of a policy that comes with agra; RUN/best stands for
+    the one that a run with `stage.keep_best` kept.
 
     Raises FileNotFoundError naming what was looked for.
     """
     path = find(name)
+    if path.name == "best" and not path.exists() and (kept := best(path.parent)) is not None:
+        return kept[0]
     if (path / "manifest.json").is_file():
         return path
     last = newest(path) if path.is_dir() else None
@@ -79,6 +96,8 @@ def home(name: str | Path) -> Path:
     """The folder for what is found out about a policy: its run's; an export's own; for a policy that comes with agra,
     which is read-only, outputs/NAME in the working directory."""
     path = find(name)
+    if path.name == "best" and not path.exists():
+        return path.parent
     if path.parent == SHIPPED:
         return Path("outputs") / path.name
     return path.parent if _NAME.fullmatch(path.name) else path
@@ -116,7 +135,8 @@ def unwritten(run: Path, step: int, cause: BaseException) -> OSError:
 
 
 def commit(run: Path, step: int, manifest: Mapping[str, str], *, keep: int) -> Path:
-    """Give a step's written files their manifest (name to sha256) and the folder its name; then drop all but `keep`."""
+    """Give a step's written files their manifest (name to sha256) and the folder its name; then drop all but the newest
+    `keep` and the best."""
     temporary, target = unfinished(run, step), run / f"step_{step:06d}"
     write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     sync(temporary / "manifest.json")
@@ -126,8 +146,10 @@ def commit(run: Path, step: int, manifest: Mapping[str, str], *, keep: int) -> P
     finished = sorted(
         (path for path in run.glob("step_*") if _NAME.fullmatch(path.name)), key=lambda p: int(p.name[5:])
     )
+    kept = best(run)
     for old in finished[:-keep]:
-        shutil.rmtree(old)
+        if kept is None or old != kept[0]:
+            shutil.rmtree(old)
     return target
 
 
@@ -180,6 +202,13 @@ def load_weights(module: nn.Module, checkpoint: Path, name: str = MODEL, *, pref
         if name == MODEL and (checkpoint / ADAPTERS).is_file():
             files.append(checkpoint / ADAPTERS)
         read_into(module.state_dict(), files, what=str(checkpoint / name), prefix=prefix)
+
+
+def has_projectors(checkpoint: Path) -> bool:
+    """Whether a checkpoint, of one process or of several, holds AGRA's projectors."""
+    if (checkpoint / "sharded").is_dir():
+        return any(".layers." in name and name.split(".")[0].isdigit() for name in stored_names(checkpoint / "sharded"))
+    return (checkpoint / "projectors.safetensors").is_file()
 
 
 def read_shards(targets: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:

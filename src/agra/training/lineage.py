@@ -25,6 +25,8 @@ class Trained:
     config: RunConfig
     metrics: Path | None
     """Its metrics.jsonl, where it is still there."""
+    checkpoint: Path | None = None
+    """Its newest checkpoint, where it is still there."""
 
 
 def note(run: Path, init: str | Path | None) -> None:
@@ -43,7 +45,8 @@ def lineage(policy: str | Path) -> list[Trained]:
         paths = sorted(history.glob("*.json"))
         return [_trained(RunConfig.from_json(path.read_text(), path), path.with_suffix(".jsonl")) for path in paths]
     run = checkpoint.home(policy)
-    own = _trained(checkpoint.read_config(checkpoint.resolve(policy)), run / "metrics.jsonl")
+    found = checkpoint.resolve(policy)
+    own = _trained(checkpoint.read_config(found), run / "metrics.jsonl", found)
     origin = run / "origin.json"
     init = json.loads(origin.read_text())["init"] if origin.is_file() else None
     try:
@@ -84,5 +87,5 @@ def _steps(stage: StageConfig) -> str:
     return f"{stage.name} {stage.steps:,} steps{adapters}"
 
 
-def _trained(config: RunConfig, metrics: Path) -> Trained:
-    return Trained(config=config, metrics=metrics if metrics.is_file() else None)
+def _trained(config: RunConfig, metrics: Path, found: Path | None = None) -> Trained:
+    return Trained(config=config, metrics=metrics if metrics.is_file() else None, checkpoint=found)

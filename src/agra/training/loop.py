@@ -284,6 +284,23 @@ class Trainer:
             )
         if (self.step % stage.validate_every == 0 or self.step == stage.steps) and (found := self._validate()):
             log({"step": self.step, **found})
+            self._keep_best(found)
+
+    def _keep_best(self, found: Mapping[str, float]) -> None:
+        """Save where the chosen figure is better than ever before. Raises ValueError where nobody measures it."""
+        if not self.stage.keep_best:
+            return
+        way, name = self.stage.keep_best.split(":", 1)
+        if name not in found:
+            raise ValueError(f"stage.keep_best: nothing is logged as {name!r}; there are {', '.join(sorted(found))}")
+        value, before = found[name], checkpoint.best(self.output)
+        if not math.isfinite(value) or (before and (value >= before[1] if way == "min" else value <= before[1])):
+            return
+        if self.saved != self.step:
+            self.save()
+        self._finish_save()
+        if self.world.leads:
+            checkpoint.note_best(self.output, self.step, value)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The three stages of C.3: what each trains, on which losses, how fast."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -53,11 +54,16 @@ class StageConfig:
     validate_every: int = 1_000
     save_every: int = 1_000
     keep_checkpoints: int = 2
+    keep_best: str = ""
+    """`min:NAME` or `max:NAME` of a figure logged with the held-out losses, say `min:validation/action_loss` or
+    `max:grounding/in_mask_ratio`: where it is best, a checkpoint is saved and kept; RUN/best stands for it."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.keep_best and not re.fullmatch(r"(min|max):\S+", self.keep_best):
+            raise ValueError(f"stage.keep_best: expected min:NAME or max:NAME, got {self.keep_best!r}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"stage.ema_decay: expected a share in [0, 1) or None, got {self.ema_decay}")
         for weight in _WEIGHTS_OFF[self.name]:

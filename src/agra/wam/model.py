@@ -114,6 +114,40 @@ class WAM(nn.Module):
         wanted = sorted({*self.bridged_layers, *layers})
         return self._video_pass(noise, observation_latent, level, instruction, wanted, velocity=False).hidden
 
+    def text_attention(
+        self,
+        observation_latent: Float[Tensor, "B C 1 h w"],
+        noise: Float[Tensor, "B C T h w"],
+        instruction: Float[Tensor, "B L E"],
+        *,
+        layers: Sequence[int],
+    ) -> dict[int, Float[Tensor, "B T H W L"]]:
+        """How much every video token of `layers` reads each instruction token in the conditioning pass.        Fig. 14"""
+        level = noise.new_ones(len(noise), dtype=torch.float32)
+        return self._video_pass(
+            noise, observation_latent, level, instruction, (), velocity=False, text_layers=layers
+        ).text_attention
+
+    def imagine(
+        self,
+        observation_latent: Float[Tensor, "B C 1 h w"],
+        noise: Float[Tensor, "B C T h w"],
+        instruction: Float[Tensor, "B L E"],
+        *,
+        steps: int = 10,
+    ) -> Float[Tensor, "B C T h w"]:
+        """The video that the video DiT expects, as latents: `steps` equal Euler steps from pure noise.        Eqs. 8, 9
+
+        The policy never does this; it shows what the hidden states that it reads are about.
+        """
+
+        def predict(latents: Tensor, level: Tensor) -> Tensor:
+            output = self._video_pass(latents, observation_latent, level, instruction, (), velocity=True)
+            assert output.velocity is not None
+            return output.velocity
+
+        return torch.cat([observation_latent, euler(predict, noise, steps)[:, :, 1:]], dim=2)
+
     def guide(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> tuple[Float[Tensor, "B N D"], ...]:
         """The guidance of every cross-attention block.                                           Eqs. 15, 17, 20"""
         return self.bridge(hidden)
@@ -148,6 +182,7 @@ class WAM(nn.Module):
         layers: Sequence[int],
         *,
         velocity: bool,
+        text_layers: Sequence[int] = (),
     ) -> VideoOutput:
         latents = torch.cat([observation_latent, noisy[:, :, 1:]], dim=2)
         condition_mask = torch.zeros_like(latents[:, :1])
@@ -157,5 +192,11 @@ class WAM(nn.Module):
             levels = noise_level[:, None].repeat(1, latents.shape[2])
             levels[:, 0] = self.config.condition_noise_level
         return self.video_dit(
-            latents, levels, instruction, condition_mask=condition_mask, layers=layers, velocity=velocity
+            latents,
+            levels,
+            instruction,
+            condition_mask=condition_mask,
+            layers=layers,
+            text_layers=text_layers,
+            velocity=velocity,
         )

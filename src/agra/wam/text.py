@@ -1,5 +1,6 @@
 """The frozen text encoder: instruction -> tokens that the video DiT attends to.                        C.1; Cosmos"""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ COSMOS_SYSTEM_MESSAGE = "You are a helpful assistant who will provide prompts to
 """What Cosmos-Predict2.5's text encoder was told in training; part of the conditioning."""
 
 
+Words = list[tuple[str, tuple[int, ...]]]
+"""Words in their order, each with the positions of its tokens."""
+
+
 class TextEncoder(Protocol):
     """What turns instructions into tokens; `key` identifies settings and weights, for caches."""
 
@@ -38,6 +43,10 @@ class TextEncoder(Protocol):
 
     def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
         """(B, length, width) float32 tokens of B instructions, on the encoder's device."""
+        ...
+
+    def words(self, instruction: str) -> "Words":
+        """The instruction's words and the tokens that stand for each."""
         ...
 
 
@@ -127,6 +136,11 @@ class MiniLMEncoder(nn.Module):
         hidden = self.model(**inputs).last_hidden_state.float()
         return hidden * inputs["attention_mask"].unsqueeze(-1)
 
+    def words(self, instruction: str) -> Words:
+        """Words and their tokens' positions."""
+        offsets: Any = self.tokenizer(instruction, return_offsets_mapping=True)["offset_mapping"]
+        return _words(instruction, offsets)
+
 
 class CosmosReasonEncoder(nn.Module):
     """Cosmos-Reason1 (Qwen2.5-VL-7B) read the way Cosmos-Predict2.5 was trained with it.
@@ -203,13 +217,18 @@ class CosmosReasonEncoder(nn.Module):
         tokens = torch.cat([_standardise(state) for state in states], dim=-1)
         return (tokens if self.projection is None else self._project(tokens)).float()
 
+    def words(self, instruction: str) -> Words:
+        """Words and their tokens' positions; a word that was cut off has none."""
+        text: Any = self.tokenizer.apply_chat_template(_chat(instruction), add_generation_prompt=False, tokenize=False)
+        encoded: Any = self.tokenizer(
+            text, add_special_tokens=False, max_length=self.length, truncation=True, return_offsets_mapping=True
+        )
+        start = text.rindex(instruction)
+        return _words(instruction, [(first - start, last - start) for first, last in encoded["offset_mapping"]])
+
     def _token_ids(self, instruction: str) -> list[int]:
-        chat = [
-            {"role": "system", "content": [{"type": "text", "text": COSMOS_SYSTEM_MESSAGE}]},
-            {"role": "user", "content": [{"type": "text", "text": instruction}]},
-        ]
         encoded: Any = self.tokenizer.apply_chat_template(
-            chat,
+            _chat(instruction),
             add_generation_prompt=False,
             add_vision_id=False,
             max_length=self.length,
@@ -223,6 +242,24 @@ class CosmosReasonEncoder(nn.Module):
         assert self.projection is not None
         weight = next(self.projection.parameters())
         return self.projection(tokens.to(weight))
+
+
+def _chat(instruction: str) -> list[dict[str, Any]]:
+    return [
+        {"role": "system", "content": [{"type": "text", "text": COSMOS_SYSTEM_MESSAGE}]},
+        {"role": "user", "content": [{"type": "text", "text": instruction}]},
+    ]
+
+
+def _words(instruction: str, offsets: Sequence[tuple[int, int]]) -> Words:
+    """Every word of the instruction with the tokens whose characters, `offsets` from its start, overlap it."""
+    return [
+        (
+            match.group(),
+            tuple(i for i, (first, last) in enumerate(offsets) if max(first, match.start()) < min(last, match.end())),
+        )
+        for match in re.finditer(r"[\w'-]+", instruction)
+    ]
 
 
 def _standardise(hidden: Tensor) -> Tensor:

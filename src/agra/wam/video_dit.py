@@ -11,7 +11,7 @@ checkpoints. The forward differs from the stock one in three ways that leave the
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,8 @@ class VideoOutput:
 
     velocity: Float[Tensor, "B C T h w"] | None  # None where nobody asked for it
     hidden: dict[int, Float[Tensor, "B T H W D"]] = field(default_factory=dict)  # output after block l, 0-based
+    text_attention: dict[int, Float[Tensor, "B T H W L"]] = field(default_factory=dict)
+    """Share of each instruction token in what every video token of block l reads, mean over heads."""
 
 
 class VideoDiT(nn.Module):
@@ -104,15 +106,17 @@ class VideoDiT(nn.Module):
         *,
         condition_mask: Float[Tensor, "B 1 T h w"],
         layers: Sequence[int] = (),
+        text_layers: Sequence[int] = (),
         velocity: bool = True,
     ) -> VideoOutput:
         """Run the blocks once.
 
         `noise_level` is (B,) for one level a sample or (B, T) for one a latent frame, in [0, 1] as Cosmos takes it.
-        `condition_mask` is 1 on condition frames. `layers` names the blocks whose outputs are wanted; with
-        `velocity=False` the blocks after the last of them, the final norm and the projection are skipped.
+        `condition_mask` is 1 on condition frames. `layers` names the blocks whose outputs are wanted, `text_layers` those
+        whose attention to the instruction is; with `velocity=False` the blocks after the last of them, the final norm
+        and the projection are skipped.
         """
-        last = self._check(layers, noise_level, latents)
+        last = self._check((*layers, *text_layers), noise_level, latents)
         if velocity:
             last = self.config.num_layers - 1
         model = self.transformer
@@ -124,13 +128,17 @@ class VideoDiT(nn.Module):
         text = self.project_text(instruction)
 
         hidden: dict[int, Tensor] = {}
+        read: dict[int, Tensor] = {}
         for index, block in enumerate(model.transformer_blocks[: last + 1]):
-            x = block(x, text, embedded, temb, rope, positions)
+            if index in text_layers:
+                x, weights = block(x, text, embedded, temb, rope, positions, return_attention=True)
+                read[index] = weights.unflatten(1, grid)
+            else:
+                x = block(x, text, embedded, temb, rope, positions)
             if index in layers:
                 hidden[index] = x.unflatten(2, grid[1:])
-        if not velocity:
-            return VideoOutput(velocity=None, hidden=hidden)
-        return VideoOutput(velocity=self._unpatchify(self._project_out(x, embedded, temb), grid), hidden=hidden)
+        predicted = self._unpatchify(self._project_out(x, embedded, temb), grid) if velocity else None
+        return VideoOutput(velocity=predicted, hidden=hidden, text_attention=read)
 
     def pad(
         self, latents: Float[Tensor, "B C T h w"], condition_mask: Float[Tensor, "B 1 T h w"]
@@ -235,9 +243,19 @@ class VideoBlock(CosmosTransformerBlock):
         temb: Float[Tensor, "B F M"],
         rope: tuple[Tensor, Tensor],
         positions: Tensor | None,
-    ) -> Float[Tensor, "B T S D"]:
-        """Self-attention, cross-attention to the text, feed-forward, each gated. F is T, or 1 for one level a sample."""
-        return self.run(x, self.text_keys_values(text), self.modulate(embedded, temb), rope, positions)
+        *,
+        return_attention: bool = False,
+    ) -> Any:
+        """Self-attention, cross-attention to the text, feed-forward, each gated. F is T, or 1 for one level a sample.
+
+        Returns the tokens (B, T, S, D), and with `return_attention` the weights of the cross-attention (B, T * S, L),
+        mean over heads, as well.
+        """
+        keys_values = self.text_keys_values(text)
+        weights: list[Tensor] = []
+        watch = weights.append if return_attention else None
+        x = self.run(x, keys_values, self.modulate(embedded, temb), rope, positions, watch)
+        return (x, weights[0]) if return_attention else x
 
     def text_keys_values(self, text: Float[Tensor, "B L E"]) -> tuple[Tensor, Tensor]:
         """What `run` needs of the text, (B, heads, L, head width) each."""
@@ -256,13 +274,20 @@ class VideoBlock(CosmosTransformerBlock):
         modulation: tuple[Tensor, ...],
         rope: tuple[Tensor, Tensor],
         positions: Tensor | None,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> Float[Tensor, "B T S D"]:
-        """`forward` with the text's keys and values and the modulation known."""
+        """`forward` with the text's keys and values and the modulation known; `watch` gets the text's weights."""
         if positions is not None:
             x = x + positions.view(-1, *x.shape[1:])
+
+        def read(h: Tensor) -> Tensor:
+            if watch is not None:
+                watch(_attention_weights(self.attn2, h, text[0]))
+            return _attend(self.attn2, h, text)
+
         branches = (
             (self.norm1, lambda h: _attend(self.attn1, h, _keys_values(self.attn1, h, rope), rope)),
-            (self.norm2, lambda h: _attend(self.attn2, h, text)),
+            (self.norm2, read),
             (self.norm3, self.ff),
         )
         for index, (norm, branch) in enumerate(branches):
@@ -275,6 +300,11 @@ class VideoBlock(CosmosTransformerBlock):
 Rope = tuple[Tensor, Tensor]
 
 
+def _query(attn: Any, x: Tensor) -> Tensor:
+    """RMS-normalised queries, (B, heads, N, head width)."""
+    return attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+
+
 def _keys_values(attn: Any, context: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
     """RMS-normalised and, with `rope`, rotated keys, and values: (B, heads, N, head width) each."""
     key = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)).transpose(1, 2))
@@ -284,10 +314,16 @@ def _keys_values(attn: Any, context: Tensor, rope: Rope | None = None) -> tuple[
 
 def _attend(attn: Any, x: Tensor, keys_values: tuple[Tensor, Tensor], rope: Rope | None = None) -> Tensor:
     """Multi-head attention with RMS-normalised queries and optional rotary embedding, (B, N, D)."""
-    query = attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    query = _query(attn, x)
     query = query if rope is None else _rotate(query, rope)
     out = F.scaled_dot_product_attention(query, *keys_values)
     return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _attention_weights(attn: Any, x: Tensor, key: Tensor) -> Tensor:
+    """The weights that `_attend` uses without a rotary embedding, mean over heads, (B, N, L) float32."""
+    query = _query(attn, x).float()
+    return (query @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

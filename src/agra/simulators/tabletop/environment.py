@@ -61,9 +61,15 @@ class Tabletop:
 
     def interaction_mask(self) -> np.ndarray:
         """(H, W) bool: the acting hand and what it is to move; with the steamer, the left hand and the lid come first."""
-        geoms = self.scene.geoms_of(f"{self.goal.acting_hand}_hand", self.goal.acting_target)
+        return self._mask(f"{self.goal.acting_hand}_hand", self.goal.acting_target)
+
+    def target_mask(self) -> np.ndarray:
+        """(H, W) bool: what the acting hand is to move, alone."""
+        return self._mask(self.goal.acting_target)
+
+    def _mask(self, *bodies: str) -> np.ndarray:
         assert self._renderer is not None
-        return self._renderer.mask(self.scene, geoms)
+        return self._renderer.mask(self.scene, self.scene.geoms_of(*bodies))
 
     def trials(self, regime: str) -> tuple[Trial, ...]:
         """The fixed trials of a regime, C.2.2."""
