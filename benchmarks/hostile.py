@@ -8,13 +8,17 @@ resident memory is read every second, and the round trips of a well-behaved clie
 
 import argparse
 import asyncio
+import multiprocessing
 import os
 import platform
 import random
 import socket
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgpack
@@ -134,8 +138,8 @@ def knock(address: str) -> None:
                 continue
 
 
-def behave(address: str, observation: Observation, stop: asyncio.Event, seconds: float | None) -> list[float]:
-    """Ask ten times a second until told to stop, or for so long; the round trips in ms."""
+def behave(address: str, observation: Observation, stop: Any, seconds: float | None) -> list[float]:
+    """Ask ten times a second until the event `stop` is set, or for so long; the round trips in ms."""
     client, trips, start = PolicyClient(address, timeout=PATIENCE), [], time.perf_counter()
     while not stop.is_set() and (seconds is None or time.perf_counter() - start < seconds):
         sent = time.perf_counter()
@@ -163,9 +167,13 @@ async def run(address: str, pid: int, *, frames: int, connections: int) -> dict:
         embodiment=embodiment,
     )
     valid = ask(Question(observation=observation, seed=1), WireKeys(), client.spec)
-    stop, found, memory = asyncio.Event(), Counter(), []
-    alone = await asyncio.to_thread(behave, address, observation, stop, 15.0)
-    beside = asyncio.create_task(asyncio.to_thread(behave, address, observation, stop, None))
+    found, memory = Counter(), []
+    # The one that behaves lives in a process of its own: what the strangers do here must not slow it down.
+    processes = multiprocessing.get_context("spawn")
+    pool, stop = ProcessPoolExecutor(1, mp_context=processes), processes.Manager().Event()
+    ask_well = partial(asyncio.get_running_loop().run_in_executor, pool, behave, address, observation, stop)
+    alone = await ask_well(15.0)
+    beside = ask_well(None)
 
     async def watch() -> None:
         while True:
@@ -184,7 +192,9 @@ async def run(address: str, pid: int, *, frames: int, connections: int) -> dict:
     watching.cancel()
     warm = [mib for done, mib in memory if done >= 0.2 * frames] or [mib for _, mib in memory]
     growth = float(np.polyfit(range(len(warm)), warm, 1)[0]) * len(warm) if len(warm) > 2 else 0.0
-    after = await asyncio.to_thread(behave, address, observation, asyncio.Event(), 5.0)
+    stop.clear()
+    after = await ask_well(5.0)
+    pool.shutdown()
     return {
         "frames": dict(found),
         "seconds": round(seconds, 1),

@@ -582,9 +582,10 @@ def bench_latency(
         output: write the figures here, for machines.
     """
     from agra.latency import bench
-    from agra.recipes import RECIPES
+    from agra.recipes import RECIPES, compose
+    from agra.training.stages import Stage
 
-    config = RECIPES[subject]() if subject in RECIPES else None
+    config = compose(subject, Stage.JOINT, []) if subject in RECIPES else None
     bench(subject, config, device=device, batch=batch, rounds=rounds, output=output)
 
 

@@ -62,6 +62,7 @@ def serve(
     import ssl
 
     from agra.serving.app import run
+    from agra.serving.groot import GrootNames, GrootServer
     from agra.serving.messages import WireKeys
     from agra.serving.server import WebsocketServer
     from agra.serving.service import Limits, PolicyService

@@ -8,13 +8,16 @@ The blocks are those of training (`VideoBlock.run`, `SubBlock.run`). For weights
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from agra.flow import continue_chunk, euler
+from agra.wam.action_dit import SubBlock
 from agra.wam.model import WAM
+from agra.wam.video_dit import VideoBlock
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -24,8 +27,8 @@ class _Level:
     """What an action step needs of its noise level."""
 
     features: Float[Tensor, "1 W"]
-    modulation: tuple[KeysValues, ...]  # scale and shift of every sub-block
-    modulation_out: KeysValues
+    modulation: tuple[tuple[Tensor, Tensor], ...]  # scale and shift of every sub-block
+    modulation_out: tuple[Tensor, Tensor]
 
 
 class FastWAM:
@@ -37,8 +40,10 @@ class FastWAM:
             raise ValueError(f"action_steps: expected at least 1, got {action_steps}")
         self.model, self.action_steps = model, action_steps
         config, parameter = model.config, next(model.parameters())
-        self._last = max(config.bridge.layers)
-        self._blocks = model.video_dit.transformer.transformer_blocks[: self._last + 1]
+        self._blocks = cast(
+            Sequence[VideoBlock], model.video_dit.transformer.transformer_blocks[: max(config.bridge.layers) + 1]
+        )
+        self._head_blocks = cast(Sequence[SubBlock], model.action_dit.blocks)
         channels, *grid = config.latent_shape
         self._mask = torch.zeros(1, 1, *grid, dtype=parameter.dtype, device=parameter.device)
         self._mask[:, :, 0] = 1
@@ -90,7 +95,7 @@ class FastWAM:
         """`WAM.act` in `action_steps` steps."""
         head = self.model.action_dit
         # A layer that several blocks read still has keys and values of its own in each.
-        known = [head.blocks[2 * index].attn.keys_values(one) for index, one in enumerate(guidance)]
+        known = [self._head_blocks[2 * index].attn.keys_values(one) for index, one in enumerate(guidance)]
         before = head.encode_state(state, embodiment)
 
         levels = iter(self._levels)
@@ -99,7 +104,7 @@ class FastWAM:
             level = next(levels)  # Euler's levels, in its order
             time = level.features.expand(len(actions), -1)
             x = head.join(before, head.action_encoder.run(actions, time, embodiment))
-            for index, (block, modulation) in enumerate(zip(head.blocks, level.modulation, strict=True)):
+            for index, (block, modulation) in enumerate(zip(self._head_blocks, level.modulation, strict=True)):
                 x = block.run(x, known[index // 2] if index % 2 == 0 else None, modulation)
             return head.project(x, level.modulation_out, actions.shape[1], embodiment)
 
@@ -112,7 +117,7 @@ class FastWAM:
         time = head.embed_time(bucket, like.dtype)
         return _Level(
             features=head.action_encoder.time_features(bucket),
-            modulation=tuple(block.modulate(time) for block in head.blocks),
+            modulation=tuple(block.modulate(time) for block in self._head_blocks),
             modulation_out=head.modulate_out(time),
         )
 
