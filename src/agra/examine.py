@@ -63,28 +63,28 @@ def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[P
 
 
 def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
-    """Moments of the held-out episodes of the config's first dataset (of all, if none is held out), without masks.
+    """Moments of the held-out episodes of the config's first dataset (of all, if none is held out), without masks: as
+    many of each episode, evenly spread.
 
     Frames come as they were recorded, before the recipe's crop: the policy crops what it is shown. Where nothing says
     otherwise the regime is `in_distribution`.
     """
     source = config.data.open()[0]
     whole = LeRobotDataset.of(replace(source.config, crop_rows=None, crop_columns=None), config.data.path)
-    episodes = source.validation or source.training
-    chosen = [episodes[i % len(episodes)] for i in range(count)]
+    episodes = (source.validation or source.training)[:count]
     found: list[ProbeSample] = []
-    for number, episode in enumerate(chosen):
+    for place, episode in enumerate(episodes):
         recorded = whole.episode(episode)
-        step = int((number * _GOLDEN % 1) * len(recorded))
+        visits = count // len(episodes) + (place < count % len(episodes))
         found += samples_from_episode(
             recorded,
-            [step],
+            np.unique(np.linspace(0, len(recorded) - 1, visits + 1).astype(int)[:visits]).tolist(),
             window_references(config),
             trial=f"episode{episode:06d}",
             regime="in_distribution",
             window_offsets=[i * config.data.frame_stride for i in range(config.model.num_frames)],
         )
-    return list({(sample.trial, sample.step): sample for sample in found}.values())
+    return found
 
 
 def write_pictures(samples: Sequence[ProbeSample], folder: Path) -> None:
