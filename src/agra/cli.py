@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from agra.types import SimulatorFailed
+
 if TYPE_CHECKING:
     from agra.config import RunConfig
     from agra.types import Policy, Simulator
-
-REGIME_NAMES = Literal["in_distribution", "semantic", "instance", "attribute"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in COMMANDS:
             raise ValueError(_unknown("command", name, COMMANDS))
         COMMANDS[name](rest)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SimulatorFailed) as error:
         if os.environ.get("AGRA_TRACEBACK"):
             raise
         print(f"agra: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -353,79 +353,118 @@ def recipes() -> None:
 def evaluate(
     policy: Annotated[str, tyro.conf.Positional],
     simulator: str = "tabletop",
-    regimes: tuple[REGIME_NAMES, ...] = ("in_distribution", "semantic", "instance", "attribute"),
+    regimes: tuple[str, ...] | None = None,
     output: Path | None = None,
     execute_steps: int = 8,
+    max_steps: int | None = None,
+    termination: Literal["step", "chunk"] = "step",
     limit: int | None = None,
+    workers: int = 1,
     videos: int = 1,
+    by_task: bool = False,
     name: str | None = None,
     device: str = "cpu",
+    threads: int | None = None,
 ) -> None:
-    """Play the trials of C.2.2 and write one JSON line for each. Interrupted, it goes on where it was.
+    """Play a benchmark's trials and write one JSON line for each. Interrupted, it goes on where it was.
 
     Args:
         policy: a checkpoint or run folder, the name of a policy that comes with agra, or `expert` for the simulator's
             scripted expert.
         simulator: a registered simulator.
-        regimes: which of the four regimes to play.
+        regimes: which of its trial lists to play; by default all.
         output: results file; by default results.jsonl in the run's folder, outputs/NAME for a policy of agra's own.
-        execute_steps: actions executed of each chunk before the policy is asked again.
+        execute_steps: actions executed of each chunk before the policy is asked again; the expert's is 1.
+        max_steps: control steps of a trial; by default the benchmark's.
+        termination: look for success after each step, or only after each chunk as GR00T N1.5's evaluation does.
         limit: play only so many trials of each regime, evenly spread.
+        workers: processes that play side by side, each with a simulator and a policy; the episodes are the same for any
+            number.
         videos: trials of each regime to record as mp4 beside the results.
+        by_task: print the counts of every task too.
         name: the policy's name in results; by default its folder's.
         device: where the policy runs.
+        threads: threads of torch in each process; by default OMP_NUM_THREADS, or all cores.
     """
     from agra.evaluation.protocols import Protocol, regime_trials
-    from agra.evaluation.results import print_summary, read_results
     from agra.evaluation.rollout import evaluate as run
+    from agra.evaluation.tables import print_table, summary_table, task_table
     from agra.simulators.registry import make
     from agra.training.checkpoint import home
 
-    world = make(simulator)
+    if output is None:
+        if policy == "expert":
+            raise ValueError("--output: give a results file for the expert")
+        output = home(policy) / "results.jsonl"
+    player = partial(_player, policy, simulator, name, device, threads)
+    acting, world = (None, make(simulator)) if workers > 1 else player()
     try:
-        acting = _policy(policy, world, name, device)
-        if output is None:
-            if policy == "expert":
-                raise ValueError("--output: give a results file for the expert")
-            output = home(policy) / "results.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)
-        trials = regime_trials(world, regimes, limit=limit)
-        protocol = Protocol(execute_steps=1 if policy == "expert" else execute_steps)
-        run(
+        results = run(
             acting,
             world,
-            trials,
+            regime_trials(world, regimes, limit=limit),
             output=output,
-            protocol=protocol,
+            protocol=Protocol(
+                execute_steps=1 if policy == "expert" else execute_steps, max_steps=max_steps, termination=termination
+            ),
             videos=videos,
+            workers=workers,
+            make_player=player,
             policy_name=name or ("expert" if policy == "expert" else Path(policy).name),
         )
     finally:
         world.close()
-    print_summary(read_results(output))
+    print_table(summary_table(results))
+    if by_task:
+        print_table(task_table(results))
 
 
-def _policy(policy: str, world: "Simulator", name: str | None, device: str) -> "Policy":
+def _player(
+    policy: str, simulator: str, name: str | None, device: str, threads: int | None
+) -> "tuple[Policy, Simulator]":
+    """What one process plays with."""
+    from agra.simulators.registry import expert, make
+
+    world = make(simulator)
     if policy == "expert":
-        from agra.simulators.registry import expert
-
-        return expert(world)
+        return expert(world), world
     from agra.policy import WAMPolicy
 
-    return WAMPolicy.load(policy, name=name, device=device)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return WAMPolicy.load(policy, name=name, device=device), world
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Pair two policies' trials: success side by side, differences, McNemar's exact test.
+    """Pair two policies' trials: success side by side, their difference with its interval, McNemar's exact test.
 
     Args:
         a: a results file.
         b: another one, over the same trials.
     """
     from agra.evaluation.results import compare as pair
-    from agra.evaluation.results import print_comparison, read_results
+    from agra.evaluation.results import read_results
+    from agra.evaluation.tables import comparison_table, print_table
 
-    print_comparison(pair(read_results(a), read_results(b)))
+    print_table(comparison_table(pair(read_results(a), read_results(b))))
+
+
+def leaderboard(
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), benchmark: str = "robocasa_gr1"
+) -> None:
+    """Results beside what others have published on a benchmark, with the protocols that tell them apart.
+
+    Args:
+        results: results files of that benchmark.
+        benchmark: the simulator's name.
+    """
+    from agra.evaluation.results import read_results
+    from agra.evaluation.tables import leaderboard_table, print_table
+
+    print_table(leaderboard_table([read_results(path) for path in results], benchmark))
 
 
 # --- diagnose and report ---------------------------------------------------------------------------------------------
@@ -553,6 +592,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
     "evaluate": _command(evaluate),
     "compare": _command(compare),
+    "leaderboard": _command(leaderboard),
     "diagnose": _command(diagnose),
     "report": _command(report),
     "export": _command(export),
