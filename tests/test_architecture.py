@@ -20,10 +20,14 @@ MEETING_PLACES = (
     "agra.run",
     "agra.cli",
 )
+SUITES = ("metaworld", "libero")
+"""Simulators whose libraries are installed in environments of their own."""
 DOORS = {
     "diffusers": ("agra.wam.video_dit", "agra.wam.codec"),
     "transformers": ("agra.wam.text", "agra.alignment", "agra.pretrained"),
-    "mujoco": ("agra.simulators.tabletop",),
+    "mujoco": ("agra.simulators.tabletop", "agra.simulators.metaworld"),
+    "metaworld": ("agra.simulators.metaworld",),
+    "libero": ("agra.simulators.libero",),
     "pyarrow": ("agra.data",),
     "av": ("agra.data",),
     "h5py": ("agra.data.hdf5",),
@@ -104,12 +108,13 @@ def test_heavy_libraries_have_one_door():
 
 def test_simulators_and_robots_need_no_torch():
     rooms = ("agra.types", "agra.simulators", "agra.evaluation", "agra.data.normalize", "agra.collect")
-    light = sorted(name for name in FILES if _under(name, *rooms) and not _under(name, "agra.simulators.tabletop"))
+    apart = ("agra.simulators.tabletop", *(f"agra.simulators.{suite}.environment" for suite in SUITES))
+    light = sorted(name for name in FILES if _under(name, *rooms) and not _under(name, *apart))
     code = f"import sys, importlib\nfor m in {light}: importlib.import_module(m)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     for name in FILES:
-        if _under(name, "agra.simulators.tabletop"):
+        if _under(name, "agra.simulators"):
             assert not any(_under(m, "torch") for m in _imports(name)), name
 
 
