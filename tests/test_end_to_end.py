@@ -98,7 +98,7 @@ def test_a_policy_is_rebuilt_from_its_checkpoint_alone(trained, tmp_path, stage)
     moved.reset(5)
     first = policy.act(observation)
     assert first.actions.shape == (8, 2)
-    assert set(first.timings) == {"prepare", "condition", "act"}
+    assert set(first.timings) == {"text", "codec", "video", "bridge", "action"}
     np.testing.assert_array_equal(first.actions, moved.act(observation).actions)
     assert not np.array_equal(first.actions, policy.act(observation).actions)  # fresh noise for every chunk
     policy.reset(5)

@@ -21,6 +21,7 @@ from agra.types import SimulatorFailed
 
 if TYPE_CHECKING:
     from agra.config import RunConfig
+    from agra.serving.app import Source
     from agra.types import Policy, Simulator
 
 
@@ -361,16 +362,19 @@ def evaluate(
     limit: int | None = None,
     workers: int = 1,
     videos: int = 1,
+    blind: bool = False,
     by_task: bool = False,
     name: str | None = None,
+    keys: str | None = None,
+    python: Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
     """Play a benchmark's trials and write one JSON line for each. Interrupted, it goes on where it was.
 
     Args:
-        policy: a checkpoint or run folder, the name of a policy that comes with agra, or `expert` for the simulator's
-            scripted expert.
+        policy: a checkpoint or run folder, the name of a policy that comes with agra, a server's address
+            (ws://HOST:PORT, or tcp:// on GR00T's wire), or `expert` for the simulator's scripted expert.
         simulator: a registered simulator.
         regimes: which of its trial lists to play; by default all.
         output: results file; by default results.jsonl in the run's folder, outputs/NAME for a policy of agra's own.
@@ -381,8 +385,12 @@ def evaluate(
         workers: processes that play side by side, each with a simulator and a policy; the episodes are the same for any
             number.
         videos: trials of each regime to record as mp4 beside the results.
+        blind: render nothing, for policies that do not look, such as the experts of Meta-World and LIBERO.
         by_task: print the counts of every task too.
         name: the policy's name in results; by default its folder's.
+        keys: which key carries what on the wire of a server that is not agra's: a table's name or a JSON file, see
+            docs/benchmarks.md.
+        python: interpreter of the simulator's own environment: the policy is served from here and played from there.
         device: where the policy runs.
         threads: threads of torch in each process; by default OMP_NUM_THREADS, or all cores.
     """
@@ -390,14 +398,28 @@ def evaluate(
     from agra.evaluation.rollout import evaluate as run
     from agra.evaluation.tables import print_table, summary_table, task_table
     from agra.simulators.registry import make
-    from agra.training.checkpoint import home
 
+    scripted, remote = policy == "expert", "://" in policy
+    if (scripted or remote) and output is None:
+        raise ValueError(f"--output: give a results file for {policy}")
+    if remote and name is None:
+        raise ValueError(f"--name: say what the policy at {policy} is called in the results")
     if output is None:
-        if policy == "expert":
-            raise ValueError("--output: give a results file for the expert")
+        from agra.training.checkpoint import home
+
         output = home(policy) / "results.jsonl"
-    player = partial(_player, policy, simulator, name, device, threads)
-    acting, world = (None, make(simulator)) if workers > 1 else player()
+    name = name or Path(policy).name
+    protocol = Protocol(execute_steps=1 if scripted else execute_steps, max_steps=max_steps, termination=termination)
+    if python is not None:
+        given: dict[str, Any] = {
+            "simulator": simulator, "regimes": regimes, "output": output, "name": name, "limit": limit, "workers": workers,
+            "videos": videos, "by_task": by_task, **vars(protocol),
+        }  # fmt: skip
+        _evaluate_apart(policy, python, given, {"device": device, "threads": threads})
+        return
+    options = {"blind": True} if blind else {}
+    player = partial(_player, policy, simulator, options, name, keys, device, threads)
+    acting, world = (None, make(simulator, **options)) if workers > 1 else player()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         results = run(
@@ -405,13 +427,12 @@ def evaluate(
             world,
             regime_trials(world, regimes, limit=limit),
             output=output,
-            protocol=Protocol(
-                execute_steps=1 if policy == "expert" else execute_steps, max_steps=max_steps, termination=termination
-            ),
+            protocol=protocol,
             videos=videos,
             workers=workers,
             make_player=player,
-            policy_name=name or ("expert" if policy == "expert" else Path(policy).name),
+            policy_name=name,
+            policy_settings={"wire_keys": keys} if keys else {},
         )
     finally:
         world.close()
@@ -421,14 +442,23 @@ def evaluate(
 
 
 def _player(
-    policy: str, simulator: str, name: str | None, device: str, threads: int | None
+    policy: str, simulator: str, options: dict[str, Any], name: str, keys: str | None, device: str, threads: int | None
 ) -> "tuple[Policy, Simulator]":
     """What one process plays with."""
     from agra.simulators.registry import expert, make
 
-    world = make(simulator)
+    world = make(simulator, **options)
     if policy == "expert":
         return expert(world), world
+    key = os.environ.get("AGRA_API_KEY")
+    if keys is not None:
+        from agra.serving.foreign import connect_policy, read_table
+
+        return connect_policy(policy, read_table(keys), api_key=key), world
+    if "://" in policy:
+        from agra.serving.client import PolicyClient
+
+        return PolicyClient(policy, api_key=key, timeout=120), world
     from agra.policy import WAMPolicy
 
     if threads is not None:
@@ -436,6 +466,27 @@ def _player(
 
         torch.set_num_threads(threads)
     return WAMPolicy.load(policy, name=name, device=device), world
+
+
+def _evaluate_apart(policy: str, python: Path, evaluate: dict[str, Any], serve: dict[str, Any]) -> None:
+    from agra.apart import evaluate_apart
+
+    if policy == "expert" or "://" in policy:
+        raise ValueError(f"--python: {policy} needs no server here; run {python} -m agra.cli evaluate instead")
+    code = evaluate_apart(policy, python, _as_flags(evaluate), serve=_as_flags(serve))
+    if code:
+        raise SystemExit(code)
+
+
+def _as_flags(options: dict[str, Any]) -> list[str]:
+    """Command line of a function's arguments; what is None or False is left to its default."""
+    flags: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return flags
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
@@ -509,6 +560,97 @@ def report(
     from agra.run import report as run
 
     print(run(policies, output=output))
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+def serve(
+    policy: Annotated[Path, tyro.conf.Positional],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    without_key: bool = False,
+    image_key: str = "observation/image",
+    state_keys: tuple[str, ...] = ("observation/state",),
+    prompt_key: str = "prompt",
+    max_batch: int = 16,
+    max_connections: int = 64,
+    watch: float | None = None,
+    tls_certificate: Path | None = None,
+    tls_key: Path | None = None,
+    plain: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> None:
+    """Serve a policy on openpi's websocket wire; the variable AGRA_API_KEY sets a key that clients must send.
+
+    SIGTERM finishes what is running and stops, SIGHUP loads the newest checkpoint. /healthz, /readyz and /metrics are
+    on the same port.
+
+    Args:
+        policy: a checkpoint or run folder.
+        host: address to listen on; any but this machine's own needs AGRA_API_KEY or --without-key.
+        port: port of the websocket wire; 0 takes a free one.
+        without_key: listen on a network without a key.
+        image_key: what clients call the frame.
+        state_keys: what clients call the state; several are joined in order.
+        prompt_key: what clients call the instruction.
+        max_batch: requests of different clients that are computed together.
+        max_connections: clients at a time.
+        watch: look every so many seconds for a newer checkpoint in the run folder and swap to it.
+        tls_certificate: PEM file; the wire is then wss://.
+        tls_key: PEM file of its private key.
+        plain: without the fast path; for comparison.
+        device: where the policy runs.
+        threads: threads of torch; by default OMP_NUM_THREADS, or all cores.
+    """
+    import asyncio
+    import logging
+    import ssl
+
+    from agra.serving.app import run
+    from agra.serving.messages import WireKeys
+    from agra.serving.server import WebsocketServer
+    from agra.serving.service import Limits, PolicyService
+
+    key = os.environ.get("AGRA_API_KEY")
+    if host not in ("127.0.0.1", "::1", "localhost") and key is None and not without_key:
+        raise ValueError(f"--host {host}: set AGRA_API_KEY, or say --without-key to let everyone on that network in")
+    if (tls_certificate is None) != (tls_key is None):
+        raise ValueError("--tls-certificate and --tls-key belong together")
+    tls = None
+    if tls_certificate is not None and tls_key is not None:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(tls_certificate, tls_key)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # strangers' broken handshakes
+    source = _policy_source(policy, device=device, fast=not plain)
+    keys = WireKeys(image=image_key, state=state_keys, prompt=prompt_key)
+
+    async def main() -> None:
+        limits = Limits(max_batch=max_batch, max_connections=max_connections)
+        service = PolicyService(source.load(), limits)
+        server = WebsocketServer(service, host=host, port=port, keys=keys, api_key=key, tls=tls)
+        scheme = "ws" if tls is None else "wss"
+
+        def started() -> None:
+            print(f"serving {service.spec.name} on {scheme}://{host}:{server.port}", flush=True)
+
+        await run(service, server, source, watch_every=watch, started=started)
+
+    asyncio.run(main())
+
+
+def _policy_source(path: Path, *, device: str, fast: bool) -> "Source":
+    from agra.policy import WAMPolicy
+    from agra.serving.app import Source
+    from agra.training.checkpoint import resolve
+
+    return Source(load=partial(WAMPolicy.load, path, device=device), stamp=partial(resolve, path))
 
 
 # --- checkpoints that leave the machine ------------------------------------------------------------------------------
@@ -595,6 +737,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "leaderboard": _command(leaderboard),
     "diagnose": _command(diagnose),
     "report": _command(report),
+    "serve": _command(serve),
     "export": _command(export),
     "push": _command(push),
     "pull": _command(pull),

@@ -57,6 +57,57 @@ class ActionChunk:
             raise ValueError(f"ActionChunk.actions: expected (K, D) with K >= 1, got {self.actions.shape}")
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Continuation:
+    """The rest of the chunk that a robot is executing while it asks for the next one (real-time chunking)."""
+
+    actions: np.ndarray  # (P, D) in the robot's units; row 0 belongs to the control step of the observation
+    delay: int  # how many of them will have been executed before the answer can be there
+
+    def __post_init__(self) -> None:
+        if self.actions.ndim != 2 or len(self.actions) == 0:
+            raise ValueError(f"Continuation.actions: expected (P, D) with P >= 1, got {self.actions.shape}")
+        if not 0 <= self.delay <= len(self.actions):
+            raise ValueError(f"Continuation.delay: expected 0 to {len(self.actions)}, got {self.delay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbodimentSpec:
+    """The named parts of a robot's state and action, each as the dimensions [start, end), in order."""
+
+    state: Mapping[str, tuple[int, int]]
+    action: Mapping[str, tuple[int, int]]
+
+    @property
+    def state_dim(self) -> int:
+        """S."""
+        return max(end for _, end in self.state.values())
+
+    @property
+    def action_dim(self) -> int:
+        """D."""
+        return max(end for _, end in self.action.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """What a policy takes and answers; `frame_size` (H, W) is what it makes of frames of any size."""
+
+    name: str
+    horizon: int
+    frame_size: tuple[int, int]
+    embodiments: Mapping[str, EmbodimentSpec]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyRequest:
+    """One robot's question in a batch; `episode` comes from the policy and holds its random numbers."""
+
+    observation: Observation
+    episode: Any
+    continuation: Continuation | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One evaluation trial as data: everything that decides what the simulator shows, JSON-serialisable.
@@ -124,6 +175,25 @@ class Policy(Protocol):
 
     def act(self, observation: Observation) -> ActionChunk:
         """Answer the next K actions."""
+        ...
+
+
+@runtime_checkable
+class BatchPolicy(Protocol):
+    """A policy for many robots at once, as a server wants it."""
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What it takes and answers."""
+        ...
+
+    def episode(self, seed: int) -> Any:
+        """What an episode's random numbers come from."""
+        ...
+
+    def act_batch(self, requests: Sequence[PolicyRequest]) -> list[ActionChunk]:
+        """One chunk a request, in order. Raises ValueError, before any random number is drawn, for a request that the
+        policy cannot take."""
         ...
 
 

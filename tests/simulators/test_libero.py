@@ -12,7 +12,11 @@ def test_suites():
         "libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400,
     }  # fmt: skip
     assert regimes("libero_90") == ("in_distribution",)
-    assert regimes("libero_object") == tuple(PERTURBATIONS) == ("in_distribution", "language", "object", "position", "task")
+    assert (
+        regimes("libero_object")
+        == tuple(PERTURBATIONS)
+        == ("in_distribution", "language", "object", "position", "task")
+    )
 
 
 @pytest.fixture(scope="module")

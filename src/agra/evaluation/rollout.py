@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
@@ -129,6 +129,7 @@ def evaluate(
     workers: int = 1,
     make_player: Callable[[], tuple[Policy, Simulator]] | None = None,
     attempts: int = ATTEMPTS,
+    policy_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
     """Play every trial once and write the results file `output`; what it already holds is not played again.
@@ -139,13 +140,15 @@ def evaluate(
     `make_player()`, which must be picklable, and `policy` may be None; the episodes do not depend on the number of workers,
     because no process plays two at a time and a trial says everything that decides its episode.
 
+    `policy_settings`, JSON-serialisable, are what else the header is to say of the policy.
+
     A trial in which the simulator failed or its process died is played again, the same trial from its start, up to
     `attempts` times, and its line says so. Raises `SimulatorFailed` at the end where a trial could not be played: the
     file then lacks it, and the next call tries again. Raises ValueError where `output` was written under another header
     (policy, protocol, trials or versions).
     """
     path = Path(output)
-    header = _header(policy_name, simulator, trials, protocol)
+    header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
     finished = _open_results(path, header)
     if workers == 1 and policy is not None:
         make_player = partial(_pair, policy, simulator)
@@ -216,7 +219,9 @@ def _play_trial(
     )
 
 
-def _header(policy: str, simulator: Simulator, trials: Sequence[Trial], protocol: Protocol) -> dict[str, Any]:
+def _header(
+    policy: str, policy_settings: Mapping[str, Any], simulator: Simulator, trials: Sequence[Trial], protocol: Protocol
+) -> dict[str, Any]:
     """Everything that has to agree before trials may share a results file."""
     simulators = sorted({trial.simulator for trial in trials})
     if len(simulators) != 1:
@@ -226,6 +231,7 @@ def _header(policy: str, simulator: Simulator, trials: Sequence[Trial], protocol
     listed = json.dumps(sorted(map(asdict, trials), key=lambda trial: trial["name"]), sort_keys=True)
     header = {
         "policy": policy,
+        "policy_settings": dict(policy_settings),
         "simulator": simulators[0],
         "protocol": asdict(protocol),
         "embodiment": simulator.embodiment.name,

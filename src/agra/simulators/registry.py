@@ -23,6 +23,8 @@ def _tabletop(hands: str) -> Suite:
     def make(**options: Any) -> Simulator:
         from agra.simulators.tabletop.environment import Tabletop
 
+        if options.pop("blind", False):
+            raise ValueError("the tabletop has no blind form: its expert is quick enough beside the renderer")
         return Tabletop(hands=hands, **options)
 
     def expert(simulator: Any) -> Policy:
