@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from agra.collect import Demonstrator
 from agra.types import NO_FRAME, REGIMES, ActionChunk, Embodiment, Observation, Step, Trial
 
 COUNTS = {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}
@@ -99,7 +98,9 @@ def training_trials(count: int, seed: int) -> list[Trial]:
     return [replace(trial, instruction=f"go {i % 2}") for i, trial in enumerate(trials)]
 
 
-def demonstrator(name: str) -> Demonstrator:
+def demonstrator(name: str):
+    from agra.collect import Demonstrator  # worker processes that only play need none of what it imports
+
     assert name == "point"
     world = PointWorld()
     return Demonstrator(simulator=world, expert=Expert(world), trials=training_trials)

@@ -20,7 +20,7 @@ MEETING_PLACES = (
     "agra.run",
     "agra.cli",
 )
-SUITES = ("metaworld", "libero")
+SUITES = ("metaworld", "libero", "robocasa")
 """Simulators whose libraries are installed in environments of their own."""
 DOORS = {
     "diffusers": ("agra.wam.video_dit", "agra.wam.codec"),
@@ -28,6 +28,7 @@ DOORS = {
     "mujoco": ("agra.simulators.tabletop", "agra.simulators.metaworld"),
     "metaworld": ("agra.simulators.metaworld",),
     "libero": ("agra.simulators.libero",),
+    "robocasa_gr1": ("agra.simulators.robocasa",),
     "pyarrow": ("agra.data",),
     "av": ("agra.data",),
     "h5py": ("agra.data.hdf5",),

@@ -106,6 +106,7 @@ def test_leaderboard():
     ours.header["protocol"].update(termination="chunk")
     table = text(leaderboard_table([ours], "robocasa_gr1"))
     assert "* ours" in table
+    assert "Table 2" in table  # a row says where it is from
     assert "66.4 % (64-69)" in table  # the paper's average, 24 x 50
     assert table.index("* ours") < table.index("66.3 %")  # 75 % is above Table 2's best in its regime
     assert "4 of the 40 trials" in " ".join(table.split())

@@ -34,7 +34,7 @@ _GR1 = (
         system="AGRA",
         average=66.4,
         episodes=50,
-        protocol=_FULL + "executed steps and accounting not stated",
+        protocol="1,000 demonstrations a task, 80,000 training steps; step limit, executed steps and accounting not stated",
         source="arXiv 2606.12217, B.2.1, Fig. 9",
     ),
     _gr1(

@@ -133,10 +133,10 @@ def _our_row(results: Results, summary: Summary) -> tuple[str, str, str, str]:
 def _published_row(row: Published) -> tuple[str, str, str, str]:
     trials = row.tasks * row.episodes if row.episodes else None
     if trials is None:
-        return row.system, f"{row.average:.1f} %", f"{row.tasks} tasks", f"{row.protocol} [{row.source}]"
+        return row.system, f"{row.average:.1f} %", f"{row.tasks} tasks", f"{row.protocol} ({row.source})"
     low, high = wilson_interval(round(row.average / 100 * trials), trials)
     average = f"{row.average:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-    return row.system, average, f"{row.tasks} x {row.episodes}", f"{row.protocol} [{row.source}]"
+    return row.system, average, f"{row.tasks} x {row.episodes}", f"{row.protocol} ({row.source})"
 
 
 def _table(title: str, first: str, *headings: str) -> Table:

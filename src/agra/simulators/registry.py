@@ -68,11 +68,21 @@ def _libero(name: str) -> Suite:
     return Suite(make=make)
 
 
+def _robocasa() -> Suite:
+    def make(**options: Any) -> Simulator:
+        from agra.simulators.robocasa.environment import RobocasaGR1
+
+        return RobocasaGR1(**options)
+
+    return Suite(make=make)
+
+
 SUITES: dict[str, Suite] = {
     "tabletop": _tabletop("tabletop"),
     "tabletop_human": _tabletop("tabletop_human"),
     "metaworld": _metaworld(),
     **{name: _libero(name) for name in MAX_STEPS},
+    "robocasa_gr1": _robocasa(),
 }
 
 
