@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from agra.cli_robot import control, load_policy, serve
 from agra.types import SimulatorFailed
 
 if TYPE_CHECKING:
     from agra.config import RunConfig
-    from agra.serving.app import Source
     from agra.types import Policy, Simulator
 
 
@@ -402,6 +402,8 @@ def evaluate(
     scripted, remote = policy == "expert", "://" in policy
     if (scripted or remote) and output is None:
         raise ValueError(f"--output: give a results file for {policy}")
+    if policy.startswith("tcp://") and keys is None:
+        raise ValueError(f"--keys: say which key carries what on the wire of {policy}, e.g. groot_gr1")
     if remote and name is None:
         raise ValueError(f"--name: say what the policy at {policy} is called in the results")
     if output is None:
@@ -445,11 +447,9 @@ def _player(
     policy: str, simulator: str, options: dict[str, Any], name: str, keys: str | None, device: str, threads: int | None
 ) -> "tuple[Policy, Simulator]":
     """What one process plays with."""
-    from agra.simulators.registry import expert, make
+    from agra.simulators.registry import make
 
     world = make(simulator, **options)
-    if policy == "expert":
-        return expert(world), world
     key = os.environ.get("AGRA_API_KEY")
     if keys is not None:
         from agra.serving.foreign import connect_policy, read_table
@@ -459,13 +459,11 @@ def _player(
         from agra.serving.client import PolicyClient
 
         return PolicyClient(policy, api_key=key, timeout=120), world
-    from agra.policy import WAMPolicy
-
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    return WAMPolicy.load(policy, name=name, device=device), world
+    return load_policy(policy, world, name, device), world
 
 
 def _evaluate_apart(policy: str, python: Path, evaluate: dict[str, Any], serve: dict[str, Any]) -> None:
@@ -562,95 +560,30 @@ def report(
     print(run(policies, output=output))
 
 
-# --- serve -----------------------------------------------------------------------------------------------------------
+# --- latency -----------------------------------------------------------------------------------------------------------
 
 
-def serve(
-    policy: Annotated[Path, tyro.conf.Positional],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    without_key: bool = False,
-    image_key: str = "observation/image",
-    state_keys: tuple[str, ...] = ("observation/state",),
-    prompt_key: str = "prompt",
-    max_batch: int = 16,
-    max_connections: int = 64,
-    watch: float | None = None,
-    tls_certificate: Path | None = None,
-    tls_key: Path | None = None,
-    plain: bool = False,
+def bench_latency(
+    subject: Annotated[str, tyro.conf.Positional],
+    rounds: int = 50,
+    batch: int = 1,
     device: str = "cpu",
-    threads: int | None = None,
+    output: Path | None = None,
 ) -> None:
-    """Serve a policy on openpi's websocket wire; the variable AGRA_API_KEY sets a key that clients must send.
-
-    SIGTERM finishes what is running and stops, SIGHUP loads the newest checkpoint. /healthz, /readyz and /metrics are
-    on the same port.
+    """Time an answer stage by stage, p50 and p95, the plain path and the fast one in turn.
 
     Args:
-        policy: a checkpoint or run folder.
-        host: address to listen on; any but this machine's own needs AGRA_API_KEY or --without-key.
-        port: port of the websocket wire; 0 takes a free one.
-        without_key: listen on a network without a key.
-        image_key: what clients call the frame.
-        state_keys: what clients call the state; several are joined in order.
-        prompt_key: what clients call the instruction.
-        max_batch: requests of different clients that are computed together.
-        max_connections: clients at a time.
-        watch: look every so many seconds for a newer checkpoint in the run folder and swap to it.
-        tls_certificate: PEM file; the wire is then wss://.
-        tls_key: PEM file of its private key.
-        plain: without the fast path; for comparison.
-        device: where the policy runs.
-        threads: threads of torch; by default OMP_NUM_THREADS, or all cores.
+        subject: a checkpoint or run folder, or a recipe's name: its model with random weights, after codec and text.
+        rounds: calls that count.
+        batch: robots that are answered together.
+        device: where the policy runs; a recipe runs in bfloat16 on a GPU.
+        output: write the figures here, for machines.
     """
-    import asyncio
-    import logging
-    import ssl
+    from agra.latency import bench
+    from agra.recipes import RECIPES
 
-    from agra.serving.app import run
-    from agra.serving.messages import WireKeys
-    from agra.serving.server import WebsocketServer
-    from agra.serving.service import Limits, PolicyService
-
-    key = os.environ.get("AGRA_API_KEY")
-    if host not in ("127.0.0.1", "::1", "localhost") and key is None and not without_key:
-        raise ValueError(f"--host {host}: set AGRA_API_KEY, or say --without-key to let everyone on that network in")
-    if (tls_certificate is None) != (tls_key is None):
-        raise ValueError("--tls-certificate and --tls-key belong together")
-    tls = None
-    if tls_certificate is not None and tls_key is not None:
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(tls_certificate, tls_key)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # strangers' broken handshakes
-    source = _policy_source(policy, device=device, fast=not plain)
-    keys = WireKeys(image=image_key, state=state_keys, prompt=prompt_key)
-
-    async def main() -> None:
-        limits = Limits(max_batch=max_batch, max_connections=max_connections)
-        service = PolicyService(source.load(), limits)
-        server = WebsocketServer(service, host=host, port=port, keys=keys, api_key=key, tls=tls)
-        scheme = "ws" if tls is None else "wss"
-
-        def started() -> None:
-            print(f"serving {service.spec.name} on {scheme}://{host}:{server.port}", flush=True)
-
-        await run(service, server, source, watch_every=watch, started=started)
-
-    asyncio.run(main())
-
-
-def _policy_source(path: Path, *, device: str, fast: bool) -> "Source":
-    from agra.policy import WAMPolicy
-    from agra.serving.app import Source
-    from agra.training.checkpoint import resolve
-
-    return Source(load=partial(WAMPolicy.load, path, device=device), stamp=partial(resolve, path))
+    config = RECIPES[subject]() if subject in RECIPES else None
+    bench(subject, config, device=device, batch=batch, rounds=rounds, output=output)
 
 
 # --- checkpoints that leave the machine ------------------------------------------------------------------------------
@@ -718,7 +651,7 @@ def _bound(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 def _command(function: Callable[..., None]) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
-        call = _from_flags(_bound(function), arguments, f"agra {function.__name__}")
+        call = _from_flags(_bound(function), arguments, f"agra {function.__name__.replace('_', '-')}")
         call()
 
     run.__doc__ = function.__doc__
@@ -738,6 +671,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "diagnose": _command(diagnose),
     "report": _command(report),
     "serve": _command(serve),
+    "control": _command(control),
+    "bench-latency": _command(bench_latency),
     "export": _command(export),
     "push": _command(push),
     "pull": _command(pull),
@@ -746,7 +681,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _help() -> str:
-    lines = [f"  {name:10}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:15}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
     return "usage: agra COMMAND [flags]\n\n" + "\n".join(lines) + "\n\n`agra COMMAND --help` lists a command's flags."
 
 

@@ -19,6 +19,7 @@ from agra.training import checkpoint
 from agra.training.stages import Stage
 from agra.types import ActionChunk, Continuation, EmbodimentSpec, Observation, PolicyRequest, PolicySpec
 from agra.wam.codec import Codec, load_codec, to_video
+from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
 from agra.wam.text import TextEncoder, load_text_encoder
 
@@ -42,7 +43,8 @@ class PolicyInputs:
 class WAMPolicy:
     """An `agra.types.Policy`, and a `BatchPolicy`, around a trained WAM; `act` runs one conditioning pass and a few Euler steps.
 
-    The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
+    With `fast` nothing is computed twice (`agra.wam.fast`); the results are the same up to rounding. The model's weights
+    must then stay as they are. The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
     seed and observations give the same actions.
     """
 
@@ -57,17 +59,23 @@ class WAMPolicy:
         stats: Mapping[str, NormStats],
         device: torch.device | str = "cpu",
         action_steps: int = 4,
+        fast: bool = True,
     ) -> None:
         self.name, self.config, self.stats = name, config, stats
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.codec, self.text = codec, text
         self.action_steps = action_steps
+        # Bounded: a server's clients choose the instructions.
         self._tokens = lru_cache(maxsize=64)(self._encode)
+        self._fast = FastWAM(self.model, action_steps=action_steps) if fast else None
+        self._keys_values = lru_cache(maxsize=8)(self._project)
         self.reset(0)
 
     @classmethod
-    def load(cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu") -> "WAMPolicy":
+    def load(
+        cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu", fast: bool = True
+    ) -> "WAMPolicy":
         """Rebuild a policy from a checkpoint folder, or from its run's folder (the newest checkpoint), alone.
 
         Raises FileNotFoundError where there is none, ValueError where a file is damaged or the checkpoint is one of the
@@ -93,6 +101,7 @@ class WAMPolicy:
             text=load_text_encoder(config.model.text, _projection(config, model)),
             stats=stats,
             device=device,
+            fast=fast,
         )
 
     @property
@@ -130,26 +139,28 @@ class WAMPolicy:
         Raises ValueError, before any noise is drawn, where an observation does not fit.
         """
         watch = Stopwatch(self.device)
-        for request in requests:
-            self._tokens(request.observation.instruction)
+        instructions = [request.observation.instruction for request in requests]
+        for instruction in instructions:
+            (self._tokens if self._fast is None else self._keys_values)(instruction)
         watch.lap("text")
         inputs = self.prepare([request.observation for request in requests])
         continuation = self._continuation(requests)
         watch.lap("codec")
         noises = [self._draw(1, request.episode) for request in requests]
         video_noise, action_noise = (torch.cat(noise) for noise in zip(*noises, strict=True))
-        hidden = self.model.condition(inputs.observation_latent, video_noise, inputs.instruction)
+        if self._fast is None:
+            hidden = self.model.condition(inputs.observation_latent, video_noise, inputs.instruction)
+        else:
+            known = [self._keys_values(instruction) for instruction in instructions]
+            hidden = self._fast.condition(inputs.observation_latent, video_noise, known)
         watch.lap("video")
         guidance = self.model.guide(hidden)
         watch.lap("bridge")
-        actions = self.model.act(
-            guidance,
-            inputs.state,
-            inputs.embodiment,
-            action_noise,
-            steps=self.action_steps,
-            continuation=continuation,
-        )
+        head = (guidance, inputs.state, inputs.embodiment, action_noise)
+        if self._fast is None:
+            actions = self.model.act(*head, steps=self.action_steps, continuation=continuation)
+        else:
+            actions = self._fast.act(*head, continuation=continuation)
         answers = [
             self.unnormalize(row[None], request.observation.embodiment)[0]
             for row, request in zip(actions, requests, strict=True)
@@ -209,6 +220,10 @@ class WAMPolicy:
     def _encode(self, instruction: str) -> Tensor:
         # float16 as in the cache that training read
         return self.text.encode([instruction])[0].half().float()
+
+    def _project(self, instruction: str) -> tuple[tuple[Tensor, Tensor], ...]:
+        assert self._fast is not None
+        return self._fast.instruction(self._tokens(instruction).to(self.device))
 
     def _continuation(self, requests: Sequence[PolicyRequest]) -> tuple[Tensor, Tensor] | None:
         """The old chunks as the model sees actions, and how much each number counts: (B, K, D) twice."""

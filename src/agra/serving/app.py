@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
+from agra.serving.groot import GrootServer
 from agra.serving.server import WebsocketServer
 from agra.serving.service import PolicyService
 from agra.types import BatchPolicy
@@ -53,6 +54,7 @@ async def run(
     server: WebsocketServer,
     source: Source,
     *,
+    groot: GrootServer | None = None,
     watch_every: float | None = None,
     grace: float = 10.0,
     started: Callable[[], None] = lambda: None,
@@ -70,6 +72,8 @@ async def run(
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, hang_up)
     await server.start()
+    if groot is not None:
+        await groot.start()
     if watch_every is not None:
         tasks.add(loop.create_task(watch(service, server, source, every=watch_every)))
     started()
@@ -78,4 +82,6 @@ async def run(
     for task in tasks:
         task.cancel()
     await server.stop(grace)
+    if groot is not None:
+        await groot.stop()
     await service.close()
