@@ -48,7 +48,7 @@ def as_finished(
         failures[number] += 1
         on_failure(item, reason)
         if failures[number] < attempts:
-            waiting.append((number, item))
+            waiting.appendleft((number, item))
         else:
             abandoned.append(f"{item!r:.80}: {reason}")
 

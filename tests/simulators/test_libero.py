@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from agra.evaluation.rollout import run_episode
 from agra.simulators.libero.suites import MAX_STEPS, PERTURBATIONS, regimes
-from agra.types import Simulator
+from agra.types import ActionChunk, Simulator
 
 
 def test_suites():
@@ -75,6 +76,37 @@ def test_pictures_and_states_are_those_of_the_package_s_own_protocol(world):
     assert np.array_equal(seen["agentview_image"][::-1, ::-1], first.frame)
     assert np.array_equal(seen["robot0_eye_in_hand_image"][::-1, ::-1], first.views["wrist"])
     own.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [(name, "in_distribution") for name in MAX_STEPS]
+    + [("libero_goal", regime) for regime in tuple(PERTURBATIONS)[1:]],
+)
+def test_every_suite_and_axis_plays(name, regime, tmp_path):
+    """A short episode of random actions; the pictures are kept, to be looked at."""
+    pytest.importorskip("libero")
+    from PIL import Image
+
+    from agra.simulators.registry import make
+
+    class Random:
+        def reset(self, seed):
+            self.rng = np.random.default_rng(seed)
+
+        def act(self, observation):
+            return ActionChunk(actions=self.rng.uniform(-1, 1, (8, 7)).astype(np.float32))
+
+    world = make(name)
+    trial = world.trials(regime)[0]
+    episode = run_episode(Random(), world, trial, execute_steps=8, max_steps=16)
+    world.close()
+    assert len(episode) == 16
+    assert episode.instruction == trial.instruction
+    assert episode.frames[0].std() > 10
+    assert not np.array_equal(episode.frames[0], episode.frames[-1])
+    Image.fromarray(np.concatenate([episode.frames[0], episode.frames[-1]], axis=1)).save(tmp_path / "frames.png")
 
 
 def test_axis_angle():
