@@ -2,6 +2,7 @@
 # test         set everything up, run the quick tests          (make test-slow: the slow ones)
 # check        ruff and pyright
 # openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
+# env-metaworld  env-libero  env-robocasa   a simulator's own environment, .venv-NAME, without torch
 # setup        Debian packages for headless rendering and a browser, virtual environment, CPU torch, agra
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEBIAN_PACKAGES := libegl1 libgl1-mesa-dri
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check openpi setup system clean
+.PHONY: quickstart test test-slow check openpi setup system clean env-metaworld env-libero env-robocasa
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash runs/quickstart.sh
@@ -47,6 +48,14 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e '.[demo,dev]'
+	@touch $@
+
+# Suites pin versions that contradict each other, so each has an environment; agra evaluate --python uses it.
+env-metaworld env-libero env-robocasa: env-%: system .venv-%/.installed
+
+.venv-%/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q -e '.[$*,client]' pytest
 	@touch $@
 
 clean:
