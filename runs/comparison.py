@@ -45,10 +45,7 @@ def of_samples(name: str, run: Path) -> Values:
 def sensitivity(kind: str, run: Path) -> Values:
     """The matched sensitivity ratio of every sample that has one."""
     diagnosis = read_diagnosis(run / "diagnosis")
-    inside, outside = diagnosis.deviations(kind)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = inside / outside.reshape(len(inside), -1).mean(axis=1)
-    return dict(zip(diagnosis.keys, ratios.tolist(), strict=True))
+    return dict(zip(diagnosis.keys, diagnosis.ratios(kind).tolist(), strict=True))
 
 
 def looking(measure: str, run: Path) -> Values:
