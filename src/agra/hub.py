@@ -14,7 +14,9 @@ from agra.config import RunConfig
 from agra.pretrained import loading, stored_tensors
 from agra.training import checkpoint, lineage
 from agra.training.lora import LoRAConfig, merged
+from agra.wam.codec import CodecConfig
 from agra.wam.model import WAM
+from agra.wam.text import TextConfig
 
 _KEPT = ("norm_stats.json", "trainer.json", "codec.safetensors")
 
@@ -128,6 +130,13 @@ def _halved(name: str, value: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
+def _frozen(part: CodecConfig | TextConfig) -> str:
+    """The name of a frozen part, with where it comes from unless it travels with agra."""
+    return {"patch_pca": "the patch PCA in codec.safetensors", "minilm": "the packaged MiniLM"}.get(
+        part.kind, f"{part.kind} ({part.source})"
+    )
+
+
 def model_card(config: RunConfig, description: str, *, steps: int, model: WAM, ema: bool) -> ModelCard:
     """What a checkpoint is: `description` says how it was made, the config its parts, data, stage, and how to run it."""
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -143,8 +152,7 @@ def model_card(config: RunConfig, description: str, *, steps: int, model: WAM, e
         f"- Embodiments: {', '.join(config.data.embodiments)}; {config.model.action_dit.horizon} actions a chunk, a frame "
         f"every {config.data.frame_stride} control steps, {config.model.frame_size[0]} x {config.model.frame_size[1]} "
         f"pixels.\n"
-        f"- Frozen parts it needs: {config.model.codec.kind} ({config.model.codec.source}) and {config.model.text.kind} "
-        f"({config.model.text.source}), under the licences of their own.\n"
+        f"- Frozen parts: {_frozen(config.model.codec)} and {_frozen(config.model.text)}, under the licences of their own.\n"
         "- Its success rates are not part of this card; measure them with `agra evaluate`.\n\n"
         "```python\nfrom agra.policy import WAMPolicy\n\npolicy = WAMPolicy.load(FOLDER)  # agra pull NAME FOLDER\n```\n"
     )
