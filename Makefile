@@ -1,6 +1,8 @@
 # quickstart   set everything up, run the whole method on the embedded default, end with the report
 # test         set everything up, run the quick tests          (make test-slow: the slow ones)
 # check        ruff and pyright
+# openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
+# env-metaworld  env-libero  env-robocasa   a simulator's own environment, .venv-NAME, without torch
 # setup        Debian packages for headless rendering and a browser, virtual environment, CPU torch, agra
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ DEBIAN_PACKAGES := libegl1 libgl1-mesa-dri
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check setup system clean
+.PHONY: quickstart test test-slow check openpi setup system clean env-metaworld env-libero env-robocasa
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash runs/quickstart.sh
@@ -22,9 +24,12 @@ test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks runs
+	$(BIN)/ruff format --check src tests benchmarks runs
 	$(BIN)/pyright
+
+openpi: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash runs/openpi_client.sh $(CHECKPOINT) 5
 
 setup: system $(VENV)/.installed
 
@@ -45,5 +50,13 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install -q -e '.[demo,dev]'
 	@touch $@
 
+# Suites pin versions that contradict each other, so each has an environment; agra evaluate --python uses it.
+env-metaworld env-libero env-robocasa: env-%: system .venv-%/.installed
+
+.venv-%/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q -e '.[$*,client]' pytest
+	@touch $@
+
 clean:
-	rm -rf $(VENV) outputs build dist
+	rm -rf $(VENV) .openpi outputs build dist

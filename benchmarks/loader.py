@@ -1,10 +1,11 @@
 """Samples a second of the data loader: 17-frame clips from mp4 and windows from the cache, against a plain PyAV loop.
 
-    python -m benchmarks.loader [--quick]
+    python -m benchmarks.loader [--quick] [--clips N]
 
 The alternative opens the file, seeks to the key frame before the clip and turns every frame from there on into RGB until it
 has the clip. Both read the same files at random places. Beside it stand the appetite of tiny's joint training step, and how
-much memory an hour's worth of samples at that appetite leaves behind.
+much memory an hour's worth of samples at that appetite leaves behind; with `--clips`, so many clips decoded as well (104,000
+are an hour's worth at 29 samples a second, and take a core a quarter of an hour).
 """
 
 import argparse
@@ -49,7 +50,9 @@ class Zeros:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--clips", type=int, default=0)
+    options = parser.parse_args()
+    quick = options.quick
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         write_dataset(root / "set", (_episode(i) for i in range(4 if quick else 12)), embodiment=ROBOT, fps=20)
@@ -72,12 +75,13 @@ def main() -> None:
             prefetched = _rate(ahead, 20 if quick else 200)
         appetite = _appetite(cached.batch(0), 3 if quick else 10)
         hour = BATCH * 5 if quick else int(appetite * 3600)
-        grown = _memory_growth(cached, hour)
+        grown = _memory_growth(cached.batch, hour // BATCH)
+        extra = _decoding_growth(source, options.clips) if options.clips else {}
     print(
         f"cache: {from_cache:.0f} samples/s, prefetched {prefetched:.0f}; tiny's joint step takes {appetite:.1f} samples/s"
     )
     print(f"memory after {hour} samples from the cache: {grown:+.1f} MiB")
-    extra = {"cache_samples_per_second": round(from_cache), "training_samples_per_second": round(appetite, 1)}
+    extra |= {"cache_samples_per_second": round(from_cache), "training_samples_per_second": round(appetite, 1)}
     finish(
         result | extra | {"hour_of_samples": hour, "memory_growth_mib": round(grown, 1), "machine": _machine(result)}
     )
@@ -164,12 +168,22 @@ def _appetite(batch: Batch, steps: int) -> float:
     return _rate(lambda step: objective(batch).total.backward() or batch, steps)
 
 
-def _memory_growth(sampler: WindowSampler, samples: int) -> float:
-    """MiB by which the process has grown from a tenth of the samples to all of them."""
-    steps = samples // BATCH
+def _decoding_growth(source: Source, clips: int) -> dict[str, object]:
+    rng = np.random.default_rng(1)
+
+    def decode(_: int) -> None:
+        _ours(source, int(rng.integers(source.dataset.num_episodes)), int(rng.integers(400 - FRAMES)))
+
+    grown = _memory_growth(decode, clips)
+    print(f"memory after {clips} clips from mp4: {grown:+.1f} MiB")
+    return {"clips": clips, "decoding_memory_growth_mib": round(grown, 1)}
+
+
+def _memory_growth(sample: Callable[[int], object], steps: int) -> float:
+    """MiB by which the process has grown from a tenth of the steps to all of them."""
     before = 0.0
     for step in range(steps):
-        sampler.batch(step)
+        sample(step)
         if step == steps // 10:
             before = _resident()
     return _resident() - before

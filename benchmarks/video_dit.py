@@ -1,39 +1,30 @@
 """Our forward of the Cosmos transformer against diffusers' own: same weights, shapes and results, forward and backward.
 
-The alternative is the stock forward with per-frame noise levels as its pipeline calls it; the one thing taken from it is
-torchvision's nearest resize of the padding mask, replaced by torch's, so that it runs without torchvision.
+The alternative is the stock forward with per-frame noise levels as its pipeline calls it (benchmarks/stock.py).
 """
 
 import argparse
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
-import diffusers.models.transformers.transformer_cosmos as stock
 import torch
 from diffusers import CosmosTransformer3DModel
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from agra.recipes import tiny
 from agra.wam.video_dit import VideoDiT
 from benchmarks.side_by_side import compare, finish
+from benchmarks.stock import stock_transformer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batch")
     quick = parser.parse_args().quick
-    stock.transforms = SimpleNamespace(  # type: ignore[attr-defined]
-        functional=SimpleNamespace(
-            resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation)
-        ),
-        InterpolationMode=SimpleNamespace(NEAREST="nearest"),
-    )
     torch.manual_seed(0)
     config = replace(tiny().model.video_dit, max_size=(8, 64, 64), learned_positions=False)
-    model, stock_model = VideoDiT(config), config.build()
-    stock_model.load_state_dict(model.transformer.state_dict())
+    model = VideoDiT(config)
+    stock_model = stock_transformer(config, model.transformer)
     for batch, frames, size, label in (
         (8 if quick else 16, 3, (8, 14), "84 tokens"),
         (4 if quick else 8, 5, (24, 42), "1,260 tokens"),

@@ -39,7 +39,15 @@ evaluate() { agra evaluate "$OUT/$1" --limit 20; }
 both evaluate
 agra compare "$OUT/wam/results.jsonl" "$OUT/agra/results.jsonl"
 
-# 7. Diagnose and report.
+# 7. Diagnose.
 diagnose() { agra diagnose "$OUT/$1"; }
 both diagnose
-agra report "$OUT/wam" "$OUT/agra" --output "$OUT/report.html"
+
+# 8. The same for the two policies that come with agra, which trained ten times as long (runs/tabletop.sh), and the report
+# of all four.
+evaluate_shipped() { agra evaluate "tabletop-$1" --limit 20; }
+both evaluate_shipped
+agra compare outputs/tabletop-wam/results.jsonl outputs/tabletop-agra/results.jsonl
+diagnose_shipped() { agra diagnose "tabletop-$1"; }
+both diagnose_shipped
+agra report tabletop-wam tabletop-agra "$OUT/wam" "$OUT/agra" --output "$OUT/report.html"

@@ -21,7 +21,7 @@ OMP_NUM_THREADS=2 agra prepare tiny $DATA
 
 # One adapt stage for both; then joint, which ends in the policies.
 OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 500 $DATA
-joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1" --stage.steps 3000 $DATA; }
+joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1" --stage.steps 2400 $DATA; }
 both joint
 
 export_half() { [ -d "$OUT/tabletop-$1" ] || agra export "$OUT/$1" --output "$OUT/tabletop-$1" --half; }

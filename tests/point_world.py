@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
-from agra.collect import Demonstrator
-from agra.types import REGIMES, ActionChunk, Embodiment, Observation, Step, Trial
+from agra.types import NO_FRAME, REGIMES, ActionChunk, Embodiment, Observation, Step, Trial
 
 COUNTS = {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}
 HEIGHT, WIDTH = 32, 48
@@ -22,9 +22,12 @@ def make_trial(name: str, regime: str, seed: int, *, reachable: bool = True) -> 
 class PointWorld:
     """State (x, y); action (a_x, a_y) is the absolute target, reached by at most .1 a step."""
 
+    name = "point"
     embodiment = Embodiment(name="dot", state_names=("x", "y"), action_names=("a_x", "a_y"))
     fps = 10
     max_steps = 30
+    regimes = REGIMES
+    settings: ClassVar = {"frame_size": [HEIGHT, WIDTH]}
 
     def reset(self, trial: Trial) -> Observation:
         self.trial = trial
@@ -32,12 +35,12 @@ class PointWorld:
         self.square = np.array(trial.scene["square"])
         return self._observe()
 
-    def step(self, action: np.ndarray) -> Step:
+    def step(self, action: np.ndarray, *, render: bool = True) -> Step:
         assert action.shape == (2,)
         self.position = self.position + np.clip(action - self.position, -0.1, 0.1)
         distance = np.abs(self.position - self.square).max()
         success = bool(distance < 0.03 and self.trial.scene["reachable"])
-        return Step(observation=self._observe(), success=success, progress={"near": bool(distance < 0.1)})
+        return Step(observation=self._observe(render), success=success, progress={"near": bool(distance < 0.1)})
 
     def interaction_mask(self) -> np.ndarray:
         return self._patch(self.position) | self._patch(self.square)
@@ -52,11 +55,12 @@ class PointWorld:
         rows, columns = np.mgrid[:HEIGHT, :WIDTH]
         return (np.abs(rows - centre[1] * HEIGHT) < 4) & (np.abs(columns - centre[0] * WIDTH) < 4)
 
-    def _observe(self) -> Observation:
+    def _observe(self, render: bool = True) -> Observation:
         frame = np.full((HEIGHT, WIDTH, 3), 120, np.uint8)
         frame[self._patch(self.square)] = (200, 40, 40)
         frame[self._patch(self.position)] = (40, 200, 40)
         state = self.position.astype(np.float32)
+        frame = frame if render else NO_FRAME
         return Observation(frame=frame, state=state, instruction=self.trial.instruction, embodiment="dot")
 
 
@@ -94,7 +98,9 @@ def training_trials(count: int, seed: int) -> list[Trial]:
     return [replace(trial, instruction=f"go {i % 2}") for i, trial in enumerate(trials)]
 
 
-def demonstrator(name: str) -> Demonstrator:
+def demonstrator(name: str):
+    from agra.collect import Demonstrator  # worker processes that only play need none of what it imports
+
     assert name == "point"
     world = PointWorld()
     return Demonstrator(simulator=world, expert=Expert(world), trials=training_trials)

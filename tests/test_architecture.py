@@ -21,14 +21,23 @@ MEETING_PLACES = (
     "agra.examine",
     "agra.cli",
 )
+SUITES = ("metaworld", "libero", "robocasa")
+"""Simulators whose libraries are installed in environments of their own."""
 DOORS = {
     "diffusers": ("agra.wam.video_dit", "agra.wam.codec"),
     "transformers": ("agra.wam.text", "agra.alignment", "agra.pretrained"),
-    "mujoco": ("agra.simulators.tabletop",),
+    "mujoco": ("agra.simulators.tabletop", "agra.simulators.metaworld"),
+    "metaworld": ("agra.simulators.metaworld",),
+    "libero": ("agra.simulators.libero",),
+    "robocasa_gr1": ("agra.simulators.robocasa",),
     "pyarrow": ("agra.data",),
     "av": ("agra.data",),
     "h5py": ("agra.data.hdf5",),
     "onnx": ("agra.alignment",),
+    "websockets": ("agra.serving.server", "agra.serving.client", "agra.serving.foreign"),
+    "msgpack": ("agra.serving.wire",),
+    "zmq": ("agra.serving.groot", "agra.serving.foreign"),
+    "prometheus_client": ("agra.serving.service",),
 }
 
 
@@ -96,6 +105,19 @@ def test_evaluation_sees_policies_and_simulators_only():
             ), (name, _ours(name))
 
 
+def test_serving_sees_policies_and_robots_only():
+    allowed = ("agra.serving", "agra.types", "agra.simulators", "agra.data.lerobot_writer", "agra.evaluation.results")
+    for name in FILES:
+        if _under(name, "agra.serving"):
+            assert all(_under(m, *allowed) for m in _ours(name)), (name, _ours(name))
+
+
+def test_nothing_reads_or_writes_pickle():
+    for name in FILES:
+        assert not {m for m in _imports(name) if _under(m, "pickle", "cloudpickle", "dill", "joblib", "shelve")}, name
+        assert "allow_pickle=True" not in FILES[name].read_text(), name
+
+
 def test_heavy_libraries_have_one_door():
     for name in FILES:
         for library, doors in DOORS.items():
@@ -104,13 +126,14 @@ def test_heavy_libraries_have_one_door():
 
 
 def test_simulators_and_robots_need_no_torch():
-    rooms = ("agra.types", "agra.simulators", "agra.evaluation", "agra.data.normalize", "agra.collect")
-    light = sorted(name for name in FILES if _under(name, *rooms) and not _under(name, "agra.simulators.tabletop"))
+    rooms = ("agra.types", "agra.simulators", "agra.evaluation", "agra.data.normalize", "agra.collect", "agra.serving")
+    apart = ("agra.simulators.tabletop", *(f"agra.simulators.{suite}.environment" for suite in SUITES))
+    light = sorted(name for name in FILES if _under(name, *rooms) and not _under(name, *apart))
     code = f"import sys, importlib\nfor m in {light}: importlib.import_module(m)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     for name in FILES:
-        if _under(name, "agra.simulators.tabletop"):
+        if _under(name, "agra.simulators"):
             assert not any(_under(m, "torch") for m in _imports(name)), name
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from agra import run
+from agra import hub, run
 from agra.collect import collect
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import read_results
@@ -19,6 +20,7 @@ from agra.evaluation.rollout import evaluate
 from agra.policy import WAMPolicy
 from agra.recipes import at_stage, tiny
 from agra.training import checkpoint
+from agra.training.lora import LoRAConfig
 from agra.training.stages import Stage
 from agra.wam.bridge import bridged_layers
 from point_world import PointWorld, demonstrator, make_trial
@@ -61,6 +63,21 @@ def trained(world):
     return folder, config
 
 
+def test_adapters_make_a_policy(trained):
+    """The video DiT of the adapt stage with adapters on it: loaded and exported they are part of the weights."""
+    folder, config = trained
+    config = replace(config, stage=replace(config.stage, lora=LoRAConfig(rank=4), steps=2))
+    assert run.train(config, output=folder / "adapters", init=folder / Stage.ADAPT)
+    whole = WAMPolicy.load(hub.export(folder / "adapters", folder / "adapters_policy"))
+    policy = WAMPolicy.load(folder / "adapters")
+    layer = "video_dit.transformer.transformer_blocks.0.attn1.to_q.weight"
+    base = load_file(checkpoint.resolve(folder / Stage.ADAPT) / "model.safetensors")[layer]
+    assert torch.equal(base, load_file(checkpoint.resolve(folder / "adapters") / "model.safetensors")[layer])
+    assert not torch.equal(base, policy.model.state_dict()[layer])
+    observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
+    assert np.array_equal(policy.act(observation).actions, whole.act(observation).actions)
+
+
 def test_training_needs_prepared_features(world):
     folder, config = world
     data = replace(config.data, cache=str(folder / "empty"))
@@ -98,7 +115,7 @@ def test_a_policy_is_rebuilt_from_its_checkpoint_alone(trained, tmp_path, stage)
     moved.reset(5)
     first = policy.act(observation)
     assert first.actions.shape == (8, 2)
-    assert set(first.timings) == {"prepare", "condition", "act"}
+    assert set(first.timings) == {"text", "codec", "video", "bridge", "action"}
     np.testing.assert_array_equal(first.actions, moved.act(observation).actions)
     assert not np.array_equal(first.actions, policy.act(observation).actions)  # fresh noise for every chunk
     policy.reset(5)

@@ -1,9 +1,20 @@
 """Noise levels and Euler steps."""
 
+import math
+
 import pytest
 import torch
 
-from agra.flow import beta_levels, euler, interpolate, logit_normal_levels, uniform_levels, velocity
+from agra.flow import (
+    beta_levels,
+    continuation_weights,
+    continue_chunk,
+    euler,
+    interpolate,
+    logit_normal_levels,
+    uniform_levels,
+    velocity,
+)
 
 
 def test_interpolate_spreads_the_level_from_the_left():
@@ -71,3 +82,56 @@ def test_levels_follow_the_global_seed():
         first = sampler(5)
         torch.manual_seed(3)
         assert torch.equal(first, sampler(5))
+
+
+def test_continuation_weights_are_those_of_the_paper():
+    """Eq. 5 of 2506.07339 with H = 10, d = 2, s = 4: c_i = (6 - i) / 5."""
+    weights = continuation_weights(2, 6, 10)
+    expected = [1, 1, *(c * (math.exp(c) - 1) / (math.e - 1) for c in (4 / 5, 3 / 5, 2 / 5, 1 / 5)), 0, 0, 0, 0]
+    torch.testing.assert_close(weights, torch.tensor(expected))
+    assert continuation_weights(0, 0, 3).tolist() == [0, 0, 0]
+    assert continuation_weights(3, 3, 3).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="delay <= overlap"):
+        continuation_weights(4, 3, 10)
+
+
+def test_guidance_is_eq_2_of_the_paper_in_our_time():
+    """Against the paper's own convention (time 1 - level, velocity towards data), written out with a full Jacobian."""
+    torch.manual_seed(0)
+    matrix, target, weights = torch.randn(6, 6), torch.randn(1, 3, 2), torch.rand(1, 3, 2)
+    for level in (1.0, 0.75, 0.3):
+        time, sample = 1 - level, torch.randn(1, 3, 2)
+
+        def predict(x, _):
+            return (x.flatten() @ matrix).tanh().view_as(x)
+
+        def denoised(flat, time=time):
+            return flat + (1 - time) * -predict(flat, None)
+
+        flat = sample.flatten()
+        jacobian = torch.autograd.functional.jacobian(denoised, flat)
+        error = (target.flatten() - denoised(flat)) * weights.flatten()
+        squared = (1 - time) ** 2 / (time**2 + (1 - time) ** 2)
+        factor = min(5.0, (1 - time) / (time * squared) if time else math.inf)
+        towards_data = -predict(flat, None) + factor * (error @ jacobian)
+        ours = continue_chunk(predict, target, weights)(sample, torch.tensor([level]))
+        torch.testing.assert_close(ours.flatten(), -towards_data, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_reaches_the_old_chunk_through_a_network_that_listens():
+    """Where the denoised estimate follows the sample, the frozen actions come out as they were."""
+    torch.manual_seed(0)
+    noise, previous = torch.randn(2, 8, 3), 0.3 * torch.randn(2, 8, 3)
+    weights = torch.zeros_like(noise)
+    weights[0] = continuation_weights(4, 6, 8)[:, None]
+
+    def predict(sample, level):  # the exact velocity for data ~ N(0, 1): the estimate is a share of the sample
+        level = level.view(-1, 1, 1)
+        return sample * (level - (1 - level)) / (level**2 + (1 - level) ** 2)
+
+    plain = euler(predict, noise, 20)
+    held = euler(continue_chunk(predict, previous, weights), noise, 20)
+    before, after = ((one - previous)[0, :4].abs().mean() for one in (plain, held))
+    assert after < 0.1 * before
+    torch.testing.assert_close(held[0, 6:], plain[0, 6:])
+    torch.testing.assert_close(held[1], plain[1])  # a row without a chunk to continue

@@ -154,6 +154,7 @@ def test_presets_are_c3():
     """Steps, rates, horizon and stride of every experiment; the adapt stage's 5k before each, the robot's 2k after."""
     rows = {
         ("agra_dino_l8", ()): (80_000, 1e-4, 16, 1),
+        ("agra_dino_l8", ("gr1",)): (80_000, 1e-4, 16, 1),
         ("agra_dino_l8", ("gr1_few_shot",)): (40_000, 1e-4, 16, 1),
         ("wam", ("real_world",)): (60_000, 1e-5, 48, 3),
         ("agra_dino_l8", ("real_world", "egodex")): (60_000, 1e-5, 48, 3),

@@ -18,12 +18,16 @@ RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir()
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
 def test_a_script_parses_and_names_what_exists(path):
     text = path.read_text()
+    if path.suffix == ".py":
+        compile(text, path, "exec")
+        assert path.name in path.with_suffix(".sh").read_text()
+        return
     if path.suffix == ".yaml":
         kinds = [document["kind"] for document in yaml.safe_load_all(text)]
         assert kinds == ["Service", "Job"]
     else:
         subprocess.run(["bash", "-n", str(path)], check=True)
-    commands = re.findall(r"(?:^|exec |-m )agra(?:\.cli)? (\w+)", text, re.M)
+    commands = re.findall(r"(?:^\s*|exec |-m |\|\| )agra(?:\.cli)? ([a-z]\w*)(?! \d)", text, re.M)
     assert commands
     assert set(commands) <= COMMANDS.keys()
     assert set(re.findall(r"\b(?:train|prepare|plan) (agra_\w+|wam\w*|tiny\w*)", text)) <= RECIPES.keys()

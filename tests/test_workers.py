@@ -4,13 +4,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
+from agra.types import SimulatorFailed
 from agra.workers import as_finished
 
 TESTS = str(Path(__file__).parent)
@@ -27,6 +27,17 @@ def play(state: list[int], item: int) -> tuple[int, int, int]:
     if item == 99:
         os._exit(3)
     return item, state[0], len(state)
+
+
+def dies_once(state: list[int], marker: Path) -> int:
+    """Kills its process at the first attempt, tells its simulator's failure at the second."""
+    attempts = len(marker.read_text()) if marker.exists() else 0
+    marker.write_text("x" * (attempts + 1))
+    if marker.name == "unlucky" and attempts == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if marker.name == "unlucky" and attempts == 1:
+        raise SimulatorFailed("not a number in the physics")
+    return attempts
 
 
 def wait(state: list[int], item: int) -> int:
@@ -53,14 +64,50 @@ def test_each_process_keeps_its_player(workers):
     assert sum(max(n for _, p, n in found if p == process) - 1 for process in processes) == 8
 
 
-def test_failures_arrive():
+def test_errors_arrive():
     import test_workers
 
-    for items, error in (([1, 13], ValueError), ([1, 99], BrokenExecutor)):
-        with pytest.raises(error):
-            list(as_finished(test_workers.play, items, make_player=test_workers.player, workers=2))
-    with pytest.raises(ValueError, match="workers: expected at least 1"):
+    with pytest.raises(ValueError, match="unlucky item"):
+        list(as_finished(test_workers.play, [1, 13], make_player=test_workers.player, workers=2))
+    with pytest.raises(ValueError, match="workers and attempts: expected at least 1"):
         list(as_finished(play, [1], make_player=player, workers=0))
+
+
+def test_a_dead_process_loses_nothing(tmp_path):
+    """SIGKILL in one of two processes, then a failure that the simulator tells: both items arrive, both are reported."""
+    import test_workers
+
+    items = [tmp_path / "lucky", tmp_path / "unlucky"]
+    heard = []
+    found = as_finished(
+        test_workers.dies_once,
+        items,
+        make_player=test_workers.player,
+        workers=2,
+        on_failure=lambda item, reason: heard.append((item.name, reason)),
+    )
+    assert sorted(found) == [0, 2]
+    assert heard == [("unlucky", "its process died"), ("unlucky", "not a number in the physics")]
+
+
+def fails(state: list[int], item: int) -> int:
+    state.append(item)
+    if item == 2:
+        raise SimulatorFailed("broken")
+    return len(state)
+
+
+def test_what_cannot_be_played_is_said_after_all_else():
+    heard = []
+    found = as_finished(
+        fails, [1, 2, 3], make_player=player, workers=1, attempts=2, on_failure=lambda *failure: heard.append(failure)
+    )
+    assert [next(found), next(found)] == [2, 2]  # a fresh player after the failure
+    with pytest.raises(
+        SimulatorFailed, match="1 of 3 could not be played in 2 attempts each, the first being 2: broken"
+    ):
+        next(found)
+    assert heard == [(2, "broken")] * 2
 
 
 def test_workers_end_with_a_killed_parent():

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from agra.cli_robot import control, load_policy, serve
+from agra.types import SimulatorFailed
+
 if TYPE_CHECKING:
     from agra.config import RunConfig
     from agra.types import Policy, Simulator
-
-REGIME_NAMES = Literal["in_distribution", "semantic", "instance", "attribute"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name not in COMMANDS:
             raise ValueError(_unknown("command", name, COMMANDS))
         COMMANDS[name](rest)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SimulatorFailed) as error:
         if os.environ.get("AGRA_TRACEBACK"):
             raise
         print(f"agra: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -353,70 +354,141 @@ def recipes() -> None:
 def evaluate(
     policy: Annotated[str, tyro.conf.Positional],
     simulator: str = "tabletop",
-    regimes: tuple[REGIME_NAMES, ...] = ("in_distribution", "semantic", "instance", "attribute"),
+    regimes: tuple[str, ...] | None = None,
     output: Path | None = None,
     execute_steps: int = 8,
+    max_steps: int | None = None,
+    termination: Literal["step", "chunk"] = "step",
     limit: int | None = None,
+    workers: int = 1,
     videos: int = 1,
+    blind: bool = False,
+    by_task: bool = False,
     name: str | None = None,
+    keys: str | None = None,
+    python: Path | None = None,
     device: str = "cpu",
+    threads: int | None = None,
 ) -> None:
-    """Play the trials of C.2.2 and write one JSON line for each. Interrupted, it goes on where it was.
+    """Play a benchmark's trials and write one JSON line for each. Interrupted, it goes on where it was.
 
     Args:
-        policy: a checkpoint or run folder, the name of a policy that comes with agra, or `expert` for the simulator's
-            scripted expert.
+        policy: a checkpoint or run folder, the name of a policy that comes with agra, a server's address
+            (ws://HOST:PORT, or tcp:// on GR00T's wire), or `expert` for the simulator's scripted expert.
         simulator: a registered simulator.
-        regimes: which of the four regimes to play.
+        regimes: which of its trial lists to play; by default all.
         output: results file; by default results.jsonl in the run's folder, outputs/NAME for a policy of agra's own.
-        execute_steps: actions executed of each chunk before the policy is asked again.
+        execute_steps: actions executed of each chunk before the policy is asked again; the expert's is 1.
+        max_steps: control steps of a trial; by default the benchmark's.
+        termination: look for success after each step, or only after each chunk as GR00T N1.5's evaluation does.
         limit: play only so many trials of each regime, evenly spread.
+        workers: processes that play side by side, each with a simulator and a policy; the episodes are the same for any
+            number.
         videos: trials of each regime to record as mp4 beside the results.
+        blind: render nothing, for policies that do not look, such as the experts of Meta-World and LIBERO.
+        by_task: print the counts of every task too.
         name: the policy's name in results; by default its folder's.
+        keys: which key carries what on the wire of a server that is not agra's: a table's name or a JSON file, see
+            docs/benchmarks.md.
+        python: interpreter of the simulator's own environment: the policy is served from here and played from there.
         device: where the policy runs.
+        threads: threads of torch in each process; by default OMP_NUM_THREADS, or all cores.
     """
     from agra.evaluation.protocols import Protocol, regime_trials
-    from agra.evaluation.results import print_summary, read_results
     from agra.evaluation.rollout import evaluate as run
+    from agra.evaluation.tables import print_table, summary_table, task_table
     from agra.simulators.registry import make
-    from agra.training.checkpoint import home
 
-    world = make(simulator)
+    scripted, remote = policy == "expert", "://" in policy
+    if (scripted or remote) and output is None:
+        raise ValueError(f"--output: give a results file for {policy}")
+    if policy.startswith("tcp://") and keys is None:
+        raise ValueError(f"--keys: say which key carries what on the wire of {policy}, e.g. groot_gr1")
+    if remote and name is None:
+        raise ValueError(f"--name: say what the policy at {policy} is called in the results")
+    if output is None:
+        from agra.training.checkpoint import home
+
+        output = home(policy) / "results.jsonl"
+    name = name or Path(policy).name
+    protocol = Protocol(execute_steps=1 if scripted else execute_steps, max_steps=max_steps, termination=termination)
+    if python is not None:
+        given: dict[str, Any] = {
+            "simulator": simulator, "regimes": regimes, "output": output, "name": name, "limit": limit, "workers": workers,
+            "videos": videos, "by_task": by_task, **vars(protocol),
+        }  # fmt: skip
+        _evaluate_apart(policy, python, given, {"device": device, "threads": threads})
+        return
+    options = {"blind": True} if blind else {}
+    player = partial(_player, policy, simulator, options, name, keys, device, threads)
+    acting, world = (None, make(simulator, **options)) if workers > 1 else player()
     try:
-        acting = _policy(policy, world, name, device)
-        if output is None:
-            if policy == "expert":
-                raise ValueError("--output: give a results file for the expert")
-            output = home(policy) / "results.jsonl"
         output.parent.mkdir(parents=True, exist_ok=True)
-        trials = regime_trials(world, regimes, limit=limit)
-        protocol = Protocol(execute_steps=1 if policy == "expert" else execute_steps)
-        run(
+        results = run(
             acting,
             world,
-            trials,
+            regime_trials(world, regimes, limit=limit),
             output=output,
             protocol=protocol,
             videos=videos,
-            policy_name=name or ("expert" if policy == "expert" else Path(policy).name),
+            workers=workers,
+            make_player=player,
+            policy_name=name,
+            policy_settings={"wire_keys": keys} if keys else {},
         )
     finally:
         world.close()
-    print_summary(read_results(output))
+    print_table(summary_table(results))
+    if by_task:
+        print_table(task_table(results))
 
 
-def _policy(policy: str, world: "Simulator", name: str | None, device: str) -> "Policy":
-    if policy == "expert":
-        from agra.simulators.registry import expert
+def _player(
+    policy: str, simulator: str, options: dict[str, Any], name: str, keys: str | None, device: str, threads: int | None
+) -> "tuple[Policy, Simulator]":
+    """What one process plays with."""
+    from agra.simulators.registry import make
 
-        return expert(world)
-    from agra.policy import WAMPolicy
+    world = make(simulator, **options)
+    key = os.environ.get("AGRA_API_KEY")
+    if keys is not None:
+        from agra.serving.foreign import connect_policy, read_table
 
-    return WAMPolicy.load(policy, name=name, device=device)
+        return connect_policy(policy, read_table(keys), api_key=key), world
+    if "://" in policy:
+        from agra.serving.client import PolicyClient
+
+        return PolicyClient(policy, api_key=key, timeout=120), world
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return load_policy(policy, world, name, device), world
+
+
+def _evaluate_apart(policy: str, python: Path, evaluate: dict[str, Any], serve: dict[str, Any]) -> None:
+    from agra.apart import evaluate_apart
+
+    if policy == "expert" or "://" in policy:
+        raise ValueError(f"--python: {policy} needs no server here; run {python} -m agra.cli evaluate instead")
+    code = evaluate_apart(policy, python, _as_flags(evaluate), serve=_as_flags(serve))
+    if code:
+        raise SystemExit(code)
+
+
+def _as_flags(options: dict[str, Any]) -> list[str]:
+    """Command line of a function's arguments; what is None or False is left to its default."""
+    flags: list[str] = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return flags
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Pair two policies' trials (success, differences, McNemar's exact test) or the samples of their diagnoses.
+    """Pair two policies' trials (success, its difference, McNemar's exact test) or the samples of their diagnoses.
 
     Args:
         a: a results file, or a folder of `agra diagnose`.
@@ -426,13 +498,29 @@ def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.co
         from agra.diagnostics.record import read_diagnosis
         from agra.diagnostics.report_grounding import print_grounding
 
-        pair = [read_diagnosis(folder) for folder in (a, b)]
-        print_grounding([(i, str(d.header["policy"]), d) for i, d in enumerate(pair)])
+        both = [read_diagnosis(folder) for folder in (a, b)]
+        print_grounding([(i, str(d.header["policy"]), d) for i, d in enumerate(both)])
         return
-    from agra.evaluation.results import compare as pair_trials
-    from agra.evaluation.results import print_comparison, read_results
+    from agra.evaluation.results import compare as pair
+    from agra.evaluation.results import read_results
+    from agra.evaluation.tables import comparison_table, print_table
 
-    print_comparison(pair_trials(read_results(a), read_results(b)))
+    print_table(comparison_table(pair(read_results(a), read_results(b))))
+
+
+def leaderboard(
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), benchmark: str = "robocasa_gr1"
+) -> None:
+    """Results beside what others have published on a benchmark, with the protocols that tell them apart.
+
+    Args:
+        results: results files of that benchmark.
+        benchmark: the simulator's name.
+    """
+    from agra.evaluation.results import read_results
+    from agra.evaluation.tables import leaderboard_table, print_table
+
+    print_table(leaderboard_table([read_results(path) for path in results], benchmark))
 
 
 # --- diagnose and report ---------------------------------------------------------------------------------------------
@@ -571,6 +659,33 @@ def _study(arguments: list[str]) -> None:
     )  # fmt: skip
 
 
+# --- latency -----------------------------------------------------------------------------------------------------------
+
+
+def bench_latency(
+    subject: Annotated[str, tyro.conf.Positional],
+    rounds: int = 50,
+    batch: int = 1,
+    device: str = "cpu",
+    output: Path | None = None,
+) -> None:
+    """Time an answer stage by stage, p50 and p95, the plain path and the fast one in turn.
+
+    Args:
+        subject: a checkpoint or run folder, or a recipe's name: its model with random weights, after codec and text.
+        rounds: calls that count.
+        batch: robots that are answered together.
+        device: where the policy runs; a recipe runs in bfloat16 on a GPU.
+        output: write the figures here, for machines.
+    """
+    from agra.latency import bench
+    from agra.recipes import RECIPES, compose
+    from agra.training.stages import Stage
+
+    config = compose(subject, Stage.JOINT, []) if subject in RECIPES else None
+    bench(subject, config, device=device, batch=batch, rounds=rounds, output=output)
+
+
 # --- checkpoints that leave the machine ------------------------------------------------------------------------------
 
 
@@ -636,7 +751,7 @@ def _bound(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 def _command(function: Callable[..., None]) -> Callable[[list[str]], None]:
     def run(arguments: list[str]) -> None:
-        call = _from_flags(_bound(function), arguments, f"agra {function.__name__}")
+        call = _from_flags(_bound(function), arguments, f"agra {function.__name__.replace('_', '-')}")
         call()
 
     run.__doc__ = function.__doc__
@@ -652,8 +767,12 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
     "evaluate": _command(evaluate),
     "compare": _command(compare),
+    "leaderboard": _command(leaderboard),
     "diagnose": _command(diagnose),
     "report": _command(report),
+    "serve": _command(serve),
+    "control": _command(control),
+    "bench-latency": _command(bench_latency),
     "probes": _probes,
     "study": _study,
     "export": _command(export),
@@ -664,7 +783,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def _help() -> str:
-    lines = [f"  {name:10}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:15}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
     return "usage: agra COMMAND [flags]\n\n" + "\n".join(lines) + "\n\n`agra COMMAND --help` lists a command's flags."
 
 

@@ -72,11 +72,12 @@ class ActionNoise:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Demonstrator:
-    """What collection needs of a suite: its simulator, an expert in it, and scenes to demonstrate in."""
+    """What collection needs of a suite: its simulator, an expert in it, scenes to demonstrate in, and how much noise."""
 
     simulator: Simulator
     expert: Policy
     trials: Callable[[int, int], Sequence[Trial]]  # (count, seed) -> training trials
+    noise: ActionNoise = field(default_factory=ActionNoise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +98,17 @@ class Collected:
 def scripted_demonstrator(simulator_name: str) -> Demonstrator:
     """The demonstrator of a registered simulator. Raises ValueError for one without a scripted expert."""
     from agra.simulators import registry
-    from agra.simulators.tabletop.tasks import training_trials
 
+    suite = registry.suite(simulator_name)
+    if suite.training_trials is None:
+        raise ValueError(f"{simulator_name}: this simulator has no scenes for demonstrations")
     simulator = registry.make(simulator_name)
-    expert = registry.expert(simulator)
-    return Demonstrator(simulator=simulator, expert=expert, trials=partial(training_trials, simulator=simulator_name))
+    return Demonstrator(
+        simulator=simulator,
+        expert=registry.expert(simulator),
+        trials=suite.training_trials,
+        noise=ActionNoise(std=suite.noise),
+    )
 
 
 def collect(
@@ -129,9 +136,9 @@ def collect(
         raise ValueError(f"episodes: expected at least 1, got {episodes}")
     if output.exists():
         raise ValueError(f"{output}: already exists; choose another output or remove it")
-    noise = noise or ActionNoise()
     make = partial(demonstrator, simulator_name)
     leader = make()
+    noise = noise or leader.noise
     embodiment, fps = leader.simulator.embodiment, leader.simulator.fps
     noise.scale(embodiment)
     trials = leader.trials(episodes + int(np.ceil(spare * episodes)), seed)

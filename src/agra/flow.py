@@ -3,6 +3,7 @@
 The samplers draw what belongs to a sample (`agra.draws`): a resumed run draws what the interrupted one would have drawn.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -56,7 +57,11 @@ def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: flo
     return (draw(lambda n: levels.sample((n,)), count) / scale).clamp(0, 1)
 
 
-def euler(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""(sample (B, ...), level (B,)) -> velocity in the sample's shape."""
+
+
+def euler(predict: Predict, noise: Tensor, steps: int) -> Tensor:
     """Integrate from level 1 to 0 in `steps` equal steps: x -= v / steps.                    C.1
 
     `predict(sample, level)` gets the level as (B,) and answers the velocity in the sample's shape.
@@ -68,3 +73,41 @@ def euler(predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int
         level = torch.full((len(noise),), 1 - step / steps, device=noise.device, dtype=torch.float32)
         sample = sample - predict(sample, level) / steps
     return sample
+
+
+# --- real-time chunking: Black, Galliker, Levine, arXiv 2506.07339 ----------------------------------------------------
+
+
+def continuation_weights(delay: int, overlap: int, horizon: int) -> Tensor:
+    """How much each action of a new chunk is held to the old one, (horizon,) in [0, 1].            2506.07339, Eq. 5
+
+    The first `delay` will have been executed when the chunk arrives: 1. From there to the old chunk's end, `overlap`
+    actions from now, the weight decays; beyond it there is nothing to hold to: 0.
+    """
+    if not 0 <= delay <= overlap <= horizon:
+        raise ValueError(f"expected 0 <= delay <= overlap <= horizon, got {delay}, {overlap} and {horizon}")
+    index = torch.arange(horizon)
+    share = (overlap - index).clamp(min=0) / (overlap - delay + 1)
+    return torch.where(index < delay, 1.0, share * torch.expm1(share) / (math.e - 1))
+
+
+def continue_chunk(predict: Predict, previous: Tensor, weights: Tensor, *, strength: float = 5.0) -> Predict:
+    """`predict` guided so that the denoised sample agrees with `previous` where `weights` say.     2506.07339, Eqs. 2-4
+
+    `previous` and `weights` are (B, K, D); `strength` is the equations' beta. Their time is 1 - level and their velocity
+    minus ours, so the denoised estimate is sample - level * velocity, the guidance's factor is
+    min(beta, ((1 - level)^2 + level^2) / (level * (1 - level))), and what they add is taken away here.
+    """
+
+    def guided(sample: Tensor, level: Tensor) -> Tensor:
+        spread = _spread(level, sample)
+        with torch.enable_grad():
+            sample = sample.detach().requires_grad_()
+            velocity = predict(sample, level)
+            estimate = sample - spread * velocity
+            error = weights * (previous - estimate.detach())
+            (correction,) = torch.autograd.grad(estimate, sample, error)
+        factor = ((1 - spread) ** 2 + spread**2) / (spread * (1 - spread))
+        return velocity.detach() - factor.clamp(max=strength) * correction
+
+    return guided

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,15 +13,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from agra.config import RunConfig
 from agra.pretrained import loading, stored_tensors
 from agra.training import checkpoint, lineage
+from agra.training.lora import LoRAConfig, merged
 from agra.wam.model import WAM
 
-_KEPT = ("config.json", "norm_stats.json", "trainer.json", "codec.safetensors")
+_KEPT = ("norm_stats.json", "trainer.json", "codec.safetensors")
 
 
 def export(source: str | Path, output: Path, *, ema: bool = False, half: bool = False) -> Path:
     """Write a policy's newest checkpoint, whole or sharded, as a folder that needs nothing else; no optimiser state.
 
-    The settings and logs of all stages that made it come with it. With `ema` the averaged weights stand in for the
+    The settings and logs of all stages that made it come with it; adapters are merged. With `ema` the averaged weights stand in for the
     trained ones; with `half` they are rounded to float16. Raises FileNotFoundError where there is no checkpoint,
     ValueError where it is damaged, holds no average or what float16 cannot, or `output` is not empty.
     """
@@ -81,9 +83,12 @@ def _write(found: Path, folder: Path, *, ema: bool, half: bool) -> None:
     with torch.device("meta"):
         model = WAM(config.model)
     model.to_empty(device="cpu")
-    checkpoint.load_weights(model, found)
-    if ema:
-        _take_average(model, found)
+    with merged(model, config.stage.lora):
+        checkpoint.load_weights(model, found)
+        if ema:
+            _take_average(model, found)
+    whole = replace(config, stage=replace(config.stage, lora=LoRAConfig()))  # the history tells of the adapters
+    checkpoint.write_text(folder / "config.json", whole.to_json())
     weights = model.state_dict()
     if half:
         weights = {name: _halved(name, value) for name, value in weights.items()}

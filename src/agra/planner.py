@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from agra.batch import Batch
 from agra.config import RunConfig
+from agra.training.lora import attach
 from agra.training.objective import Objective
 from agra.training.sharding import ParallelConfig, apply, blocks
 from agra.training.stages import freeze, modules
@@ -201,6 +202,7 @@ def _objective(config: RunConfig) -> tuple[Objective, int | None, int]:
     """The model of a stage, the width of its targets, and the fewest samples that divide into its two passes."""
     width = teacher_width(config)
     objective = Objective(WAM(config.model), config.stage.objective, config.alignment if config.aligns else None, width)
+    attach(objective.wam, config.stage.lora)
     freeze(objective, config.stage)
     return objective, width, round(1 / config.stage.objective.video_share)
 

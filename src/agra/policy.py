@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from agra.config import RunConfig
 from agra.data.cameras import crop
 from agra.data.normalize import NormStats
+from agra.flow import continuation_weights
 from agra.training import checkpoint
+from agra.training.lora import merged
 from agra.training.stages import Stage
-from agra.types import ActionChunk, Observation
+from agra.types import ActionChunk, Continuation, EmbodimentSpec, Observation, PolicyRequest, PolicySpec
 from agra.wam.codec import Codec, load_codec, to_video
+from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
 from agra.wam.text import TextEncoder, load_text_encoder
 
@@ -38,9 +42,10 @@ class PolicyInputs:
 
 
 class WAMPolicy:
-    """An `agra.types.Policy` around a trained WAM; `act` runs one conditioning pass and a few Euler steps.
+    """An `agra.types.Policy`, and a `BatchPolicy`, around a trained WAM; `act` runs one conditioning pass and a few Euler steps.
 
-    The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
+    With `fast` nothing is computed twice (`agra.wam.fast`); the results are the same up to rounding. The model's weights
+    must then stay as they are. The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
     seed and observations give the same actions.
     """
 
@@ -55,17 +60,23 @@ class WAMPolicy:
         stats: Mapping[str, NormStats],
         device: torch.device | str = "cpu",
         action_steps: int = 4,
+        fast: bool = True,
     ) -> None:
         self.name, self.config, self.stats = name, config, stats
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.codec, self.text = codec, text
         self.action_steps = action_steps
-        self._tokens: dict[str, Tensor] = {}
+        # Bounded: a server's clients choose the instructions.
+        self._tokens = lru_cache(maxsize=64)(self._encode)
+        self._fast = FastWAM(self.model, action_steps=action_steps) if fast else None
+        self._keys_values = lru_cache(maxsize=8)(self._project)
         self.reset(0)
 
     @classmethod
-    def load(cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu") -> "WAMPolicy":
+    def load(
+        cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu", fast: bool = True
+    ) -> "WAMPolicy":
         """Rebuild a policy from a checkpoint folder, or from its run's folder (the newest checkpoint), alone.
 
         Raises FileNotFoundError where there is none, ValueError where a file is damaged or the checkpoint is one of the
@@ -79,7 +90,8 @@ class WAMPolicy:
         with torch.device("meta"):
             model = WAM(config.model)
         model.to_empty(device="cpu")
-        checkpoint.load_weights(model, folder)
+        with merged(model, config.stage.lora):
+            checkpoint.load_weights(model, folder)
         codec_file = folder / "codec.safetensors"
         codec = load_codec(config.model.codec, codec_file if codec_file.is_file() else None)
         stats = NormStats.load_all(folder / "norm_stats.json")
@@ -91,30 +103,74 @@ class WAMPolicy:
             text=load_text_encoder(config.model.text, _projection(config, model)),
             stats=stats,
             device=device,
+            fast=fast,
         )
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy takes and answers."""
+        embodiments = {
+            name: EmbodimentSpec(
+                state={part.name: (part.start, part.end) for part in stats.parts("state")},
+                action={part.name: (part.start, part.end) for part in stats.parts("action")},
+            )
+            for name, stats in self.stats.items()
+        }
+        head = self.config.model.action_dit
+        return PolicySpec(
+            name=self.name, horizon=head.horizon, frame_size=self.config.model.frame_size, embodiments=embodiments
+        )
+
+    def episode(self, seed: int) -> torch.Generator:
+        """What an episode's noise is drawn from."""
+        return torch.Generator(device="cpu").manual_seed(seed)
 
     def reset(self, seed: int) -> None:
         """Start an episode: every random number until the next reset follows from `seed`."""
-        self._generator = torch.Generator(device="cpu").manual_seed(seed)
+        self._episode = self.episode(seed)
 
-    @torch.inference_mode()
-    def act(self, observation: Observation) -> ActionChunk:
-        """The next chunk of actions, in the robot's units."""
-        start = time.perf_counter()
-        inputs = self.prepare([observation])
-        prepared = time.perf_counter()
-        video_noise, action_noise = self._draw(1, self._generator)
-        guidance = self.model.guide(self.model.condition(inputs.observation_latent, video_noise, inputs.instruction))
-        conditioned = time.perf_counter()
-        actions = self.model.act(guidance, inputs.state, inputs.embodiment, action_noise, steps=self.action_steps)
-        answer = self.unnormalize(actions, observation.embodiment)[0]
-        done = time.perf_counter()
-        return ActionChunk(
-            actions=answer,
-            timings={"prepare": prepared - start, "condition": conditioned - prepared, "act": done - conditioned},
-        )
+    def act(self, observation: Observation, *, continuation: Continuation | None = None) -> ActionChunk:
+        """The next chunk of actions, in the robot's units; with `continuation` it goes on with the one being executed."""
+        request = PolicyRequest(observation=observation, episode=self._episode, continuation=continuation)
+        return self.act_batch([request])[0]
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def act_batch(self, requests: Sequence[PolicyRequest]) -> list[ActionChunk]:
+        """One chunk a request, all computed together; each chunk's timings are those of the batch.
+
+        Raises ValueError, before any noise is drawn, where an observation does not fit.
+        """
+        watch = Stopwatch(self.device)
+        instructions = [request.observation.instruction for request in requests]
+        for instruction in instructions:
+            (self._tokens if self._fast is None else self._keys_values)(instruction)
+        watch.lap("text")
+        inputs = self.prepare([request.observation for request in requests])
+        continuation = self._continuation(requests)
+        watch.lap("codec")
+        noises = [self._draw(1, request.episode) for request in requests]
+        video_noise, action_noise = (torch.cat(noise) for noise in zip(*noises, strict=True))
+        if self._fast is None:
+            hidden = self.model.condition(inputs.observation_latent, video_noise, inputs.instruction)
+        else:
+            known = [self._keys_values(instruction) for instruction in instructions]
+            hidden = self._fast.condition(inputs.observation_latent, video_noise, known)
+        watch.lap("video")
+        guidance = self.model.guide(hidden)
+        watch.lap("bridge")
+        head = (guidance, inputs.state, inputs.embodiment, action_noise)
+        if self._fast is None:
+            actions = self.model.act(*head, steps=self.action_steps, continuation=continuation)
+        else:
+            actions = self._fast.act(*head, continuation=continuation)
+        answers = [
+            self.unnormalize(row[None], request.observation.embodiment)[0]
+            for row, request in zip(actions, requests, strict=True)
+        ]
+        watch.lap("action")
+        return [ActionChunk(actions=answer, timings=watch.laps) for answer in answers]
+
+    @torch.no_grad()
     def prepare(self, observations: Sequence[Observation]) -> PolicyInputs:
         """Observations to model inputs: resize and encode frames, look up instructions, normalise states."""
         model, head = self.config.model, self.config.model.action_dit
@@ -126,7 +182,7 @@ class WAMPolicy:
         rows = [self.config.data.embodiments.index(o.embodiment) for o in observations]
         return PolicyInputs(
             observation_latent=self.codec.encode(torch.cat(videos).to(self.device)),
-            instruction=torch.stack([self._instruction(o.instruction) for o in observations]).to(self.device),
+            instruction=torch.stack([self._tokens(o.instruction) for o in observations]).to(self.device),
             state=states.to(self.device),
             embodiment=torch.tensor(rows, device=self.device),
         )
@@ -171,8 +227,44 @@ class WAMPolicy:
             )
         return self.stats[embodiment]
 
-    def _instruction(self, instruction: str) -> Tensor:
-        if instruction not in self._tokens:
-            # float16 as in the cache that training read
-            self._tokens[instruction] = self.text.encode([instruction])[0].half().float()
-        return self._tokens[instruction]
+    def _encode(self, instruction: str) -> Tensor:
+        # float16 as in the cache that training read
+        return self.text.encode([instruction])[0].half().float()
+
+    def _project(self, instruction: str) -> tuple[tuple[Tensor, Tensor], ...]:
+        assert self._fast is not None
+        return self._fast.instruction(self._tokens(instruction).to(self.device))
+
+    def _continuation(self, requests: Sequence[PolicyRequest]) -> tuple[Tensor, Tensor] | None:
+        """The old chunks as the model sees actions, and how much each number counts: (B, K, D) twice."""
+        if all(request.continuation is None for request in requests):
+            return None
+        head = self.config.model.action_dit
+        previous = torch.zeros(len(requests), head.horizon, head.action_dim)
+        weights = torch.zeros_like(previous)
+        for row, request in enumerate(requests):
+            given = request.continuation
+            if given is None:
+                continue
+            stats = self._stats(request.observation.embodiment)
+            kept = torch.as_tensor(stats.normalize("action", given.actions[: head.horizon]))
+            previous[row, : len(kept), : kept.shape[1]] = kept
+            held = continuation_weights(min(given.delay, len(kept)), len(kept), head.horizon)
+            weights[row, :, : kept.shape[1]] = held[:, None]
+        return previous.to(self.device), weights.to(self.device)
+
+
+class Stopwatch:
+    """Seconds of consecutive stages; on a GPU each stage is waited for, so that its work counts as its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.laps = device, {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Note that `stage` ends now."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[stage] = now - self._last
+        self._last = now

@@ -11,7 +11,11 @@ from dataclasses import replace
 from agra.alignment.loss import AlignmentConfig
 from agra.alignment.teacher import TeacherConfig
 from agra.config import RunConfig
+from agra.data.gr1 import EMBODIMENT as GR1
+from agra.data.gr1 import REPOSITORY as GR1_REPOSITORY
+from agra.data.gr1 import gr1_mixture
 from agra.data.mixture import DataConfig
+from agra.data.source import SourceConfig
 from agra.diagnostics.looking import TargetConfig
 from agra.training.objective import ObjectiveConfig, Pass
 from agra.training.stages import Stage, StageConfig
@@ -83,8 +87,8 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA small enough for two CPU cores, on the embedded parts: patch-PCA codec, MiniLM, packaged DINOv2-S.
 
     It shows the mechanism, not the paper's numbers. Beyond size it departs from the paper where a model trained from
-    scratch on an hour of data needs it: learned positions, state dropout, early windows, a larger alignment weight,
-    two action draws, and a denoising pass on half of the batch.
+    scratch within an hour needs it: positions on the guidance, state dropout, early windows, another balance of the
+    losses (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch.
     """
     layers = bridged_layers(6, 4)
     model = WAMConfig(
@@ -132,7 +136,7 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
         target_steps=4,
         embodiments=("tabletop", "tabletop_human"),
     )
-    objective = ObjectiveConfig(alignment_weight=0.2, action_draws=4, video_share=0.25)
+    objective = ObjectiveConfig(video_weight=0.1, alignment_weight=0.2, action_draws=4, video_share=0.25)
     training = StageConfig(
         objective=objective,
         steps=2_000,
@@ -157,8 +161,14 @@ def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:
 # --- presets: what C.3 and C.1 leave to the experiment -----------------------------------------------------------------
 
 
+def gr1(config: RunConfig) -> RunConfig:
+    """GR1 tabletop: the 24 tasks with 1,000 demonstrations each, from the hub or from `--data.path`; 80k steps. B.1, C.3"""
+    return _gr1(config, gr1_mixture())
+
+
 def gr1_few_shot(config: RunConfig) -> RunConfig:
-    """GR1 with a tenth of the demonstrations (2,400): 40k steps instead of 80k.                              B.1, C.3"""
+    """GR1 tabletop with 100 demonstrations of each task, 2,400 in all: 40k steps instead of 80k.             B.1, C.3"""
+    config = _gr1(config, gr1_mixture(few_shot=True))
     return replace(config, stage=replace(config.stage, steps=40_000))
 
 
@@ -238,6 +248,11 @@ def _aligned(config: RunConfig, alignment: AlignmentConfig | None) -> RunConfig:
     return replace(config, alignment=alignment)
 
 
+def _gr1(config: RunConfig, mixture: tuple[SourceConfig, ...]) -> RunConfig:
+    embodiments = (GR1, *config.data.embodiments[1:])
+    return replace(config, data=replace(config.data, path=GR1_REPOSITORY, mixture=mixture, embodiments=embodiments))
+
+
 def _passes(config: RunConfig, *, guidance: Pass, aligned: Pass) -> RunConfig:
     objective = replace(config.stage.objective, guidance_pass=guidance, aligned_pass=aligned)
     return replace(config, stage=replace(config.stage, objective=objective))
@@ -299,5 +314,5 @@ RECIPES: dict[str, Recipe] = {
 }
 PRESETS: dict[str, Preset] = {
     preset.__name__: preset
-    for preset in (gr1_few_shot, real_world, egodex, literal_head, groot_head, cosmos_pre_trained, cosmos_14b)
+    for preset in (gr1, gr1_few_shot, real_world, egodex, literal_head, groot_head, cosmos_pre_trained, cosmos_14b)
 }

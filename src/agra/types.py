@@ -23,18 +23,24 @@ class Embodiment:
     action_names: tuple[str, ...]
 
 
+class SimulatorFailed(RuntimeError):
+    """The simulator, not the policy, broke down in an episode; the same trial may be played again from its start."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
-    """What a policy sees at one instant: o_0, s_0 and c of Eq. 1."""
+    """What a policy sees at one instant: o_0, s_0 and c of Eq. 1. `views` are further cameras that a suite defines."""
 
     frame: np.ndarray  # (H, W, 3) uint8 RGB
     state: np.ndarray  # (S,) float32
     instruction: str
     embodiment: str
+    views: Mapping[str, np.ndarray] = field(default_factory=dict)  # each (H, W, 3) uint8 RGB
 
     def __post_init__(self) -> None:
-        if self.frame.dtype != np.uint8 or self.frame.ndim != 3 or self.frame.shape[2] != 3:
-            raise ValueError(f"Observation.frame: expected (H, W, 3) uint8, got {self.frame.shape} {self.frame.dtype}")
+        for name, frame in {"frame": self.frame, **self.views}.items():
+            if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+                raise ValueError(f"Observation.{name}: expected (H, W, 3) uint8, got {frame.shape} {frame.dtype}")
         if self.state.ndim != 1:
             raise ValueError(f"Observation.state: expected one axis, got shape {self.state.shape}")
 
@@ -49,6 +55,57 @@ class ActionChunk:
     def __post_init__(self) -> None:
         if self.actions.ndim != 2 or len(self.actions) == 0:
             raise ValueError(f"ActionChunk.actions: expected (K, D) with K >= 1, got {self.actions.shape}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Continuation:
+    """The rest of the chunk that a robot is executing while it asks for the next one (real-time chunking)."""
+
+    actions: np.ndarray  # (P, D) in the robot's units; row 0 belongs to the control step of the observation
+    delay: int  # how many of them will have been executed before the answer can be there
+
+    def __post_init__(self) -> None:
+        if self.actions.ndim != 2 or len(self.actions) == 0:
+            raise ValueError(f"Continuation.actions: expected (P, D) with P >= 1, got {self.actions.shape}")
+        if not 0 <= self.delay <= len(self.actions):
+            raise ValueError(f"Continuation.delay: expected 0 to {len(self.actions)}, got {self.delay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbodimentSpec:
+    """The named parts of a robot's state and action, each as the dimensions [start, end), in order."""
+
+    state: Mapping[str, tuple[int, int]]
+    action: Mapping[str, tuple[int, int]]
+
+    @property
+    def state_dim(self) -> int:
+        """S."""
+        return max(end for _, end in self.state.values())
+
+    @property
+    def action_dim(self) -> int:
+        """D."""
+        return max(end for _, end in self.action.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """What a policy takes and answers; `frame_size` (H, W) is what it makes of frames of any size."""
+
+    name: str
+    horizon: int
+    frame_size: tuple[int, int]
+    embodiments: Mapping[str, EmbodimentSpec]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PolicyRequest:
+    """One robot's question in a batch; `episode` comes from the policy and holds its random numbers."""
+
+    observation: Observation
+    episode: Any
+    continuation: Continuation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +161,10 @@ class Episode:
         return len(self.actions)
 
 
+NO_FRAME = np.zeros((0, 0, 3), np.uint8)
+"""The frame of an observation that nobody looks at."""
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Anything that acts: a checkpoint in this process, a server's client, a scripted expert."""
@@ -118,19 +179,46 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class Simulator(Protocol):
-    """A world that plays trials, one at a time."""
+class BatchPolicy(Protocol):
+    """A policy for many robots at once, as a server wants it."""
 
+    @property
+    def spec(self) -> PolicySpec:
+        """What it takes and answers."""
+        ...
+
+    def episode(self, seed: int) -> Any:
+        """What an episode's random numbers come from."""
+        ...
+
+    def act_batch(self, requests: Sequence[PolicyRequest]) -> list[ActionChunk]:
+        """One chunk a request, in order. Raises ValueError, before any random number is drawn, for a request that the
+        policy cannot take."""
+        ...
+
+
+@runtime_checkable
+class Simulator(Protocol):
+    """A world that plays trials, one at a time.
+
+    `name` is that of the registry and of its trials, `regimes` names its trial lists. `settings` holds what else of the suite's conventions decides an episode (camera,
+    frame size, settling steps ...), JSON-serialisable; it goes into every results file.
+    """
+
+    name: str
     embodiment: Embodiment
     fps: int
     max_steps: int
+    regimes: tuple[str, ...]
+    settings: Mapping[str, Any]
 
     def reset(self, trial: Trial) -> Observation:
         """Set the trial's scene up; the same trial gives the same states and pixels."""
         ...
 
-    def step(self, action: np.ndarray) -> Step:
-        """Apply one (D,) action for one control period."""
+    def step(self, action: np.ndarray, *, render: bool = True) -> Step:
+        """Apply one (D,) action for one control period. Without `render` the frame is left out, (0, 0, 3): rendering is
+        most of the work, and within a chunk nobody looks."""
         ...
 
     def interaction_mask(self) -> np.ndarray:
@@ -138,7 +226,7 @@ class Simulator(Protocol):
         ...
 
     def trials(self, regime: str) -> Sequence[Trial]:
-        """The fixed trial list of a regime."""
+        """The fixed trial list of one of `regimes`."""
         ...
 
     def close(self) -> None:

@@ -1,49 +1,125 @@
 """Work spread over processes, for simulators: each process keeps its own player from first to last item.
 
-Processes are spawned, because a renderer's context does not survive a fork. One worker means this process.
+Processes are spawned, because a renderer's context does not survive a fork. One worker means this process. An item whose
+process dies, or whose simulator says that it failed, is played again from its start by a fresh player.
 """
 
 import os
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import connection, get_context, parent_process
 from typing import Any, TypeVar
 
+from agra.types import SimulatorFailed
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+ATTEMPTS = 3
 
 _player: Any = None
 
 
 def as_finished(
-    play: Callable[[Any, Item], Result], items: Sequence[Item], *, make_player: Callable[[], Any], workers: int
+    play: Callable[[Any, Item], Result],
+    items: Sequence[Item],
+    *,
+    make_player: Callable[[], Any],
+    workers: int,
+    attempts: int = ATTEMPTS,
+    on_failure: Callable[[Item, str], None] = lambda item, reason: None,
 ) -> Iterator[Result]:
     """Yield play(player, item) for every item in the order in which they finish.
 
-    `play`, `make_player`, items and results must be picklable where `workers` > 1. An exception in a worker is raised
-    here, and a worker that dies raises `concurrent.futures.BrokenExecutor`.
+    `play`, `make_player`, items and results must be picklable where `workers` > 1. `on_failure` hears of every failed
+    attempt: a process that died, or `SimulatorFailed`. An item that failed `attempts` times is left, and when all others
+    have been yielded `SimulatorFailed` is raised. Any other exception is raised here at once.
     """
-    if workers < 1:
-        raise ValueError(f"workers: expected at least 1, got {workers}")
+    if workers < 1 or attempts < 1:
+        raise ValueError(f"workers and attempts: expected at least 1, got {workers} and {attempts}")
     workers = min(workers, len(items))
-    if workers <= 1:
-        player = make_player() if items else None
-        yield from (play(player, item) for item in items)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_set_up, initargs=(make_player,))
+    waiting = deque(enumerate(items))
+    failures: Counter[int] = Counter()
+    abandoned: list[str] = []
+
+    def failed(number: int, item: Item, reason: str) -> None:
+        failures[number] += 1
+        on_failure(item, reason)
+        if failures[number] < attempts:
+            waiting.appendleft((number, item))
+        else:
+            abandoned.append(f"{item!r:.80}: {reason}")
+
+    finished = _in_this_process if workers <= 1 else _in_processes
+    yield from finished(play, waiting, make_player, workers, failed)
+    if abandoned:
+        raise SimulatorFailed(
+            f"{len(abandoned)} of {len(items)} could not be played in {attempts} attempts each, the first being {abandoned[0]}"
+        )
+
+
+def _in_this_process(
+    play: Callable[[Any, Item], Result],
+    waiting: deque[tuple[int, Item]],
+    make_player: Callable[[], Any],
+    workers: int,
+    failed: Callable[[int, Item, str], None],
+) -> Iterator[Result]:
+    player = None
+    while waiting:
+        number, item = waiting.popleft()
+        player = make_player() if player is None else player
+        try:
+            result = play(player, item)
+        except SimulatorFailed as error:
+            player = None
+            failed(number, item, str(error))
+        else:
+            yield result
+
+
+def _in_processes(
+    play: Callable[[Any, Item], Result],
+    waiting: deque[tuple[int, Item]],
+    make_player: Callable[[], Any],
+    workers: int,
+    failed: Callable[[int, Item, str], None],
+) -> Iterator[Result]:
+    """One executor a process, so that a process that dies takes only its own item with it."""
+    idle = [_process() for _ in range(workers)]
+    running: dict[Future[Result], tuple[ProcessPoolExecutor, int, Item]] = {}
     try:
-        for future in as_completed([pool.submit(_play, play, item) for item in items]):
-            yield future.result()
+        while waiting or running:
+            while waiting and idle:
+                number, item = waiting.popleft()
+                process = idle.pop()
+                running[process.submit(_play, play, make_player, item)] = process, number, item
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                process, number, item = running.pop(future)
+                try:
+                    result = future.result()
+                except (BrokenExecutor, SimulatorFailed) as error:
+                    process.shutdown(wait=False)
+                    idle.append(_process())
+                    died = isinstance(error, BrokenExecutor)
+                    failed(number, item, "its process died" if died else str(error))
+                else:
+                    idle.append(process)
+                    yield result
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in [*idle, *(process for process, _, _ in running.values())]:
+            process.shutdown(cancel_futures=True)
 
 
-def _set_up(make_player: Callable[[], Any]) -> None:
-    global _player
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_watch_parent)
+
+
+def _watch_parent() -> None:
     # A killed parent cannot tell its workers to stop, and a spawned pool's workers would wait for ever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _player = make_player()
 
 
 def _exit_with_parent() -> None:
@@ -53,5 +129,8 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _play(play: Callable[[Any, Item], Result], item: Item) -> Result:
+def _play(play: Callable[[Any, Item], Result], make_player: Callable[[], Any], item: Item) -> Result:
+    global _player
+    if _player is None:
+        _player = make_player()
     return play(_player, item)

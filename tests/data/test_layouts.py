@@ -17,12 +17,16 @@ from layouts import (
     write_gr1,
 )
 
-from agra.data.gr1 import KEYS, gr1_mixture, gr1_source
+from agra.cli import PlanOptions, _recipe_arguments
+from agra.config import RunConfig
+from agra.data.gr1 import KEYS, REPOSITORY, folder, gr1_mixture, gr1_source
 from agra.data.gr1 import TASKS as GR1_TASKS
 from agra.data.lerobot import LeRobotDataset
 from agra.data.mixture import DataConfig
 from agra.data.source import SourceConfig
 from agra.data.sources import embodiment_stats
+from agra.recipes import compose
+from agra.training.stages import Stage
 
 
 @pytest.fixture(scope="module", params=LEROBOT_WRITERS)
@@ -130,6 +134,26 @@ def test_gr1_mixture():
     assert {source.training_episodes for source in full} == {None}
     assert full[0].path == "gr1_unified.PnPBottleToCabinetClose_GR1ArmsAndWaistFourierHands_1000"
     assert few[0].keys("action") == tuple((key, "min_max") for key in KEYS)
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("gr1", 80_000), ("gr1_few_shot", 40_000)])
+def test_a_gr1_run_is_named_by_its_preset(gr1, tmp_path, monkeypatch, preset, steps):
+    """From the command line to windows' statistics, on a stand-in for each of the 24 folders."""
+    for task in GR1_TASKS:
+        (tmp_path / folder(task)).symlink_to(gr1)
+    monkeypatch.setattr("agra.data.gr1.FEW_SHOT", 1)
+    flags = ["agra_dino_l8", "--with", preset, "--data.path", str(tmp_path), "--gpus", "8"]
+    _, config = _recipe_arguments("plan", flags, PlanOptions)
+    assert RunConfig.from_json(config.to_json()) == config
+    assert config.stage.steps == steps
+    sources = config.data.open()
+    assert [source.dataset.path.name for source in sources] == [folder(task) for task in GR1_TASKS]
+    trained = {"gr1": range(len(GR1_LENGTHS) - 1), "gr1_few_shot": range(1)}[preset]
+    assert {source.training for source in sources} == {trained}
+    stats, head = embodiment_stats(sources)["gr1"], config.model.action_dit
+    assert (stats.width("state"), stats.width("action")) == (58, 29)
+    assert (head.state_dim, head.action_dim, head.horizon) == (64, 32, 16)
+    assert compose("agra_dino_l8", Stage.JOINT, [preset]).data.path == REPOSITORY
 
 
 def test_annotations_and_modality_names(gr1):

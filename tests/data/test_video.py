@@ -1,3 +1,5 @@
+import ctypes
+
 import av
 import numpy as np
 import pytest
@@ -123,3 +125,28 @@ def test_what_is_cut_out_is_what_was_put_in(tmp_path):
         cut_video(tmp_path / "joined.mp4", start=0.3, count=5, fps=10)
     with pytest.raises(ValueError, match=r"joined\.mp4: the 9 frames from 2\.100 s on number 5"):
         cut_video(tmp_path / "joined.mp4", start=2.1, count=9, fps=10)
+
+
+class _Allocated(ctypes.Structure):
+    """glibc's `struct mallinfo2`; `in_use` counts the main thread's bytes."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("a", "b", "c", "d", "mapped", "f", "g", "in_use", "free", "top")]
+
+
+def test_reading_clips_leaves_nothing_behind(tmp_path):
+    """Clips and cuts end before their file does: what PyAV holds of a file must go with them, to the last bytes."""
+    count = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if count is None:
+        pytest.skip("counts with glibc's mallinfo2")
+    count.restype = _Allocated
+    write_video(tmp_path / "a.mp4", moving_square(24), fps=10)
+
+    def read(times):
+        for _ in range(times):
+            decode(tmp_path / "a.mp4", 0.3, 4)
+            cut_video(tmp_path / "a.mp4", start=0.8, count=8, fps=10)
+
+    read(50)
+    before = count().in_use
+    read(300)
+    assert (count().in_use - before) / 300 < 60

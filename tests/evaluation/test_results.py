@@ -8,43 +8,11 @@ from agra.evaluation.results import (
     Results,
     TrialResult,
     compare,
-    comparison_table,
-    mcnemar,
-    print_comparison,
-    print_summary,
     read_results,
     summarise,
-    summary_table,
     wilson_interval,
 )
-
-
-@pytest.mark.parametrize(
-    ("successes", "trials", "confidence", "low", "high"),
-    [
-        # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
-        (81, 263, 0.95, 0.2553, 0.3662),
-        (15, 148, 0.95, 0.0624, 0.1605),
-        (0, 20, 0.95, 0.0, 0.1611),
-        (1, 29, 0.95, 0.0061, 0.1718),
-        (10, 10, 0.90, 0.7871, 1.0),  # n / (n + z^2), z = 1.6449
-    ],
-)
-def test_wilson(successes, trials, confidence, low, high):
-    assert wilson_interval(successes, trials, confidence) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_mcnemar():
-    # 12 trials that one alone solved, 2 of them the first: 2 * (1 + 12 + 66) / 2^12
-    a = [True] * 5 + [True] * 2 + [False] * 10 + [False] * 3
-    b = [True] * 5 + [False] * 2 + [True] * 10 + [False] * 3
-    test = mcnemar(a, b)
-    assert test == (pytest.approx(2 * 79 / 4096), 2, 10, 5, 3)
-    assert mcnemar(b, a).p_value == test.p_value
-    assert mcnemar([True, False], [True, False]).p_value == 1
-    assert mcnemar([True] * 3, [False] * 3).p_value == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="equally long"):
-        mcnemar([True], [True, False])
+from agra.evaluation.tables import comparison_table, leaderboard_table, print_table, summary_table, task_table
 
 
 def make_results(policy: str, successes: dict[str, str], **header) -> Results:
@@ -110,15 +78,57 @@ def test_compare_refuses_what_is_not_comparable():
         compare(A, replace(B, trials=B.trials[1:]))
 
 
+def test_averages_over_tasks():
+    """Six tasks in one regime: the average's interval draws tasks; two tasks are too few."""
+    tasks = "aabbccddeeff"
+    trials = tuple(replace(t, task=task) for t, task in zip(A.trials + B.trials[:2], tasks, strict=True))
+    names = [replace(trial, trial=f"{i}", regime="semantic") for i, trial in enumerate(trials)]
+    (summary,) = summarise(replace(A, trials=tuple(names)))
+    assert (summary.tasks, summary.average.clusters) == (6, 6)
+    assert summary.average.low < summary.rate < summary.average.high
+    assert all(one.average is None for one in summarise(A))
+    table = text(task_table(replace(A, trials=tuple(names))))
+    assert "2 of 2" in table
+    assert "34-100" in table
+
+
+def test_compare_gives_the_difference():
+    pair = compare(A, B).pairs[-1]
+    assert pair.difference.value == pytest.approx(-0.2)
+    assert pair.difference.low < -0.2 < pair.difference.high
+    assert pair.difference.clusters == 10  # one task only, so trials are drawn
+    single = make_results("a", {"semantic": "1"})
+    assert compare(single, single).pairs[0].difference == (0, -1, 1, 1)
+
+
+def test_leaderboard():
+    ours = make_results("ours", {"unseen_combinations": "1101"}, simulator="robocasa_gr1", settings={"camera": "ego"})
+    ours.header["protocol"].update(termination="chunk")
+    table = text(leaderboard_table([ours], "robocasa_gr1"))
+    assert "* ours" in table
+    assert "Table 2" in table  # a row says where it is from
+    assert "66.4 % (64-69)" in table  # the paper's average, 24 x 50
+    assert table.index("* ours") < table.index("66.3 %")  # 75 % is above Table 2's best in its regime
+    assert "4 of the 40 trials" in " ".join(table.split())
+    with pytest.raises(ValueError, match="results of point, the leaderboard is robocasa_gr1's"):
+        leaderboard_table([A], "robocasa_gr1")
+    with pytest.raises(ValueError, match="no published results of 'tabletop' are known"):
+        leaderboard_table([], "tabletop")
+
+
+def text(table) -> str:
+    console = Console(width=250, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
 def test_tables():
-    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary_table(A))
-    console.print(comparison_table(compare(A, B)))
-    text = console.export_text()
-    assert "4 of 40" in text
-    assert "60% (31-83)" in text
-    assert "100% (61-100)" in text
-    assert "…" not in text
+    shown = text(summary_table(A)) + text(comparison_table(compare(A, B)))
+    assert "4 of 40" in shown
+    assert "60% (31-83)" in shown
+    assert "100% (61-100)" in shown
+    assert "another policy on 10 other trials would have to be no difference better" not in shown
+    assert "…" not in shown
 
 
 def test_read(tmp_path):
@@ -165,8 +175,8 @@ def test_printed_tables_are_complete_where_there_is_no_terminal(tmp_path, capsys
     monkeypatch.setenv("COLUMNS", "60")
     path = tmp_path / "r.jsonl"
     write(path, A)
-    print_summary(read_results(path))
-    print_comparison(compare(read_results(path), read_results(path)))
+    print_table(summary_table(read_results(path)))
+    print_table(comparison_table(compare(read_results(path), read_results(path))))
     printed = capsys.readouterr().out
     assert "…" not in printed
     assert "success (95 %)" in printed

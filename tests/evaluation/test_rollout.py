@@ -13,8 +13,8 @@ import pytest
 
 from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.results import read_results
-from agra.evaluation.rollout import TimedPolicy, evaluate, run_episode
-from agra.types import ActionChunk, Policy
+from agra.evaluation.rollout import WatchedPolicy, evaluate, run_episode
+from agra.types import ActionChunk, Policy, SimulatorFailed
 from point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
 
 TESTS = str(Path(__file__).parents[1])
@@ -88,6 +88,24 @@ def test_without_record_there_are_no_pixels():
     assert episode.frames.shape == (len(episode), 0, 0, 3)
 
 
+def test_only_what_is_looked_at_is_rendered():
+    class Counting(PointWorld):
+        rendered = 0
+
+        def _observe(self, render=True):
+            self.rendered += render
+            return super()._observe(render)
+
+    counts, digests = [], []
+    _, trial = world_at([0.1, 0.1], [0.9, 0.9])
+    for record in (True, False):
+        policy, world = WatchedPolicy(Scripted([(0.2, 0.3)] * 8)), Counting()
+        digests.append(policy.digest(run_episode(policy, world, trial, execute_steps=4, max_steps=14, record=record)))
+        counts.append(world.rendered)
+    assert counts == [15, 5]  # with the reset's; of the short last chunk too
+    assert digests[0] == digests[1]
+
+
 def test_same_trial_same_episode():
     policy, world = wanderer()
     first = run_episode(policy, world, TRIAL, execute_steps=4)
@@ -99,8 +117,8 @@ def test_same_trial_same_episode():
         run_episode(policy, world, TRIAL, execute_steps=0)
 
 
-def test_timed_policy():
-    policy = TimedPolicy(Scripted([(0.0, 0.0)]))
+def test_watched_policy():
+    policy = WatchedPolicy(Scripted([(0.0, 0.0)]))
     assert isinstance(policy, Policy)
     run_episode(policy, PointWorld(), TRIAL, execute_steps=1, max_steps=7)
     assert len(policy.seconds) == 7
@@ -109,10 +127,25 @@ def test_timed_policy():
     assert policy.seconds == []
 
 
-def play(output, **changes):
-    policy, world = wanderer()
+def test_the_digest_is_of_every_bit():
+    def digest(world=None, **changes):
+        policy = WatchedPolicy(Scripted([(0.9, 0.9)]))
+        return policy.digest(run_episode(policy, world or PointWorld(), replace(TRIAL, **changes), execute_steps=1))
+
+    class Brighter(PointWorld):
+        def _observe(self, render=True):
+            seen = super()._observe()
+            return replace(seen, frame=seen.frame + np.eye(32, 48, dtype=np.uint8)[..., None])
+
+    assert digest() == digest()
+    assert len({digest(), digest(seed=6), digest(instruction="go on"), digest(Brighter())}) == 4
+
+
+def play(output, *, world=None, limit=6, **changes):
+    world = world or PointWorld()
     options = {"policy_name": "wanderer", "protocol": PROTOCOL, "output": output, "progress": False} | changes
-    trials = options.pop("trials", regime_trials(world, limit=6))
+    policy = options.pop("policy", Wanderer(world))
+    trials = options.pop("trials", regime_trials(world, limit=limit))
     return evaluate(policy, world, trials, **options)
 
 
@@ -126,7 +159,7 @@ def test_evaluation_writes_header_lines_and_videos(tmp_path):
     header = results.header
     assert (header["policy"], header["simulator"], header["embodiment"]) == ("wanderer", "point", "dot")
     assert header["protocol"] == {"execute_steps": 4, "max_steps": None, "termination": "step"}
-    assert header["max_steps"] == 30
+    assert (header["max_steps"], header["fps"], header["settings"]) == (30, 10, {"frame_size": [32, 48]})
     assert header["regimes"]["semantic"] == {"played": 6, "full": 40}
     assert {"agra", "numpy"} <= set(header["versions"])
     assert len(results.trials) == header["num_trials"] == 24
@@ -142,12 +175,48 @@ def test_evaluation_writes_header_lines_and_videos(tmp_path):
     assert filmed == ["attribute/00", "in_distribution/00", "instance/00", "semantic/00"]
 
 
-def test_outcomes_do_not_depend_on_the_workers(tmp_path):
-    play(tmp_path / "one.jsonl")
-    play(tmp_path / "two.jsonl", workers=2, make_player=wanderer)
-    assert outcomes(tmp_path / "one.jsonl") == outcomes(tmp_path / "two.jsonl")
+def test_episodes_do_not_depend_on_the_workers(tmp_path):
+    play(tmp_path / "one.jsonl", limit=1)
+    for workers in (2, 4):
+        play(tmp_path / f"{workers}.jsonl", limit=1, policy=None, workers=workers, make_player=wanderer)
+        assert outcomes(tmp_path / "one.jsonl") == outcomes(tmp_path / f"{workers}.jsonl")
+    assert len({trial["digest"] for trial in outcomes(tmp_path / "one.jsonl")}) == 4
     with pytest.raises(ValueError, match="more than one worker needs make_player"):
-        play(tmp_path / "three.jsonl", workers=2)
+        play(tmp_path / "three.jsonl", policy=None, workers=2)
+
+
+class Breaks(PointWorld):
+    """Breaks down in the fifth step of every second attempt; one trial never gets further."""
+
+    attempts = 0
+
+    def reset(self, trial):
+        self.attempts += 1
+        self.steps = 0
+        return super().reset(trial)
+
+    def step(self, action, *, render=True):
+        self.steps += 1
+        if self.steps == 3 and (self.attempts % 2 or self.trial.name == "semantic/00"):
+            raise SimulatorFailed("physics diverged")
+        return super().step(action, render=render)
+
+
+def test_a_failed_simulator_is_tried_again_and_reported(tmp_path):
+    """The episode is the one that an unbroken simulator gives; what cannot be played is missing and is tried later."""
+    play(tmp_path / "whole.jsonl", limit=2)
+    path = tmp_path / "r.jsonl"
+    world = Breaks()
+    with pytest.raises(SimulatorFailed, match=r"1 of 8 could not be played in 3 attempts each.*semantic/00"):
+        play(path, world=world, limit=2)
+    done = read_results(path, partial=True)
+    assert len(done.trials) == 7
+    assert {trial.failures for trial in done.trials} == {(), ("physics diverged",)}
+    with pytest.raises(ValueError, match="interrupted after 7 of 8 trials"):
+        read_results(path)
+    play(path, limit=2)
+    assert outcomes(path) == outcomes(tmp_path / "whole.jsonl")
+    assert sum(len(trial.failures) for trial in read_results(path).trials) >= 3
 
 
 class Dies(Wanderer):

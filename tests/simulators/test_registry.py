@@ -1,12 +1,14 @@
+import sys
+
 import pytest
 
 from agra.simulators import registry
 from agra.types import Simulator
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", ["tabletop", "tabletop_human"])
 def test_every_registered_simulator_keeps_the_contract(name):
-    """One conformance test over all: trials, shapes, ranges, masks, limits."""
+    """One conformance test over all that need no environment of their own: trials, shapes, ranges, masks, limits."""
     world = registry.make(name, frame_size=(32, 56))
     assert isinstance(world, Simulator)
     try:
@@ -36,8 +38,15 @@ def test_unknown_name():
 
 def test_no_expert():
     class Other:
-        class embodiment:
-            name = "other"
+        name = "robocasa_gr1"
 
-    with pytest.raises(ValueError, match="other: this simulator has no scripted expert"):
+    with pytest.raises(ValueError, match="robocasa_gr1: this simulator has no scripted expert"):
         registry.expert(Other())
+
+
+def test_a_suite_s_own_environment_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
+    monkeypatch.delitem(sys.modules, "agra.simulators.metaworld.environment", raising=False)
+    with pytest.raises(ImportError, match=r"simulators other than the tabletop .* see make env-metaworld"):
+        registry.make("metaworld")

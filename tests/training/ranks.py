@@ -55,6 +55,7 @@ class Launcher:
 
 def task_config(task):
     """The small config with noise draws of every kind, for batches of 8."""
+    from agra.training.lora import LoRAConfig
     from conftest import make_small_config
 
     config = make_small_config()
@@ -65,7 +66,10 @@ def task_config(task):
         action_dit=replace(config.model.action_dit, state_dropout=0.5),
     )
     objective = replace(config.stage.objective, video_share=0.5)
-    stage = replace(config.stage, objective=objective, **{"batch_size": SAMPLES, **task.get("stage", {})})
+    asked = {"batch_size": SAMPLES, **task.get("stage", {})}
+    if "lora" in asked:
+        asked["lora"] = LoRAConfig(**asked["lora"])
+    stage = replace(config.stage, objective=objective, **asked)
     return replace(config, model=model, stage=stage)
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import CosmosTransformer3DModel
 from torch.nn.functional import interpolate
 
-from agra.wam.video_dit import VideoDiT, VideoDiTConfig, _attention, _attention_weights
+from agra.wam.video_dit import VideoDiT, VideoDiTConfig, _attend, _attention_weights, _keys_values
 
 CONFIG = VideoDiTConfig(
     latent_channels=6, num_layers=3, num_heads=2, head_dim=24, adaln_lora_dim=16, text_dim=20, text_projection_dim=None
@@ -113,14 +113,14 @@ def test_text_attention_is_what_the_values_are_weighed_with():
     )
     attn = model.transformer.transformer_blocks[0].attn2
     x, context = torch.randn(2, 7, attn.to_q.in_features), torch.randn(2, 5, attn.to_k.in_features)
-    weights = _attention_weights(attn, x, context)
+    weights = _attention_weights(attn, x, _keys_values(attn, context)[0])
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 7))
     width = attn.to_q.out_features
     telling = SimpleNamespace(
         heads=attn.heads, to_q=attn.to_q, to_k=attn.to_k, norm_q=attn.norm_q, norm_k=attn.norm_k,
         to_v=lambda c: torch.eye(5)[None, :, 3:4].expand(2, 5, width), to_out=[torch.nn.Identity()],
     )  # fmt: skip
-    seen = _attention(telling, x, context, None).unflatten(-1, (attn.heads, -1)).mean(dim=(2, 3))
+    seen = _attend(telling, x, _keys_values(telling, context)).unflatten(-1, (attn.heads, -1)).mean(dim=(2, 3))
     torch.testing.assert_close(seen, weights[..., 3])
 
 

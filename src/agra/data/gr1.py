@@ -7,6 +7,8 @@ few-shot split: xpeng-robotics/DIAL `examples/eval.sh`.
 from agra.data.source import EGO_VIEW, SourceConfig
 
 EMBODIMENT = "gr1"
+REPOSITORY = "nvidia/PhysicalAI-Robotics-GR00T-X-Embodiment-Sim"
+"""The hub's dataset whose folders the tasks are."""
 KEYS = ("left_arm", "right_arm", "left_hand", "right_hand", "waist")
 """29 of the 44 dimensions: 7 + 7 + 6 + 6 + 3. Legs and neck are dropped."""
 
@@ -32,7 +34,7 @@ FEW_SHOT = 100
 
 
 def folder(task: str) -> str:
-    """A task's folder in nvidia/PhysicalAI-Robotics-GR00T-X-Embodiment-Sim."""
+    """A task's folder in the repository."""
     return f"gr1_unified.{task}_GR1ArmsAndWaistFourierHands_1000"
 
 

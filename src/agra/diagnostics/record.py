@@ -69,6 +69,12 @@ class Diagnosis:
         outside = [unmatched if cell is None else cell["background"] for cell in cells]
         return np.array(inside).reshape(-1, noises), np.array(outside).reshape(-1, noises, draws)
 
+    def ratios(self, kind: str) -> np.ndarray:
+        """The matched sensitivity ratio Delta(I) / Delta(B) of every sample (n,), each side averaged first."""
+        inside, outside = self.deviations(kind)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return inside.mean(axis=1) / outside.mean(axis=(1, 2))
+
 
 def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
     """The grounding metrics over all samples, with bootstrap intervals that draw whole trials."""

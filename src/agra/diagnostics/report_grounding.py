@@ -63,12 +63,6 @@ def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
     return matched_sensitivity_ratio(inside[known], outside[known], groups=trials)
 
 
-def _per_sample_ratio(diagnosis: Diagnosis, kind: str) -> np.ndarray:
-    inside, outside = diagnosis.deviations(kind)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return inside.mean(axis=1) / outside.mean(axis=(1, 2))
-
-
 def _verdicts(columns: Sequence[Column], compare, margin, *, better: str, baseline: str, form=number) -> list[Cell]:
     """A difference cell for every policy but the first.
 
@@ -127,7 +121,7 @@ def _points(share: float) -> str:
 def _ratio_row(columns: Sequence[Column], kind: str, ratios: dict[tuple[int, str], SensitivityRatio]) -> Row:
     def compare(ours: Diagnosis, reference: Diagnosis) -> Estimate:
         left, right, trials = paired_rows(ours, reference)
-        a, b = _per_sample_ratio(ours, kind)[left], _per_sample_ratio(reference, kind)[right]
+        a, b = ours.ratios(kind)[left], reference.ratios(kind)[right]
         return paired_difference(a, b, statistic=np.median, groups=trials)
 
     def margin(diagnosis: Diagnosis) -> Estimate:
@@ -168,10 +162,7 @@ def grounding_section(columns: Sequence[Column]) -> dict[str, Any] | None:
 def _samples(known: Sequence[tuple[int, str, Diagnosis]], kinds: Sequence[str]) -> dict[str, list]:
     """Every sample's own numbers, the policies one below the other."""
     names = ("in_mask_ratio", "centroid_error", "psnr", "action_error")
-    columns = {
-        name: [*(d.values(one) for one in names), *(_per_sample_ratio(d, kind) for kind in kinds)]
-        for _, name, d in known
-    }
+    columns = {name: [*(d.values(one) for one in names), *(d.ratios(kind) for kind in kinds)] for _, name, d in known}
     places = {name: {key: row for row, key in enumerate(d.keys)} for _, name, d in known}
     rows = []
     for trial, step in known[0][2].keys:

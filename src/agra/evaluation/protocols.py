@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from agra.types import REGIMES, Simulator, Trial
+from agra.types import Simulator, Trial
 
 TRIALS_PER_REGIME = {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}
 """The paper's counts, C.2.2."""
@@ -33,9 +33,11 @@ class Protocol:
 
 
 def regime_trials(
-    simulator: Simulator, regimes: Sequence[str] = REGIMES, *, limit: int | None = None
+    simulator: Simulator, regimes: Sequence[str] | None = None, *, limit: int | None = None
 ) -> tuple[Trial, ...]:
-    """The trials of `regimes`, in order; `limit` takes that many of each regime, evenly spread over its list.
+    """The trials of `regimes`, by default all of the simulator's, in order.
+
+    `limit` takes that many of each regime, evenly spread over its list.
 
     The subset depends on nothing but the list and `limit`; `evaluate` writes both counts into the results' header.
     Raises ValueError for an unknown regime, an empty list, a name that occurs twice, or a limit below 1.
@@ -43,9 +45,9 @@ def regime_trials(
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 trial a regime, got {limit}")
     chosen: list[Trial] = []
-    for regime in regimes:
-        if regime not in REGIMES:
-            raise ValueError(f"unknown regime {regime!r}; there are {', '.join(REGIMES)}")
+    for regime in simulator.regimes if regimes is None else regimes:
+        if regime not in simulator.regimes:
+            raise ValueError(f"unknown regime {regime!r}; there are {', '.join(simulator.regimes)}")
         full = simulator.trials(regime)
         if not full:
             raise ValueError(f"{simulator.embodiment.name}: the simulator has no trials of regime {regime!r}")

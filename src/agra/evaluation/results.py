@@ -1,27 +1,38 @@
 """Results files and what may be said from them.
 
 A results file is JSON lines: a header with everything that defines the protocol, then one line a trial. Rates come
-with Wilson intervals; two policies are compared on the same trials, by McNemar's exact test.
+with Wilson intervals, averages over tasks with an interval that draws tasks; two policies are compared on the same
+trials, by McNemar's exact test and a paired bootstrap.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from scipy.stats import binomtest
 
-from agra.types import REGIMES
+from agra.evaluation.statistics import (
+    MIN_CLUSTERS,
+    Average,
+    McNemar,
+    clustered_bootstrap,
+    mcnemar,
+    paired_bootstrap,
+    wilson_interval,
+)
+
+__all__ = ["Results", "TrialResult", "compare", "mcnemar", "read_results", "summarise", "wilson_interval"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """One finished trial; `steps` control steps, `calls` of the policy, times in seconds and milliseconds."""
+    """One finished trial; `steps` control steps, `calls` of the policy, times in seconds and milliseconds.
+
+    `digest` is a hash of every bit of the episode; files written before there was one have None. `failures` are the
+    reasons of the attempts before, in which the simulator and not the policy broke down.
+    """
 
     trial: str
     regime: str
@@ -35,10 +46,15 @@ class TrialResult:
     wall_s: float
     policy_ms: Mapping[str, float]  # mean, p50 and p95 over the calls
     video: str | None = None  # relative to the results file
+    digest: str | None = None
+    failures: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "failures", tuple(self.failures))
 
     def same_outcome(self) -> dict[str, Any]:
-        """Everything but the times and the video: what a repetition must reproduce."""
-        return {k: v for k, v in asdict(self).items() if k not in ("wall_s", "policy_ms", "video")}
+        """Everything but the times, the video and the simulator's failures: what a repetition must reproduce."""
+        return {k: v for k, v in asdict(self).items() if k not in ("wall_s", "policy_ms", "video", "failures")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,38 +75,8 @@ class Results:
 
     @property
     def regimes(self) -> tuple[str, ...]:
-        """The regimes that occur, in the paper's order."""
-        return tuple(name for name in REGIMES if self.regime(name))
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (without continuity correction) of a success rate: (low, high)."""
-    interval = binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-class McNemar(NamedTuple):
-    """McNemar's exact test: the two-sided p-value and the four counts it rests on."""
-
-    p_value: float
-    only_a: int
-    only_b: int
-    both: int
-    neither: int
-
-
-def mcnemar(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> McNemar:
-    """Do two policies, tried on the same trials, succeed equally often? Exact binomial, two-sided.
-
-    Only trials in which one succeeds and the other fails inform the test; without any, p is 1. Raises ValueError for
-    sequences of different length.
-    """
-    a, b = np.asarray(paired_a, dtype=bool), np.asarray(paired_b, dtype=bool)
-    if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"mcnemar: expected two equally long sequences, got shapes {a.shape} and {b.shape}")
-    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return McNemar(float(p_value), only_a, only_b, int((a & b).sum()), int((~a & ~b).sum()))
+        """The regimes that occur, in the simulator's order."""
+        return tuple(name for name in self.header["regimes"] if self.regime(name))
 
 
 def read_results(path: str | Path, *, partial: bool = False) -> Results:
@@ -141,6 +127,9 @@ class Summary:
     interval: tuple[float, float]
     progress: Mapping[str, float]  # share of the trials that reached each partial score
     median_policy_ms: float
+    tasks: int
+    average: Average | None  # over tasks, with an interval that draws tasks; None where there are too few of them
+    failures: int  # attempts in which the simulator broke down; each was played again
 
     @property
     def rate(self) -> float:
@@ -161,6 +150,8 @@ def _summarise(regime: str, trials: tuple[TrialResult, ...], full: int) -> Summa
     successes = sum(trial.success for trial in trials)
     scores = list(dict.fromkeys(name for trial in trials for name in trial.progress))
     reached = {name: [t.progress[name] for t in trials if name in t.progress] for name in scores}
+    tasks = [trial.task for trial in trials]
+    count = len(set(tasks))
     return Summary(
         regime=regime,
         trials=len(trials),
@@ -169,6 +160,9 @@ def _summarise(regime: str, trials: tuple[TrialResult, ...], full: int) -> Summa
         interval=wilson_interval(successes, len(trials)),
         progress={name: float(np.mean(values)) for name, values in reached.items()},
         median_policy_ms=float(np.median([trial.policy_ms["p50"] for trial in trials])),
+        tasks=count,
+        average=clustered_bootstrap([t.success for t in trials], tasks) if count >= MIN_CLUSTERS else None,
+        failures=sum(len(trial.failures) for trial in trials),
     )
 
 
@@ -180,6 +174,7 @@ class Pair:
     a: Summary
     b: Summary
     test: McNemar
+    difference: Average  # success rate of A minus that of B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,75 +193,17 @@ def compare(results_a: Results, results_b: Results, *, across_protocols: bool = 
     that this is what is compared.
     """
     names = f"cannot compare {results_a.policy} with {results_b.policy}"
-    for key in ("simulator", "trials_sha256", *(() if across_protocols else ("protocol", "max_steps"))):
-        if results_a.header[key] != results_b.header[key]:
-            raise ValueError(f"{names}: {key} differs, {results_a.header[key]!r} and {results_b.header[key]!r}")
+    for key in ("simulator", "trials_sha256", *(() if across_protocols else ("protocol", "max_steps", "settings"))):
+        one, other = results_a.header.get(key), results_b.header.get(key)
+        if one != other:
+            raise ValueError(f"{names}: {key} differs, {one!r} and {other!r}")
     by_name = {trial.trial: trial.success for trial in results_b.trials}
     if set(by_name) != {trial.trial for trial in results_a.trials}:
         raise ValueError(f"{names}: they finished different trials")
     pairs = []
     for a, b in zip(summarise(results_a), summarise(results_b), strict=True):
         trials = results_a.trials if a.regime == "all" else results_a.regime(a.regime)
-        test = mcnemar([trial.success for trial in trials], [by_name[trial.trial] for trial in trials])
-        pairs.append(Pair(regime=a.regime, a=a, b=b, test=test))
+        outcomes = [trial.success for trial in trials], [by_name[trial.trial] for trial in trials]
+        difference = paired_bootstrap(*outcomes, [trial.task for trial in trials])
+        pairs.append(Pair(regime=a.regime, a=a, b=b, test=mcnemar(*outcomes), difference=difference))
     return Comparison(name_a=results_a.policy, name_b=results_b.policy, pairs=tuple(pairs))
-
-
-def summary_table(results: Results) -> Table:
-    """A policy's figures for the terminal."""
-    summaries = summarise(results)
-    scores = list(dict.fromkeys(name for summary in summaries for name in summary.progress))
-    table = _table(
-        f"{results.policy} on {results.header['simulator']}",
-        "trials",
-        "success (95 %)",
-        *(name.replace("_", " ") for name in scores),
-        "ms/call",
-    )
-    for s in summaries:
-        trials = f"{s.trials}" if s.trials == s.full else f"{s.trials} of {s.full}"
-        reached = [f"{s.progress[name]:.0%}" if name in s.progress else "" for name in scores]
-        table.add_row(s.regime, trials, _rate(s), *reached, f"{s.median_policy_ms:.1f}")
-    return table
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """Two policies side by side for the terminal."""
-    title = f"A: {comparison.name_a}   B: {comparison.name_b}"
-    table = _table(title, "trials", "A (95 %)", "B (95 %)", "only A", "only B", "p")
-    for pair in comparison.pairs:
-        test = pair.test
-        counts = (f"{test.only_a}", f"{test.only_b}", f"{test.p_value:.3f}")
-        table.add_row(pair.regime, f"{pair.a.trials}", _rate(pair.a), _rate(pair.b), *counts)
-    table.caption = "only A, only B: trials that one alone solved; p: McNemar's exact test"
-    return table
-
-
-def print_summary(results: Results) -> None:
-    """Print `summary_table`."""
-    _print(summary_table(results))
-
-
-def print_comparison(comparison: Comparison) -> None:
-    """Print `comparison_table`."""
-    _print(comparison_table(comparison))
-
-
-def _print(table: Table) -> None:
-    """In full, also where the terminal is narrow or there is none: a cut figure is none."""
-    console = Console()
-    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    Console(width=max(console.width, needed)).print(table)
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title)
-    table.add_column("regime", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _rate(summary: Summary) -> str:
-    low, high = summary.interval
-    return f"{summary.rate:.0%} ({100 * low:.0f}-{100 * high:.0f})"

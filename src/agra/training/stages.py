@@ -9,6 +9,7 @@ from enum import StrEnum
 from torch import nn
 
 from agra.precision import Precision
+from agra.training.lora import LoRAConfig, is_adapter
 from agra.training.objective import Objective, ObjectiveConfig
 
 
@@ -45,6 +46,8 @@ class StageConfig:
     clip_norm: float = 1.0
     ema_decay: float | None = None
     """Keep an exponential average of the trained weights beside them; not in the paper (docs/paper.md #26)."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters instead of the weights themselves; not in the paper (docs/paper.md #26)."""
     precision: Precision = "auto"
     seed: int = 0
     log_every: int = 10
@@ -83,13 +86,24 @@ class StageConfig:
 
 
 def freeze(objective: Objective, stage: StageConfig) -> None:
-    """Leave gradients on only where this stage trains. Cosmos's text projection stays frozen in every stage, so that
-    projected instruction tokens can be cached."""
+    """Leave gradients on only where this stage trains: of a part that holds adapters, in those alone.
+
+    Cosmos's text projection stays frozen in every stage, so that projected instruction tokens can be cached. Raises
+    ValueError where adapters are on a part that the stage does not train.
+    """
     wam = objective.wam
     objective.requires_grad_(stage.name is not Stage.ADAPT)
     wam.video_dit.requires_grad_(stage.train_video_dit)
     if wam.config.video_dit.text_projection_dim is not None:
         wam.video_dit.transformer.crossattn_proj.requires_grad_(False)
+    for name, module in modules(objective).items():
+        parameters = dict(module.named_parameters())
+        if not any(map(is_adapter, parameters)):
+            continue
+        if not any(parameter.requires_grad for parameter in parameters.values()):
+            raise ValueError(f"stage.lora.layers: some are of the {name}, which the {stage.name} stage does not train")
+        for own, parameter in parameters.items():
+            parameter.requires_grad_(is_adapter(own))
 
 
 def modules(objective: Objective) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from agra.training import checkpoint
+from agra.training.lora import merged
 from agra.training.objective import Objective
 from agra.training.stages import Stage
 
@@ -10,7 +11,8 @@ from agra.training.stages import Stage
 def initialize(objective: Objective, source: str | Path, stage: Stage) -> None:
     """Start a stage from a checkpoint of an earlier one, or from a pretrained video DiT.                            C.3
 
-    From `adapt` the video DiT is taken and the rest stays fresh; from `joint` everything is. A `source` that is not a
+    From `adapt` the video DiT is taken and the rest stays fresh; from `joint` everything is; adapters of the earlier stage
+    are merged. A `source` that is not a
     checkpoint of ours is a diffusers model: a folder, or a hub id with or without @revision, whose `transformer` is the
     video DiT; the revision is else the one of the recipe's codec.
     """
@@ -29,12 +31,14 @@ def initialize(objective: Objective, source: str | Path, stage: Stage) -> None:
         return
     found = checkpoint.resolve(folder)
     checkpoint.verify(found)
-    earlier = checkpoint.read_config(found).stage.name
-    if earlier is Stage.ADAPT:
-        checkpoint.load_weights(objective.wam.video_dit, found, prefix="video_dit.")
+    earlier = checkpoint.read_config(found).stage
+    if earlier.name is Stage.ADAPT:
+        with merged(objective.wam, earlier.lora):
+            checkpoint.load_weights(objective.wam.video_dit, found, prefix="video_dit.")
         return
     if stage is Stage.ADAPT:
-        raise ValueError(f"{found}: a {earlier} checkpoint does not start an adapt stage")
-    checkpoint.load_weights(objective.wam, found)
+        raise ValueError(f"{found}: a {earlier.name} checkpoint does not start an adapt stage")
+    with merged(objective.wam, earlier.lora):
+        checkpoint.load_weights(objective.wam, found)
     if objective.projectors is not None and checkpoint.read_config(found).aligns:
         checkpoint.load_weights(objective.projectors, found, "projectors.safetensors")

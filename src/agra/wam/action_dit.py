@@ -109,31 +109,56 @@ class ActionDiT(nn.Module):
                 f"guidance: expected a number of samples that divides {len(noisy_actions)}, the number of action "
                 f"chunks, got {[len(one) for one in guidance]}"
             )
-        # The epsilon keeps levels such as 0.7 from falling into the bucket below by rounding.
-        bucket = ((1 - noise_level) * self.config.num_time_buckets + 1e-4).floor()
+        bucket = self.bucket(noise_level)
         x = self._tokens(noisy_actions, state, bucket, embodiment)
-        time = self.time_embedding(_sinusoid(bucket, 256, shift=1.0, cosine_first=True).to(x.dtype))
+        time = self.embed_time(bucket, x.dtype)
         attention: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             context = guidance[index // 2] if index % 2 == 0 else None
             x, weights = block(x, context, time, return_attention and context is not None)
             if weights is not None:
                 attention.append(weights)
-        shift, scale = self.modulation_out(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
-        x = self.project_out(self.norm_out(x) * (1 + scale) + shift)
-        velocity = self.action_decoder(x[:, -noisy_actions.shape[1] :], embodiment)
+        velocity = self.project(x, self.modulate_out(time), noisy_actions.shape[1], embodiment)
         return ActionOutput(velocity=velocity, attention=tuple(attention) if return_attention else None)
+
+    def bucket(self, noise_level: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """GR00T's time of a noise level: 0 is pure noise, `num_time_buckets` is data."""
+        # The epsilon keeps levels such as 0.7 from falling into the bucket below by rounding.
+        return ((1 - noise_level) * self.config.num_time_buckets + 1e-4).floor()
+
+    def embed_time(self, bucket: Float[Tensor, "B"], dtype: torch.dtype) -> Float[Tensor, "B W"]:
+        """What modulates every sub-block."""
+        return self.time_embedding(_sinusoid(bucket, 256, shift=1.0, cosine_first=True).to(dtype))
+
+    def modulate_out(self, time: Float[Tensor, "B W"]) -> tuple[Tensor, Tensor]:
+        """Shift and scale of the final norm, (B, 1, W) each."""
+        shift, scale = self.modulation_out(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        return shift, scale
+
+    def project(
+        self, x: Float[Tensor, "B N W"], modulation: tuple[Tensor, Tensor], horizon: int, embodiment: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B K D"]:
+        """The last tokens to velocities."""
+        shift, scale = modulation
+        x = self.project_out(self.norm_out(x) * (1 + scale) + shift)
+        return self.action_decoder(x[:, -horizon:], embodiment)
 
     def _tokens(self, noisy_actions: Tensor, state: Tensor, bucket: Tensor, embodiment: Tensor) -> Tensor:
         if self.training and self.config.state_dropout > 0:
             kept = draw(lambda n: torch.rand(n, 1, device=state.device), len(state))
             state = state * (kept >= self.config.state_dropout)
-        actions = self.action_encoder(noisy_actions, bucket, embodiment)
-        actions = actions + self.position_embedding.weight[: actions.shape[1]]
-        parts = [self.state_encoder(state.unsqueeze(1), embodiment), actions]
-        if self.future is not None:
-            parts.insert(1, self.future.weight.expand(len(state), -1, -1))
-        return torch.cat(parts, dim=1)
+        return self.join(self.encode_state(state, embodiment), self.action_encoder(noisy_actions, bucket, embodiment))
+
+    def encode_state(self, state: Float[Tensor, "B S"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B F W"]:
+        """The tokens before the actions: the state's and the learned future tokens."""
+        token = self.state_encoder(state.unsqueeze(1), embodiment)
+        if self.future is None:
+            return token
+        return torch.cat([token, self.future.weight.expand(len(state), -1, -1)], dim=1)
+
+    def join(self, before: Float[Tensor, "B F W"], actions: Float[Tensor, "B K W"]) -> Float[Tensor, "B N W"]:
+        """The sequence that the sub-blocks see; encoded actions get their positions."""
+        return torch.cat([before, actions + self.position_embedding.weight[: actions.shape[1]]], dim=1)
 
 
 class SubBlock(nn.Module):
@@ -153,20 +178,39 @@ class SubBlock(nn.Module):
         self, x: Tensor, context: Tensor | None, time: Tensor, return_attention: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Cross-attention to `context`, or self-attention where it is None.                                   Eq. 12"""
-        scale, shift = self.modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
-        h = self.norm1(x) * (1 + scale) + shift
+        modulation = self.modulate(time)
+        if not return_attention:
+            return self.run(x, None if context is None else self.attn.keys_values(context), modulation), None
+        h = self._norm(x, modulation)
         source = h if context is None else context
         draws, queries = len(h) // len(source), h.shape[1]
+        update, weights = self.attn.with_weights(h.unflatten(0, (-1, draws)).flatten(1, 2), source)
+        weights = weights.unflatten(2, (draws, queries)).transpose(1, 2).flatten(0, 1)
+        return self._add(x, update.unflatten(1, (draws, queries)).flatten(0, 1)), weights
+
+    def modulate(self, time: Float[Tensor, "B W"]) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the first norm, (B, 1, W) each."""
+        scale, shift = self.modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
+        return scale, shift
+
+    def run(
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None, modulation: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "B N W"]:
+        """`forward` with the context's keys and values (None: self-attention) and the modulation known."""
+        h = self._norm(x, modulation)
+        known = self.attn.keys_values(h) if keys_values is None else keys_values
+        draws, queries = len(h) // len(known[0]), h.shape[1]
         # Rows that share a context become further queries of it.
-        h = h.unflatten(0, (-1, draws)).flatten(1, 2)
-        if return_attention:
-            update, weights = self.attn.with_weights(h, source)
-            weights = weights.unflatten(2, (draws, queries)).transpose(1, 2).flatten(0, 1)
-        else:
-            update, weights = self.attn(h, source), None
-        update = update.unflatten(1, (draws, queries)).flatten(0, 1)
+        update = self.attn.attend(h.unflatten(0, (-1, draws)).flatten(1, 2), known)
+        return self._add(x, update.unflatten(1, (draws, queries)).flatten(0, 1))
+
+    def _norm(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        scale, shift = modulation
+        return self.norm1(x) * (1 + scale) + shift
+
+    def _add(self, x: Tensor, update: Tensor) -> Tensor:
         x = x + self.final_dropout(update)
-        return x + self.ff(self.norm2(x)), weights
+        return x + self.ff(self.norm2(x))
 
 
 class EmbodimentLinear(nn.Module):
@@ -212,9 +256,18 @@ class ActionEncoder(nn.Module):
         self, actions: Float[Tensor, "B K D"], bucket: Float[Tensor, "B"], embodiment: Int[Tensor, "B"]
     ) -> Float[Tensor, "B K W"]:
         """One token for each action of the chunk."""
+        return self.run(actions, self.time_features(bucket), embodiment)
+
+    def time_features(self, bucket: Float[Tensor, "B"]) -> Float[Tensor, "B W"]:
+        """What tells an action's token the time."""
+        return _sinusoid(bucket, self.width, shift=0.0, cosine_first=False)
+
+    def run(
+        self, actions: Float[Tensor, "B K D"], time: Float[Tensor, "B W"], embodiment: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B K W"]:
+        """`forward` with the time's features known."""
         x = self.layer1(actions, embodiment)
-        time = _sinusoid(bucket, self.width, shift=0.0, cosine_first=False).to(x.dtype)
-        x = torch.cat([x, time.unsqueeze(1).expand_as(x)], dim=-1)
+        x = torch.cat([x, time.to(x.dtype).unsqueeze(1).expand_as(x)], dim=-1)
         return self.layer3(F.silu(self.layer2(x, embodiment)), embodiment)
 
 

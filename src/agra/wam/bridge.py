@@ -133,21 +133,26 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
         """Softmax attention of `x` over `context`."""
-        query, key, value = self._project(x, context)
-        return self._out(F.scaled_dot_product_attention(query, key, value))
+        return self.attend(x, self.keys_values(context))
+
+    def keys_values(self, context: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor]:
+        """What `attend` needs of a context: keys and values, (B, heads, N, head width) each."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def attend(self, x: Float[Tensor, "B Q D"], keys_values: tuple[Tensor, Tensor]) -> Float[Tensor, "B Q D"]:
+        """`forward` over a context whose keys and values are known."""
+        return self._out(F.scaled_dot_product_attention(self._split(self.to_q(x)), *keys_values))
 
     def with_weights(
         self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]
     ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B heads Q N"]]:
         """The same result, and the attention weights that made it."""
-        query, key, value = self._project(x, context)
+        query, (key, value) = self._split(self.to_q(x)), self.keys_values(context)
         weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
         return self._out(weights @ value), weights
 
-    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = (self.to_q(x), self.to_k(context), self.to_v(context))
-        query, key, value = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in parts)
-        return query, key, value
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _out(self, x: Tensor) -> Tensor:
         return self.dropout(self.to_out(x.transpose(1, 2).flatten(2)))

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from agra.flow import euler, interpolate
+from agra.flow import continue_chunk, euler, interpolate
 from agra.wam.action_dit import ActionDiT, ActionDiTConfig
 from agra.wam.bridge import Bridge, BridgeConfig
 from agra.wam.codec import CodecConfig
@@ -160,11 +160,18 @@ class WAM(nn.Module):
         noise: Float[Tensor, "B K D"],
         *,
         steps: int = 4,
+        continuation: tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Denoise an action chunk from pure noise in `steps` Euler steps under fixed guidance.                 A.2"""
-        return euler(
-            lambda actions, level: self.action_dit(actions, state, level, guidance, embodiment).velocity, noise, steps
-        )
+        """Denoise an action chunk from pure noise in `steps` Euler steps under fixed guidance.                 A.2
+
+        `continuation` holds the chunk to (previous actions, weights), see `agra.flow.continue_chunk`. It needs a graph:
+        not under `torch.inference_mode`.
+        """
+
+        def predict(actions: Tensor, level: Tensor) -> Tensor:
+            return self.action_dit(actions, state, level, guidance, embodiment).velocity
+
+        return euler(predict if continuation is None else continue_chunk(predict, *continuation), noise, steps)
 
     def _video_pass(
         self,

@@ -11,7 +11,7 @@ checkpoints. The forward differs from the stock one in three ways that leave the
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,17 +120,11 @@ class VideoDiT(nn.Module):
         if velocity:
             last = self.config.num_layers - 1
         model = self.transformer
-        padding = latents.new_zeros(1, 1, 1, 1, 1).expand(len(latents), 1, *latents.shape[2:])
-        tokens = torch.cat([latents, condition_mask.to(latents), padding], dim=1)
-        rope = model.rope(tokens)
-        positions = model.learnable_pos_embed(tokens) if model.learnable_pos_embed is not None else None
-        x = model.patch_embed(tokens)  # (B, T, H, W, D)
-        grid = x.shape[1:4]
-        x = x.flatten(2, 3)  # (B, T, S, D): modulation broadcasts over the S tokens of a frame
-
-        frames = noise_level if noise_level.ndim == 2 else noise_level[:, None]
-        temb, embedded = model.time_embed(x, frames.flatten())
-        temb, embedded = (t.view(*frames.shape, -1) for t in (temb, embedded))
+        padded = self.pad(latents, condition_mask)
+        rope = model.rope(padded)
+        positions = model.learnable_pos_embed(padded) if model.learnable_pos_embed is not None else None
+        x, grid = self.patchify(padded)
+        temb, embedded = self.embed_levels(noise_level if noise_level.ndim == 2 else noise_level[:, None], x)
         text = self.project_text(instruction)
 
         hidden: dict[int, Tensor] = {}
@@ -145,6 +139,25 @@ class VideoDiT(nn.Module):
                 hidden[index] = x.unflatten(2, grid[1:])
         predicted = self._unpatchify(self._project_out(x, embedded, temb), grid) if velocity else None
         return VideoOutput(velocity=predicted, hidden=hidden, text_attention=read)
+
+    def pad(
+        self, latents: Float[Tensor, "B C T h w"], condition_mask: Float[Tensor, "B 1 T h w"]
+    ) -> Float[Tensor, "B C2 T h w"]:
+        """Latents with their condition mask and the padding mask, which is 0."""
+        padding = latents.new_zeros(1, 1, 1, 1, 1).expand(len(latents), 1, *latents.shape[2:])
+        return torch.cat([latents, condition_mask.to(latents), padding], dim=1)
+
+    def patchify(self, padded: Float[Tensor, "B C2 T h w"]) -> tuple[Float[Tensor, "B T S D"], torch.Size]:
+        """Tokens frame by frame, so that modulation broadcasts over a frame's S, and the grid (T, H, W)."""
+        x = self.transformer.patch_embed(padded)
+        return x.flatten(2, 3), x.shape[1:4]
+
+    def embed_levels(
+        self, noise_level: Float[Tensor, "B F"], like: Tensor
+    ) -> tuple[Float[Tensor, "B F M"], Float[Tensor, "B F D"]]:
+        """Cosmos's two embeddings of noise levels, (temb, embedded), in the precision of `like`."""
+        temb, embedded = self.transformer.time_embed(like, noise_level.flatten())
+        return temb.view(*noise_level.shape, -1), embedded.view(*noise_level.shape, -1)
 
     def project_text(self, instruction: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E2"]:
         """Apply Cosmos's frozen text projection, unless the tokens already come projected (as a cache holds them)."""
@@ -238,49 +251,79 @@ class VideoBlock(CosmosTransformerBlock):
         Returns the tokens (B, T, S, D), and with `return_attention` the weights of the cross-attention (B, T * S, L),
         mean over heads, as well.
         """
+        keys_values = self.text_keys_values(text)
         weights: list[Tensor] = []
-
-        def read(h: Tensor) -> Tensor:
-            if return_attention:
-                weights.append(_attention_weights(self.attn2, h, text))
-            return _attention(self.attn2, h, text, None)
-
-        if positions is not None:
-            x = x + positions.view_as(x)
-        activated = F.silu(embedded)
-        for norm, branch in (
-            (self.norm1, lambda h: _attention(self.attn1, h, h, rope)),
-            (self.norm2, read),
-            (self.norm3, self.ff),
-        ):
-            modulation = norm.linear_2(norm.linear_1(activated)) + temb
-            shift, scale, gate = modulation.unsqueeze(2).chunk(3, dim=-1)
-            update = branch(_modulate(norm.norm(x), shift, scale).flatten(1, 2))
-            x = torch.addcmul(x, gate, update.view_as(x))
+        watch = weights.append if return_attention else None
+        x = self.run(x, keys_values, self.modulate(embedded, temb), rope, positions, watch)
         return (x, weights[0]) if return_attention else x
 
+    def text_keys_values(self, text: Float[Tensor, "B L E"]) -> tuple[Tensor, Tensor]:
+        """What `run` needs of the text, (B, heads, L, head width) each."""
+        return _keys_values(self.attn2, text)
 
-def _query_key(attn: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """RMS-normalised queries and keys, (B, heads, N, d)."""
-    query = attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+    def modulate(self, embedded: Float[Tensor, "B F D"], temb: Float[Tensor, "B F M"]) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of each of the three branches, (B, F, 1, D) each."""
+        activated = F.silu(embedded)
+        made = [norm.linear_2(norm.linear_1(activated)) + temb for norm in (self.norm1, self.norm2, self.norm3)]
+        return tuple(part for one in made for part in one.unsqueeze(2).chunk(3, dim=-1))
+
+    def run(
+        self,
+        x: Float[Tensor, "B T S D"],
+        text: tuple[Tensor, Tensor],
+        modulation: tuple[Tensor, ...],
+        rope: tuple[Tensor, Tensor],
+        positions: Tensor | None,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> Float[Tensor, "B T S D"]:
+        """`forward` with the text's keys and values and the modulation known; `watch` gets the text's weights."""
+        if positions is not None:
+            x = x + positions.view(-1, *x.shape[1:])
+
+        def read(h: Tensor) -> Tensor:
+            if watch is not None:
+                watch(_attention_weights(self.attn2, h, text[0]))
+            return _attend(self.attn2, h, text)
+
+        branches = (
+            (self.norm1, lambda h: _attend(self.attn1, h, _keys_values(self.attn1, h, rope), rope)),
+            (self.norm2, read),
+            (self.norm3, self.ff),
+        )
+        for index, (norm, branch) in enumerate(branches):
+            shift, scale, gate = modulation[3 * index : 3 * index + 3]
+            update = branch(_modulate(norm.norm(x), shift, scale).flatten(1, 2))
+            x = torch.addcmul(x, gate, update.view_as(x))
+        return x
+
+
+Rope = tuple[Tensor, Tensor]
+
+
+def _query(attn: Any, x: Tensor) -> Tensor:
+    """RMS-normalised queries, (B, heads, N, head width)."""
+    return attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
+
+
+def _keys_values(attn: Any, context: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
+    """RMS-normalised and, with `rope`, rotated keys, and values: (B, heads, N, head width) each."""
     key = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)).transpose(1, 2))
-    return query, key
-
-
-def _attention_weights(attn: Any, x: Tensor, context: Tensor) -> Tensor:
-    """The weights that `_attention` uses without a rotary embedding, mean over heads, (B, N, L) float32."""
-    query, key = _query_key(attn, x, context)
-    return (query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
-
-
-def _attention(attn: Any, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Multi-head attention with RMS-normalised queries and keys and optional rotary embedding, (B, N, D)."""
-    query, key = _query_key(attn, x, context)
     value = attn.to_v(context).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-    if rope is not None:
-        query, key = _rotate(query, rope), _rotate(key, rope)
-    out = F.scaled_dot_product_attention(query, key, value)
+    return key if rope is None else _rotate(key, rope), value
+
+
+def _attend(attn: Any, x: Tensor, keys_values: tuple[Tensor, Tensor], rope: Rope | None = None) -> Tensor:
+    """Multi-head attention with RMS-normalised queries and optional rotary embedding, (B, N, D)."""
+    query = _query(attn, x)
+    query = query if rope is None else _rotate(query, rope)
+    out = F.scaled_dot_product_attention(query, *keys_values)
     return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def _attention_weights(attn: Any, x: Tensor, key: Tensor) -> Tensor:
+    """The weights that `_attend` uses without a rotary embedding, mean over heads, (B, N, L) float32."""
+    query = _query(attn, x).float()
+    return (query @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

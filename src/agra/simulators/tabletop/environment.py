@@ -8,7 +8,7 @@ from agra.simulators.tabletop.rendering import Renderer
 from agra.simulators.tabletop.scene import Scene
 from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
 from agra.simulators.tabletop.tasks import trials as regime_trials
-from agra.types import Observation, Step, Trial
+from agra.types import NO_FRAME, REGIMES, Observation, Step, Trial
 
 MAX_STEPS = {PICK_AND_PLACE: 60, OPEN_STEAMER: 100}
 """Control steps after which an episode of a task is over: about three times what the expert needs."""
@@ -26,15 +26,18 @@ class Tabletop:
 
     fps = 10
     max_steps = max(MAX_STEPS.values())
+    regimes = REGIMES
 
     def __init__(self, *, frame_size: tuple[int, int] = (128, 224), hands: str = "tabletop") -> None:
         if len(frame_size) != 2 or min(frame_size) < 16:
             raise ValueError(f"frame_size: expected (height, width) of at least 16 pixels each, got {frame_size}")
         if hands not in HAND_MODELS:
             raise ValueError(f"unknown hands {hands!r}; there are {', '.join(HAND_MODELS)}")
+        self.name = hands
         self.hands = HAND_MODELS[hands]
         self.embodiment = self.hands.embodiment
         self.frame_size = frame_size
+        self.settings = {"frame_size": list(frame_size)}
         self._renderer: Renderer | None = None
         self._scene: Scene | None = None
 
@@ -49,7 +52,7 @@ class Tabletop:
             self._renderer = Renderer(self._scene, self.frame_size)
         return self._observe()
 
-    def step(self, action: np.ndarray) -> Step:
+    def step(self, action: np.ndarray, *, render: bool = True) -> Step:
         """Move towards the targets `action` (D,) for a tenth of a second."""
         action = np.asarray(action, dtype=np.float64)
         expected = (len(self.embodiment.action_names),)
@@ -57,7 +60,7 @@ class Tabletop:
             raise ValueError(f"action: expected {expected} finite numbers, got shape {action.shape}: {action}")
         self.scene.step(action)
         success = self.goal.update()
-        return Step(observation=self._observe(), success=success, progress=dict(self.goal.progress))
+        return Step(observation=self._observe(render), success=success, progress=dict(self.goal.progress))
 
     def interaction_mask(self) -> np.ndarray:
         """(H, W) bool: the acting hand and what it is to move; with the steamer, the left hand and the lid come first."""
@@ -92,9 +95,9 @@ class Tabletop:
             raise ValueError("Tabletop: reset(trial) comes before anything else")
         return self._scene
 
-    def _observe(self) -> Observation:
+    def _observe(self, render: bool = True) -> Observation:
         assert self._renderer is not None
-        frame = self._renderer.frame(self.scene)
+        frame = self._renderer.frame(self.scene) if render else NO_FRAME
         return Observation(
             frame=frame, state=self.scene.state(), instruction=self.trial.instruction, embodiment=self.embodiment.name
         )

@@ -1,0 +1,57 @@
+"""One call of a policy, ours against the stock way: the same checkpoint, observations, noise and actions.
+
+    python -m benchmarks.policy_call [POLICY] [--quick]
+
+Ours encodes an instruction once and makes the guidance once a chunk, with a video pass that ends at the last bridged layer.
+The stock way does all of it anew for each of the four denoising steps (benchmarks/stock.py).
+"""
+
+import argparse
+from itertools import count
+
+import numpy as np
+
+from agra.policy import WAMPolicy
+from agra.types import Observation
+from benchmarks.side_by_side import compare, finish
+from benchmarks.stock import StockPolicy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("policy", nargs="?", default="tabletop-agra")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    arguments = parser.parse_args()
+    ours = WAMPolicy.load(arguments.policy)
+    stock = StockPolicy(ours)
+    embodiment = next(iter(ours.stats))
+    generator = np.random.default_rng(0)
+    shown = [
+        Observation(
+            frame=generator.integers(0, 256, (128, 224, 3), dtype=np.uint8),
+            state=generator.normal(size=ours.stats[embodiment].width("state")).astype(np.float32),
+            instruction="put the banana on the plate",
+            embodiment=embodiment,
+        )
+        for _ in range(8)
+    ]
+
+    def call(policy: WAMPolicy):
+        turn = count()
+        return lambda: policy.act(shown[next(turn) % len(shown)]).actions
+
+    difference = 0.0
+    for observation in shown:
+        chunks = []
+        for policy in (ours, stock):
+            policy.reset(0)
+            chunks.append(policy.act(observation).actions)
+        difference = max(difference, float(np.abs(chunks[0] - chunks[1]).max()))
+    rounds = 20 if arguments.quick else 60
+    result = compare("policy_call", call(ours), call(stock), unit="s a chunk", rounds=rounds)
+    print(f"{result['ratio']}x {result['spread']}, largest difference of an action {difference:.1e}")
+    finish(result | {"max_abs_difference": difference})
+
+
+if __name__ == "__main__":
+    main()

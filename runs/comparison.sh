@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The first comparison: WAM and AGRA over three seeds, and one seed of freeze backbone and of the two other passes of
+# Table 2, all at a small budget (400 steps of 32 windows) from the demonstrations and the adapt stage of runs/tabletop.sh.
+# About an hour on two cores. Interrupted, it goes on where it was. Everything lands in outputs/comparison.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+BASE=${BASE:-outputs/tabletop}
+OUT=${OUT:-outputs/comparison}
+export BASE OUT OMP_NUM_THREADS=1
+mkdir -p "$OUT"
+
+# NAME SEED RECIPE [flags]: train, play 10 trials of each regime, examine 40 moments.
+one() {
+  local run="$OUT/$1_$2" seed=$2 recipe=$3
+  shift 3
+  agra train "$recipe" --stage joint --init "$BASE/adapt" --output "$run" --stage.steps 400 --stage.seed "$seed" \
+    --data.path "$BASE/demonstrations" --data.cache "$BASE/cache" "$@"
+  agra evaluate "$run" --limit 10 --videos 0
+  [ -d "$run/diagnosis" ] || agra diagnose "$run" --samples 40
+}
+export -f one
+
+xargs -P "${LANES:-2}" -I{} bash -euc "one {}" <<'ARMS'
+wam 0 tiny_wam
+agra 0 tiny
+wam 1 tiny_wam
+agra 1 tiny
+wam 2 tiny_wam
+agra 2 tiny
+freeze_backbone 0 tiny_wam --stage.train-video-dit False --stage.objective.video-weight 0
+agra_shared_denoising_pass 0 tiny --stage.objective.guidance-pass DENOISING --stage.objective.aligned-pass DENOISING --stage.objective.video-share 1
+agra_video_pass 0 tiny --stage.objective.aligned-pass DENOISING --stage.objective.video-share 1
+ARMS
+
+python runs/comparison.py "$OUT" wam agra freeze_backbone agra_video_pass agra_shared_denoising_pass

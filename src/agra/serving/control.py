@@ -1,0 +1,177 @@
+"""The control loop: at every step observe, decide, limit, command, note; and whatever happens, come to rest."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from agra.serving.executors import Command, Executor
+from agra.serving.robots import Robot
+from agra.types import Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionLimits:
+    """What a robot may be told. Any of the three may be left out; each holds one number a dimension, or one for all."""
+
+    low: Sequence[float] | float | None = None
+    high: Sequence[float] | float | None = None
+    max_step: Sequence[float] | float | None = None  # largest change from one control step to the next
+
+    def __post_init__(self) -> None:
+        if self.low is not None and self.high is not None and np.any(np.asarray(self.low) > np.asarray(self.high)):
+            raise ValueError(f"limits: low {self.low} is above high {self.high}")
+        if self.max_step is not None and np.any(np.asarray(self.max_step) <= 0):
+            raise ValueError(f"limits: max_step must be positive, got {self.max_step}")
+
+    def apply(self, action: np.ndarray, last: np.ndarray | None) -> np.ndarray:
+        """The nearest action (D,) that is allowed after `last`."""
+        found = np.array(action, np.float32)
+        if self.max_step is not None and last is not None:
+            found = np.clip(found, last - np.asarray(self.max_step), last + np.asarray(self.max_step))
+        if self.low is not None or self.high is not None:
+            found = np.clip(found, self.low, self.high)
+        return found.astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """One control step as it was."""
+
+    observation: Observation
+    command: Command
+    action: np.ndarray  # (D,) what the robot was told or, holding, last told
+    held: bool
+    clipped: bool
+    late: float  # seconds by which the step began after its time; 0 in simulated time
+
+
+class Recorder(Protocol):
+    """Whatever keeps the rows."""
+
+    def add(self, row: Row) -> None:
+        """Keep one."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a run of the loop came to. `delays` are control steps from a question to its answer."""
+
+    steps: int = 0
+    held: int = 0
+    clipped: int = 0
+    errors: int = 0
+    overruns: int = 0  # control steps that began more than half a period late
+    stopped: str | None = None  # why the loop ended before its time
+    delays: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watchdog:
+    """When the robot is not told what the policy says. Seconds."""
+
+    max_age: float = 3.0
+    """An action whose observation is older is not executed: the robot holds."""
+    stop_after: float | None = None
+    """Holding for so long ends the run; None: hold until the policy is back."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_age", "stop_after"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected seconds above 0, got {value}")
+
+
+def control(
+    robot: Robot,
+    executor: Executor,
+    *,
+    fps: float,
+    steps: int,
+    seed: int = 0,
+    limits: ActionLimits | None = None,
+    watchdog: Watchdog | None = None,
+    dry_run: bool = False,
+    real_time: bool = True,
+    recorder: Recorder | None = None,
+    until: "Done | None" = None,
+) -> Report:
+    """Run a connected robot for `steps` control steps, `fps` a second; it has come to rest when this returns or raises.
+
+    With `dry_run` everything happens but the commands. Without `real_time` the steps follow each other at once: for
+    simulated time. `until` ends the run early. Raises ValueError where the policy refuses what the robot sees.
+    """
+    if not fps > 0 or steps < 1:
+        raise ValueError(f"control: expected a positive rate and at least 1 step, got {fps} and {steps}")
+    limits, watchdog, report = limits or ActionLimits(), watchdog or Watchdog(), Report()
+    try:
+        executor.reset(seed)
+        last: np.ndarray | None = None
+        holding, begin = 0, time.perf_counter()
+        for number in range(steps):
+            late = _wait(begin + number / fps) if real_time else 0.0
+            observation = robot.observe()
+            last = robot.pose(observation) if last is None else last
+            command = executor.step(observation)
+            action, held, clipped = _decide(command, limits, watchdog, last, fps)
+            if held or dry_run:
+                robot.hold()
+            else:
+                robot.command(action)
+                last = action
+            if recorder is not None:
+                row = Row(
+                    observation=observation, command=command, action=action, held=held, clipped=clipped, late=late
+                )
+                recorder.add(row)
+            _note(report, command, held=held, clipped=clipped, overrun=late > 0.5 / fps)
+            holding = holding + 1 if held else 0
+            if until is not None and until():
+                break
+            if watchdog.stop_after is not None and holding >= watchdog.stop_after * fps:
+                report.stopped = f"held for {watchdog.stop_after:g} s: {command.error or 'no answer from the policy'}"
+                break
+    finally:
+        robot.stop()
+    return report
+
+
+class Done(Protocol):
+    """Whether the run may end."""
+
+    def __call__(self) -> bool:
+        """Asked after every control step."""
+        ...
+
+
+def _wait(until: float) -> float:
+    """Sleep until a time; answers by how much it had passed already."""
+    left = until - time.perf_counter()
+    if left > 0:
+        time.sleep(left)
+        return 0.0
+    return -left
+
+
+def _decide(
+    command: Command, limits: ActionLimits, watchdog: Watchdog, last: np.ndarray | None, fps: float
+) -> tuple[np.ndarray, bool, bool]:
+    """The action, whether to hold instead of executing it, and whether the limits changed it."""
+    stands = np.zeros(0, np.float32) if last is None else last
+    if command.action is None or not np.isfinite(command.action).all() or command.age > watchdog.max_age * fps:
+        return stands, True, False
+    action = limits.apply(command.action, last)
+    return action, False, not np.array_equal(action, np.asarray(command.action, np.float32))
+
+
+def _note(report: Report, command: Command, *, held: bool, clipped: bool, overrun: bool) -> None:
+    report.steps += 1
+    report.held += held
+    report.clipped += clipped
+    report.errors += command.error is not None
+    report.overruns += overrun
+    if command.delay is not None:
+        report.delays.append(command.delay)

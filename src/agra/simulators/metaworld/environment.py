@@ -1,0 +1,167 @@
+"""`Metaworld`: the 50 tasks as an `agra.types.Simulator`, 80 control steps a second.                           fact 8"""
+
+# MuJoCo's compiled module comes without type stubs, and the suite lives in its own environment.
+# pyright: reportAttributeAccessIssue=false, reportMissingImports=false
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import mujoco
+import numpy as np
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.policies import ENV_POLICY_MAP
+
+from agra.simulators.metaworld.tasks import INSTRUCTIONS, trials
+from agra.types import NO_FRAME, ActionChunk, Embodiment, Observation, SimulatorFailed, Step, Trial
+
+EMBODIMENT = Embodiment(
+    name="sawyer",
+    state_names=("hand_x", "hand_y", "hand_z", "gripper_opening"),
+    action_names=("hand_dx", "hand_dy", "hand_dz", "gripper_effort"),
+)
+CAMERA = "corner2"
+CAMERA_AT = (0.75, 0.075, 0.7)
+
+
+class Metaworld:
+    """A Sawyer arm at a table, seen by the camera corner2 moved to (.75, .075, .7) and turned upright.
+
+    State: position of the hand in metres, opening of the gripper in [0, 1]. Action: the hand's displacement in units of a
+    centimetre and the gripper's effort, each in [-1, 1] and clipped to it. The goal is visible in the world where the task
+    shows one, and never in the state. Every trial gets a world of its own, so nothing of the one before can leak into it.
+
+    `frame_size` is (height, width). A `blind` one renders nothing, its frames are black: for policies that do not look.
+    """
+
+    name = "metaworld"
+    fps = 80
+    max_steps = 500
+    regimes = ("in_distribution",)
+    embodiment: ClassVar[Embodiment] = EMBODIMENT
+
+    def __init__(self, *, frame_size: tuple[int, int] = (480, 480), blind: bool = False) -> None:
+        if len(frame_size) != 2 or min(frame_size) < 16 or max(frame_size) > 480:
+            raise ValueError(f"frame_size: expected (height, width) of 16 to 480 pixels each, got {frame_size}")
+        self.frame_size = frame_size
+        self.blind = blind
+        self.settings: Mapping[str, Any] = {
+            "camera": f"{CAMERA} at {CAMERA_AT}, both axes flipped",
+            "frame_size": list(frame_size),
+            "blind": blind,
+            "goal_in_state": False,
+        }
+        self._renderer: mujoco.Renderer | None = None
+        self._world: Any = None
+
+    def reset(self, trial: Trial) -> Observation:
+        """Set up the trial's task under its seed. Raises ValueError for an unknown task."""
+        if trial.task not in INSTRUCTIONS:
+            raise ValueError(
+                f"trial {trial.name!r}: unknown task {trial.task!r}; Meta-World has {', '.join(INSTRUCTIONS)}"
+            )
+        self.close()
+        self.trial = trial
+        world = ALL_V3_ENVIRONMENTS[trial.task]()
+        # The expert needs the goal in the suite's own observation; of that the policy sees the first four numbers.
+        world._partially_observable = False
+        world.__dict__.pop("sawyer_observation_space", None)
+        world._set_task_called = True
+        world._freeze_rand_vec, world.seeded_rand_vec = False, True
+        world.seed(trial.scene["seed"])
+        world.model.camera(CAMERA).pos = CAMERA_AT
+        self.full_observation, _ = world.reset()
+        self._world = world
+        self.grasped = False
+        return self._observe()
+
+    def step(self, action: np.ndarray, *, render: bool = True) -> Step:
+        """Move the hand by `action` (4,) for an eightieth of a second."""
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != (4,) or not np.isfinite(action).all():
+            raise ValueError(f"action: expected (4,) finite numbers, got shape {action.shape}: {action}")
+        self.full_observation, _, _, _, info = self.world.step(np.clip(action, -1, 1))
+        self.grasped = self.grasped or bool(info["grasp_success"])
+        progress = {"grasped": self.grasped}
+        return Step(observation=self._observe(render), success=bool(info["success"]), progress=progress)
+
+    def interaction_mask(self) -> np.ndarray:
+        """(H, W) bool: the hand, and whatever else can move."""
+        model = self.world.model
+        robot, hand = model.body("base").id, model.body("hand").id
+        wanted = np.zeros(model.ngeom, bool)
+        for geom in range(model.ngeom):
+            body = model.geom_bodyid[geom]
+            movable = model.body_weldid[body] != 0 and model.body_rootid[body] != robot
+            wanted[geom] = _below(model, body, hand) or (movable and model.body_mocapid[body] < 0)
+        renderer = self._drawing()
+        renderer.enable_segmentation_rendering()
+        renderer.update_scene(self.world.data, CAMERA)
+        ids, kinds = np.moveaxis(renderer.render(), -1, 0)
+        renderer.disable_segmentation_rendering()
+        found = (kinds == int(mujoco.mjtObj.mjOBJ_GEOM)) & wanted[np.maximum(ids, 0)]
+        return np.ascontiguousarray(found[::-1, ::-1])
+
+    def trials(self, regime: str) -> tuple[Trial, ...]:
+        """50 episodes of each of the 50 tasks."""
+        if regime not in self.regimes:
+            raise ValueError(f"unknown regime {regime!r}; there are {', '.join(self.regimes)}")
+        return trials()
+
+    def close(self) -> None:
+        """Free the renderer and the world."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._world = None
+
+    @property
+    def world(self) -> Any:
+        """The suite's own environment: privileged, for experts and tests."""
+        if self._world is None:
+            raise ValueError("Metaworld: reset(trial) comes before anything else")
+        return self._world
+
+    def _observe(self, render: bool = True) -> Observation:
+        return Observation(
+            frame=self._frame() if render else NO_FRAME,
+            state=self.full_observation[:4].astype(np.float32),
+            instruction=self.trial.instruction,
+            embodiment=EMBODIMENT.name,
+        )
+
+    def _frame(self) -> np.ndarray:
+        if self.blind:
+            return np.zeros((*self.frame_size, 3), np.uint8)
+        renderer = self._drawing()
+        renderer.update_scene(self.world.data, CAMERA)
+        return np.ascontiguousarray(renderer.render()[::-1, ::-1])
+
+    def _drawing(self) -> mujoco.Renderer:
+        if self._renderer is None:
+            try:
+                self._renderer = mujoco.Renderer(self.world.model, *self.frame_size)
+            except mujoco.FatalError as error:
+                raise SimulatorFailed(f"no picture can be drawn: {error}") from error
+        return self._renderer
+
+
+class ScriptedExpert:
+    """The suite's own expert of the running task; sees the goal and all objects."""
+
+    def __init__(self, simulator: Metaworld) -> None:
+        self.simulator = simulator
+
+    def reset(self, seed: int) -> None:
+        """Take the expert of the task that was set up."""
+        self._expert = ENV_POLICY_MAP[self.simulator.trial.task]()
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """One action."""
+        action = self._expert.get_action(self.simulator.full_observation)
+        return ActionChunk(actions=np.clip(action, -1, 1)[None].astype(np.float32))
+
+
+def _below(model: Any, body: int, ancestor: int) -> bool:
+    while body not in (0, ancestor):
+        body = model.body_parentid[body]
+    return body == ancestor

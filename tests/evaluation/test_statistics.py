@@ -1,0 +1,148 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from agra.evaluation.statistics import (
+    clustered_bootstrap,
+    mcnemar,
+    minimum_detectable_effect,
+    paired_bootstrap,
+    paired_minimum_detectable_effect,
+    wilson_interval,
+)
+
+contingency_tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+proportion = pytest.importorskip("statsmodels.stats.proportion")
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "confidence", "low", "high"),
+    [
+        # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
+        (81, 263, 0.95, 0.2553, 0.3662),
+        (15, 148, 0.95, 0.0624, 0.1605),
+        (0, 20, 0.95, 0.0, 0.1611),
+        (1, 29, 0.95, 0.0061, 0.1718),
+        (10, 10, 0.90, 0.7871, 1.0),  # n / (n + z^2), z = 1.6449
+    ],
+)
+def test_wilson(successes, trials, confidence, low, high):
+    assert wilson_interval(successes, trials, confidence) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_mcnemar():
+    # 12 trials that one alone solved, 2 of them the first: 2 * (1 + 12 + 66) / 2^12
+    a = [True] * 5 + [True] * 2 + [False] * 10 + [False] * 3
+    b = [True] * 5 + [False] * 2 + [True] * 10 + [False] * 3
+    test = mcnemar(a, b)
+    assert test == (pytest.approx(2 * 79 / 4096), 2, 10, 5, 3)
+    assert mcnemar(b, a).p_value == test.p_value
+    assert mcnemar([True, False], [True, False]).p_value == 1
+    assert mcnemar([True] * 3, [False] * 3).p_value == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="equally long"):
+        mcnemar([True], [True, False])
+
+
+def test_wilson_against_statsmodels():
+    for trials in (1, 7, 50, 1200):
+        for successes in {0, 1, trials // 3, trials}:
+            for confidence in (0.9, 0.95, 0.99):
+                reference = proportion.proportion_confint(successes, trials, alpha=1 - confidence, method="wilson")
+                assert wilson_interval(successes, trials, confidence) == pytest.approx(reference, abs=1e-9)
+
+
+def test_wilson_covers():
+    """Exact coverage at 50 trials: every outcome weighed by its probability, averaged over the rates."""
+    intervals = np.array([wilson_interval(k, 50) for k in range(51)])
+    rates = np.linspace(0.02, 0.98, 97)
+    covered = (intervals[:, :1] <= rates) & (rates <= intervals[:, 1:])
+    coverage = (stats.binom.pmf(np.arange(51)[:, None], 50, rates) * covered).sum(axis=0)
+    assert coverage.mean() == pytest.approx(0.95, abs=0.01)
+    assert coverage.min() > 0.83
+
+
+def test_mcnemar_against_statsmodels():
+    rng = np.random.default_rng(0)
+    for rate_a, rate_b, trials in ((0.5, 0.6, 40), (0.2, 0.8, 15), (0.9, 0.9, 200)):
+        a, b = rng.random(trials) < rate_a, rng.random(trials) < rate_b
+        table = [[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]]
+        assert mcnemar(a, b).p_value == pytest.approx(contingency_tables.mcnemar(table, exact=True).pvalue)
+
+
+def test_bootstrap_is_the_mean_over_tasks():
+    """An unbalanced design counts tasks, not episodes; the interval is the same whenever it is asked for."""
+    values, tasks = [1, 1, 1, 1, 0, 1], ["a", "a", "a", "a", "b", "b"]
+    average = clustered_bootstrap(values, tasks)
+    assert (average.value, average.clusters) == (0.75, 2)
+    assert average == clustered_bootstrap(values, tasks)
+    assert clustered_bootstrap([1, 1, 1, 1], "aabb") == (1, 1, 1, 2)
+    with pytest.raises(ValueError, match="at least two clusters, got 1"):
+        clustered_bootstrap([1, 0], "aa")
+    with pytest.raises(ValueError, match="3 labels do not fit values of shape"):
+        clustered_bootstrap([1, 0], "aab")
+
+
+def test_bootstrap_against_student():
+    """For task rates without outliers the interval is close to Student's of the task rates."""
+    rates = np.random.default_rng(1).uniform(0.2, 0.8, 24)
+    average = clustered_bootstrap(rates, range(24))
+    student = stats.t.interval(0.95, 23, rates.mean(), stats.sem(rates))
+    assert (average.low, average.high) == pytest.approx(student, abs=0.006)
+
+
+@pytest.mark.parametrize(("tasks", "episodes"), [(6, 50), (24, 50), (50, 10)])
+def test_bootstrap_covers_where_pooled_wilson_does_not(tasks, episodes):
+    """Benchmarks of tasks whose true rates are Beta(2, 2): the clustered interval covers the mean of all such tasks."""
+    rng = np.random.default_rng(2)
+    labels = np.repeat(np.arange(tasks), episodes)
+    covered, pooled = [], []
+    for _ in range(400):
+        outcomes = rng.random(tasks * episodes) < np.repeat(rng.beta(2, 2, tasks), episodes)
+        average = clustered_bootstrap(outcomes, labels, resamples=999)
+        low, high = wilson_interval(int(outcomes.sum()), len(outcomes))
+        covered.append(average.low <= 0.5 <= average.high)
+        pooled.append(low <= 0.5 <= high)
+    assert 0.915 <= np.mean(covered) <= 0.975
+    assert np.mean(pooled) < 0.75
+
+
+@pytest.mark.parametrize("tasks", [2, 12])
+def test_paired_bootstrap_covers(tasks):
+    """Two policies on the same trials, easy and hard ones: the interval covers their difference of .1."""
+    rng = np.random.default_rng(3)
+    labels = np.arange(240) % tasks
+    covered = []
+    for _ in range(300):
+        ease = rng.uniform(0.1, 0.8, 240)
+        a, b = rng.random(240) < ease + 0.1, rng.random(240) < ease
+        difference = paired_bootstrap(a, b, labels, resamples=999)
+        assert difference.value == pytest.approx(a.mean() - b.mean())
+        assert difference.clusters == (240 if tasks == 2 else 12)
+        covered.append(difference.low <= 0.1 <= difference.high)
+    assert 0.91 <= np.mean(covered) <= 0.985
+
+
+def test_minimum_detectable_effect_against_statsmodels():
+    from statsmodels.stats.power import NormalIndPower
+
+    for trials, rate in ((50, 0.5), (500, 0.3), (1200, 0.66), (1200, 0.05)):
+        effect = minimum_detectable_effect(trials, rate)
+        size = proportion.proportion_effectsize(rate + effect, rate)
+        assert NormalIndPower().power(size, nobs1=trials, alpha=0.05) == pytest.approx(0.8, abs=1e-4)
+    assert minimum_detectable_effect(50, 0.95) == math.inf
+
+
+def test_paired_minimum_detectable_effect_is_seen_in_four_of_five():
+    rng = np.random.default_rng(4)
+    trials, discordant = 400, 0.2
+    effect = paired_minimum_detectable_effect(trials, discordant)
+    chances = [(discordant + effect) / 2, (discordant - effect) / 2, 1 - discordant]
+    counts = rng.multinomial(trials, chances, 1000)
+    seen = [stats.binomtest(only_a, only_a + only_b).pvalue < 0.05 for only_a, only_b, _ in counts]
+    assert 0.74 <= np.mean(seen) <= 0.84  # the exact test is a little conservative
+    assert effect < minimum_detectable_effect(trials, 0.5)
+    assert paired_minimum_detectable_effect(10, 0.1) == math.inf
+    with pytest.raises(ValueError, match=r"discordant: expected a share in \[0, 1\]"):
+        paired_minimum_detectable_effect(10, 1.2)

@@ -1,0 +1,83 @@
+"""The trial lists of the GR1 tabletop benchmark against what facts 5 and 6 say of it; the adapter against the package, in
+its own environment: .venv-robocasa/bin/python -m pytest --noconftest FILE."""
+
+import numpy as np
+import pytest
+
+from agra.simulators.robocasa.tasks import TASKS, environment_id, trials
+
+
+def test_counts_are_the_benchmark_s():
+    assert {regime: len(tasks) for regime, tasks in TASKS.items()} == {
+        "in_distribution": 24,
+        "unseen_appearance": 18,
+        "unseen_object_types": 32,
+        "unseen_combinations": 14,
+    }
+    every = [task for tasks in TASKS.values() for task in tasks]
+    assert len(set(every)) == len(every) == 88
+    assert len(trials("in_distribution")) == 24 * 50
+    with pytest.raises(ValueError, match="unknown regime 'semantic'"):
+        trials("semantic")
+
+
+def test_combinations_complete_the_grid():
+    """18 trained pairs and 14 unseen ones are the whole grid of four sources and eight targets, without repetition."""
+
+    def pairs(regime):
+        return {t.split("From")[1].removesuffix("SplitA").removesuffix("SplitB") for t in TASKS[regime] if "From" in t}
+
+    assert not pairs("in_distribution") & pairs("unseen_combinations")
+    grid = pairs("in_distribution") | pairs("unseen_combinations")
+    assert len(grid) == 32
+    assert pairs("unseen_appearance") == pairs("in_distribution")
+
+
+def test_names():
+    assert environment_id("PnPCanToDrawerClose") == "gr1_unified/PnPCanToDrawerClose_GR1ArmsAndWaistFourierHands_Env"
+    first = trials("unseen_appearance")[0]
+    assert first.task == "EvalPnPNovelFromCuttingboardToBasketSplitB"
+    assert (first.seed, first.scene["seed"]) == (0, 0)
+
+
+def test_the_package_registers_every_task():
+    pytest.importorskip("robocasa_gr1")
+    import gymnasium
+
+    import agra.simulators.robocasa.environment  # noqa: F401
+
+    ids = {trial.scene["environment"] for regime in TASKS for trial in trials(regime)}
+    assert len(ids) == 88
+    assert not ids - set(gymnasium.registry)
+
+
+def test_keys_are_the_package_s():
+    """Every part of our state and action is one that the package's converter maps, with its names both ways."""
+    pytest.importorskip("robocasa_gr1")
+    from robocasa_gr1.models.robots import make_key_converter
+
+    from agra.simulators.robocasa.environment import PARTS, split
+    from agra.simulators.robocasa.tasks import ROBOT
+
+    converter = make_key_converter(ROBOT)
+    raw = {f"robot0_{name}": name for name in ("left", "right", "left_gripper", "right_gripper", "torso")}
+    assert {key.split(".")[1] for key in converter.map_obs(raw)} == set(PARTS)
+    action = split(np.arange(29.0))
+    sent = converter.unmap_action(action)
+    assert sent["robot0_right"].tolist() == list(range(7, 14))
+    assert sent["robot0_left_gripper"].tolist() == list(range(14, 20))
+    assert sent["robot0_torso"].tolist() == [26, 27, 28]
+    assert converter.get_camera_config()[0] == ["video.ego_view_pad_res256_freq20"]
+
+
+def test_observations_are_put_together():
+    pytest.importorskip("robocasa_gr1")
+    from agra.simulators.robocasa.environment import PARTS, VIEW, observation
+
+    seen = {f"state.{part}": np.full(size, i) for i, (part, size) in enumerate(PARTS.items())}
+    seen |= {VIEW: np.zeros((256, 256, 3), np.uint8), "annotation.human.coarse_action": "unlocked_waist: pick the cup"}
+    found = observation(seen)
+    assert found.instruction == "pick the cup"
+    assert found.state.tolist() == [0] * 7 + [1] * 7 + [2] * 6 + [3] * 6 + [4] * 3
+    with pytest.raises(ValueError, match=r"state.waist: expected \(3,\) joint angles, got shape \(2,\)"):
+        observation(seen | {"state.waist": np.zeros(2)})

@@ -1,0 +1,75 @@
+"""The fast path against the plain one, on the same weights and numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agra.flow import continuation_weights
+from agra.wam.fast import FastWAM
+from agra.wam.model import WAM
+
+VARIANTS = {
+    "as it is": {},
+    "one level": {"condition_noise_level": None},
+    "learned positions": {"video_dit": {"learned_positions": True}},
+    "text projection": {"video_dit": {"text_projection_dim": 20}},
+    "future tokens": {"action_dit": {"future_tokens": 3}},
+    "a layer read twice": {"bridge": {"layers": (1, 1)}},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def pair(request, small_config):
+    changes = {
+        name: replace(getattr(small_config.model, name), **value) if isinstance(value, dict) else value
+        for name, value in request.param.items()
+    }
+    torch.manual_seed(0)
+    model = WAM(replace(small_config.model, **changes)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_the_same_results(pair, small_config, make_batch, steps):
+    batch, width = make_batch(small_config), pair.config.video_dit.text_projection_dim or 12
+    torch.manual_seed(1)
+    noise, actions_noise = torch.randn_like(batch.latents), torch.randn_like(batch.actions)
+    tokens = torch.randn(2, 5, width)[[0, 1, 0, 0]]
+    fast = FastWAM(pair, action_steps=steps)
+    first, second = fast.instruction(tokens[0]), fast.instruction(tokens[1])
+    hidden = pair.condition(batch.latents[:, :, :1], noise, tokens)
+    ours = fast.condition(batch.latents[:, :, :1], noise, [first, second, first, first])
+    assert sorted(ours) == sorted(hidden)
+    for layer, values in hidden.items():
+        close(ours[layer], values)
+    head = (pair.guide(hidden), batch.state, batch.embodiment, actions_noise)
+    close(fast.act(*head), pair.act(*head, steps=steps))
+    weights = continuation_weights(1, 3, 4)[None, :, None].expand_as(actions_noise)
+    continuation = (batch.actions, weights)
+    held = fast.act(*head, continuation=continuation)
+    close(held, pair.act(*head, steps=steps, continuation=continuation))
+    assert not torch.allclose(held, fast.act(*head), atol=1e-2)
+
+
+@torch.no_grad()
+def test_one_instruction_for_all_is_not_copied(pair, small_config, make_batch):
+    batch = make_batch(small_config)
+    tokens = torch.randn(5, pair.config.video_dit.text_projection_dim or 12)
+    fast, noise = FastWAM(pair), torch.randn_like(batch.latents)
+    hidden = pair.condition(batch.latents[:, :, :1], noise, tokens.expand(4, -1, -1))
+    ours = fast.condition(batch.latents[:, :, :1], noise, [fast.instruction(tokens)] * 4)
+    for layer, values in hidden.items():
+        close(ours[layer], values)
+
+
+def test_steps_are_checked(pair):
+    with pytest.raises(ValueError, match="action_steps"):
+        FastWAM(pair, action_steps=0)
