@@ -142,6 +142,7 @@ def test_a_phone_needs_no_sideways_scrolling(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+@pytest.mark.slow
 def test_two_policies_and_twenty_samples_at_paper_scale_stay_small(pictured, tmp_path):
     size = {"samples": 20, "grid": (5, 12, 21), "blocks": 8, "heads": 32, "actions": 48, "frame": (192, 336)}
     entries = [pictured("wam", seed=0, **size), pictured("agra", seed=1, **size)]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-Statistic = Callable[[np.ndarray], float | np.floating]
+Statistic = Callable[..., np.ndarray | float | np.floating]
+"""Reduces the axis that it is given, as np.mean and np.median do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def _units(rows: np.ndarray, groups: Sequence[object] | None) -> list[np.ndarray
 
 
 def _resample(
-    statistic: Statistic,
+    statistic: Callable[[np.ndarray], np.ndarray],
     known: np.ndarray,
     groups: Sequence[object] | None,
     *,
@@ -143,7 +144,10 @@ def _resample(
     resamples: int,
     seed: int,
 ) -> Estimate:
-    """Percentile bootstrap of `statistic(rows)` over the row numbers where `known`, drawing whole groups of them."""
+    """Percentile bootstrap of `statistic(rows)` over the row numbers where `known`, drawing whole groups of them.
+
+    `statistic` reduces the last axis of `rows`; where every group is one row, all resamples are computed at once.
+    """
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"expected a confidence in (0, 1) and at least one resample, got {confidence}, {resamples}")
     if groups is not None and len(groups) != len(known):
@@ -153,10 +157,20 @@ def _resample(
     value = float(statistic(rows)) if len(rows) else float("nan")
     low = high = float("nan")
     if len(units) > 1 and np.isfinite(value):
+        alone = len(units) == len(rows)
+        order = np.concatenate(units)
+
+        def together(chosen: np.ndarray, axis: int = -1) -> np.ndarray:
+            assert axis == -1
+            return statistic(order[chosen])
+
+        def one(chosen: np.ndarray) -> np.ndarray:
+            return statistic(np.concatenate([units[unit] for unit in chosen]))
+
         drawn = stats.bootstrap(
             (np.arange(len(units)),),
-            lambda chosen: statistic(np.concatenate([units[unit] for unit in chosen])),
-            vectorized=False,
+            together if alone else one,
+            vectorized=alone,
             n_resamples=resamples,
             confidence_level=confidence,
             method="percentile",
@@ -184,7 +198,7 @@ def bootstrap_interval(
     if values.ndim != 1:
         raise ValueError(f"values: expected one axis, got shape {values.shape}")
     return _resample(
-        lambda rows: statistic(values[rows]),
+        lambda rows: np.asarray(statistic(values[rows], axis=-1)),
         np.isfinite(values),
         groups,
         confidence=confidence,
@@ -211,7 +225,7 @@ def paired_difference(
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"paired_difference: expected two arrays of one shape (N,), got {a.shape} and {b.shape}")
     return _resample(
-        lambda rows: statistic(a[rows]) - statistic(b[rows]),
+        lambda rows: np.asarray(statistic(a[rows], axis=-1) - statistic(b[rows], axis=-1)),
         np.isfinite(a) & np.isfinite(b),
         groups,
         confidence=confidence,
@@ -253,15 +267,15 @@ def matched_sensitivity_ratio(
     inside, outside = (side.reshape(len(side), -1).mean(axis=1) if len(side) else side for side in (inside, outside))
     known = inside + outside > 0
 
-    def estimate(statistic: Statistic) -> Estimate:
+    def estimate(statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
         return _resample(statistic, known, groups, confidence=confidence, resamples=resamples, seed=seed)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = inside / outside
         return SensitivityRatio(
-            ratio=estimate(lambda rows: np.median(ratios[rows])),
-            mean=estimate(lambda rows: np.mean(ratios[rows])),
-            ratio_of_means=estimate(lambda rows: np.divide(inside[rows].sum(), outside[rows].sum())),
+            ratio=estimate(lambda rows: np.median(ratios[rows], axis=-1)),
+            mean=estimate(lambda rows: np.mean(ratios[rows], axis=-1)),
+            ratio_of_means=estimate(lambda rows: np.divide(inside[rows].sum(axis=-1), outside[rows].sum(axis=-1))),
             per_sample=ratios,
             undefined=int((~known).sum()),
         )
