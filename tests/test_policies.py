@@ -29,7 +29,7 @@ def test_it_loads_by_name_and_looks(name, tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     observation = Observation(
         frame=generator.integers(0, 256, (128, 224, 3), dtype=np.uint8),
-        state=np.zeros(16, dtype=np.float32),
+        state=np.zeros(10, dtype=np.float32),
         instruction="put the banana on the plate",
         embodiment="tabletop",
     )
