@@ -106,14 +106,14 @@ class StockPolicy(WAMPolicy):
     def __init__(self, policy: WAMPolicy) -> None:
         model = StockWAM(policy.model)
         parts = {"codec": policy.codec, "text": policy.text, "stats": policy.stats}
-        super().__init__(name="stock", config=policy.config, model=model, **parts)
+        super().__init__(name="stock", config=policy.config, model=model, fast=False, **parts)
+        self._tokens = self._encode
 
     @torch.inference_mode()
-    def act(self, observation: Observation) -> ActionChunk:
+    def act(self, observation: Observation, **options) -> ActionChunk:
         """The next chunk of actions."""
-        self._tokens.clear()
         inputs = self.prepare([observation])
-        video_noise, actions = self._draw(1, self._generator)
+        video_noise, actions = self._draw(1, self._episode)
         for step in range(self.action_steps):
             guidance = self.model.guide(
                 self.model.condition(inputs.observation_latent, video_noise, inputs.instruction)

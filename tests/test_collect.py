@@ -103,8 +103,8 @@ def test_refusals(tmp_path):
         run(tmp_path / "spare", spare=0.0)
     with pytest.raises(ValueError, match=r"noise: 'right_\*' names no action of dot: a_x, a_y"):
         run(tmp_path / "noise", noise=ActionNoise(std={"right_*": 0.1}))
-    with pytest.raises(ValueError, match="unknown simulator 'libero'; did you mean 'tabletop'"):
-        collect("libero", tmp_path / "libero", episodes=1, seed=0)
+    with pytest.raises(ValueError, match="unknown simulator 'tabeltop'; did you mean 'tabletop'"):
+        collect("tabeltop", tmp_path / "misspelt", episodes=1, seed=0)
 
 
 def test_damaged_staging_is_named(tmp_path):

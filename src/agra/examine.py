@@ -105,7 +105,7 @@ def probe_inputs(config: RunConfig, sources: Sequence[Source], stats: Mapping[st
     )
     reader: Any = WAMPolicy(
         name="monitor", config=config, model=nn.Identity(), codec=codec, text=load_text_encoder(config.model.text),
-        stats=stats,
+        stats=stats, fast=False,
     )  # fmt: skip
     frames, rows, columns = config.model.token_grid
     samples = load_samples(Path(config.monitor.probes))

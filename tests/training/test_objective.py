@@ -115,7 +115,8 @@ def test_table_2_is_two_fields(small_config, make_batch, guidance, aligned, deno
     losses = objective(make_batch(small_config))
     assert asked.get("denoising") == denoised
     assert asked.get("conditioning") == conditioned
-    total = losses.video + losses.action + small_config.stage.objective.alignment_weight * losses.alignment
+    weights = small_config.stage.objective
+    total = weights.video_weight * losses.video + losses.action + weights.alignment_weight * losses.alignment
     torch.testing.assert_close(losses.total, total)
 
 
