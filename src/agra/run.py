@@ -22,7 +22,8 @@ from agra.diagnostics.report_looking import LOOKING
 from agra.draws import seed_everything
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
-from agra.planner import flops_per_sample, peak_flops
+from agra.footprint import flops_per_sample
+from agra.planner import peak_flops
 from agra.policy import WAMPolicy
 from agra.prepare import Preparation, codec_file, window_references
 from agra.simulators.registry import expert, make
