@@ -26,7 +26,8 @@ from agra.diagnostics.report_looking import LOOKING
 from agra.diagnostics.rerun_export import write_recording
 from agra.draws import seed_everything
 from agra.examine import TeacherKind, first_looks, probe_inputs, probe_samples, projectors_of, teacher_of
-from agra.planner import flops_per_sample, peak_flops
+from agra.footprint import flops_per_sample
+from agra.planner import peak_flops
 from agra.policy import WAMPolicy
 from agra.prepare import Preparation, codec_file
 from agra.simulators.registry import make

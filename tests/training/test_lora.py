@@ -16,7 +16,7 @@ from ranks import Launcher
 from agra import hub
 from agra.config import RunConfig
 from agra.draws import seed_everything
-from agra.planner import measure
+from agra.footprint import measure
 from agra.training import checkpoint
 from agra.training.loop import Trainer
 from agra.training.lora import LoRAConfig, attach, is_adapter, merge, merged

@@ -1,0 +1,205 @@
+"""What a training step of a recipe holds and computes, counted and not guessed.
+
+The step runs forward and backward on fake tensors, which have shapes but no storage. Every storage that comes and goes is
+noted, so memory is known at every moment of the step, and the FLOPs of every product are added up. Two runs with
+different numbers of samples tell what grows with them and what does not.
+"""
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+
+from agra.batch import Batch
+from agra.config import RunConfig
+from agra.training.lora import attach
+from agra.training.objective import Objective
+from agra.training.sharding import ParallelConfig, apply, blocks
+from agra.training.stages import freeze, modules
+from agra.wam.model import WAM
+
+_TEACHER_WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536, "so400m": 1152}
+_FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
+        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
+}
+"""FLOPs of an operation. torch knows the GPU's kernels of attention; on the CPU, where the fake step runs, it has another
+name. (torch's own FlopCounterMode would keep the tensors of checkpointed blocks alive.)"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Footprint:
+    """A training step of one process, in bytes and FLOPs."""
+
+    parameters: dict[str, int]
+    """Of each part of the model, and `trained`, those that this stage trains."""
+    trained: int
+    largest_block: int
+    """Parameters of the block that is gathered whole while it runs."""
+    root: int
+    """Parameters outside the blocks, whole while a step runs."""
+    flops_per_sample: float
+    """Forward and backward; with checkpointing, what runs again included."""
+    fixed: np.ndarray
+    """(moments,) bytes beside parameters, gradients and AdamW's moments that do not depend on the number of samples."""
+    per_sample: np.ndarray
+    """(moments,) bytes for each sample in flight."""
+    gradients: np.ndarray
+    """(moments,) bytes of gradients; in the last moment, the optimiser's, what AdamW works with besides."""
+
+    @property
+    def states(self) -> int:
+        """Bytes of parameters and AdamW's moments."""
+        return 4 * (sum(self.parameters.values()) + 2 * self.trained)
+
+    def peak(self, samples: int) -> int:
+        """Bytes of a process alone, with `samples` in flight, at the step's fullest moment."""
+        return self.states + int((self.fixed + samples * self.per_sample + self.gradients).max())
+
+
+def measure(config: RunConfig, *, checkpoint_activations: bool = False) -> Footprint:
+    """Count a step of a recipe's stage."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective, width, least = fake_objective(config)
+        apply(objective, ParallelConfig(checkpoint_activations=checkpoint_activations))
+        # One sample of a pass would let torch leave out copies that more samples need.
+        two, three = (_step(objective, config, width, n * least, cache=not checkpoint_activations) for n in (2, 3))
+        assert len(two.levels) == len(three.levels), "the number of samples changes what a step does"
+        slope = (three.levels - two.levels) / least
+        trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        inside = {id(p) for block in blocks(objective) for p in block.parameters()}
+        projection = config.model.video_dit.text_projection_dim is not None
+        idle = _count(objective.wam.video_dit.transformer.crossattn_proj) if projection else 0
+        return Footprint(
+            parameters={name: _count(part) for name, part in modules(objective).items()},
+            trained=trained,
+            largest_block=max(_count(block) for block in blocks(objective)),
+            root=sum(p.numel() for p in objective.parameters() if id(p) not in inside) - idle,
+            flops_per_sample=two.flops / (2 * least),
+            fixed=np.append(two.levels - 2 * least * slope, 0.0),
+            per_sample=np.append(slope, 0.0),
+            gradients=np.append(two.gradients, 4.0 * 2 * trained),
+        )
+
+
+def flops_per_sample(config: RunConfig) -> float:
+    """Of a step's forward and backward passes: what model FLOPs utilisation is measured in."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective, width, least = fake_objective(config)
+        return _step(objective, config, width, least).flops / least
+
+
+def teacher_width(config: RunConfig) -> int | None:
+    """Width of the alignment's targets, by the name of its teacher; None without alignment. ValueError if unknown."""
+    if not config.aligns:
+        return None
+    assert config.alignment is not None
+    teacher = config.alignment.teacher
+    name = "small" if teacher.kind == "packaged_dinov2_small" else teacher.source
+    found = [width for part, width in _TEACHER_WIDTHS.items() if part in name]
+    if not found:
+        raise ValueError(f"alignment.teacher.source: the width of {name!r} is not known here; name a public teacher")
+    return found[0] * max(1, len(teacher.depths))
+
+
+def fake_objective(config: RunConfig) -> tuple[Objective, int | None, int]:
+    """The model of a stage, the width of its targets, and the fewest samples that divide into its two passes."""
+    width = teacher_width(config)
+    objective = Objective(WAM(config.model), config.stage.objective, config.alignment if config.aligns else None, width)
+    attach(objective.wam, config.stage.lora)
+    freeze(objective, config.stage)
+    return objective, width, round(1 / config.stage.objective.video_share)
+
+
+def fake_batch(config: RunConfig, width: int | None, count: int) -> Batch:
+    """`count` samples of noise in the shapes that a recipe's stage reads."""
+    model, head = config.model, config.model.action_dit
+    ones = partial(torch.ones, dtype=torch.bool)
+    return Batch(
+        latents=torch.randn(count, *model.latent_shape),
+        instruction=torch.randn(count, model.text.length, model.video_dit.text_dim),
+        state=torch.randn(count, head.state_dim),
+        actions=torch.randn(count, head.horizon, head.action_dim),
+        action_mask=ones(count, head.horizon, head.action_dim),
+        embodiment=torch.zeros(count, dtype=torch.long),
+        targets=None if width is None else torch.randn(count, *model.token_grid, width),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counted:
+    levels: np.ndarray
+    """Bytes after every operation, gradients left out."""
+    gradients: np.ndarray
+    flops: float
+
+
+def _step(objective: Objective, config: RunConfig, width: int | None, count: int, *, cache: bool = True) -> _Counted:
+    half = config.stage.precision != "float32"  # on a GPU `auto` is bfloat16
+    with _Watch() as watch:
+        batch = fake_batch(config, width, count)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=cache):
+            loss = objective(batch).total
+        loss.backward()
+    gradients = np.zeros(len(watch.levels))
+    for parameter in objective.parameters():
+        if parameter.grad is not None:
+            born, size = watch.born[id(parameter.grad.untyped_storage())]
+            gradients[born:] += size
+    objective.zero_grad(set_to_none=True)
+    return _Counted(levels=np.array(watch.levels) - gradients, gradients=gradients, flops=watch.flops)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the bytes that are alive after every operation, of storages that came since it began, and adds up FLOPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+        self.levels: list[int] = []
+        self.born: dict[int, tuple[int, int]] = {}
+        """Moment and bytes of every storage that is alive."""
+        self._known: dict[int, weakref.ref] = {}
+        self._level = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **kwargs)
+        if (count := _FLOPS.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage(), given)
+        self.levels.append(self._level)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key = id(storage)
+        if key in given or key in self._known:  # a view, or written in place
+            return
+        size = storage.nbytes()
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self.born[key] = len(self.levels), size
+        self._level += size
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._known[key], self.born[key]
+        self._level -= size
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
