@@ -48,5 +48,5 @@ def test_a_suite_s_own_environment_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
     monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
     monkeypatch.delitem(sys.modules, "agra.simulators.metaworld.environment", raising=False)
-    with pytest.raises(ImportError, match=r"simulators other than the tabletop .* see make env-metaworld"):
+    with pytest.raises(ImportError, match=r"metaworld: .*; install it with: make env-metaworld"):
         registry.make("metaworld")

@@ -6,7 +6,7 @@ chance, the choice of its tasks: episodes of one task resemble each other, so wh
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -54,7 +54,7 @@ class Average(NamedTuple):
 
 
 def clustered_bootstrap(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     clusters: Sequence[object],
     *,
     confidence: float = 0.95,
@@ -67,15 +67,15 @@ def clustered_bootstrap(
     a variance over n instead of n - 1; its percentiles are widened to Student's (Hesterberg 2015, "expanded percentile").
     Where all clusters agree the interval is a point, whatever their number. Raises ValueError for fewer than two clusters.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) != len(clusters):
-        raise ValueError(f"clustered_bootstrap: {len(clusters)} labels do not fit values of shape {values.shape}")
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1 or len(given) != len(clusters):
+        raise ValueError(f"clustered_bootstrap: {len(clusters)} labels do not fit values of shape {given.shape}")
     labels = {label: number for number, label in enumerate(dict.fromkeys(clusters))}
     count = len(labels)
     if count < 2:
         raise ValueError(f"clustered_bootstrap: expected at least two clusters, got {count}")
     members = np.array([labels[label] for label in clusters])
-    means = np.bincount(members, weights=values) / np.bincount(members)
+    means = np.bincount(members, weights=given) / np.bincount(members)
     if np.ptp(means) == 0:
         return Average(float(means[0]), float(means[0]), float(means[0]), count)
     quantile = math.sqrt(count / (count - 1)) * stats.t.ppf((1 - confidence) / 2, count - 1)
@@ -84,11 +84,12 @@ def clustered_bootstrap(
         np.mean,
         n_resamples=resamples,
         batch=1000,
-        confidence_level=1 - 2 * stats.norm.cdf(quantile),
+        confidence_level=float(1 - 2 * stats.norm.cdf(quantile)),
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return Average(float(means.mean()), *map(float, drawn.confidence_interval), count)
+    low, high = drawn.confidence_interval
+    return Average(float(means.mean()), float(low), float(high), count)
 
 
 def paired_bootstrap(
@@ -141,9 +142,12 @@ def paired_minimum_detectable_effect(
 
     def surplus(difference: float) -> float:
         spread = math.sqrt(max(discordant - difference**2, 0.0))
-        return difference * math.sqrt(trials) - z_size * math.sqrt(discordant) - z_power * spread
+        return float(difference * math.sqrt(trials) - z_size * math.sqrt(discordant) - z_power * spread)
 
-    return math.inf if surplus(discordant) <= 0 else float(brentq(surplus, 0.0, discordant))
+    if surplus(discordant) <= 0:
+        return math.inf
+    root: Any = brentq(surplus, 0.0, discordant)
+    return float(root)
 
 
 def _pairs(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ class Suite:
     """How a simulator is made, and what of scripted demonstrations it has."""
 
     make: Callable[..., Simulator]
+    install: str  # the command that brings its libraries
     expert: Callable[[Any], Policy] | None = None
     training_trials: Callable[[int, int], Sequence[Trial]] | None = None  # (count, seed)
     noise: Mapping[str, float] = field(default_factory=dict)  # of demonstrations, see agra.collect.ActionNoise
@@ -37,7 +38,10 @@ def _tabletop(hands: str) -> Suite:
 
         return training_trials(count, seed, simulator=hands)
 
-    return Suite(make=make, expert=expert, training_trials=training, noise={"*_x": 0.0075, "*_y": 0.0075})
+    install = "pip install 'agra[tabletop]'"
+    return Suite(
+        make=make, install=install, expert=expert, training_trials=training, noise={"*_x": 0.0075, "*_y": 0.0075}
+    )
 
 
 def _metaworld() -> Suite:
@@ -56,7 +60,7 @@ def _metaworld() -> Suite:
 
         return training_trials(count, seed)
 
-    return Suite(make=make, expert=expert, training_trials=training)
+    return Suite(make=make, install="make env-metaworld", expert=expert, training_trials=training)
 
 
 def _libero(name: str) -> Suite:
@@ -65,7 +69,7 @@ def _libero(name: str) -> Suite:
 
         return Libero(name, **options)
 
-    return Suite(make=make)
+    return Suite(make=make, install="make env-libero")
 
 
 def _robocasa() -> Suite:
@@ -74,7 +78,7 @@ def _robocasa() -> Suite:
 
         return RobocasaGR1(**options)
 
-    return Suite(make=make)
+    return Suite(make=make, install="make env-robocasa")
 
 
 SUITES: dict[str, Suite] = {
@@ -104,12 +108,11 @@ def make(name: str, **options: Any) -> Simulator:
 
     Raises ValueError for an unknown name, ImportError where the suite or OpenGL is not installed.
     """
+    found = suite(name)
     try:
-        return suite(name).make(**options)
+        return found.make(**options)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{name}: {error}; simulators other than the tabletop live in environments of their own, see make env-{name.split('_')[0]}"
-        ) from error
+        raise ImportError(f"{name}: {error}; install it with: {found.install}") from error
 
 
 def expert(simulator: Simulator) -> Policy:

@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -43,14 +43,13 @@ class Libero:
     """
 
     fps = 20
-    embodiment: ClassVar[Embodiment] = EMBODIMENT
 
     def __init__(self, suite: str, *, frame_size: tuple[int, int] = (256, 256), blind: bool = False) -> None:
         if suite not in MAX_STEPS:
             raise ValueError(f"unknown suite {suite!r}; there are {', '.join(MAX_STEPS)}")
         if len(frame_size) != 2 or min(frame_size) < 16:
             raise ValueError(f"frame_size: expected (height, width) of at least 16 pixels each, got {frame_size}")
-        self.name = suite
+        self.name, self.embodiment = suite, EMBODIMENT
         self.max_steps = MAX_STEPS[suite]
         self.regimes = regimes(suite)
         self.frame_size, self.blind = frame_size, blind

@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportMissingImports=false
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -37,13 +37,12 @@ class Metaworld:
     fps = 80
     max_steps = 500
     regimes = ("in_distribution",)
-    embodiment: ClassVar[Embodiment] = EMBODIMENT
 
     def __init__(self, *, frame_size: tuple[int, int] = (480, 480), blind: bool = False) -> None:
         if len(frame_size) != 2 or min(frame_size) < 16 or max(frame_size) > 480:
             raise ValueError(f"frame_size: expected (height, width) of 16 to 480 pixels each, got {frame_size}")
-        self.frame_size = frame_size
-        self.blind = blind
+        self.embodiment = EMBODIMENT
+        self.frame_size, self.blind = frame_size, blind
         self.settings: Mapping[str, Any] = {
             "camera": f"{CAMERA} at {CAMERA_AT}, both axes flipped",
             "frame_size": list(frame_size),

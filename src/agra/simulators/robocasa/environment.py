@@ -4,7 +4,7 @@
 # pyright: reportMissingImports=false
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -36,10 +36,14 @@ class RobocasaGR1:
     fps = 20
     max_steps = 720
     regimes = tuple(TASKS)
-    embodiment: ClassVar[Embodiment] = EMBODIMENT
-    settings: ClassVar[Mapping[str, Any]] = {"camera": VIEW, "frame_size": [256, 256], "instruction_prefix": "removed"}
 
     def __init__(self) -> None:
+        self.embodiment = EMBODIMENT
+        self.settings: Mapping[str, Any] = {
+            "camera": VIEW,
+            "frame_size": [256, 256],
+            "instruction_prefix": "removed",
+        }
         self._world: Any = None
 
     def trials(self, regime: str) -> tuple[Trial, ...]:

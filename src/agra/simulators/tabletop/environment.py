@@ -1,5 +1,8 @@
 """`Tabletop`: the embedded world as an `agra.types.Simulator`, 10 control steps a second."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from agra.simulators.tabletop.goals import GOALS, PickAndPlace
@@ -37,7 +40,7 @@ class Tabletop:
         self.hands = HAND_MODELS[hands]
         self.embodiment = self.hands.embodiment
         self.frame_size = frame_size
-        self.settings = {"frame_size": list(frame_size)}
+        self.settings: Mapping[str, Any] = {"frame_size": list(frame_size)}
         self._renderer: Renderer | None = None
         self._scene: Scene | None = None
 
