@@ -103,8 +103,9 @@ def probe_inputs(config: RunConfig, sources: Sequence[Source], stats: Mapping[st
     codec = load_codec(
         config.model.codec, codec_file(config, sources) if config.model.codec.kind == "patch_pca" else None
     )
-    reader: Any = WAMPolicy(
-        name="monitor", config=config, model=nn.Identity(), codec=codec, text=load_text_encoder(config.model.text),
+    no_model: Any = nn.Identity()  # only observations are prepared
+    reader = WAMPolicy(
+        name="monitor", config=config, model=no_model, codec=codec, text=load_text_encoder(config.model.text),
         stats=stats, fast=False,
     )  # fmt: skip
     frames, rows, columns = config.model.token_grid

@@ -201,8 +201,9 @@ class BatchPolicy(Protocol):
 class Simulator(Protocol):
     """A world that plays trials, one at a time.
 
-    `name` is that of the registry and of its trials, `regimes` names its trial lists. `settings` holds what else of the suite's conventions decides an episode (camera,
-    frame size, settling steps ...), JSON-serialisable; it goes into every results file.
+    `name` is that of the registry and of its trials, `regimes` names its trial lists. `settings` holds what else of the
+    suite's conventions decides an episode (camera, frame size, settling steps ...), JSON-serialisable; it goes into
+    every results file.
     """
 
     name: str

@@ -110,13 +110,14 @@ def _add_probe_errors(
     grid: tuple[int, int],
 ) -> None:
     """The distance in grid units between the object and where a linear probe of each layer sees it, held out by trial."""
-    known = [row for row, sample in enumerate(samples) if sample.position is not None]
+    seen = {row: sample.position for row, sample in enumerate(samples) if sample.position is not None}
+    known = [*seen]
     trials = [samples[row].trial for row in known]
     for row in rows:
         row |= {"probe_error_by_layer": None, "blind_probe_error": None}
     if len(set(trials)) < FEWEST_TRIALS:
         return
-    positions = np.stack([samples[row].position for row in known]) * np.array(grid)
+    positions = np.stack([*seen.values()]) * np.array(grid)
     read = [probed_positions(np.stack(parts), positions, trials) for parts in states.values()]
     errors = [np.linalg.norm(found - positions, axis=1) for found in (*read, held_out_mean(positions, trials))]
     for place, row in enumerate(known):

@@ -67,7 +67,7 @@ def probed_positions(
     flat = (flat - flat.mean(axis=0)) / (flat.std() * np.sqrt(flat.shape[1]) or 1)
     labels = np.unique([str(group) for group in groups], return_inverse=True)[1]
     model = RidgeCV(alphas=PENALTIES)
-    return cross_val_predict(model, flat, positions, groups=labels, cv=GroupKFold(min(folds, distinct)))
+    return np.asarray(cross_val_predict(model, flat, positions, groups=labels, cv=GroupKFold(min(folds, distinct))))
 
 
 def held_out_mean(positions: np.ndarray, groups: Sequence[object]) -> np.ndarray:

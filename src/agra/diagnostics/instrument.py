@@ -243,7 +243,7 @@ class Instrument:
         return _frames(to_video(self.policy.seen(self.sample.video, self.sample.embodiment), self.policy.frame_size))
 
     def _imagination(self) -> dict[str, Any]:
-        scores = dict.fromkeys(("psnr", "ssim", "still_psnr", "still_ssim"))
+        scores: dict[str, Any] = dict.fromkeys(("psnr", "ssim", "still_psnr", "still_ssim"))
         if self.imagined is None:
             return scores
         ours = compare_videos(self.imagined, self.recorded)

@@ -99,7 +99,8 @@ def _coco_shape(annotation: dict[str, Any], shape: tuple[int, ...]) -> np.ndarra
         x, y, width, height = annotation["bbox"]
         return _filled("rectangle", [(x, y), (x + width, y + height)], shape)
     if isinstance(shape_of, dict):
-        packed = shape_of if isinstance(shape_of["counts"], str) else coco_mask.frPyObjects(shape_of, *shape)
+        runs: Any = shape_of
+        packed = runs if isinstance(runs["counts"], str) else coco_mask.frPyObjects(runs, *shape)
         return coco_mask.decode(packed).astype(bool)
     return np.any([_filled("polygon", list(zip(p[::2], p[1::2], strict=True)), shape) for p in shape_of], axis=0)
 

@@ -58,8 +58,9 @@ def _trials(diagnosis: Diagnosis) -> list[str]:
 
 def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
     inside, outside = diagnosis.deviations(kind)
-    known = np.isfinite(inside).all(axis=1)
-    trials = [trial for trial, keep in zip(_trials(diagnosis), known, strict=True) if keep]
+    known = np.flatnonzero(np.isfinite(inside).all(axis=1))
+    names = _trials(diagnosis)
+    trials = [names[row] for row in known]
     return matched_sensitivity_ratio(inside[known], outside[known], groups=trials)
 
 

@@ -36,7 +36,7 @@ class Metaworld:
     name = "metaworld"
     fps = 80
     max_steps = 500
-    regimes = ("in_distribution",)
+    regimes: tuple[str, ...] = ("in_distribution",)
 
     def __init__(self, *, frame_size: tuple[int, int] = (480, 480), blind: bool = False) -> None:
         if len(frame_size) != 2 or min(frame_size) < 16 or max(frame_size) > 480:

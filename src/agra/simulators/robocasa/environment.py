@@ -35,7 +35,7 @@ class RobocasaGR1:
     name = "robocasa_gr1"
     fps = 20
     max_steps = 720
-    regimes = tuple(TASKS)
+    regimes: tuple[str, ...] = tuple(TASKS)
 
     def __init__(self) -> None:
         self.embodiment = EMBODIMENT

@@ -29,7 +29,7 @@ class Tabletop:
 
     fps = 10
     max_steps = max(MAX_STEPS.values())
-    regimes = REGIMES
+    regimes: tuple[str, ...] = REGIMES
 
     def __init__(self, *, frame_size: tuple[int, int] = (128, 224), hands: str = "tabletop") -> None:
         if len(frame_size) != 2 or min(frame_size) < 16:
