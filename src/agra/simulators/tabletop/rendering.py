@@ -67,12 +67,18 @@ class Renderer:
 
     def _add_shadows(self, scene: Scene) -> None:
         """A dark disc on the table under every loose thing and hand: the depth cue of a shadow map at none of its cost."""
+        camera = self._view.camera[0]
+        eye, forward = np.array(camera.pos, np.float64), np.array(camera.forward, np.float64)
         for at, size in scene.shadows():
             geom = self._view.geoms[self._view.ngeom]
             mujoco.mjv_initGeom(
                 geom, mujoco.mjtGeom.mjGEOM_ELLIPSOID, [*size, 0.0004], [*at, 0.0], np.eye(3).flatten(), SHADOW
             )
             geom.category = mujoco.mjtCatBit.mjCAT_DECOR
+            # What initGeom leaves as the slot's last user had it; discs are blended from far to near by camdist.
+            geom.camdist = float(np.dot([*at, 0.0] - eye, forward))
+            geom.modelrbound, geom.segid, geom.transparent = 0.0, -1, 1
+            geom.objtype, geom.objid = int(mujoco.mjtObj.mjOBJ_UNKNOWN), -1
             self._view.ngeom += 1
 
     def _update(self, scene: Scene) -> None:
