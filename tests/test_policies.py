@@ -3,10 +3,12 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agra.cli_robot import _policy_source
 from agra.evaluation.results import read_results, summarise
 from agra.policy import WAMPolicy
 from agra.training import checkpoint
@@ -68,3 +70,11 @@ def test_its_evaluation_is_the_whole_one_and_the_card_says_the_same(name):
     rows = re.findall(rf"^\| `{name}` \|(.*)\|$", card, re.M)
     counts = [tuple(map(int, cell)) for cell in re.findall(r"(\d+) of (\d+)", rows[0])]
     assert counts == [(s.successes, s.trials) for s in summarise(results) if s.regime != "all"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_server_takes_the_path_that_it_is_told(fast):
+    """`agra serve NAME`, with and without --plain."""
+    source = _policy_source(Path("tabletop-wam"), device="cpu", fast=fast)
+    assert (source.load()._fast is not None) == fast
+    assert source.stamp() == checkpoint.SHIPPED / "tabletop-wam"

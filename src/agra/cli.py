@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from agra.cli_robot import control, load_policy, serve
+from agra.cli_robot import control, load_policy, serve, use_threads
 from agra.types import SimulatorFailed
 
 if TYPE_CHECKING:
@@ -178,10 +178,7 @@ def _train(arguments: list[str]) -> None:
         from agra.data.augment import AugmentConfig
 
         config = replace(config, data=replace(config.data, augment=AugmentConfig()))
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     done = train(
         config,
         output=options.output,
@@ -450,20 +447,13 @@ def _player(
     from agra.simulators.registry import make
 
     world = make(simulator, **options)
-    key = os.environ.get("AGRA_API_KEY")
     if keys is not None:
         from agra.serving.foreign import connect_policy, read_table
 
-        return connect_policy(policy, read_table(keys), api_key=key), world
-    if "://" in policy:
-        from agra.serving.client import PolicyClient
-
-        return PolicyClient(policy, api_key=key, timeout=120), world
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    return load_policy(policy, world, name, device), world
+        return connect_policy(policy, read_table(keys), api_key=os.environ.get("AGRA_API_KEY")), world
+    if "://" not in policy:
+        use_threads(threads)
+    return load_policy(policy, world, name, device, timeout=120.0), world
 
 
 def _evaluate_apart(policy: str, python: Path, evaluate: dict[str, Any], serve: dict[str, Any]) -> None:

@@ -76,10 +76,7 @@ def serve(
     if tls_certificate is not None and tls_key is not None:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(tls_certificate, tls_key)
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    use_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # strangers' broken handshakes
     source = _policy_source(policy, device=device, fast=not plain)
@@ -109,7 +106,7 @@ def _policy_source(path: Path, *, device: str, fast: bool) -> "Source":
     from agra.serving.app import Source
     from agra.training.checkpoint import resolve
 
-    return Source(load=partial(WAMPolicy.load, path, device=device), stamp=partial(resolve, path))
+    return Source(load=partial(WAMPolicy.load, path, device=device, fast=fast), stamp=partial(resolve, path))
 
 
 def control(
@@ -191,16 +188,24 @@ def control(
     )
 
 
-def load_policy(policy: str, world: "Simulator", name: str | None, device: str) -> "Policy":
-    """`expert`, a server's address, or a checkpoint or run folder."""
+def use_threads(threads: int | None) -> None:
+    """Have torch compute in so many threads; None leaves it and its import alone."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def load_policy(policy: str, world: "Simulator", name: str | None, device: str, *, timeout: float = 10.0) -> "Policy":
+    """`expert`, a server's address (its answers take `timeout` seconds at most), or a checkpoint or run folder."""
     if policy == "expert":
         from agra.simulators.registry import expert
 
         return expert(world)
-    if policy.startswith(("ws://", "wss://")):
+    if "://" in policy:
         from agra.serving.client import PolicyClient
 
-        return PolicyClient(policy, api_key=os.environ.get("AGRA_API_KEY"))
+        return PolicyClient(policy, api_key=os.environ.get("AGRA_API_KEY"), timeout=timeout)
     from agra.policy import WAMPolicy
 
     return WAMPolicy.load(policy, name=name, device=device)

@@ -219,6 +219,27 @@ def test_a_failed_simulator_is_tried_again_and_reported(tmp_path):
     assert sum(len(trial.failures) for trial in read_results(path).trials) >= 3
 
 
+class Broken(PointWorld):
+    """Fails whatever it is asked to play."""
+
+    def reset(self, trial):
+        raise SimulatorFailed("the renderer is gone")
+
+
+def test_a_fresh_simulator_takes_the_place_of_a_broken_one(tmp_path):
+    """In this process too, where a player can be made; the first trial's line says why."""
+
+    def fresh():
+        world = PointWorld()
+        return Wanderer(world), world
+
+    whole = play(tmp_path / "whole.jsonl", limit=2)
+    found = play(tmp_path / "r.jsonl", world=Broken(), limit=2, make_player=fresh)
+    assert outcomes(tmp_path / "r.jsonl") == outcomes(tmp_path / "whole.jsonl")
+    assert sorted(trial.failures for trial in found.trials)[-2:] == [(), ("the renderer is gone",)]
+    assert len(found.trials) == len(whole.trials)
+
+
 class Dies(Wanderer):
     """Fails in its 60th call."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,7 +152,9 @@ def evaluate(
     header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
     finished = _open_results(path, header)
     if workers == 1 and policy is not None:
-        make_player = partial(_pair, policy, simulator)
+        # The pair that is there plays first; after a failure of its simulator a fresh one does, where one can be made.
+        again = make_player or partial(_pair, policy, simulator)
+        make_player = partial(next, chain([(policy, simulator)], iter(again, None)))
     if make_player is None:
         raise ValueError("evaluate: more than one worker needs make_player, to give each its own simulator")
     missing = [trial for trial in trials if trial.name not in finished]
