@@ -95,9 +95,10 @@ def _write(found: Path, folder: Path, *, ema: bool, half: bool) -> None:
     if half:
         weights = {name: _halved(name, value) for name, value in weights.items()}
     checkpoint.write_tensors(folder / "model.safetensors", weights)
-    lineage.carry(found, folder)
+    stages = lineage.lineage(found)
+    lineage.carry(stages, folder)
     steps = json.loads((found / "trainer.json").read_text())["step"]
-    card = model_card(config, lineage.describe(lineage.lineage(found)), steps=steps, model=model, ema=ema)
+    card = model_card(config, lineage.describe(stages), steps=steps, model=model, ema=ema)
     checkpoint.write_text(folder / "README.md", str(card))
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     manifest = {name: checkpoint.sha256(folder / name) for name in names}

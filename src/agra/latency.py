@@ -13,6 +13,7 @@ from rich.table import Table
 
 from agra.config import RunConfig
 from agra.policy import Stopwatch, WAMPolicy
+from agra.training import checkpoint
 from agra.types import Observation, PolicyRequest
 from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
@@ -147,6 +148,5 @@ def bench(subject: str, config: RunConfig | None, *, device: str, batch: int, ro
     title = f"{subject}, {rounds} calls of {batch}, {device}, {torch.get_num_threads()} threads"
     summary = report(found, title=title)
     if output is not None:
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text(json.dumps({"subject": subject, "batch": batch, "rounds": rounds, "ms": summary}) + "\n")
-        temporary.replace(output)
+        content = {"subject": subject, "batch": batch, "rounds": rounds, "ms": summary}
+        checkpoint.write_text(output, json.dumps(content) + "\n")

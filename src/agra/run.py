@@ -200,13 +200,15 @@ def diagnose(
     output = checkpoint.home(run) / "diagnosis"
     output.parent.mkdir(parents=True, exist_ok=True)
     target = policy.config.looking if probes is None else None
+    looks, action_names = [], ()
     if probes is not None:
         found = load_samples(probes)
     else:
         world = make(simulator)
         try:
             found = probe_samples(world, samples, policy.config)
-            looks = [] if target is None else first_looks(world, target.step + 1)
+            if target is not None:
+                looks, action_names = first_looks(world, target.step + 1), world.embodiment.action_names
         finally:
             world.close()
     examine(
@@ -219,8 +221,8 @@ def diagnose(
         seed=seed,
         config=config,
     )
-    if target is not None and probes is None:
-        look(policy, looks, world.embodiment.action_names, target, seed=seed).save(output / LOOKING)
+    if target is not None:
+        look(policy, looks, action_names, target, seed=seed).save(output / LOOKING)
     return output
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from agra.diagnostics.figures import Interval, interval_chart
 from agra.diagnostics.report_tables import MISSING, Cell, Row, Table, between, mcnemar_cell, number, percent
-from agra.evaluation.results import Results, TrialResult, mcnemar, summarise, wilson_interval
+from agra.evaluation.results import Results, TrialResult, summarise
+from agra.evaluation.statistics import mcnemar, wilson_interval
 
 Column = tuple[int, str, Results | None]
 """A policy's number, name and results."""

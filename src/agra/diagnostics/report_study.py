@@ -10,7 +10,8 @@ from typing import Any
 from agra.diagnostics.figures import Interval, interval_chart
 from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.report_tables import MISSING, Cell, between, number, percent
-from agra.evaluation.results import read_results, wilson_interval
+from agra.evaluation.results import read_results
+from agra.evaluation.statistics import wilson_interval
 
 STUDY = "study.json"
 FIGURES = {

@@ -23,8 +23,6 @@ from agra.evaluation.statistics import (
     wilson_interval,
 )
 
-__all__ = ["Results", "TrialResult", "compare", "mcnemar", "read_results", "summarise", "wilson_interval"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:

@@ -1,7 +1,7 @@
 """The control loop: at every step observe, decide, limit, command, note; and whatever happens, come to rest."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -97,7 +97,7 @@ def control(
     dry_run: bool = False,
     real_time: bool = True,
     recorder: Recorder | None = None,
-    until: "Done | None" = None,
+    until: Callable[[], bool] | None = None,
 ) -> Report:
     """Run a connected robot for `steps` control steps, `fps` a second; it has come to rest when this returns or raises.
 
@@ -137,14 +137,6 @@ def control(
     finally:
         robot.stop()
     return report
-
-
-class Done(Protocol):
-    """Whether the run may end."""
-
-    def __call__(self) -> bool:
-        """Asked after every control step."""
-        ...
 
 
 def _wait(until: float) -> float:

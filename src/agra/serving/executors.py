@@ -17,14 +17,6 @@ import numpy as np
 from agra.types import ActionChunk, Continuation, Observation, Policy
 
 
-class ContinuingPolicy(Policy, Protocol):
-    """A policy that can go on with a chunk that is being executed: a WAM in this process or on a server."""
-
-    def act(self, observation: Observation, *, continuation: Continuation | None = None) -> ActionChunk:
-        """Answer the next K actions."""
-        ...
-
-
 class Inference(Protocol):
     """One request to a policy at a time, answered later."""
 

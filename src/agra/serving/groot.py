@@ -21,8 +21,8 @@ import zmq
 import zmq.asyncio
 
 from agra.serving.messages import MAX_INSTRUCTION, Question, RequestError, frame, numbers, text
-from agra.serving.service import Busy, Episode, PolicyService
-from agra.serving.wire import WireError, pack_groot, unpack_groot
+from agra.serving.service import Episode, PolicyService, failure
+from agra.serving.wire import pack_groot, unpack_groot
 from agra.types import EmbodimentSpec, Observation, PolicySpec
 
 log = logging.getLogger("agra.serving")
@@ -110,15 +110,9 @@ class GrootServer:
     async def _serve(self, client: bytes, data: bytes) -> None:
         try:
             outcome, reply = "answered", await self._answer(client, unpack_groot(data))
-        except WireError as error:
-            outcome, reply = "garbage", {"error": f"agra: {error}"}
-        except Busy as error:
-            outcome, reply = "busy", {"error": f"agra: {error}"}
-        except ValueError as error:  # RequestError, or the policy's own word on an observation
-            outcome, reply = "refused", {"error": f"agra: {error}"}
-        except Exception:  # the policy's: the other clients must not suffer from it
-            log.exception("the policy failed")
-            outcome, reply = "failed", {"error": "agra: the policy failed on this request; the server's log says how"}
+        except Exception as error:  # the policy's, of whatever kind: the other clients must not suffer from it
+            outcome, told = failure(error)
+            reply = {"error": told}
         self.service.outcomes.labels(WIRE, outcome).inc()
         await self._reply(client, reply)
 

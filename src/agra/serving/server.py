@@ -20,10 +20,9 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from agra.serving.messages import WireKeys, answer, describe, parse
-from agra.serving.service import Busy, Episode, PolicyService
+from agra.serving.service import Episode, PolicyService, failure
 from agra.serving.wire import WireError, pack, unpack
 
-log = logging.getLogger("agra.serving")
 WIRE = "openpi"
 
 
@@ -195,15 +194,8 @@ class WebsocketServer:
             question = parse(unpack(data), self.service.spec, self.keys)
             decode = time.perf_counter() - start
             chunk, timing = await self.service.answer(question, episode, decode=decode)
-        except WireError as error:
-            return "garbage", f"agra: {error}"
-        except Busy as error:
-            return "busy", f"agra: {error}"
-        except ValueError as error:  # RequestError, or the policy's own word on an observation
-            return "refused", f"agra: {error}"
-        except Exception:  # the policy's: the other clients must not suffer from it
-            log.exception("the policy failed")
-            return "failed", "agra: the policy failed on this request; the server's log says how"
+        except Exception as error:  # the policy's, of whatever kind: the other clients must not suffer from it
+            return failure(error)
         timing["prev_total_ms"] = 1000 * previous
         return "answered", pack(answer(chunk, question, timing))
 

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from agra.serving.batching import Batcher
 from agra.serving.messages import Question
+from agra.serving.wire import WireError
 from agra.types import ActionChunk, BatchPolicy, PolicyRequest, PolicySpec
 
 log = logging.getLogger("agra.serving")
@@ -45,6 +46,16 @@ class Limits:
 
 class Busy(TimeoutError):
     """The policy did not get round to a request in time."""
+
+
+def failure(error: Exception) -> tuple[str, str]:
+    """What became of a request that raised `error`, and what its client is told."""
+    kinds = ((WireError, "garbage"), (Busy, "busy"), (ValueError, "refused"))  # refused by us, or by the policy itself
+    for kind, outcome in kinds:
+        if isinstance(error, kind):
+            return outcome, f"agra: {error}"
+    log.error("the policy failed", exc_info=error)
+    return "failed", "agra: the policy failed on this request; the server's log says how"
 
 
 class Episode:

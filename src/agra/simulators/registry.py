@@ -90,11 +90,6 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def names() -> tuple[str, ...]:
-    """Every registered simulator."""
-    return tuple(SUITES)
-
-
 def suite(name: str) -> Suite:
     """The suite of a registered simulator. Raises ValueError for an unknown name."""
     if name not in SUITES:

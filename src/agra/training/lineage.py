@@ -40,12 +40,12 @@ def note(run: Path, init: str | Path | None) -> None:
 
 def lineage(policy: str | Path) -> list[Trained]:
     """The stages that made a policy, its own last, as far back as they are there."""
-    history = checkpoint.resolve(policy) / "history"
+    found = checkpoint.resolve(policy)
+    history = found / "history"
     if history.is_dir():
         paths = sorted(history.glob("*.json"))
         return [_trained(RunConfig.from_json(path.read_text(), path), path.with_suffix(".jsonl")) for path in paths]
     run = checkpoint.home(policy)
-    found = checkpoint.resolve(policy)
     own = _trained(checkpoint.read_config(found), run / "metrics.jsonl", found)
     origin = run / "origin.json"
     init = json.loads(origin.read_text())["init"] if origin.is_file() else None
@@ -55,11 +55,11 @@ def lineage(policy: str | Path) -> list[Trained]:
         return [own]
 
 
-def carry(policy: str | Path, folder: Path) -> None:
+def carry(stages: Sequence[Trained], folder: Path) -> None:
     """Copy the settings and logs of the stages that made a policy into `folder`'s history."""
     history = folder / "history"
     history.mkdir()
-    for number, stage in enumerate(lineage(policy)):
+    for number, stage in enumerate(stages):
         name = f"{number:02}_{stage.config.stage.name}"
         checkpoint.write_text(history / f"{name}.json", stage.config.to_json())
         if stage.metrics is not None:
