@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first comparison: WAM and AGRA over three seeds, and one seed of freeze backbone and of the two other passes of
-# Table 2, all at a small budget (400 steps of 32 windows) from the demonstrations and the adapt stage of runs/tabletop.sh.
-# About an hour on two cores. Interrupted, it goes on where it was. Everything lands in outputs/comparison.
+# Table 2, all at a small budget (1,000 steps of 32 windows) from the demonstrations and the adapt stage of runs/tabletop.sh.
+# About an hour and a half on two cores. Interrupted, it goes on where it was. Everything lands in outputs/comparison.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,13 +10,13 @@ OUT=${OUT:-outputs/comparison}
 export BASE OUT OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 
-# NAME SEED RECIPE [flags]: train, play 10 trials of each regime, examine 40 moments.
+# NAME SEED RECIPE [flags]: train, play 20 trials of each regime, examine 40 moments.
 one() {
   local run="$OUT/$1_$2" seed=$2 recipe=$3
   shift 3
-  agra train "$recipe" --stage joint --init "$BASE/adapt" --output "$run" --stage.steps 400 --stage.seed "$seed" \
+  agra train "$recipe" --stage joint --init "$BASE/adapt" --output "$run" --stage.steps 1000 --stage.seed "$seed" \
     --data.path "$BASE/demonstrations" --data.cache "$BASE/cache" "$@"
-  agra evaluate "$run" --limit 10 --videos 0
+  agra evaluate "$run" --limit 20 --videos 0
   [ -d "$run/diagnosis" ] || agra diagnose "$run" --samples 40
 }
 export -f one
