@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from agra.batch import Batch
-from agra.config import RunConfig
 from agra.diagnostics.grounding_monitor import GroundingMonitor, ProbeInputs
+from agra.footprint import fake_batch
 from agra.recipes import tiny
 from agra.training.objective import Objective
 from agra.wam.model import WAM
@@ -29,7 +28,7 @@ def main() -> None:
     rounds = 2 if parser.parse_args().quick else 8
     torch.manual_seed(0)
     config = tiny()
-    batch = _batch(config)
+    batch = fake_batch(config, TEACHER_WIDTH, config.stage.batch_size)
     objective = Objective(WAM(config.model), config.stage.objective, config.alignment, TEACHER_WIDTH).train()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
     masks = torch.zeros(SAMPLES, *config.model.token_grid, dtype=torch.bool)
@@ -73,20 +72,6 @@ def _seconds(function: Callable[[], object]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
-
-
-def _batch(config: RunConfig) -> Batch:
-    """Noise in the shapes of a training batch."""
-    model, head, count = config.model, config.model.action_dit, config.stage.batch_size
-    return Batch(
-        latents=torch.randn(count, *model.latent_shape),
-        instruction=torch.randn(count, model.text.length, model.video_dit.text_dim),
-        state=torch.randn(count, head.state_dim),
-        actions=torch.randn(count, head.horizon, head.action_dim),
-        action_mask=torch.ones(count, head.horizon, head.action_dim, dtype=torch.bool),
-        embodiment=torch.zeros(count, dtype=torch.long),
-        targets=torch.randn(count, *model.token_grid, TEACHER_WIDTH),
-    )
 
 
 if __name__ == "__main__":

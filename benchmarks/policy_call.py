@@ -8,12 +8,14 @@ The stock way does all of it anew for each of the four denoising steps (benchmar
 
 import argparse
 from itertools import count
+from typing import cast
 
 import numpy as np
 
+from agra.footprint import count_flops
 from agra.policy import WAMPolicy
 from agra.types import Observation
-from benchmarks.side_by_side import compare, finish
+from benchmarks.side_by_side import compare, finish, peak_flops
 from benchmarks.stock import StockPolicy
 
 
@@ -49,8 +51,15 @@ def main() -> None:
         difference = max(difference, float(np.abs(chunks[0] - chunks[1]).max()))
     rounds = 20 if arguments.quick else 60
     result = compare("policy_call", call(ours), call(stock), unit="s a chunk", rounds=rounds)
+    flops = {way: count_flops(call(policy)) for way, policy in (("ours", ours), ("alternative", stock))}
+    most = peak_flops()
+    share = flops["ours"] / cast(float, result["ours"]) / most
+    print(
+        f"{flops['ours'] / 1e9:.2f} and {flops['alternative'] / 1e9:.2f} GFLOP a chunk: ours reaches {100 * share:.0f} % of this "
+        f"machine's {most / 1e9:.0f} GFLOP/s"
+    )
     print(f"{result['ratio']}x {result['spread']}, largest difference of an action {difference:.1e}")
-    finish(result | {"max_abs_difference": difference})
+    finish(result | {"max_abs_difference": difference, "flops": flops, "peak_flops": most, "share_of_peak": share})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -39,6 +40,23 @@ def compare(
     }
 
 
-def finish(result: dict[str, object]) -> None:
-    """Print the one JSON line that every benchmark ends with."""
-    print(json.dumps(result))
+def peak_flops() -> float:
+    """Of this machine in float32, products a second: the best of several large matrix products on torch's threads."""
+    a, b = torch.randn(2, 1536, 1536)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return 2 * 1536**3 / min(times)
+
+
+def finish(result: Mapping[str, object], folder: Path = Path("outputs/benchmarks")) -> None:
+    """Print the one JSON line that every benchmark ends with, and write it to FOLDER/NAME.json."""
+    line = json.dumps(result)
+    print(line)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{result['name']}.json"
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(line + "\n")
+    temporary.rename(file)

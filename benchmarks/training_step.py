@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import torch
 from agra.alignment.teacher import load_teacher
 from agra.batch import Batch
 from agra.draws import seed_everything, shared_draws
+from agra.footprint import fake_batch, flops_per_sample
 from agra.prepare import OnlineEncoder
 from agra.recipes import tiny
 from agra.training.objective import Losses, Objective
@@ -27,7 +29,7 @@ from agra.wam.codec import to_video
 from agra.wam.model import WAM
 from agra.wam.patch_pca import PatchPCACodec
 from agra.wam.text import load_text_encoder
-from benchmarks.side_by_side import compare, finish
+from benchmarks.side_by_side import compare, finish, peak_flops
 from benchmarks.stock import StockWAM
 
 CONFIG = tiny()
@@ -42,7 +44,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.peak:
-        batch = random_batch(WIDTH)
+        batch = random_batch()
         train_step = step(objectives()[arguments.peak == "stock"], lambda: batch)
         for _ in range(2):
             train_step()
@@ -58,6 +60,11 @@ def main() -> None:
     print(
         f"the model alone {model['ratio']}x {model['spread']}, with frozen networks {whole['ratio']}x {whole['spread']}"
     )
+    flops, most = CONFIG.stage.batch_size * flops_per_sample(CONFIG), peak_flops()
+    share = flops / cast(float, model["ours"]) / most
+    print(
+        f"{flops / 1e9:.1f} GFLOP a step: ours reaches {100 * share:.0f} % of this machine's {most / 1e9:.0f} GFLOP/s"
+    )
     print(
         f"largest difference of a loss {difference:.1e}; peak memory {peaks['ours']:.0f} and {peaks['stock']:.0f} MiB"
     )
@@ -68,6 +75,9 @@ def main() -> None:
             "whole_spread": whole["spread"],
             "peak_mib": peaks,
             "loss_difference": difference,
+            "flops": flops,
+            "peak_flops": most,
+            "share_of_peak": share,
         }
     )
 
@@ -95,27 +105,13 @@ class Samples:
         assert latents is not None
         assert targets is not None
         text = self.text.encode(self.texts).half().float()
-        return replace(random_batch(WIDTH), latents=latents.float(), targets=targets.float(), instruction=text)
+        return replace(random_batch(), latents=latents.float(), targets=targets.float(), instruction=text)
 
 
-def random_batch(teacher_width: int) -> Batch:
-    """A batch of noise in the shapes of tiny."""
-    generator = torch.Generator().manual_seed(1)
-    model, size = CONFIG.model, CONFIG.stage.batch_size
-    head = model.action_dit
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(size, *shape, generator=generator)
-
-    return Batch(
-        latents=normal(*model.latent_shape),
-        instruction=normal(model.text.length, model.video_dit.text_dim),
-        state=normal(head.state_dim),
-        actions=normal(head.horizon, head.action_dim),
-        action_mask=torch.ones(size, head.horizon, head.action_dim, dtype=torch.bool),
-        embodiment=torch.zeros(size, dtype=torch.long),
-        targets=normal(*model.token_grid, teacher_width),
-    )
+def random_batch() -> Batch:
+    """A batch of noise in the shapes of tiny, always the same."""
+    torch.manual_seed(1)
+    return fake_batch(CONFIG, WIDTH, CONFIG.stage.batch_size)
 
 
 def objectives() -> tuple[Objective, Objective]:
@@ -140,7 +136,8 @@ def losses(objective: Objective, batch: Batch) -> Losses:
 
 def step(objective: Objective, batch: Callable[[], Batch]) -> Callable[[], None]:
     """A whole training step: forward, backward, clipping, AdamW."""
-    optimizer = torch.optim.AdamW(list(parameter_groups(objective, CONFIG.stage)), betas=CONFIG.stage.betas)
+    groups = list(parameter_groups(objective, CONFIG.stage))
+    optimizer = torch.optim.AdamW(groups, betas=CONFIG.stage.betas, fused=not isinstance(objective.wam, StockWAM))
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -4,14 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from agra.cli import main
 from agra.footprint import fake_batch, fake_objective, flops_per_sample, measure, teacher_width
-from agra.planner import plan
+from agra.planner import Machines, lay_out, plan
 from agra.recipes import agra_dino_hierarchical, agra_siglip_l8, at_stage, tiny
 from agra.training.logbook import Meter
-from agra.training.sharding import ParallelConfig, apply
+from agra.training.sharding import ParallelConfig, apply, shard
 from agra.training.stages import Stage, parameter_groups
 
 
@@ -64,15 +68,70 @@ def test_peak_memory_is_foreseen(checkpointed, samples):
 def test_checkpointing_keeps_less(small_config):
     config = replace(small_config, stage=replace(small_config.stage, batch_size=8))
     config = replace(config, alignment=replace(config.alignment, teacher=replace(tiny().alignment.teacher)))
-    found = plan(config, gpus=2, gpu_memory=80, price=2)
+    found = plan(config, Machines(gpus=2, price=2))
     plain, checkpointed = found.layouts
     assert checkpointed.per_sample < plain.per_sample
     assert (plain.accumulate, checkpointed.accumulate) == (1, 1)
     assert plain.samples < checkpointed.samples
-    assert found.hours == pytest.approx(found.step_seconds * config.stage.steps / 3600)
+    assert found.hours == pytest.approx(found.best.seconds * config.stage.steps / 3600)
     assert found.cost == pytest.approx(found.hours * 4)
     with pytest.raises(ValueError, match="3 GPUs"):
-        plan(config, gpus=3, gpu_memory=80)
+        plan(config, Machines(gpus=3))
+    with pytest.raises(ValueError, match="copies of 3"):
+        Machines(gpus=8, shards=3)
+    with pytest.raises(ValueError, match="bandwidth"):
+        Machines(gpus=8, bandwidth=0)
+
+
+class Received(TorchDispatchMode):
+    """Adds up the bytes that collectives put together."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).split(".")[1]
+        if name in self.bytes:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.bytes[name] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_traffic_is_what_fsdp_sends(small_config, checkpointed):
+    """Against the collectives of a real step of one process among eight that are not there."""
+    config = replace(small_config, alignment=replace(small_config.alignment, teacher=tiny().alignment.teacher))
+    found = measure(config, checkpoint_activations=checkpointed)
+    objective, width, least = fake_objective(config)
+    apply(objective, ParallelConfig(checkpoint_activations=checkpointed))
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        shard(objective, dist.device_mesh.init_device_mesh("cpu", (8,), mesh_dim_names=("shard",)))
+        with Received() as received:
+            objective(fake_batch(config, width, 4 * least)).total.backward()
+    finally:
+        dist.destroy_process_group()
+    # Shards are as long as the longest, so that a little more is sent.
+    assert 4 * found.gathered <= received.bytes["_allgather_base_"] < 4.2 * found.gathered
+    assert 4 * found.trained <= received.bytes["_reduce_scatter_base_"] < 4.2 * found.trained
+
+
+def test_traffic_grows_with_shards_and_copies(small_config):
+    config = replace(small_config, stage=replace(small_config.stage, batch_size=16))
+    config = replace(config, alignment=replace(config.alignment, teacher=tiny().alignment.teacher))
+    counted = (measure(config), measure(config, checkpoint_activations=True))
+
+    def best(**machines):
+        return lay_out(config, Machines(**machines), counted).best
+
+    whole = 4 * (counted[0].gathered + counted[0].trained)
+    assert best(gpus=1).traffic == 0
+    assert best(gpus=8).traffic == pytest.approx(whole * 7 / 8)
+    assert best(gpus=16, shards=8).traffic == pytest.approx(whole * 7 / 8 + 4 * counted[0].trained / 8)
+    slow, quick = best(gpus=8, bandwidth=1e-6), best(gpus=8, bandwidth=1e6)
+    assert slow.seconds == pytest.approx(slow.traffic / 1e3)
+    assert quick.seconds == quick.compute_seconds
 
 
 def test_teacher_widths():

@@ -192,37 +192,13 @@ def _train(arguments: list[str]) -> None:
         print(f"stopped by SIGTERM; the same command resumes from {options.output}", file=sys.stderr)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """The machines that a run is planned for."""
-
-    gpus: int
-    gpu_memory: float = 80.0
-    """GB of each GPU."""
-    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
-    shards: int | None = None
-    """GPUs that hold one copy of the model between them; by default all."""
-    utilisation: float = 0.35
-    """Share of the GPU's peak that a step is assumed to reach."""
-    price: float = 0.0
-    """Of a GPU for an hour."""
-
-
 def _plan(arguments: list[str]) -> None:
     """Say before launch what fits: agra plan RECIPE --gpus 8 --gpu-memory 80 [--stage joint] [--with PRESET ...]"""
-    options, config = _recipe_arguments("plan", arguments, PlanOptions)
-    from agra.planner import PEAK_FLOPS, describe, plan
+    from agra.planner import Machines, describe, plan
 
-    found = plan(
-        config,
-        gpus=options.gpus,
-        gpu_memory=options.gpu_memory,
-        shards=options.shards,
-        peak=PEAK_FLOPS[options.gpu],
-        utilisation=options.utilisation,
-        price=options.price,
-    )
-    print(describe(found, config, gpus=options.gpus, gpu_memory=options.gpu_memory))
+    machines, config = _recipe_arguments("plan", arguments, Machines)
+    found = plan(config, machines)
+    print(describe(found, config, machines))
     if found.hours == float("inf"):
         raise SystemExit(1)
 

@@ -6,6 +6,7 @@ different numbers of samples tell what grows with them and what does not.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,6 +52,9 @@ class Footprint:
     """Parameters of the block that is gathered whole while it runs."""
     root: int
     """Parameters outside the blocks, whole while a step runs."""
+    gathered: int
+    """Parameters that a process of FSDP2 receives for a part of a step, its own share included: those of a block for
+    each time that it runs and again before its backward pass, those outside the blocks once."""
     flops_per_sample: float
     """Forward and backward; with checkpointing, what runs again included."""
     fixed: np.ndarray
@@ -83,11 +87,13 @@ def measure(config: RunConfig, *, checkpoint_activations: bool = False) -> Footp
         inside = {id(p) for block in blocks(objective) for p in block.parameters()}
         projection = config.model.video_dit.text_projection_dim is not None
         idle = _count(objective.wam.video_dit.transformer.crossattn_proj) if projection else 0
+        root = sum(p.numel() for p in objective.parameters() if id(p) not in inside) - idle
         return Footprint(
             parameters={name: _count(part) for name, part in modules(objective).items()},
             trained=trained,
             largest_block=max(_count(block) for block in blocks(objective)),
-            root=sum(p.numel() for p in objective.parameters() if id(p) not in inside) - idle,
+            root=root,
+            gathered=two.gathered + root,
             flops_per_sample=two.flops / (2 * least),
             fixed=np.append(two.levels - 2 * least * slope, 0.0),
             per_sample=np.append(slope, 0.0),
@@ -100,6 +106,13 @@ def flops_per_sample(config: RunConfig) -> float:
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective, width, least = fake_objective(config)
         return _step(objective, config, width, least).flops / least
+
+
+def count_flops(call: Callable[[], object]) -> float:
+    """Of all products that a call computes."""
+    with _Watch() as watch:
+        call()
+    return watch.flops
 
 
 def teacher_width(config: RunConfig) -> int | None:
@@ -145,22 +158,35 @@ class _Counted:
     """Bytes after every operation, gradients left out."""
     gradients: np.ndarray
     flops: float
+    gathered: int
+    """Parameters of the blocks, as often as they are run forward or backward."""
 
 
 def _step(objective: Objective, config: RunConfig, width: int | None, count: int, *, cache: bool = True) -> _Counted:
     half = config.stage.precision != "float32"  # on a GPU `auto` is bfloat16
+    gathered = 0
+
+    def gather(block: nn.Module, _: Any) -> None:
+        nonlocal gathered
+        gathered += _count(block) * (1 + any(p.requires_grad for p in block.parameters()))
+
+    hooks = [block.register_forward_pre_hook(gather) for block in blocks(objective)]
     with _Watch() as watch:
         batch = fake_batch(config, width, count)
         with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=cache):
             loss = objective(batch).total
         loss.backward()
+    for hook in hooks:
+        hook.remove()
     gradients = np.zeros(len(watch.levels))
     for parameter in objective.parameters():
         if parameter.grad is not None:
             born, size = watch.born[id(parameter.grad.untyped_storage())]
             gradients[born:] += size
     objective.zero_grad(set_to_none=True)
-    return _Counted(levels=np.array(watch.levels) - gradients, gradients=gradients, flops=watch.flops)
+    return _Counted(
+        levels=np.array(watch.levels) - gradients, gradients=gradients, flops=watch.flops, gathered=gathered
+    )
 
 
 class _Watch(TorchDispatchMode):

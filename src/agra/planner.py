@@ -1,10 +1,11 @@
 """What a run will need, before it is launched: memory, FLOPs, time, cost.
 
 A step is counted on fake tensors (`agra.footprint`) and laid on the machines. Only the share of a GPU's peak that a step
-reaches is an assumption, named as such.
+reaches, and the rate at which GPUs hear from each other, are assumptions, named as such.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,32 @@ PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 """Dense bfloat16 products a second, from the makers' data sheets."""
 _RESERVED = 0.92
 """Share of a GPU's memory that is planned for; the rest is the allocator's, the libraries' and NCCL's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """The machines that a run is planned for."""
+
+    gpus: int
+    gpu_memory: float = 80.0
+    """GB of each GPU."""
+    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
+    shards: int | None = None
+    """GPUs that hold one copy of the model between them; by default all."""
+    utilisation: float = 0.35
+    """Share of the GPU's peak that a step is assumed to reach."""
+    bandwidth: float = 50.0
+    """GB a second that a GPU is assumed to receive from the others: 50 over a 400 Gb/s port of its own, 450 over the
+    NVLink of an H100's machine."""
+    price: float = 0.0
+    """Of a GPU for an hour."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpu_memory", "utilisation", "bandwidth"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"plan: {name}: expected more than 0, got {getattr(self, name)}")
+        if self.shards is not None and (self.shards < 1 or self.gpus % self.shards):
+            raise ValueError(f"plan: {self.gpus} GPUs don't divide into copies of {self.shards}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +58,12 @@ class Layout:
     """Samples in flight that fit; 0 if none does."""
     accumulate: int
     """Parts that a GPU's share of the batch needs, so that it fits; 0 if it never does."""
-    flops_per_sample: float
-    """Of a step laid like this."""
+    compute_seconds: float
+    """Of a step's products; infinite if it does not fit."""
+    traffic: float
+    """Bytes that a GPU receives from the others in a step."""
+    seconds: float
+    """Of a step, if all traffic runs beside products: the longer of the two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +73,13 @@ class Plan:
     footprint: Footprint
     layouts: tuple[Layout, Layout]
     """Without and with activation checkpointing."""
-    step_seconds: float
-    """With the better of the layouts that fit; infinite if none does."""
     hours: float
     cost: float
+
+    @property
+    def best(self) -> Layout:
+        """The quicker layout; the first where neither fits."""
+        return min(self.layouts, key=lambda layout: layout.seconds)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -54,46 +88,30 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
 
-def plan(
-    config: RunConfig,
-    *,
-    gpus: int,
-    gpu_memory: float,
-    shards: int | None = None,
-    peak: float = PEAK_FLOPS["h100"],
-    utilisation: float = 0.35,
-    price: float = 0.0,
-) -> Plan:
-    """Lay a recipe's step on `gpus` GPUs of `gpu_memory` GB each, `shards` of which share one copy of the model.
+def plan(config: RunConfig, machines: Machines) -> Plan:
+    """Lay a step of a recipe's stage on machines. Raises ValueError where the batch does not divide over them."""
+    return lay_out(config, machines, (measure(config), measure(config, checkpoint_activations=True)))
 
-    `peak` is a GPU's in FLOPs a second, `utilisation` the assumed share of it, `price` that of a GPU for an hour. Raises ValueError where the numbers
-    make no sense.
-    """
-    shards = shards or gpus
-    if gpus < 1 or gpu_memory <= 0 or gpus % shards:
-        raise ValueError(f"plan: {gpus} GPUs of {gpu_memory} GB don't divide into copies of {shards}")
-    if config.stage.batch_size % gpus:
-        raise ValueError(f"stage.batch_size: {config.stage.batch_size} does not divide over {gpus} GPUs")
-    plain = measure(config)
-    checkpointed = measure(config, checkpoint_activations=True)
-    local = config.stage.batch_size // gpus
-    layouts = tuple(
-        _layout(found, on, local=local, shards=shards, room=gpu_memory * 1e9 * _RESERVED)
-        for found, on in ((plain, False), (checkpointed, True))
+
+def lay_out(config: RunConfig, machines: Machines, counted: tuple[Footprint, Footprint]) -> Plan:
+    """`plan` with a step already counted, without and with activation checkpointing."""
+    if config.stage.batch_size % machines.gpus:
+        raise ValueError(f"stage.batch_size: {config.stage.batch_size} does not divide over {machines.gpus} GPUs")
+    local = config.stage.batch_size // machines.gpus
+    plain, checkpointed = (
+        _layout(found, on, local=local, machines=machines) for found, on in zip(counted, (False, True), strict=True)
     )
-    work = local * min((layout.flops_per_sample for layout in layouts if layout.accumulate), default=float("inf"))
-    seconds = work / (peak * utilisation)
-    hours = seconds * config.stage.steps / 3600
+    hours = min(plain.seconds, checkpointed.seconds) * config.stage.steps / 3600
     return Plan(
-        footprint=plain,
-        layouts=(layouts[0], layouts[1]),
-        step_seconds=seconds,
+        footprint=counted[0],
+        layouts=(plain, checkpointed),
         hours=hours,
-        cost=hours * gpus * price,
+        cost=hours * machines.gpus * machines.price,
     )
 
 
-def _layout(found: Footprint, on: bool, *, local: int, shards: int, room: float) -> Layout:
+def _layout(found: Footprint, on: bool, *, local: int, machines: Machines) -> Layout:
+    shards, room = machines.shards or machines.gpus, machines.gpu_memory * 1e9 * _RESERVED
     gradients = np.maximum(found.gradients, 4 * found.trained)  # where a step takes several parts they stay throughout
     constant = (found.states + gradients) / shards + found.fixed
     if shards > 1:  # whole, with gradients; the next block on its way
@@ -104,25 +122,38 @@ def _layout(found: Footprint, on: bool, *, local: int, shards: int, room: float)
         samples = 0
     fullest = int(np.argmax(constant + max(samples, 1) * found.per_sample))
     fitting = [parts for parts in range(1, local + 1) if local % parts == 0 and local // parts <= samples]
+    accumulate = fitting[0] if fitting else 0
+    compute = local * found.flops_per_sample / (PEAK_FLOPS[machines.gpu] * machines.utilisation)
+    traffic = accumulate * _traffic(found, shards, machines.gpus // shards)
     return Layout(
         checkpoint_activations=on,
         states=int(constant[fullest]),
         per_sample=int(found.per_sample[fullest]),
         samples=samples,
-        accumulate=fitting[0] if fitting else 0,
-        flops_per_sample=found.flops_per_sample,
+        accumulate=accumulate,
+        compute_seconds=compute if fitting else float("inf"),
+        traffic=traffic,
+        seconds=max(compute, traffic / (machines.bandwidth * 1e9)) if fitting else float("inf"),
     )
 
 
-def describe(found: Plan, config: RunConfig, *, gpus: int, gpu_memory: float) -> str:
+def _traffic(found: Footprint, shards: int, copies: int) -> float:
+    """Bytes that a process receives for a part of a step, all float32: parameters gathered and gradients reduced
+    over the shards, and the shards' gradients reduced over the copies."""
+    gathered = (found.gathered + found.trained) * (shards - 1) / shards
+    reduced = 2 * found.trained / shards * (copies - 1) / copies
+    return 4 * (gathered + reduced)
+
+
+def describe(found: Plan, config: RunConfig, machines: Machines) -> str:
     """The plan as text for a terminal."""
     footprint, total = found.footprint, sum(found.footprint.parameters.values())
     parts = ", ".join(f"{name} {count:,}" for name, count in footprint.parameters.items())
     lines = [
         f"parameters     {total:,} ({parts}); {footprint.trained:,} trained in the {config.stage.name} stage",
         f"work           {footprint.flops_per_sample / 1e12:.3g} TFLOPs a sample, forward and backward",
-        f"on {gpus} GPUs of {gpu_memory:g} GB, batch {config.stage.batch_size} "
-        f"({config.stage.batch_size // gpus} a GPU):",
+        f"on {machines.gpus} GPUs of {machines.gpu_memory:g} GB, batch {config.stage.batch_size} "
+        f"({config.stage.batch_size // machines.gpus} a GPU):",
     ]
     for layout in found.layouts:
         name = "checkpointed" if layout.checkpoint_activations else "plain"
@@ -137,8 +168,14 @@ def describe(found: Plan, config: RunConfig, *, gpus: int, gpu_memory: float) ->
         )
     if found.hours == float("inf"):
         return "\n".join([*lines, "no layout fits: take more GPUs, more memory, or a smaller model"])
+    best = found.best
+    if machines.gpus > 1:
+        lines.append(
+            f"traffic        {best.traffic / 1e9:.1f} GB to each GPU a step, {best.traffic / machines.bandwidth / 1e9:.2f} s "
+            f"at {machines.bandwidth:g} GB/s, beside {best.compute_seconds:.2f} s of products"
+        )
     lines.append(
-        f"time           {found.step_seconds:.2f} s a step, {found.hours:.1f} h for {config.stage.steps:,} steps"
+        f"time           {best.seconds:.2f} s a step, {found.hours:.1f} h for {config.stage.steps:,} steps"
         + (f", {found.cost:,.0f} in the price's currency" if found.cost else "")
     )
     return "\n".join(lines)

@@ -32,10 +32,11 @@ def weights(run):
     return {path.name: load_file(path) for path in sorted((folder / "sharded").glob("*.safetensors"))}
 
 
-def kill(launcher, output, rng):
-    """Start two processes and kill both at some moment, or while they write; False where they had ended by then."""
+def kill(launcher, output, rng, whole):
+    """Start two processes and kill both at some moment of the `whole` seconds that they would take, or while they write;
+    False where they had ended by then."""
     ranks = launcher.start(2, output, stage=STAGE)
-    time.sleep(rng.uniform(0.5, 8))
+    time.sleep(rng.uniform(0.05, 1) * whole)
     if rng.random() < 0.5:
         until = time.monotonic() + 10
         while not any(output.glob(".step_*.writing")) and time.monotonic() < until:
@@ -53,13 +54,15 @@ def test_kills_change_no_bit(tmp_path):
     seed = int(os.environ.get("AGRA_KILL_SEED", random.SystemRandom().randrange(10**6)))
     rng = random.Random(seed)
     launcher = Launcher(tmp_path / "errors")
+    begun = time.monotonic()
     assert launcher.run(2, tmp_path / "whole", stage=STAGE) == [0, 0], launcher.errors
+    whole = time.monotonic() - begun
     expected = weights(tmp_path / "whole")
     kills = writing = runs = resumes = 0
     while kills < KILLS:
         runs += 1
         run, reached = tmp_path / f"run_{runs}", 0
-        while kills < KILLS and kill(launcher, run, rng):
+        while kills < KILLS and kill(launcher, run, rng, whole):
             kills += 1
             writing += any(run.glob(".step_*.writing"))
             found = checkpoint.newest(run) if run.is_dir() else None

@@ -72,7 +72,8 @@ class Trainer:
         self.output, self.extra_files = output, extra_files
         self.meter = meter or Meter(device=self.world.device)
         freeze(self.objective, self.stage)
-        self.optimizer = torch.optim.AdamW(list(parameter_groups(self.objective, self.stage)), betas=self.stage.betas)
+        groups = list(parameter_groups(self.objective, self.stage))
+        self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
         self.names: dict[Tensor, str] = {p: n for n, p in self.objective.named_parameters() if p.requires_grad}
         self.step, self.saved = 0, -1
         self.stopped_by: int | None = None

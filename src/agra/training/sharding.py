@@ -38,6 +38,9 @@ class ParallelConfig:
     """Keep only the blocks' inputs for the backward pass and run the blocks again in it."""
     compile: bool = False
     """Compile the blocks."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time; an operation that has none raises RuntimeError. On the CPU all
+    are so anyway; on a GPU they are slower."""
 
     def __post_init__(self) -> None:
         for name in ("shards", "accumulate"):
@@ -97,11 +100,30 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
     Raises ValueError where processes or GPUs are too few for the mesh.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        if (config.shards or 1) > 1:
-            raise ValueError(_too_few(config, 1))
-        yield World(device=torch.device(device))
-        return
+    with _same_bits(config.deterministic):
+        if size == 1:
+            if (config.shards or 1) > 1:
+                raise ValueError(_too_few(config, 1))
+            yield World(device=torch.device(device))
+        else:
+            with _group(config, device, size) as world:
+                yield world
+
+
+@contextmanager
+def _same_bits(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read when it starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _group(config: ParallelConfig, device: str, size: int) -> Iterator[World]:
     own = torch.device(device)
     if own.type == "cuda":
         local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -195,7 +217,7 @@ def shard(objective: Objective, mesh: DeviceMesh) -> None:
     """FSDP2 over `mesh`: a group for each block, and one root, so that both video passes of a step run under it.
 
     Parameters are gathered and gradients reduced in float32; where a stage computes in bfloat16 autocast does, as in one
-    process: norms and the residual stream keep their precision.
+    process: norms keep their precision.
     """
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     parts = blocks(objective)
