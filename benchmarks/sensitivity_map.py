@@ -54,7 +54,12 @@ def main() -> None:
         f"{len(tables)} maps of {len(sets)} cells; largest difference {difference:.1e}, largest deviation {largest:.2f}"
     )
     result = compare(
-        "sensitivity_map", ours, alternative, unit="s for a sample's maps", rounds=1 if options.quick else 3
+        "sensitivity_map",
+        ours,
+        alternative,
+        unit="s for a sample's maps",
+        rounds=1 if options.quick else 3,
+        warm=True,
     )
     finish(
         result

@@ -11,13 +11,19 @@ import torch
 
 
 def compare(
-    name: str, ours: Callable[[], object], alternative: Callable[[], object], *, unit: str, rounds: int
+    name: str,
+    ours: Callable[[], object],
+    alternative: Callable[[], object],
+    *,
+    unit: str,
+    rounds: int,
+    warm: bool = False,
 ) -> dict[str, object]:
-    """Alternate the two `rounds` times after a warm-up; medians in `unit` (seconds a call), ratio alternative / ours.
+    """Alternate the two `rounds` times after a warm-up, unless they are `warm`; medians in `unit` (seconds a call), ratio alternative / ours.
 
     `spread` is the smallest and largest ratio of a round's own pair, which shows how noisy the machine was.
     """
-    for function in (ours, alternative):
+    for function in () if warm else (ours, alternative):
         function()
     times: dict[str, list[float]] = {"ours": [], "alternative": []}
     for index in range(rounds):

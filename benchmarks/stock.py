@@ -50,6 +50,22 @@ class StockWAM(WAM):
         """Each layer by itself."""
         return tuple(self.bridge._project(hidden[layer]) for layer in self.bridged_layers)
 
+    def denoise_and_condition(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        noise_level: Tensor,
+        condition_noise: Tensor,
+        instruction: Tensor,
+        *,
+        layers: Sequence[int] = (),
+        condition_layers: Sequence[int] = (),
+    ) -> tuple[VideoOutput, dict[int, Tensor]]:
+        """Two forwards."""
+        count = len(noise)
+        output = self.denoise(latents[:count], noise, noise_level, instruction[:count], layers=layers)
+        return output, self.condition(latents[:, :, :1], condition_noise, instruction, layers=condition_layers)
+
     def _video_pass(
         self,
         noisy: Tensor,

@@ -101,23 +101,48 @@ def test_adapt_computes_the_video_loss_alone(small_config, make_batch):
     ],
 )
 def test_table_2_is_two_fields(small_config, make_batch, guidance, aligned, denoised, conditioned):
-    """Which layers each pass is asked for, in the three variants of Table 2."""
+    """What is read of each pass, in the three variants of Table 2."""
     objective = _objective(small_config, guidance_pass=guidance, aligned_pass=aligned, video_share=1.0)
     asked = {}
-    dit_forward = objective.wam.video_dit.forward
+    passes = objective._video_passes
 
-    def spy(latents, level, text, **kwargs):
-        pure_noise = bool((level[:, 1:] == 1).all())
-        asked["conditioning" if pure_noise else "denoising"] = tuple(kwargs["layers"])
-        return dit_forward(latents, level, text, **kwargs)
+    def spy(*args):
+        loss, found = passes(*args)
+        asked.update({which.value: tuple(sorted(hidden)) for which, hidden in found.items()})
+        return loss, found
 
-    objective.wam.video_dit.forward = spy
+    objective._video_passes = spy
     losses = objective(make_batch(small_config))
     assert asked.get("denoising") == denoised
     assert asked.get("conditioning") == conditioned
     weights = small_config.stage.objective
     total = weights.video_weight * losses.video + losses.action + weights.alignment_weight * losses.alignment
     torch.testing.assert_close(losses.total, total)
+
+
+@pytest.mark.parametrize("layers", [(0, 3), (0, 1)], ids=["to the last block", "ending earlier"])
+def test_two_passes_are_one_forward_where_both_need_all_blocks(small_config, make_batch, layers):
+    model = replace(small_config.model, bridge=replace(small_config.model.bridge, layers=layers))
+    objective, batch = _objective(replace(small_config, model=model)), make_batch(small_config)
+    ran = []
+    objective.wam.video_dit.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    noise, level = torch.randn(3, *batch.latents.shape[1:]), torch.rand(3)
+    together = objective.wam.denoise_and_condition(
+        batch.latents,
+        noise,
+        level,
+        torch.flip(batch.latents, (0,)),
+        batch.instruction,
+        layers=(2,),
+        condition_layers=(1,),
+    )
+    assert ran == ([7] if 3 in layers else [3, 4])
+    denoised = objective.wam.denoise(batch.latents[:3], noise, level, batch.instruction[:3], layers=(2,))
+    observed = batch.latents[:, :, :1]
+    conditioned = objective.wam.condition(observed, torch.flip(batch.latents, (0,)), batch.instruction, layers=(1,))
+    torch.testing.assert_close(together[0].velocity, denoised.velocity)
+    torch.testing.assert_close(together[0].hidden, denoised.hidden)
+    torch.testing.assert_close(together[1], conditioned)
 
 
 def test_masked_actions_do_not_count(small_config, make_batch):

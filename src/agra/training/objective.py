@@ -12,7 +12,6 @@ from agra.batch import Batch
 from agra.draws import noise_like
 from agra.flow import beta_levels, interpolate, logit_normal_levels, uniform_levels, velocity
 from agra.wam.model import WAM
-from agra.wam.video_dit import VideoOutput
 
 
 class Pass(StrEnum):
@@ -114,18 +113,8 @@ class Objective(nn.Module):
         guides_from = config.guidance_pass if acts else None
         aligns_in = config.aligned_pass if aligns else None
 
-        video_loss = action_loss = align_loss = gain = None
-        hidden: dict[Pass, dict[int, Tensor]] = {}
-        if config.video_weight > 0 or Pass.DENOISING in (guides_from, aligns_in):
-            video_loss, output = self._denoising_pass(batch, self._layers(Pass.DENOISING, guides_from, aligns_in))
-            hidden[Pass.DENOISING] = output.hidden
-        if Pass.CONDITIONING in (guides_from, aligns_in):
-            hidden[Pass.CONDITIONING] = self.wam.condition(
-                batch.latents[:, :, :1],
-                noise_like(batch.latents),
-                batch.instruction,
-                layers=self._layers(Pass.CONDITIONING, None, aligns_in),
-            )
+        action_loss = align_loss = gain = None
+        video_loss, hidden = self._video_passes(batch, guides_from, aligns_in)
         if guides_from is not None:
             action_loss = self.action_loss(batch, hidden[guides_from], kept)
         if aligns_in is not None:
@@ -148,19 +137,39 @@ class Objective(nn.Module):
         wanted = set(self.wam.bridged_layers if guides_from is which else ())
         return tuple(sorted(wanted | set(self.aligned_layers if aligns_in is which else ())))
 
-    def _denoising_pass(self, batch: Batch, layers: tuple[int, ...]) -> tuple[Tensor, VideoOutput]:
-        """L_vid over the future latent frames, whose velocity is not known beforehand.      Eqs. 8-9; docs/paper.md #13"""
+    def _video_passes(
+        self, batch: Batch, guides_from: Pass | None, aligns_in: Pass | None
+    ) -> tuple[Float[Tensor, ""] | None, dict[Pass, dict[int, Tensor]]]:
+        """L_vid over the future latent frames, whose velocity is not known beforehand, and what each pass's layers hold.
+
+        Eqs. 8-9, 16; docs/paper.md #13
+        """
+        latents, text = batch.latents, batch.instruction
+        conditions = Pass.CONDITIONING in (guides_from, aligns_in)
+        aligned = self._layers(Pass.CONDITIONING, None, aligns_in)
+        if self.config.video_weight == 0 and Pass.DENOISING not in (guides_from, aligns_in):
+            if not conditions:
+                return None, {}
+            hidden = self.wam.condition(latents[:, :, :1], noise_like(latents), text, layers=aligned)
+            return None, {Pass.CONDITIONING: hidden}
+
         count = max(1, round(self.config.video_share * len(batch)))
-        latents = batch.latents[:count]
         if self.config.noise_levels is NoiseLevels.UNIFORM:
             level = uniform_levels(count)
         else:
             level = logit_normal_levels(count, shift=self.config.noise_shift)
-        noise = noise_like(latents)
-        output = self.wam.denoise(latents, noise, level.to(latents.device), batch.instruction[:count], layers=layers)
+        level, noise = level.to(latents.device), noise_like(latents[:count])
+        layers, found = self._layers(Pass.DENOISING, guides_from, aligns_in), {}
+        if conditions:
+            output, found[Pass.CONDITIONING] = self.wam.denoise_and_condition(
+                latents, noise, level, noise_like(latents), text, layers=layers, condition_layers=aligned
+            )
+        else:
+            output = self.wam.denoise(latents[:count], noise, level, text[:count], layers=layers)
+        found[Pass.DENOISING] = output.hidden
         assert output.velocity is not None
-        error = (output.velocity - velocity(latents, noise))[:, :, 1:]
-        return error.float().square().mean(), output
+        error = (output.velocity - velocity(latents[:count], noise))[:, :, 1:]
+        return error.float().square().mean(), found
 
     def action_loss(self, batch: Batch, hidden: dict[int, Tensor], kept: Kept | None = None) -> Float[Tensor, ""]:
         """L_act, averaged over the actions that the mask keeps.                                           Eqs. 11, 13"""

@@ -114,6 +114,39 @@ class WAM(nn.Module):
         wanted = sorted({*self.bridged_layers, *layers})
         return self._video_pass(noise, observation_latent, level, instruction, wanted, velocity=False).hidden
 
+    def denoise_and_condition(
+        self,
+        latents: Float[Tensor, "B C T h w"],
+        noise: Float[Tensor, "Bd C T h w"],
+        noise_level: Float[Tensor, "Bd"],
+        condition_noise: Float[Tensor, "B C T h w"],
+        instruction: Float[Tensor, "B L E"],
+        *,
+        layers: Sequence[int] = (),
+        condition_layers: Sequence[int] = (),
+    ) -> tuple[VideoOutput, dict[int, Float[Tensor, "B T H W D"]]]:
+        """`denoise` of the first Bd samples and `condition` of all of them: one forward, where both run to the last block.
+
+        On a mesh every block is then gathered once for both.
+        """
+        count, wanted = len(noise), {*self.bridged_layers, *condition_layers}
+        if max(wanted) < self.config.video_dit.num_layers - 1:  # the conditioning pass ends earlier
+            output = self.denoise(latents[:count], noise, noise_level, instruction[:count], layers=layers)
+            return output, self.condition(latents[:, :, :1], condition_noise, instruction, layers=condition_layers)
+        output = self._video_pass(
+            torch.cat([interpolate(latents[:count], noise, noise_level), condition_noise]),
+            torch.cat([latents[:count, :, :1], latents[:, :, :1]]),
+            torch.cat([noise_level, noise_level.new_ones(len(latents))]),
+            torch.cat([instruction[:count], instruction]),
+            sorted({*layers, *wanted}),
+            velocity=True,
+        )
+        assert output.velocity is not None
+        denoised = {layer: output.hidden[layer][:count] for layer in layers}
+        return VideoOutput(velocity=output.velocity[:count], hidden=denoised), {
+            layer: output.hidden[layer][count:] for layer in sorted(wanted)
+        }
+
     def text_attention(
         self,
         observation_latent: Float[Tensor, "B C 1 h w"],
