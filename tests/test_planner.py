@@ -79,7 +79,7 @@ def test_checkpointing_keeps_less(small_config):
         plan(config, Machines(gpus=3))
     with pytest.raises(ValueError, match="copies of 3"):
         Machines(gpus=8, shards=3)
-    with pytest.raises(ValueError, match="bandwidth"):
+    with pytest.raises(ValueError, match="rate: expected more than 0, got 0"):
         Machines(gpus=8, bandwidth=0)
 
 

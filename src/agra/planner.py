@@ -31,18 +31,25 @@ class Machines:
     """GPUs that hold one copy of the model between them; by default all."""
     utilisation: float = 0.35
     """Share of the GPU's peak that a step is assumed to reach."""
-    bandwidth: float = 50.0
-    """GB a second that a GPU is assumed to receive from the others: 50 over a 400 Gb/s port of its own, 450 over the
-    NVLink of an H100's machine."""
+    bandwidth: float | None = None
+    """GB a second that a GPU is assumed to receive from the others; by default 450, the NVLink of an H100's machine, for
+    up to 8 GPUs, and 50, a 400 Gb/s port for each, for more."""
     price: float = 0.0
     """Of a GPU for an hour."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpu_memory", "utilisation", "bandwidth"):
+        for name in ("gpus", "gpu_memory", "utilisation", "rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"plan: {name}: expected more than 0, got {getattr(self, name)}")
         if self.shards is not None and (self.shards < 1 or self.gpus % self.shards):
             raise ValueError(f"plan: {self.gpus} GPUs don't divide into copies of {self.shards}")
+
+    @property
+    def rate(self) -> float:
+        """`bandwidth` or its default."""
+        if self.bandwidth is not None:
+            return self.bandwidth
+        return 450.0 if self.gpus <= 8 else 50.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +140,7 @@ def _layout(found: Footprint, on: bool, *, local: int, machines: Machines) -> La
         accumulate=accumulate,
         compute_seconds=compute if fitting else float("inf"),
         traffic=traffic,
-        seconds=max(compute, traffic / (machines.bandwidth * 1e9)) if fitting else float("inf"),
+        seconds=max(compute, traffic / (machines.rate * 1e9)) if fitting else float("inf"),
     )
 
 
@@ -171,8 +178,8 @@ def describe(found: Plan, config: RunConfig, machines: Machines) -> str:
     best = found.best
     if machines.gpus > 1:
         lines.append(
-            f"traffic        {best.traffic / 1e9:.1f} GB to each GPU a step, {best.traffic / machines.bandwidth / 1e9:.2f} s "
-            f"at {machines.bandwidth:g} GB/s, beside {best.compute_seconds:.2f} s of products"
+            f"traffic        {best.traffic / 1e9:.1f} GB to each GPU a step, {best.traffic / machines.rate / 1e9:.2f} s "
+            f"at {machines.rate:g} GB/s, beside {best.compute_seconds:.2f} s of products"
         )
     lines.append(
         f"time           {best.seconds:.2f} s a step, {found.hours:.1f} h for {config.stage.steps:,} steps"
