@@ -28,9 +28,9 @@ wam 1 tiny_wam
 agra 1 tiny
 wam 2 tiny_wam
 agra 2 tiny
-freeze_backbone 0 tiny_wam --stage.train-video-dit False --stage.objective.video-weight 0
-agra_shared_denoising_pass 0 tiny --stage.objective.guidance-pass DENOISING --stage.objective.aligned-pass DENOISING --stage.objective.video-share 1
 agra_video_pass 0 tiny --stage.objective.aligned-pass DENOISING --stage.objective.video-share 1
+agra_shared_denoising_pass 0 tiny --stage.objective.guidance-pass DENOISING --stage.objective.aligned-pass DENOISING --stage.objective.video-share 1
+freeze_backbone 0 tiny_wam --stage.train-video-dit False --stage.objective.video-weight 0
 ARMS
 
 python runs/comparison.py "$OUT" wam agra freeze_backbone agra_video_pass agra_shared_denoising_pass
