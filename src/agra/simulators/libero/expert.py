@@ -115,7 +115,8 @@ def _carry(scene: Scene) -> np.ndarray:
     bottom = scene.corners[..., 2].min()
     axis = scene.rotation[:, 0]
     if np.linalg.norm(ahead) < 0.02:
-        sunk = bottom < scene.rim - AIR
+        # Before the thing counts as being inside, which is judged by its middle: letting go belongs to the task.
+        sunk = bottom < scene.rim - 0.01
         lower = np.array([*(scene.hand[:2] + ahead), scene.hand[2] - 0.04])
         return _towards(scene, scene.hand if sunk else lower, axis, OPEN if sunk else CLOSED)
     clear = max(scene.rim, scene.obstacles) + AIR
