@@ -80,6 +80,14 @@ def test_into_the_basket(half, yaw):
     assert world.opening > 0.07 or world.opening > 2 * min(half[:2])  # it let go
 
 
+def test_it_does_not_close_again_on_what_it_let_go():
+    world = Floor((0.02, 0.03, 0.07), at=(0.0, 0.26), yaw=0.0)
+    world.thing[2], world.hand, world.opening = 0.19, np.array([0.0, 0.26, 0.23]), 0.05
+    assert not world.held
+    assert decide(world.scene())[6] == OPEN
+    assert np.allclose(decide(world.scene())[:3], 0)
+
+
 def test_it_recovers_when_the_thing_slips_out():
     world = Floor((0.02, 0.03, 0.07), at=(0.05, -0.2), yaw=0.3)
     slipped = False

@@ -88,6 +88,10 @@ def see(simulator: "Libero") -> Scene:
 
 def decide(scene: Scene) -> np.ndarray:
     """The next action (7,)."""
+    # Before the thing counts as being inside, which is judged by its middle: letting go belongs to the task.
+    sunk = scene.corners[..., 2].min() < scene.rim - 0.01
+    if sunk and np.linalg.norm(scene.basket - scene.thing[:2]) < 0.04:
+        return _towards(scene, scene.hand, scene.rotation[:, 0], OPEN)
     return _carry(scene) if scene.held else _reach(scene)
 
 
@@ -110,19 +114,12 @@ def _reach(scene: Scene) -> np.ndarray:
 
 
 def _carry(scene: Scene) -> np.ndarray:
-    """Up, over the basket, down, let go."""
+    """Up, over the basket, down."""
     ahead = scene.basket - scene.thing[:2]
-    bottom = scene.corners[..., 2].min()
-    axis = scene.rotation[:, 0]
-    if np.linalg.norm(ahead) < 0.02:
-        # Before the thing counts as being inside, which is judged by its middle: letting go belongs to the task.
-        sunk = bottom < scene.rim - 0.01
-        lower = np.array([*(scene.hand[:2] + ahead), scene.hand[2] - 0.04])
-        return _towards(scene, scene.hand if sunk else lower, axis, OPEN if sunk else CLOSED)
-    clear = max(scene.rim, scene.obstacles) + AIR
-    risen = bottom > clear - 0.01
-    there = scene.hand[:2] + (ahead if risen else 0)
-    return _towards(scene, np.array([*there, scene.hand[2] + clear - bottom]), axis, CLOSED)
+    clear = max(scene.rim, scene.obstacles) + AIR - scene.corners[..., 2].min()
+    over, risen = np.linalg.norm(ahead) < 0.02, clear < 0.01
+    there = scene.hand[:2] + (ahead if over or risen else 0)
+    return _towards(scene, np.array([*there, scene.hand[2] + (-0.04 if over else clear)]), scene.rotation[:, 0], CLOSED)
 
 
 def grasp(scene: Scene) -> tuple[np.ndarray, np.ndarray, float]:
