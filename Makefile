@@ -12,7 +12,7 @@ DEBIAN_PACKAGES := libegl1 libgl1-mesa-dri
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check openpi setup system clean env-metaworld env-libero env-robocasa
+.PHONY: quickstart test test-slow check openpi setup system opencv clean env-metaworld env-libero env-robocasa
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash runs/quickstart.sh
@@ -52,6 +52,13 @@ $(VENV)/.installed: pyproject.toml
 
 # Suites pin versions that contradict each other, so each has an environment; agra evaluate --python uses it.
 env-metaworld env-libero env-robocasa: env-%: system .venv-%/.installed
+
+# robosuite imports the whole of OpenCV, which even without a screen is linked against these two.
+env-libero env-robocasa: opencv
+opencv:
+	@if command -v dpkg-query >/dev/null && \
+		! $(PYTHON) -c 'import ctypes; [ctypes.CDLL(f"lib{name}.so.{n}") for name, n in (("GL", 1), ("glib-2.0", 0))]' 2>/dev/null; \
+		then $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends libgl1 libglib2.0-0; fi
 
 .venv-%/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*

@@ -69,7 +69,20 @@ def _libero(name: str) -> Suite:
 
         return Libero(name, **options)
 
-    return Suite(make=make, install="make env-libero")
+    def expert(simulator: Any) -> Policy:
+        from agra.simulators.libero.expert import ScriptedExpert
+
+        return ScriptedExpert(simulator)
+
+    def training(count: int, seed: int) -> Sequence[Trial]:
+        from agra.simulators.libero.environment import training_trials
+
+        return training_trials(name, count, seed)
+
+    install = "make env-libero"
+    if name != "libero_object":  # the expert picks and places one thing
+        return Suite(make=make, install=install)
+    return Suite(make=make, install=install, expert=expert, training_trials=training)
 
 
 def _robocasa() -> Suite:

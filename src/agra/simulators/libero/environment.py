@@ -84,7 +84,7 @@ class Libero:
         )
 
     def reset(self, trial: Trial) -> Observation:
-        """Restore the trial's initial state and let it settle. Raises ValueError for a trial of another suite."""
+        """Restore the trial's initial state, or draw one, and let it settle. Raises ValueError for another suite's trial."""
         name, number = trial.scene["suite"], trial.scene["task_id"]
         if trial.simulator != self.name:
             raise ValueError(f"trial {trial.name!r} is one of {trial.simulator}, this is {self.name}")
@@ -100,10 +100,12 @@ class Libero:
             )
             self._task = name, number
         self.trial = trial
-        # What the initial state leaves open, such as where fixtures stand, is drawn by the reset.
-        self.world.seed(ENVIRONMENT_SEED)
-        self.world.reset()
-        self._seen = self.world.set_init_state(suite.get_task_init_states(number)[trial.scene["initial_state"]])
+        # What an official initial state leaves open, such as where fixtures stand, is drawn by the reset.
+        official = "initial_state" in trial.scene
+        self.world.seed(ENVIRONMENT_SEED if official else trial.seed)
+        self._seen = self.world.reset()
+        if official:
+            self._seen = self.world.set_init_state(suite.get_task_init_states(number)[trial.scene["initial_state"]])
         for _ in range(SETTLE_STEPS):
             self._seen, *_ = self.world.step(np.array(REST))
         return self._observe()
@@ -156,6 +158,24 @@ class Libero:
         if self.blind:
             return np.zeros((height, width, 3), np.uint8)
         return np.ascontiguousarray(self.world.sim.render(camera_name=camera, height=height, width=width)[::-1, ::-1])
+
+
+def training_trials(suite: str, count: int, seed: int) -> Sequence[Trial]:
+    """Scenes for demonstrations, all tasks in turn, drawn from the tasks' own regions: none is an official initial state."""
+    tasks = _tasks(suite)
+    first = 1_000_000 * (seed + 1)
+    return [
+        Trial(
+            name=f"train/{tasks[i % len(tasks)].name}/{first + i // len(tasks)}",
+            simulator=suite,
+            regime="in_distribution",
+            task=tasks[i % len(tasks)].name,
+            seed=first + i // len(tasks),
+            instruction=tasks[i % len(tasks)].language,
+            scene={"suite": suite, "task_id": i % len(tasks)},
+        )
+        for i in range(count)
+    ]
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
