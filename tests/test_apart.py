@@ -16,8 +16,8 @@ SERVER = """
 """
 SIMULATOR = """
     #!{python}
-    import sys
-    open({told!r}, "w").write(" ".join(sys.argv[1:]))
+    import os, sys
+    open({told!r}, "w").write(" ".join([os.environ.get("PYTHONHASHSEED", "random"), *sys.argv[1:]]))
     sys.exit(3)
 """
 
@@ -37,7 +37,7 @@ def test_server_and_simulator_start_and_end_together(tmp_path, monkeypatch):
     code = evaluate_apart("runs/mine", simulator, ["--limit", "2"], serve=["--device", "cpu"])
     assert code == 3
     assert asked.read_text() == "-m agra.cli serve runs/mine --port 0 --max-batch 1 --device cpu"
-    assert told.read_text() == "-m agra.cli evaluate ws://127.0.0.1:4321 --limit 2"
+    assert told.read_text() == "0 -m agra.cli evaluate ws://127.0.0.1:4321 --limit 2"
 
 
 def test_the_server_is_ended_whatever_happens(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Evaluation in two environments: the policy is served from this one, the simulator runs in its own, where no torch is."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,8 +17,11 @@ def evaluate_apart(policy: str, python: str | Path, arguments: Sequence[str], *,
     """
     if not Path(python).is_file():
         raise FileNotFoundError(f"{python}: no such interpreter; simulators' environments are made by make env-NAME")
+    # Hashes of names decide scenes of RoboCasa GR1; the same in every process, they give the same episodes.
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
     with served(policy, serve) as address:
-        return subprocess.run([str(python), "-m", "agra.cli", "evaluate", address, *arguments], check=False).returncode
+        command = [str(python), "-m", "agra.cli", "evaluate", address, *arguments]
+        return subprocess.run(command, check=False, env=environment).returncode
 
 
 @contextmanager

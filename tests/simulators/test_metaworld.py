@@ -1,11 +1,21 @@
 """The trial lists here; the worlds in their own environment: .venv-metaworld/bin/python -m pytest --noconftest FILE."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from agra.evaluation.results import read_results
 from agra.evaluation.rollout import WatchedPolicy, run_episode
 from agra.simulators.metaworld.tasks import EPISODES, INSTRUCTIONS, training_trials, trials
 from agra.types import ActionChunk, Simulator
+
+COMMAND = [sys.executable, "-m", "agra.cli", "evaluate"]
 
 
 def test_trials():
@@ -88,3 +98,46 @@ def test_expert(world, task):
 
     blind = make("metaworld", blind=True)
     assert run_episode(expert(blind), blind, trial_of(task), execute_steps=1, record=False).success
+
+
+def evaluation(output, *, workers=1):
+    """The command that plays six experts for 60 steps each."""
+    arguments = ["expert", "--simulator", "metaworld", "--blind", "--videos", "0", "--limit", "6", "--max-steps", "60"]
+    return [*COMMAND, *arguments, "--workers", str(workers), "--output", str(output)]
+
+
+def outcomes(path):
+    return [trial.same_outcome() for trial in read_results(path).trials]
+
+
+def test_workers_and_kills_change_nothing(tmp_path):
+    """One process; two, of which one is killed in an episode; and one killed as a whole, then resumed."""
+    pytest.importorskip("metaworld")
+    subprocess.run(evaluation(tmp_path / "one"), check=True)
+
+    run = subprocess.Popen(evaluation(tmp_path / "two", workers=2))
+    kill_after_a_line(tmp_path / "two", run, worker_of(run))
+    assert run.wait() == 0
+    assert [why for trial in read_results(tmp_path / "two").trials for why in trial.failures] == ["its process died"]
+
+    run = subprocess.Popen(evaluation(tmp_path / "three"))
+    kill_after_a_line(tmp_path / "three", run, lambda: run.pid)
+    assert run.wait() == -signal.SIGKILL
+    assert 1 <= len(read_results(tmp_path / "three", partial=True).trials) < 6
+    subprocess.run(evaluation(tmp_path / "three"), check=True)
+
+    assert outcomes(tmp_path / "one") == outcomes(tmp_path / "two") == outcomes(tmp_path / "three")
+
+
+def kill_after_a_line(path, run, victim):
+    while run.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 1):
+        time.sleep(0.02)
+    os.kill(victim(), signal.SIGKILL)
+
+
+def worker_of(run):
+    def find():
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        return next(int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+    return find

@@ -1,6 +1,13 @@
 """The trial lists of the GR1 tabletop benchmark against what facts 5 and 6 say of it; the adapter against the package, in
 its own environment: .venv-robocasa/bin/python -m pytest --noconftest FILE."""
 
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -81,3 +88,64 @@ def test_observations_are_put_together():
     assert found.state.tolist() == [0] * 7 + [1] * 7 + [2] * 6 + [3] * 6 + [4] * 3
     with pytest.raises(ValueError, match=r"state.waist: expected \(3,\) joint angles, got shape \(2,\)"):
         observation(seen | {"state.waist": np.zeros(2)})
+
+
+PLAY = """
+    import json, sys
+    import numpy as np
+    from agra.evaluation.rollout import WatchedPolicy, run_episode
+    from agra.simulators.registry import make
+    from agra.simulators.robocasa.environment import NAMES
+    from agra.simulators.robocasa.tasks import trials
+    from agra.types import ActionChunk
+
+    class BendsTheRightElbow:
+        def reset(self, seed):
+            self.target = None
+
+        def act(self, observation):
+            if self.target is None:
+                self.first = observation
+                self.target = observation.state.copy()
+                self.target[NAMES.index("right_arm_3")] -= 0.4
+            return ActionChunk(actions=np.tile(self.target, (4, 1)))
+
+    world, policy = make("robocasa_gr1"), WatchedPolicy(BendsTheRightElbow())
+    trial = next(t for t in trials("in_distribution") if t.task == "PosttrainPnPNovelFromTrayToPotSplitA")
+    episode = run_episode(policy, world, trial, execute_steps=4, max_steps=9, record=sys.argv[1] == "record")
+    world.close()
+    seen = policy.policy.first
+    print(json.dumps({
+        "instruction": seen.instruction, "digest": policy.digest(episode),
+        "rows": seen.frame.reshape(256, -1).any(1).nonzero()[0][[0, -1]].tolist(),
+        "moved": NAMES[np.abs(episode.states[-1] - episode.states[0]).argmax()],
+    }))
+"""
+
+
+def play(package, record):
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(package)}
+    command = [sys.executable, "-c", textwrap.dedent(PLAY), record]
+    return json.loads(subprocess.check_output(command, env=environment, text=True).splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_an_episode_on_stand_ins(tmp_path):
+    """The package's own scene, robot, camera and keys; its missing files replaced. Twice, in processes of their own, once
+    with every step drawn and once only where the policy looks."""
+    pytest.importorskip("robocasa_gr1")
+    subprocess.run([sys.executable, Path(__file__).with_name("robocasa_stand_ins.py"), tmp_path], check=True)
+    found = play(tmp_path, "record")
+    assert found["instruction"].startswith("pick the ")
+    assert found["instruction"].endswith(" from the tray and place it in the pot")
+    assert found["rows"] == [42, 213]  # what is above and below is padding
+    assert found["moved"] == "right_arm_3"
+    assert play(tmp_path, "only where looked at") == found
+
+
+def test_one_hash_seed():
+    pytest.importorskip("robocasa_gr1")
+    code = "from agra.simulators.registry import make; make('robocasa_gr1')"
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    refused = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "ValueError: robocasa_gr1: start Python with PYTHONHASHSEED=0" in refused.stderr

@@ -3,7 +3,9 @@
 # The suite lives in its own environment.
 # pyright: reportMissingImports=false
 
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -11,7 +13,7 @@ import numpy as np
 import robocasa_gr1.utils.gym_utils  # noqa: F401  registers the environments
 
 from agra.simulators.robocasa.tasks import TASKS, trials
-from agra.types import Embodiment, Observation, Step, Trial
+from agra.types import NO_FRAME, Embodiment, Observation, Step, Trial
 
 PARTS = {"left_arm": 7, "right_arm": 7, "left_hand": 6, "right_hand": 6, "waist": 3}
 """The 29 joints of the benchmark, in the order of GR00T's configuration."""
@@ -30,6 +32,8 @@ class RobocasaGR1:
     prefix that tells that the waist may move. Every trial gets a world of its own, made with the trial's seed: the
     package's reset takes a seed too but draws its scenes from the generator that the world was made with. Success is
     reported at every step; whether a success within a chunk counts is the protocol's `termination`.
+
+    Raises ValueError where Python was not started with PYTHONHASHSEED=0: a seed would give another scene in every process.
     """
 
     name = "robocasa_gr1"
@@ -38,11 +42,17 @@ class RobocasaGR1:
     regimes: tuple[str, ...] = tuple(TASKS)
 
     def __init__(self) -> None:
+        if sys.flags.hash_randomization:
+            raise ValueError(
+                "robocasa_gr1: start Python with PYTHONHASHSEED=0, as agra evaluate --python does: the package draws"
+                " distractors by the hash of a task's name, which otherwise differs from process to process"
+            )
         self.embodiment = EMBODIMENT
         self.settings: Mapping[str, Any] = {
             "camera": VIEW,
             "frame_size": [256, 256],
             "instruction_prefix": "removed",
+            "python_hash_seed": 0,
         }
         self._world: Any = None
 
@@ -56,12 +66,17 @@ class RobocasaGR1:
         seed = trial.scene["seed"]
         self._world = gymnasium.make(trial.scene["environment"], seed=seed, disable_env_checker=True)
         seen, _ = self._world.reset(seed=seed)
+        self._draw_on_demand()
         return observation(seen)
 
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
-        """Send joint targets (29,) for a twentieth of a second. The package renders whether anybody looks or not."""
+        """Send joint targets (29,) for a twentieth of a second."""
+        self._looked_at = render
         seen, _, _, _, info = self.world.step(split(action))
-        return Step(observation=observation(seen), success=bool(info["success"]), progress={})
+        shown = observation(seen)
+        if not render:
+            shown = replace(shown, frame=NO_FRAME)
+        return Step(observation=shown, success=bool(info["success"]), progress={})
 
     def interaction_mask(self) -> np.ndarray:
         """Raises NotImplementedError: the package's segmentation has never been seen here, its objects being absent."""
@@ -74,6 +89,18 @@ class RobocasaGR1:
         if self._world is not None:
             self._world.close()
             self._world = None
+
+    def _draw_on_demand(self) -> None:
+        """The package draws 1280 x 800 pixels at every step; from now on it is handed black ones where nobody looks."""
+        simulation = self.world.unwrapped.env.sim
+        draw = simulation.render
+
+        def render(*, height: int, width: int, **options: Any) -> Any:
+            if self._looked_at:
+                return draw(height=height, width=width, **options)
+            return np.zeros((height, width, 3), np.uint8)
+
+        simulation.render = render
 
     @property
     def world(self) -> Any:
