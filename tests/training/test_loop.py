@@ -217,3 +217,14 @@ def test_a_figure_that_nobody_measures_is_named(small_config, make_batch, tmp_pa
         make_trainer(config, tmp_path, make_batch).run()
     with pytest.raises(ValueError, match="expected min:NAME or max:NAME"):
         replace(small_config.stage, keep_best="validation/loss")
+
+
+def test_a_checkpoint_written_late_still_names_its_own_step(small_config, make_batch, tmp_path, monkeypatch):
+    """With a mesh the files are written in the background, when training may be a step further."""
+    trainer, asked = make_trainer(small_config, tmp_path, make_batch), {}
+    monkeypatch.setattr("agra.training.loop.sharded.save", lambda run, step, tensors, files, **_: asked.update(files))
+    trainer._saving, trainer.step = object(), 3
+    trainer.save()
+    trainer.step = 4
+    asked["trainer.json"](tmp_path / "trainer.json")
+    assert json.loads((tmp_path / "trainer.json").read_text()) == {"step": 3}

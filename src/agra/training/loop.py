@@ -115,9 +115,10 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present step; with a mesh, in the background."""
         self._finish_save()
+        state = json.dumps({"step": self.step}) + "\n"  # now: what is written in the background is written later
         files: dict[str, Callable[[Path], None]] = {
             "config.json": lambda path: checkpoint.write_text(path, self.config.to_json()),
-            "trainer.json": lambda path: checkpoint.write_text(path, json.dumps({"step": self.step}) + "\n"),
+            "trainer.json": lambda path: checkpoint.write_text(path, state),
             **self.extra_files,
         }
         keep = self.stage.keep_checkpoints
