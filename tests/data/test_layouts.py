@@ -17,7 +17,7 @@ from layouts import (
     write_gr1,
 )
 
-from agra.cli import PlanOptions, _recipe_arguments
+from agra.cli import _recipe_arguments
 from agra.config import RunConfig
 from agra.data.gr1 import KEYS, REPOSITORY, folder, gr1_mixture, gr1_source
 from agra.data.gr1 import TASKS as GR1_TASKS
@@ -25,6 +25,7 @@ from agra.data.lerobot import LeRobotDataset
 from agra.data.mixture import DataConfig
 from agra.data.source import SourceConfig
 from agra.data.sources import embodiment_stats
+from agra.planner import Machines
 from agra.recipes import compose
 from agra.training.stages import Stage
 
@@ -143,7 +144,7 @@ def test_a_gr1_run_is_named_by_its_preset(gr1, tmp_path, monkeypatch, preset, st
         (tmp_path / folder(task)).symlink_to(gr1)
     monkeypatch.setattr("agra.data.gr1.FEW_SHOT", 1)
     flags = ["agra_dino_l8", "--with", preset, "--data.path", str(tmp_path), "--gpus", "8"]
-    _, config = _recipe_arguments("plan", flags, PlanOptions)
+    _, config = _recipe_arguments("plan", flags, Machines)
     assert RunConfig.from_json(config.to_json()) == config
     assert config.stage.steps == steps
     sources = config.data.open()
