@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agra.cli import main
-from agra.footprint import fake_batch, fake_objective, flops_per_sample, measure, teacher_width
+from agra.footprint import count_flops, fake_batch, fake_objective, flops_per_sample, measure, teacher_width
 from agra.planner import Machines, lay_out, plan
 from agra.recipes import agra_dino_hierarchical, agra_siglip_l8, at_stage, tiny
 from agra.training.logbook import Meter
@@ -33,6 +33,13 @@ def test_flops_are_those_of_the_products(small_config):
     time = 2 * frames * (w * w + 3 * w * w) + 2 * frames * video.adaln_lora_dim * (w + 2 * w)
     expected = 3 * (video.num_layers * block + ends + time)
     assert flops_per_sample(config) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_flops_of_a_call_are_those_of_its_products(mode):
+    layer, x = torch.nn.Linear(5, 7), torch.randn(3, 2, 5)
+    with mode():
+        assert count_flops(lambda: layer(x) @ torch.ones(7, 4)) == 2 * 6 * 5 * 7 + 2 * 6 * 7 * 4
 
 
 @pytest.mark.slow
