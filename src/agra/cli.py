@@ -632,24 +632,29 @@ def bench_latency(
     subject: Annotated[str, tyro.conf.Positional],
     rounds: int = 50,
     batch: int = 1,
+    compiled: bool = False,
+    pool_future: int = 1,
     device: str = "cpu",
     output: Path | None = None,
 ) -> None:
-    """Time an answer stage by stage, p50 and p95, the plain path and the fast one in turn.
+    """Time an answer stage by stage, p50 and p95, the plain path, the fast one and its options in turn.
 
     Args:
         subject: a checkpoint or run folder, or a recipe's name: its model with random weights, after codec and text.
         rounds: calls that count.
         batch: robots that are answered together.
+        compiled: the fast path compiled too, on a GPU as CUDA graphs.
+        pool_future: the fast path with this approximation too, see `agra serve`.
         device: where the policy runs; a recipe runs in bfloat16 on a GPU.
         output: write the figures here, for machines.
     """
-    from agra.latency import bench
+    from agra.latency import bench, paths
     from agra.recipes import RECIPES, compose
     from agra.training.stages import Stage
 
     config = compose(subject, Stage.JOINT, []) if subject in RECIPES else None
-    bench(subject, config, device=device, batch=batch, rounds=rounds, output=output)
+    ways = paths(pool_future=pool_future, compiled=compiled)
+    bench(subject, config, ways, device=device, batch=batch, rounds=rounds, output=output)
 
 
 # --- checkpoints that leave the machine ------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -29,6 +29,8 @@ def serve(
     tls_certificate: Path | None = None,
     tls_key: Path | None = None,
     plain: bool = False,
+    compiled: bool = False,
+    pool_future: int = 1,
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -54,6 +56,9 @@ def serve(
         tls_certificate: PEM file; the wire is then wss://.
         tls_key: PEM file of its private key.
         plain: without the fast path; for comparison.
+        compiled: compile the model at its first answer, on a GPU as CUDA graphs; each batch size takes a minute or more.
+        pool_future: an approximation: squares of so many by so many tokens of the imagined frames become their mean before
+            the guidance projector; 1 leaves them alone (docs/speed.md says what 2 costs and saves).
         device: where the policy runs.
         threads: threads of torch; by default OMP_NUM_THREADS, or all cores.
     """
@@ -79,7 +84,8 @@ def serve(
     use_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # strangers' broken handshakes
-    source = _policy_source(policy, device=device, fast=not plain)
+    options = {"fast": not plain, "compiled": compiled, "pool_future": pool_future}
+    source = _policy_source(policy, device=device, **options)
     keys = WireKeys(image=image_key, state=state_keys, prompt=prompt_key)
 
     async def main() -> None:
@@ -101,12 +107,12 @@ def serve(
     asyncio.run(main())
 
 
-def _policy_source(path: Path, *, device: str, fast: bool) -> "Source":
+def _policy_source(path: Path, *, device: str, **options: Any) -> "Source":
     from agra.policy import WAMPolicy
     from agra.serving.app import Source
     from agra.training.checkpoint import resolve
 
-    return Source(load=partial(WAMPolicy.load, path, device=device, fast=fast), stamp=partial(resolve, path))
+    return Source(load=partial(WAMPolicy.load, path, device=device, **options), stamp=partial(resolve, path))
 
 
 def control(

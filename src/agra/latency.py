@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +51,21 @@ def measure(ways: Mapping[str, Way], *, rounds: int) -> dict[str, Latency]:
     }
 
 
-def of_checkpoint(path: str | Path, *, device: str, batch: int) -> dict[str, Way]:
-    """A checkpoint's plain and fast answers to `batch` robots at once."""
-    fast = WAMPolicy.load(path, device=device)
-    plain = WAMPolicy(
-        name=fast.name,
-        config=fast.config,
-        model=fast.model,
-        codec=fast.codec,
-        text=fast.text,
-        stats=fast.stats,
-        device=device,
-        fast=False,
-    )
-    return {"plain": _answering(plain, batch), "fast": _answering(fast, batch)}
+def paths(*, pool_future: int = 1, compiled: bool = False) -> dict[str, dict[str, Any]]:
+    """What is compared, each by its options: the plain path, the fast one, and the fast one with what is asked for."""
+    ways: dict[str, dict[str, Any]] = {"plain": {"fast": False}, "fast": {}}
+    if compiled:
+        ways["compiled"] = {"compiled": True}
+    if pool_future != 1:
+        ways["pooled"] = {"pool_future": pool_future, "compiled": compiled}
+    return ways
+
+
+def of_checkpoint(
+    path: str | Path, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
+) -> dict[str, Way]:
+    """A checkpoint's answers to `batch` robots at once, each way."""
+    return {name: _answering(WAMPolicy.load(path, device=device, **options), batch) for name, options in ways.items()}
 
 
 def _answering(policy: WAMPolicy, batch: int) -> Way:
@@ -83,13 +85,19 @@ def _answering(policy: WAMPolicy, batch: int) -> Way:
     return lambda: policy.act_batch(requests)[0].timings
 
 
-def of_recipe(config: RunConfig, *, device: str, batch: int, dtype: torch.dtype = torch.float32) -> dict[str, Way]:
+def of_recipe(
+    config: RunConfig,
+    ways: Mapping[str, Mapping[str, Any]],
+    *,
+    device: str,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Way]:
     """A recipe's model with random weights: the stages after codec and text, which need their own weights."""
     place, settings = torch.device(device), config.model
     with place:
         torch.manual_seed(0)
         model = WAM(settings).to(dtype).eval().requires_grad_(False)
-        fast = FastWAM(model)
         width = settings.video_dit.text_dim
         tokens = torch.randn(settings.text.length, width, dtype=dtype)
         latents = torch.randn(batch, *settings.latent_shape, dtype=dtype)
@@ -97,23 +105,31 @@ def of_recipe(config: RunConfig, *, device: str, batch: int, dtype: torch.dtype 
         state = torch.randn(batch, head.state_dim, dtype=dtype)
         noise = torch.randn(batch, head.horizon, head.action_dim, dtype=dtype)
         embodiment = torch.zeros(batch, dtype=torch.long)
-        known = fast.instruction(tokens)
 
-    @torch.no_grad()
-    def answer(quick: bool) -> Stages:
-        watch = Stopwatch(place)
-        if quick:
-            hidden = fast.condition(latents[:, :, :1], latents, [known] * batch)
+    def answering(options: Mapping[str, Any]) -> Way:
+        if options.get("fast", True):
+            path = FastWAM(model, **options)
+            begin, condition = path.begin, partial(path.condition, instructions=[path.instruction(tokens)] * batch)
         else:
-            hidden = model.condition(latents[:, :, :1], latents, tokens.expand(batch, -1, -1))
-        watch.lap("video")
-        guidance = model.guide(hidden)
-        watch.lap("bridge")
-        (fast.act if quick else model.act)(guidance, state, embodiment, noise)
-        watch.lap("action")
-        return watch.laps
+            path = model
+            begin, condition = None, partial(path.condition, instruction=tokens.expand(batch, -1, -1))
 
-    return {"plain": lambda: answer(False), "fast": lambda: answer(True)}
+        @torch.no_grad()
+        def answer() -> Stages:
+            watch = Stopwatch(place)
+            if begin is not None:
+                begin()
+            hidden = condition(latents[:, :, :1], latents)
+            watch.lap("video")
+            guidance = path.guide(hidden)
+            watch.lap("bridge")
+            path.act(guidance, state, embodiment, noise)
+            watch.lap("action")
+            return watch.laps
+
+        return answer
+
+    return {name: answering(options) for name, options in ways.items()}
 
 
 def report(found: Mapping[str, Latency], *, title: str) -> dict[str, Any]:
@@ -136,14 +152,27 @@ def report(found: Mapping[str, Latency], *, title: str) -> dict[str, Any]:
     return summary
 
 
-def bench(subject: str, config: RunConfig | None, *, device: str, batch: int, rounds: int, output: Path | None) -> None:
-    """Measure a checkpoint, or where `config` is given a recipe with random weights; print, and write JSON."""
+def bench(
+    subject: str,
+    config: RunConfig | None,
+    compared: Mapping[str, Mapping[str, Any]],
+    *,
+    device: str,
+    batch: int,
+    rounds: int,
+    output: Path | None,
+) -> None:
+    """Measure the `compared` paths of a checkpoint, or of a recipe with random weights where `config` is given.
+
+    Prints the stages side by side and writes them as JSON.
+    """
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if config is None:
-        ways = of_checkpoint(subject, device=device, batch=batch)
+        ways = of_checkpoint(subject, compared, device=device, batch=batch)
     else:
-        ways = of_recipe(config, device=device, batch=batch, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        ways = of_recipe(config, compared, device=device, batch=batch, dtype=dtype)
     found = measure(ways, rounds=rounds)
     title = f"{subject}, {rounds} calls of {batch}, {device}, {torch.get_num_threads()} threads"
     summary = report(found, title=title)

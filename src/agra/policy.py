@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ class PolicyInputs:
 class WAMPolicy:
     """An `agra.types.Policy`, and a `BatchPolicy`, around a trained WAM; `act` runs one conditioning pass and a few Euler steps.
 
-    With `fast` nothing is computed twice (`agra.wam.fast`); the results are the same up to rounding. The model's weights
-    must then stay as they are. The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
+    With `fast` nothing is computed twice (`agra.wam.fast`, also for `compiled` and the approximation `pool_future`); the
+    results are the same up to rounding. The model's weights must then stay as they are. The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
     seed and observations give the same actions.
     """
 
@@ -61,6 +62,8 @@ class WAMPolicy:
         device: torch.device | str = "cpu",
         action_steps: int = 4,
         fast: bool = True,
+        pool_future: int = 1,
+        compiled: bool = False,
     ) -> None:
         self.name, self.config, self.stats = name, config, stats
         self.device = torch.device(device)
@@ -69,15 +72,21 @@ class WAMPolicy:
         self.action_steps = action_steps
         # Bounded: a server's clients choose the instructions.
         self._tokens = lru_cache(maxsize=64)(self._encode)
-        self._fast = FastWAM(self.model, action_steps=action_steps) if fast else None
+        if not fast and (compiled or pool_future != 1):
+            raise ValueError("compiled and pool_future belong to the fast path")
+        self._fast = (
+            FastWAM(self.model, action_steps=action_steps, pool_future=pool_future, compiled=compiled) if fast else None
+        )
         self._keys_values = lru_cache(maxsize=8)(self._project)
         self.reset(0)
 
     @classmethod
     def load(
-        cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu", fast: bool = True
+        cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu", **options: Any
     ) -> "WAMPolicy":
         """Rebuild a policy from a checkpoint folder, or from its run's folder (the newest checkpoint), alone.
+
+        `options` are the initialiser's `action_steps`, `fast`, `pool_future` and `compiled`.
 
         Raises FileNotFoundError where there is none, ValueError where a file is damaged or the checkpoint is one of the
         adapt stage, whose action head has not been trained.
@@ -103,7 +112,7 @@ class WAMPolicy:
             text=load_text_encoder(config.model.text, _projection(config, model)),
             stats=stats,
             device=device,
-            fast=fast,
+            **options,
         )
 
     @property
@@ -154,9 +163,10 @@ class WAMPolicy:
             hidden = self.model.condition(inputs.observation_latent, video_noise, inputs.instruction)
         else:
             known = [self._keys_values(instruction) for instruction in instructions]
+            self._fast.begin()
             hidden = self._fast.condition(inputs.observation_latent, video_noise, known)
         watch.lap("video")
-        guidance = self.model.guide(hidden)
+        guidance = (self.model if self._fast is None else self._fast).guide(hidden)
         watch.lap("bridge")
         head = (guidance, inputs.state, inputs.embodiment, action_noise)
         if self._fast is None:

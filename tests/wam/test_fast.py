@@ -73,3 +73,46 @@ def test_one_instruction_for_all_is_not_copied(pair, small_config, make_batch):
 def test_steps_are_checked(pair):
     with pytest.raises(ValueError, match="action_steps"):
         FastWAM(pair, action_steps=0)
+
+
+@torch.no_grad()
+def test_future_tokens_are_pooled_and_the_observed_frames_are_not(pair, small_config, make_batch):
+    bridge, (frames, height, width) = pair.bridge, pair.config.token_grid
+    torch.manual_seed(2)
+    hidden = {
+        layer: torch.randn(2, frames, height, width, bridge.config.width) for layer in set(pair.config.bridge.layers)
+    }
+    fast = FastWAM(pair, pool_future=2)
+    x = bridge.norm(hidden[pair.config.bridge.layers[0]])
+    if bridge.positions is not None:
+        x = x + bridge.positions
+    rows = [list(range(i, min(i + 2, height))) for i in range(0, height, 2)]
+    columns = [list(range(i, min(i + 2, width))) for i in range(0, width, 2)]
+    means = [x[:, t][:, r][:, :, c].mean((1, 2)) for t in range(1, frames) for r in rows for c in columns]
+    expected = torch.cat([x[:, 0].flatten(1, 2), torch.stack(means, dim=1)], dim=1)
+    for block in bridge.blocks:
+        expected = block(expected)
+    close(fast.guide(hidden)[0], expected)
+    for own, plain in zip(FastWAM(pair).guide(hidden), pair.guide(hidden), strict=True):
+        assert torch.equal(own, plain)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("pool_future", [1, 2])
+def test_compiled_gives_the_same(small_config, make_batch, pool_future):
+    torch.manual_seed(0)
+    model = WAM(small_config.model).eval().requires_grad_(False)
+    batch = make_batch(small_config)
+    noise, actions_noise = torch.randn_like(batch.latents), torch.randn_like(batch.actions)
+    tokens = torch.randn(5, 12)
+    answers = []
+    for compiled in (False, True):
+        fast = FastWAM(model, pool_future=pool_future, compiled=compiled)
+        known = [fast.instruction(tokens)] * 4
+        for _ in range(2):
+            fast.begin()
+            guidance = fast.guide(fast.condition(batch.latents[:, :, :1], noise, known))
+            answers.append(fast.act(guidance, batch.state, batch.embodiment, actions_noise).clone())
+    for answer in answers[1:]:
+        close(answer, answers[0])

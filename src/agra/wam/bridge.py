@@ -63,25 +63,37 @@ class Bridge(nn.Module):
         if config.position_grid is not None:
             self.positions = nn.Parameter(grid_sinusoid(config.position_grid, config.width))
 
-    def forward(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> tuple[Float[Tensor, "B N D"], ...]:
-        """G_j for each cross-attention block, tokens flattened row-major; a layer read twice is projected once."""
+    def forward(
+        self, hidden: Mapping[int, Float[Tensor, "B T H W D"]], *, pool_future: int = 1
+    ) -> tuple[Float[Tensor, "B N D"], ...]:
+        """G_j for each cross-attention block, tokens flattened row-major; a layer read twice is projected once.
+
+        `pool_future` > 1 approximates: squares of so many by so many tokens of the frames after the observed one become
+        their mean before the blocks. Not in the paper.
+        """
         missing = sorted(set(self.config.layers) - hidden.keys())
         if missing:
             raise ValueError(f"hidden states: the bridge reads layers {self.config.layers}, but {missing} are missing")
         distinct = tuple(dict.fromkeys(self.config.layers))
         # Layers become samples: one large forward instead of one small forward each.
-        projected = self._project(torch.cat([hidden[layer] for layer in distinct])).chunk(len(distinct))
+        stacked = torch.cat([hidden[layer] for layer in distinct])
+        projected = self._project(stacked, pool_future).chunk(len(distinct))
         guidance = dict(zip(distinct, projected, strict=True))
         return tuple(guidance[layer] for layer in self.config.layers)
 
-    def _project(self, hidden: Tensor) -> Tensor:
+    def _project(self, hidden: Tensor, pool_future: int = 1) -> Tensor:
         x = self.norm(hidden)
         if self.positions is not None:
             x = x + self.positions
-        x = x.flatten(1, 3)
+        x = x.flatten(1, 3) if pool_future == 1 else _pool_after_first_frame(x, pool_future)
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def _pool_after_first_frame(x: Float[Tensor, "B T H W D"], side: int) -> Float[Tensor, "B N D"]:
+    later = F.avg_pool3d(x[:, 1:].movedim(-1, 1), (1, side, side), ceil_mode=True)
+    return torch.cat([x[:, :1].flatten(1, 3), later.movedim(1, -1).flatten(1, 3)], dim=1)
 
 
 def grid_sinusoid(grid: tuple[int, int, int], width: int) -> Float[Tensor, "T H W D"]:

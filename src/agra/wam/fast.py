@@ -4,9 +4,12 @@ At inference the noise levels are fixed, the instruction changes once an episode
 modulation of every block and the rotary table are computed once, the instruction's keys and values in every video block
 once an instruction, and the guidance's keys and values in every action block once a chunk instead of once a step.
 The blocks are those of training (`VideoBlock.run`, `SubBlock.run`). For weights that do not change any more.
+
+Two options go further: `compiled` has torch compile the three parts, on a GPU as CUDA graphs; `pool_future` is an
+approximation (`Bridge.forward`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from agra.flow import continue_chunk, euler
+from agra.flow import Predict, continue_chunk, euler
 from agra.wam.action_dit import SubBlock
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoBlock
@@ -32,13 +35,21 @@ class _Level:
 
 
 class FastWAM:
-    """A frozen WAM prepared for chunks of `action_steps` Euler steps."""
+    """A frozen WAM prepared for chunks of `action_steps` Euler steps.
+
+    Raises ValueError where a number below 1 is given. Compiled, each new batch size takes a minute or more at its first
+    call, and on a GPU results live until the next call (call `begin` before each).
+    """
 
     @torch.no_grad()
-    def __init__(self, model: WAM, *, action_steps: int = 4) -> None:
-        if action_steps < 1:
-            raise ValueError(f"action_steps: expected at least 1, got {action_steps}")
-        self.model, self.action_steps = model, action_steps
+    def __init__(self, model: WAM, *, action_steps: int = 4, pool_future: int = 1, compiled: bool = False) -> None:
+        for name, number in (("action_steps", action_steps), ("pool_future", pool_future)):
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        self.model, self.action_steps, self.pool_future = model, action_steps, pool_future
+        if compiled:
+            for part in ("condition", "guide", "_act"):
+                setattr(self, part, torch.compile(getattr(self, part), mode="reduce-overhead", dynamic=False))
         config, parameter = model.config, next(model.parameters())
         self._blocks = cast(
             Sequence[VideoBlock], model.video_dit.transformer.transformer_blocks[: max(config.bridge.layers) + 1]
@@ -83,6 +94,14 @@ class FastWAM:
                 hidden[index] = x.unflatten(2, grid[1:])
         return hidden
 
+    def begin(self) -> None:
+        """A new answer begins: what compiled parts gave for the last one may be overwritten."""
+        torch.compiler.cudagraph_mark_step_begin()
+
+    def guide(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> tuple[Float[Tensor, "B N D"], ...]:
+        """The guidance of every cross-attention block.                                           Eqs. 15, 17, 20"""
+        return self.model.bridge(hidden, pool_future=self.pool_future)
+
     def act(
         self,
         guidance: Sequence[Float[Tensor, "B N D"]],
@@ -92,7 +111,17 @@ class FastWAM:
         *,
         continuation: tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """`WAM.act` in `action_steps` steps."""
+        """`WAM.act` in `action_steps` steps; with a `continuation`, which needs a graph, never compiled."""
+        if continuation is None:
+            return self._act(guidance, state, embodiment, noise)
+        previous, weights = continuation
+        predict = self._predict(guidance, state, embodiment)
+        return euler(continue_chunk(predict, previous, weights), noise, self.action_steps)
+
+    def _act(self, guidance: Sequence[Tensor], state: Tensor, embodiment: Tensor, noise: Tensor) -> Tensor:
+        return euler(self._predict(guidance, state, embodiment), noise, self.action_steps)
+
+    def _predict(self, guidance: Sequence[Tensor], state: Tensor, embodiment: Tensor) -> Predict:
         head = self.model.action_dit
         # A layer that several blocks read still has keys and values of its own in each.
         known = [self._head_blocks[2 * index].attn.keys_values(one) for index, one in enumerate(guidance)]
@@ -108,8 +137,7 @@ class FastWAM:
                 x = block.run(x, known[index // 2] if index % 2 == 0 else None, modulation)
             return head.project(x, level.modulation_out, actions.shape[1], embodiment)
 
-        guided = predict if continuation is None else continue_chunk(predict, *continuation)
-        return euler(guided, noise, self.action_steps)
+        return predict
 
     def _level(self, noise_level: float, like: Tensor) -> _Level:
         head = self.model.action_dit
