@@ -161,3 +161,9 @@ def test_the_monitor_tells_the_same_and_leaves_the_model_as_it_was(small_config,
         wam.video_dit.transformer.patch_embed.proj.weight.zero_()
     blind = monitor(wam)
     assert blind["image_swap_shift"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_target_is_planar_where_it_can_be_and_else_the_whole_action():
+    assert TargetConfig().select(("left_x", "left_y", "left_z", "grip")) == [0, 1]
+    assert TargetConfig().select(("dx", "dy", "grip")) == [0, 1, 2]
+    assert TargetConfig(dimensions=("d?",)).select(("dx", "dy", "grip")) == [0, 1]

@@ -2,7 +2,7 @@
 
 A falling action loss does not tell: most of an action can be read off the state vector. What tells is an episode's first
 observation, where the state is nearly always the same: a policy that looks puts the hand where the thing is, and moves it
-when the picture shows another scene. The *target* of a chunk is the planar position that it asks for at one of its steps.
+when the picture shows another scene. The *target* of a chunk is the (planar) position that it asks for at one of its steps.
 """
 
 import fnmatch
@@ -26,18 +26,22 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 class TargetConfig:
     """What counts as a chunk's target."""
 
-    dimensions: tuple[str, ...] = ("*_x", "*_y")
-    """Patterns over the embodiment's action names; all that match make one vector, metres on the tabletop."""
+    dimensions: tuple[str, ...] = ()
+    """Patterns over the embodiment's action names; all that match make one vector. Without any it is planar positions,
+    `*_x` and `*_y`, metres on the tabletop, and the whole action of an embodiment that has none."""
     step: int = 7
     """Step of the chunk, from 0: about where the hand reaches the thing."""
 
     def __post_init__(self) -> None:
-        if self.step < 0 or not self.dimensions:
-            raise ValueError(f"looking: expected patterns and a step of at least 0, got {self.dimensions}, {self.step}")
+        if self.step < 0:
+            raise ValueError(f"looking.step: expected at least 0, got {self.step}")
 
     def select(self, action_names: Sequence[str]) -> list[int]:
-        """The action dimensions. Raises ValueError where none is called so."""
-        found = [i for i, name in enumerate(action_names) if any(fnmatch.fnmatch(name, p) for p in self.dimensions)]
+        """The action dimensions. Raises ValueError where none is called as `dimensions` say."""
+        patterns = self.dimensions or ("*_x", "*_y")
+        found = [i for i, name in enumerate(action_names) if any(fnmatch.fnmatch(name, p) for p in patterns)]
+        if not found and not self.dimensions:
+            return list(range(len(action_names)))
         if not found:
             raise ValueError(f"looking.dimensions {self.dimensions}: name none of the actions {tuple(action_names)}")
         return found
