@@ -6,7 +6,8 @@ import torch
 
 from agra.data.normalize import NormStats
 from agra.policy import WAMPolicy
-from agra.types import BatchPolicy, Continuation, Observation, PolicyRequest
+from agra.types import BatchPolicy, Continuation, ImaginingPolicy, Observation, PolicyRequest
+from agra.wam.codec import to_frames
 from agra.wam.model import WAM
 
 
@@ -138,3 +139,23 @@ def test_the_spec_is_what_the_checkpoint_knows(make_policy):
     assert (spec.name, spec.horizon, spec.frame_size) == ("small", 4, (32, 48))
     assert (robot.state_dim, robot.action_dim) == (4, 3)
     assert dict(robot.action) == {"action": (0, 3)}
+
+
+def test_imagining_changes_no_action_and_starts_from_what_was_seen(make_policy):
+    policy = make_policy()
+    policy.codec.decode = lambda latents: latents[:, :3].clamp(-1, 1)
+    assert isinstance(policy, ImaginingPolicy)
+    chunks = []
+    for act in (policy.act, policy.act_and_imagine):
+        policy.reset(3)
+        chunks.append([act(see(policy, step)) for step in range(2)])
+    for plain, imagining in zip(*chunks, strict=True):
+        assert np.array_equal(plain.actions, imagining.actions)
+        assert plain.imagined is None
+        assert imagining.imagined.dtype == np.uint8
+        assert list(imagining.timings)[-1] == "imagine"
+    observed = policy.prepare([see(policy, 1)]).observation_latent
+    assert np.array_equal(chunks[1][1].imagined[0], to_frames(observed[:, :3].clamp(-1, 1))[0, 0])
+    policy.imagines = False
+    assert policy.act_and_imagine(see(policy)).imagined is None
+    assert not policy.spec.imagines

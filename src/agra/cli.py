@@ -357,7 +357,7 @@ def evaluate(
         limit: play only so many trials of each regime, evenly spread.
         workers: processes that play side by side, each with a simulator and a policy; the episodes are the same for any
             number.
-        videos: trials of each regime to record as mp4 beside the results.
+        videos: trials of each regime to record as mp4 beside the results, with the video that the policy expected.
         blind: render nothing, for policies that do not look, such as the experts of Meta-World and LIBERO.
         by_task: print the counts of every task too.
         name: the policy's name in results; by default its folder's.
@@ -390,7 +390,7 @@ def evaluate(
             "simulator": simulator, "regimes": regimes, "output": output, "name": name, "limit": limit, "workers": workers,
             "videos": videos, "by_task": by_task, **vars(protocol),
         }  # fmt: skip
-        _evaluate_apart(policy, python, given, {"device": device, "threads": threads})
+        _evaluate_apart(policy, python, given, {"device": device, "threads": threads, "imagine": videos > 0})
         return
     options = {"blind": True} if blind else {}
     player = partial(_player, policy, simulator, options, name, keys, device, threads)

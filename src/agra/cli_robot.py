@@ -31,6 +31,7 @@ def serve(
     plain: bool = False,
     compiled: bool = False,
     pool_future: int = 1,
+    imagine: bool = False,
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -59,6 +60,7 @@ def serve(
         compiled: compile the model at its first answer, on a GPU as CUDA graphs; each batch size takes a minute or more.
         pool_future: an approximation: squares of so many by so many tokens of the imagined frames become their mean before
             the guidance projector; 1 leaves them alone (docs/speed.md says what 2 costs and saves).
+        imagine: clients may ask for the video that the policy expects, which takes several answers' time.
         device: where the policy runs.
         threads: threads of torch; by default OMP_NUM_THREADS, or all cores.
     """
@@ -84,7 +86,7 @@ def serve(
     use_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # strangers' broken handshakes
-    options = {"fast": not plain, "compiled": compiled, "pool_future": pool_future}
+    options = {"fast": not plain, "compiled": compiled, "pool_future": pool_future, "imagines": imagine}
     source = _policy_source(policy, device=device, **options)
     keys = WireKeys(image=image_key, state=state_keys, prompt=prompt_key)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from agra.config import RunConfig
@@ -20,7 +20,7 @@ from agra.training import checkpoint
 from agra.training.lora import merged
 from agra.training.stages import Stage
 from agra.types import ActionChunk, Continuation, EmbodimentSpec, Observation, PolicyRequest, PolicySpec
-from agra.wam.codec import Codec, load_codec, to_video
+from agra.wam.codec import Codec, load_codec, to_frames, to_video
 from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
 from agra.wam.text import TextEncoder, load_text_encoder
@@ -40,6 +40,10 @@ class PolicyInputs:
     instruction: Float[Tensor, "B L E"]
     state: Float[Tensor, "B S"]
     embodiment: Int[Tensor, "B"]
+
+    def rows(self, indices: Sequence[int]) -> "PolicyInputs":
+        """Some of the observations."""
+        return PolicyInputs(**{name: value[list(indices)] for name, value in vars(self).items()})
 
 
 class WAMPolicy:
@@ -64,12 +68,13 @@ class WAMPolicy:
         fast: bool = True,
         pool_future: int = 1,
         compiled: bool = False,
+        imagines: bool = True,
     ) -> None:
         self.name, self.config, self.stats = name, config, stats
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.codec, self.text = codec, text
-        self.action_steps = action_steps
+        self.action_steps, self.imagines = action_steps, imagines
         # Bounded: a server's clients choose the instructions.
         self._tokens = lru_cache(maxsize=64)(self._encode)
         if not fast and (compiled or pool_future != 1):
@@ -86,7 +91,7 @@ class WAMPolicy:
     ) -> "WAMPolicy":
         """Rebuild a policy from a checkpoint folder, or from its run's folder (the newest checkpoint), alone.
 
-        `options` are the initialiser's `action_steps`, `fast`, `pool_future` and `compiled`.
+        `options` are the initialiser's `action_steps`, `fast`, `pool_future`, `compiled` and `imagines`.
 
         Raises FileNotFoundError where there is none, ValueError where a file is damaged or the checkpoint is one of the
         adapt stage, whose action head has not been trained.
@@ -127,7 +132,11 @@ class WAMPolicy:
         }
         head = self.config.model.action_dit
         return PolicySpec(
-            name=self.name, horizon=head.horizon, frame_size=self.config.model.frame_size, embodiments=embodiments
+            name=self.name,
+            horizon=head.horizon,
+            frame_size=self.config.model.frame_size,
+            embodiments=embodiments,
+            imagines=self.imagines,
         )
 
     def episode(self, seed: int) -> torch.Generator:
@@ -141,6 +150,11 @@ class WAMPolicy:
     def act(self, observation: Observation, *, continuation: Continuation | None = None) -> ActionChunk:
         """The next chunk of actions, in the robot's units; with `continuation` it goes on with the one being executed."""
         request = PolicyRequest(observation=observation, episode=self._episode, continuation=continuation)
+        return self.act_batch([request])[0]
+
+    def act_and_imagine(self, observation: Observation) -> ActionChunk:
+        """The answer of `act`, the same bits, and the video that the model expects from the same noise."""
+        request = PolicyRequest(observation=observation, episode=self._episode, imagine=self.imagines)
         return self.act_batch([request])[0]
 
     @torch.no_grad()
@@ -178,7 +192,23 @@ class WAMPolicy:
             for row, request in zip(actions, requests, strict=True)
         ]
         watch.lap("action")
-        return [ActionChunk(actions=answer, timings=watch.laps) for answer in answers]
+        asking = [row for row, request in enumerate(requests) if request.imagine]
+        imagined: dict[int, np.ndarray] = {}
+        if asking:
+            imagined = dict(zip(asking, self.imagine(inputs.rows(asking), video_noise[asking]), strict=True))
+            watch.lap("imagine")
+        return [
+            ActionChunk(actions=answer, timings=watch.laps, imagined=imagined.get(row))
+            for row, answer in enumerate(answers)
+        ]
+
+    @torch.no_grad()
+    def imagine(
+        self, inputs: PolicyInputs, noise: Float[Tensor, "B C T h w"], *, steps: int = 6
+    ) -> UInt8[np.ndarray, "B F H W 3"]:
+        """The videos that the model expects (`WAM.imagine`), decoded at its own size."""
+        latents = self.model.imagine(inputs.observation_latent, noise, inputs.instruction, steps=steps)
+        return to_frames(self.codec.decode(latents))
 
     @torch.no_grad()
     def prepare(self, observations: Sequence[Observation]) -> PolicyInputs:

@@ -47,14 +47,22 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ActionChunk:
-    """What a policy answers: a_1:K of Eq. 1, un-normalised, and how long each part of the answer took."""
+    """What a policy answers: a_1:K of Eq. 1, un-normalised, and how long each part of the answer took.
+
+    `imagined` is the video that it expects, where it was asked for: (F, H, W, 3) uint8 at the model's size, from the
+    observation to the chunk's end in equal steps.
+    """
 
     actions: np.ndarray  # (K, D) float32
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds by part
+    imagined: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.actions.ndim != 2 or len(self.actions) == 0:
             raise ValueError(f"ActionChunk.actions: expected (K, D) with K >= 1, got {self.actions.shape}")
+        video = self.imagined
+        if video is not None and (video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not video.size):
+            raise ValueError(f"ActionChunk.imagined: expected (F, H, W, 3) uint8, got {video.shape} {video.dtype}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,12 +99,16 @@ class EmbodimentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpec:
-    """What a policy takes and answers; `frame_size` (H, W) is what it makes of frames of any size."""
+    """What a policy takes and answers; `frame_size` (H, W) is what it makes of frames of any size.
+
+    `imagines` says that it may be asked for the video that it expects.
+    """
 
     name: str
     horizon: int
     frame_size: tuple[int, int]
     embodiments: Mapping[str, EmbodimentSpec]
+    imagines: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,6 +118,7 @@ class PolicyRequest:
     observation: Observation
     episode: Any
     continuation: Continuation | None = None
+    imagine: bool = False  # answer the expected video too; the actions stay the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +188,15 @@ class Policy(Protocol):
 
     def act(self, observation: Observation) -> ActionChunk:
         """Answer the next K actions."""
+        ...
+
+
+@runtime_checkable
+class ImaginingPolicy(Policy, Protocol):
+    """A policy that may be able to show the video that it expects."""
+
+    def act_and_imagine(self, observation: Observation) -> ActionChunk:
+        """The answer of `act`, with `imagined` where the policy can; stage `imagine` of the timings is what that took."""
         ...
 
 

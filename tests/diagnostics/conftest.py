@@ -16,6 +16,7 @@ from agra.diagnostics.record import Diagnosis, write_diagnosis
 from agra.diagnostics.report import PolicyEntry
 from agra.flow import euler
 from agra.types import REGIMES
+from agra.wam.codec import to_frames
 
 GRID = (3, 4, 5)
 TARGET = (1, 2, 3)
@@ -117,6 +118,10 @@ class StandInPolicy:
 
     def video_noise(self, count, seed):
         return torch.randn(count, 2, *GRID, generator=torch.Generator().manual_seed(seed))
+
+    def imagine(self, inputs, noise, *, steps):
+        latents = self.model.imagine(inputs.observation_latent, noise, inputs.instruction, steps=steps)
+        return to_frames(self.codec.decode(latents))
 
     def action_noise(self, count, seed):
         return torch.randn(count, HORIZON, ACTION, generator=torch.Generator().manual_seed(seed))

@@ -8,12 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import av
 import numpy as np
 import pytest
 
 from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.results import read_results
-from agra.evaluation.rollout import WatchedPolicy, evaluate, run_episode
+from agra.evaluation.rollout import WatchedPolicy, beside_imagined, evaluate, run_episode
 from agra.types import ActionChunk, Policy, SimulatorFailed
 from point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
 
@@ -139,6 +140,33 @@ def test_the_digest_is_of_every_bit():
 
     assert digest() == digest()
     assert len({digest(), digest(seed=6), digest(instruction="go on"), digest(Brighter())}) == 4
+
+
+class Dreamer(Wanderer):
+    """Expects frames of grey 0, 1, 2 ... times a hundred, of another size than the world's."""
+
+    def act_and_imagine(self, observation) -> ActionChunk:
+        chunk = self.act(observation)
+        frames = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.full((16, 20, 3), 100, np.uint8)
+        return replace(chunk, imagined=frames, timings={"imagine": 0.0})
+
+
+def test_the_imagined_video_stands_beside_what_happened(tmp_path):
+    frames = np.full((7, 32, 48, 3), 7, np.uint8)
+    chunk = ActionChunk(
+        actions=np.zeros((8, 2), np.float32),
+        imagined=np.arange(5, dtype=np.uint8)[:, None, None, None] + np.zeros((4, 6, 3), np.uint8),
+    )
+    both = beside_imagined(frames, [chunk, chunk], 4)
+    assert both.shape == (7, 32, 96, 3)
+    assert (both[:, :, :48] == 7).all()
+    assert [row.max() for row in both[:, :, 48:]] == [0, 0, 1, 2, 0, 0, 1]  # eight steps are five frames
+    assert beside_imagined(frames, [ActionChunk(actions=np.zeros((8, 2)))], 4) is frames
+    seen = play(tmp_path / "seen.jsonl", videos=1, limit=1, world=(world := PointWorld()), policy=Dreamer(world))
+    plain = play(tmp_path / "plain.jsonl", videos=0, limit=1)
+    assert [trial.digest for trial in seen.trials] == [trial.digest for trial in plain.trials]
+    with av.open(str(tmp_path / seen.trials[0].video)) as video:
+        assert (video.streams.video[0].width, video.streams.video[0].height) == (48 + 40, 32)
 
 
 def play(output, *, world=None, limit=6, **changes):

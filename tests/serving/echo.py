@@ -58,7 +58,11 @@ class Echo:
         self.continuations += [request.continuation for request in requests]
         time.sleep(self.seconds)
         return [
-            ActionChunk(actions=expected(r.observation) + np.float32(self.offset), timings={"action": self.seconds})
+            ActionChunk(
+                actions=expected(r.observation) + np.float32(self.offset),
+                timings={"action": self.seconds},
+                imagined=np.full((3, 32, 48, 3), 9, np.uint8) if r.imagine else None,
+            )
             for r in requests
         ]
 

@@ -58,6 +58,8 @@ WRONG = {
     r"continuation: expected \(P, 3\) float, got \(4, 2\) float64": {"continuation": np.zeros((4, 2))},
     r"continuation: expected \(P, 3\) float, got \(0, 3\) float64": {"continuation": np.zeros((0, 3))},
     "continuation_delay: .* got int 9": {"continuation": np.zeros((4, 3)), "continuation_delay": 9},
+    "imagine: expected true or false, got int 1": {"imagine": 1},
+    "imagine: this server does not": {"imagine": True},
     "request_id: expected whole number or text of at most 100": {"request_id": "x" * 101},
 }
 

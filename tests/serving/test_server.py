@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,16 @@ def test_the_client_gets_the_policys_answer():
         client.act(observation(), continuation=Continuation(actions=np.ones((2, 3), np.float32), delay=1))
         assert server.policy.seeds == [11, 12]
         assert server.policy.continuations[-1].delay == 1
+        assert client.act_and_imagine(observation()).imagined is None  # not allowed: not asked for
+
+
+def test_the_client_gets_the_imagined_video_where_the_server_gives_it():
+    with running(Echo(replace(spec(), imagines=True))) as server:
+        client = PolicyClient(server.address)
+        chunk = client.act_and_imagine(observation())
+        assert np.array_equal(chunk.actions, expected(observation()))
+        assert chunk.imagined.shape == (3, 32, 48, 3)
+        assert client.act(observation()).imagined is None
         client.close()
 
 

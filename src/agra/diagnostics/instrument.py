@@ -22,7 +22,7 @@ from agra.diagnostics.imagination import compare_videos, nothing_moves
 from agra.diagnostics.intervention import KINDS, Kind, Probe, Unit, sensitivity_map, set_deviation
 from agra.diagnostics.metrics import attention_in_mask_ratio, centroid_error, mask_to_grid
 from agra.diagnostics.probe import ProbeSample
-from agra.wam.codec import to_video
+from agra.wam.codec import to_frames, to_video
 
 if TYPE_CHECKING:
     from agra.policy import WAMPolicy
@@ -228,19 +228,14 @@ class Instrument:
         """The predicted video, (F, H, W, 3) uint8 at the model's size."""
         if not self.config.imagination_steps or self.sample.video is None:
             return None
-        latents = self.model.imagine(
-            self.inputs.observation_latent,
-            self.video_noise[:1],
-            self.inputs.instruction,
-            steps=self.config.imagination_steps,
-        )
-        return _frames(self.policy.codec.decode(latents))
+        return self.policy.imagine(self.inputs, self.video_noise[:1], steps=self.config.imagination_steps)[0]
 
     @cached_property
     def recorded(self) -> np.ndarray:
         """The recorded video as the model would see it, (F, H, W, 3) uint8."""
         assert self.sample.video is not None
-        return _frames(to_video(self.policy.seen(self.sample.video, self.sample.embodiment), self.policy.frame_size))
+        seen = self.policy.seen(self.sample.video, self.sample.embodiment)
+        return to_frames(to_video(seen, self.policy.frame_size))[0]
 
     def _imagination(self) -> dict[str, Any]:
         scores: dict[str, Any] = dict.fromkeys(("psnr", "ssim", "still_psnr", "still_ssim"))
@@ -321,8 +316,3 @@ def measured_layers(policy: "WAMPolicy", config: DiagnosisConfig) -> tuple[int, 
 def aligned_layers(policy: "WAMPolicy") -> tuple[int, ...]:
     """The video layers that the policy's recipe aligns."""
     return () if policy.config.alignment is None else policy.config.alignment.layers
-
-
-def _frames(video: Tensor) -> np.ndarray:
-    """(1, 3, F, H, W) in [-1, 1] to (F, H, W, 3) uint8."""
-    return ((video[0].permute(1, 2, 3, 0).float().cpu() + 1) * 127.5).round().clamp(0, 255).byte().numpy()

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import Results, TrialResult, read_results
-from agra.types import ActionChunk, Episode, Observation, Policy, Simulator, Step, Trial
+from agra.types import ActionChunk, Episode, ImaginingPolicy, Observation, Policy, Simulator, Step, Trial
 from agra.workers import ATTEMPTS, as_finished
 
 PACKAGES = (
@@ -85,10 +85,14 @@ def run_episode(
 
 
 class WatchedPolicy:
-    """A policy that notes, since the last reset, how long each call took in seconds, and what it saw and answered."""
+    """A policy that notes, since the last reset, how long each call took in seconds, and what it saw and answered.
 
-    def __init__(self, policy: Policy) -> None:
+    With `imagine` it has the policy show the videos that it expects, where it can; `seconds` are without that.
+    """
+
+    def __init__(self, policy: Policy, *, imagine: bool = False) -> None:
         self.policy = policy
+        self._act = policy.act_and_imagine if imagine and isinstance(policy, ImaginingPolicy) else policy.act
         self._start(0)
 
     def reset(self, seed: int) -> None:
@@ -99,8 +103,9 @@ class WatchedPolicy:
     def act(self, observation: Observation) -> ActionChunk:
         """The policy's answer."""
         start = time.perf_counter()
-        chunk = self.policy.act(observation)
-        self.seconds.append(time.perf_counter() - start)
+        chunk = self._act(observation)
+        self.seconds.append(time.perf_counter() - start - chunk.timings.get("imagine", 0.0))
+        self.chunks.append(chunk)
         self._hash.update(f"{observation.instruction}\n{observation.embodiment}\n".encode())
         for array in (observation.frame, *observation.views.values(), observation.state, chunk.actions):
             self._hash.update(np.ascontiguousarray(array).data)
@@ -115,6 +120,7 @@ class WatchedPolicy:
 
     def _start(self, seed: int) -> None:
         self.seconds: list[float] = []
+        self.chunks: list[ActionChunk] = []
         self._hash = hashlib.sha256(str(seed).encode())
 
 
@@ -193,8 +199,8 @@ def _pair(policy: Policy, simulator: Simulator) -> tuple[Policy, Simulator]:
 def _play_trial(
     player: tuple[Policy, Simulator], trial: Trial, *, protocol: Protocol, output: Path, filmed: frozenset[str]
 ) -> TrialResult:
-    policy, simulator = WatchedPolicy(player[0]), player[1]
     film = trial.name in filmed
+    policy, simulator = WatchedPolicy(player[0], imagine=film), player[1]
     start = time.perf_counter()
     episode = run_episode(policy, simulator, trial, record=film, **asdict(protocol))
     wall = time.perf_counter() - start
@@ -202,7 +208,8 @@ def _play_trial(
     if video:
         from agra.data.video import write_video  # not needed, and not installed, where nothing is filmed
 
-        write_video(output.parent / video, episode.frames, fps=episode.fps)
+        frames = beside_imagined(episode.frames, policy.chunks, protocol.execute_steps)
+        write_video(output.parent / video, frames, fps=episode.fps)
     milliseconds = 1000 * np.array(policy.seconds)
     p50, p95 = np.percentile(milliseconds, [50, 95])
     return TrialResult(
@@ -220,6 +227,25 @@ def _play_trial(
         policy_ms={"mean": round(float(milliseconds.mean()), 3), "p50": round(p50, 3), "p95": round(p95, 3)},
         video=video,
     )
+
+
+def beside_imagined(frames: np.ndarray, chunks: Sequence[ActionChunk], execute_steps: int) -> np.ndarray:
+    """What happened (N, H, W, 3), and to its right, as high, what the policy expected at that step when it was last asked.
+
+    Of each of `chunks`, in order, at most `execute_steps` actions were executed. Without imagined videos the frames alone.
+    """
+    imagined: list[np.ndarray] = []
+    for chunk in chunks:
+        if chunk.imagined is None:
+            return frames
+        executed = min(execute_steps, len(chunk.actions))
+        at = np.arange(executed) * (len(chunk.imagined) - 1) / len(chunk.actions)
+        imagined += list(chunk.imagined[at.round().astype(int)])
+    own = np.stack(imagined[: len(frames)])
+    height = frames.shape[1]
+    width = round(height * own.shape[2] / own.shape[1] / 2) * 2  # the codec wants an even width
+    rows, columns = (np.arange(n) * m // n for n, m in ((height, own.shape[1]), (width, own.shape[2])))
+    return np.concatenate([frames, own[:, rows][:, :, columns]], axis=2)
 
 
 def _header(

@@ -61,12 +61,22 @@ class PolicyClient:
 
     def act(self, observation: Observation, *, continuation: Continuation | None = None) -> ActionChunk:
         """The server's chunk; `timings` are its stages and `round_trip`, seconds."""
+        return self._ask(observation, continuation=continuation)
+
+    def act_and_imagine(self, observation: Observation) -> ActionChunk:
+        """The same chunk, with the video that the policy expects where the server gives it (`agra serve --imagine`)."""
+        return self._ask(observation, imagine=self.spec.imagines)
+
+    def _ask(
+        self, observation: Observation, *, continuation: Continuation | None = None, imagine: bool = False
+    ) -> ActionChunk:
         connection = self._connection or self._connect()
         self._asked += 1
         question = Question(
             observation=observation,
             seed=None if self._begun else self._seed,
             continuation=continuation,
+            imagine=imagine,
             request_id=self._asked,
         )
         start = time.perf_counter()
@@ -85,7 +95,11 @@ class PolicyClient:
         self._begun = True
         timing = message.get("server_timing", {})
         timings = {k.removesuffix("_ms"): v / 1000 for k, v in timing.items() if k.endswith("_ms")}
-        return ActionChunk(actions=message["actions"], timings={**timings, "round_trip": time.perf_counter() - start})
+        return ActionChunk(
+            actions=message["actions"],
+            timings={**timings, "round_trip": time.perf_counter() - start},
+            imagined=message.get("imagined"),
+        )
 
     def close(self) -> None:
         """Hang up, without waiting for the server's goodbye."""

@@ -42,6 +42,7 @@ OPTIONAL = {
     "seed": f"whole number of 0 to {SEEDS - 1}: an episode begins with this observation",
     "continuation": "(P, D) float: actions being executed, from this observation's control step on",
     "continuation_delay": "whole number: how many of those will have been executed when the answer arrives",
+    "imagine": "true: the answer has `imagined` too, (F, H, W, 3) uint8, the video that the policy expects",
     "request_id": "whole number or text of at most 100 characters: comes back with the answer",
 }
 
@@ -53,6 +54,7 @@ class Question:
     observation: Observation
     seed: int | None = None
     continuation: Continuation | None = None
+    imagine: bool = False
     request_id: int | str | None = None
     ignored: tuple[str, ...] = ()  # keys that mean nothing here
 
@@ -79,7 +81,8 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
             **dict.fromkeys(keys.state, f"{state} float{joined}"),
             keys.prompt: f"text of 1 to {MAX_INSTRUCTION} characters",
         },
-        "optional_keys": OPTIONAL,
+        "optional_keys": OPTIONAL if spec.imagines else {k: v for k, v in OPTIONAL.items() if k != "imagine"},
+        "imagines": spec.imagines,
         "roles": {"image": keys.image, "state": list(keys.state), "prompt": keys.prompt},
     }
 
@@ -101,6 +104,7 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
             horizon=int(message["horizon"]),
             frame_size=(int(height), int(width)),
             embodiments=embodiments,
+            imagines=bool(message.get("imagines", False)),
         )
         keys = WireKeys(image=roles["image"], state=tuple(roles["state"]), prompt=roles["prompt"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -127,6 +131,8 @@ def ask(question: Question, keys: WireKeys, spec: PolicySpec) -> dict[str, Any]:
     if continuation is not None:
         message["continuation"] = continuation.actions.astype(np.float32)
         message["continuation_delay"] = continuation.delay
+    if question.imagine:
+        message["imagine"] = True
     if question.request_id is not None:
         message["request_id"] = question.request_id
     return message
@@ -135,6 +141,8 @@ def ask(question: Question, keys: WireKeys, spec: PolicySpec) -> dict[str, Any]:
 def answer(chunk: ActionChunk, question: Question, timing: Mapping[str, Any]) -> dict[str, Any]:
     """The reply: openpi's `actions` and `server_timing`, and what the request asked to have back."""
     message: dict[str, Any] = {"actions": chunk.actions, "server_timing": dict(timing)}
+    if chunk.imagined is not None:
+        message["imagined"] = chunk.imagined
     if question.request_id is not None:
         message["request_id"] = question.request_id
     if question.ignored:
@@ -164,6 +172,7 @@ def parse(message: Any, spec: PolicySpec, keys: WireKeys) -> Question:
         observation=observation,
         seed=_whole("seed", message.get("seed"), SEEDS - 1),
         continuation=_continuation(message, robot.action_dim, spec.horizon),
+        imagine=_imagine(message.get("imagine"), spec),
         request_id=_request_id(message.get("request_id")),
         ignored=tuple(_shown(key) for key in message if key not in known)[:16],
     )
@@ -242,6 +251,14 @@ def _whole(key: str, value: Any, largest: int) -> int | None:
     if type(value) is not int or not 0 <= value <= largest:
         raise RequestError(f"{key}: expected a whole number of 0 to {largest}, got {_kind(value)}")
     return value
+
+
+def _imagine(value: Any, spec: PolicySpec) -> bool:
+    if value is not None and type(value) is not bool:
+        raise RequestError(f"imagine: expected true or false, got {_kind(value)}")
+    if value and not spec.imagines:
+        raise RequestError("imagine: this server does not; it is started with --imagine where it shall")
+    return bool(value)
 
 
 def _request_id(value: Any) -> int | str | None:

@@ -137,7 +137,10 @@ class PolicyService:
         if episode.generation != self.generation:
             episode.state, episode.generation = self._batcher.policy.episode(episode.seed), self.generation
         request = PolicyRequest(
-            observation=question.observation, episode=episode.state, continuation=question.continuation
+            observation=question.observation,
+            episode=episode.state,
+            continuation=question.continuation,
+            imagine=question.imagine,
         )
         self._active += 1
         self._idle.clear()
