@@ -59,7 +59,7 @@ def test_episode(world):
 
 
 def test_pictures_and_states_are_those_of_the_package_s_own_protocol(world):
-    """An episode's start as openpi's evaluation has it: the package's environment with camera observations."""
+    """An episode as openpi's evaluation has it: the package's environment with camera observations."""
     from libero.libero.envs import OffScreenRenderEnv
 
     from agra.simulators.libero.environment import _bddl, _suite
@@ -72,10 +72,17 @@ def test_pictures_and_states_are_those_of_the_package_s_own_protocol(world):
     seen = own.set_init_state(suite.get_task_init_states(0)[3])
     for _ in range(10):
         seen, *_ = own.step([0.0] * 6 + [-1.0])
-    assert np.allclose(seen["robot0_eef_pos"], first.state[:3], atol=1e-6)
-    assert np.array_equal(seen["agentview_image"][::-1, ::-1], first.frame)
-    assert np.array_equal(seen["robot0_eye_in_hand_image"][::-1, ::-1], first.views["wrist"])
+    actions = np.random.default_rng(0).uniform(-1, 1, (5, 7))
+    ours = [first, *(world.step(action, render=index % 2 == 1).observation for index, action in enumerate(actions))]
+    theirs = [seen, *(own.step(action)[0] for action in actions)]
     own.close()
+    for step, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
+        assert np.allclose(wanted["robot0_eef_pos"], found.state[:3], atol=1e-6)
+        if step and step % 2:
+            assert found.frame.size == 0  # nobody looked
+            continue
+        assert np.array_equal(wanted["agentview_image"][::-1, ::-1], found.frame)
+        assert np.array_equal(wanted["robot0_eye_in_hand_image"][::-1, ::-1], found.views["wrist"])
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ class Libero:
             "initial_states": "official, one an episode",
         }
         self._world: Any = None
+        self._looked_at = False
         self._task: tuple[str, int] | None = None
 
     def trials(self, regime: str) -> tuple[Trial, ...]:
@@ -93,7 +94,7 @@ class Libero:
             self.close()
             self._world = ControlEnv(
                 str(_bddl(suite.get_task(number))),
-                use_camera_obs=False,
+                use_camera_obs=not self.blind,
                 has_offscreen_renderer=not self.blind,
                 camera_heights=self.frame_size[0],
                 camera_widths=self.frame_size[1],
@@ -104,9 +105,12 @@ class Libero:
         official = "initial_state" in trial.scene
         self.world.seed(ENVIRONMENT_SEED if official else trial.seed)
         self._seen = self.world.reset()
+        if not self.blind:
+            self._draw_on_demand()
         if official:
             self._seen = self.world.set_init_state(suite.get_task_init_states(number)[trial.scene["initial_state"]])
-        for _ in range(SETTLE_STEPS):
+        for left in reversed(range(SETTLE_STEPS)):
+            self._looked_at = left == 0
             self._seen, *_ = self.world.step(np.array(REST))
         return self._observe()
 
@@ -115,6 +119,7 @@ class Libero:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"action: expected (7,) finite numbers, got shape {action.shape}: {action}")
+        self._looked_at = render
         self._seen, _, done, _ = self.world.step(action)
         return Step(observation=self._observe(render), success=bool(done), progress={})
 
@@ -141,6 +146,20 @@ class Libero:
             raise ValueError("Libero: reset(trial) comes before anything else")
         return self._world
 
+    def _draw_on_demand(self) -> None:
+        """From now on the package, which draws as one of the last parts of every control step, is handed black pictures
+        where nobody looks."""
+        simulation = self.world.sim
+        draw = simulation.render
+
+        def render(*, height: int, width: int, **options: Any) -> Any:
+            if self._looked_at or options.get("segmentation"):
+                return draw(height=height, width=width, **options)
+            return np.zeros((height, width, 3), np.uint8)
+
+        self._looked_at = False
+        simulation.render = render
+
     def _observe(self, render: bool = True) -> Observation:
         seen = self._seen
         state = [seen["robot0_eef_pos"], axis_angle(seen["robot0_eef_quat"]), seen["robot0_gripper_qpos"]]
@@ -154,10 +173,9 @@ class Libero:
         )
 
     def _picture(self, camera: str) -> np.ndarray:
-        height, width = self.frame_size
         if self.blind:
-            return np.zeros((height, width, 3), np.uint8)
-        return np.ascontiguousarray(self.world.sim.render(camera_name=camera, height=height, width=width)[::-1, ::-1])
+            return np.zeros((*self.frame_size, 3), np.uint8)
+        return np.ascontiguousarray(self._seen[f"{camera}_image"][::-1, ::-1])
 
 
 def training_trials(suite: str, count: int, seed: int) -> Sequence[Trial]:
