@@ -20,7 +20,7 @@ import torch
 
 from agra.config import RunConfig
 from agra.footprint import count_flops, fake_batch, fake_objective, flops_per_sample, measure
-from agra.planner import Machines, lay_out
+from agra.planner import SHARES, Machines, lay_out
 from agra.recipes import agra_dino_l8, tiny
 from agra.training.sharding import ParallelConfig, apply, joined, shard
 from agra.training.stages import parameter_groups
@@ -187,7 +187,7 @@ def _steps_together(steps: int) -> None:
 
 def _planned() -> list[dict]:
     config = agra_dino_l8()
-    counted = measure(config), measure(config, checkpoint_activations=True)
+    counted = [measure(config, checkpoint_activations=share) for share in SHARES]
     print("agra_dino_l8, batch 256, planned: H100s at 35 % of their peak, all traffic beside the products")
     rows = []
     for gpus, shards in LAYOUTS:

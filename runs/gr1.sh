@@ -10,7 +10,7 @@ PRESETS=${PRESETS:-gr1} OUT=${OUT:-outputs/gr1} GPUS=${GPUS:-8} RECIPE=${RECIPE:
 DATA=${DATA:-}                                  # a folder that holds the 24 tasks' own; else they come from the hub
 COSMOS=${COSMOS:-nvidia/Cosmos-Predict2.5-2B}   # hub id, or a local folder in its layout
 COMMON="--with $PRESETS ${DATA:+--data.path $DATA} --data.cache $OUT/cache --device cuda"
-train() { torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" --parallel.checkpoint-activations True; }
+train() { torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" --parallel.checkpoint-activations 1; }
 
 agra prepare "$RECIPE" $COMMON
 train "$RECIPE" $COMMON --stage adapt --init "$COSMOS" --output "$OUT/adapt"

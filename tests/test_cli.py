@@ -202,7 +202,7 @@ def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys)
         "-m",
         "agra.cli",
     ]
-    first = [*train(prepared, tmp_path / "two"), *eight, "--parallel.checkpoint-activations", "True"]
+    first = [*train(prepared, tmp_path / "two"), *eight, "--parallel.checkpoint-activations", "0.5"]
     subprocess.run([*torchrun, *first], check=True, stdout=subprocess.DEVNULL)
     for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         assert ours["step"] == theirs["step"]

@@ -43,7 +43,7 @@ def test_flops_of_a_call_are_those_of_its_products(mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [0, 0.5, 1])
 @pytest.mark.parametrize("samples", [16, 64])
 def test_peak_memory_is_foreseen(checkpointed, samples):
     """torch's own count of allocations in a step of tiny: what is planned, but for what kernels work with inside."""
@@ -76,7 +76,10 @@ def test_checkpointing_keeps_less(small_config):
     config = replace(small_config, stage=replace(small_config.stage, batch_size=8))
     config = replace(config, alignment=replace(config.alignment, teacher=replace(tiny().alignment.teacher)))
     found = plan(config, Machines(gpus=2, price=2))
-    plain, checkpointed = found.layouts
+    memory = [layout.per_sample for layout in found.layouts]
+    assert memory == sorted(memory, reverse=True)
+    assert [layout.checkpoint_activations for layout in found.layouts] == [0, 0.25, 0.5, 0.75, 1]
+    plain, *_, checkpointed = found.layouts
     assert checkpointed.per_sample < plain.per_sample
     assert (plain.accumulate, checkpointed.accumulate) == (1, 1)
     assert plain.samples < checkpointed.samples
@@ -105,7 +108,7 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [0, 0.5, 1])
 def test_traffic_is_what_fsdp_sends(small_config, checkpointed):
     """Against the collectives of a real step of one process among eight that are not there."""
     config = replace(small_config, alignment=replace(small_config.alignment, teacher=tiny().alignment.teacher))
@@ -127,7 +130,7 @@ def test_traffic_is_what_fsdp_sends(small_config, checkpointed):
 def test_traffic_grows_with_shards_and_copies(small_config):
     config = replace(small_config, stage=replace(small_config.stage, batch_size=16))
     config = replace(config, alignment=replace(config.alignment, teacher=tiny().alignment.teacher))
-    counted = (measure(config), measure(config, checkpoint_activations=True))
+    counted = (measure(config), measure(config, checkpoint_activations=1))
 
     def best(**machines):
         return lay_out(config, Machines(**machines), counted).best
@@ -157,7 +160,7 @@ def test_the_papers_model_is_planned_from_the_command_line(capsys):
     main(["plan", "agra_dino_l8", "--gpus", "8", "--gpu-memory", "80", "--price", "2"])
     printed = capsys.readouterr().out
     assert "video_dit 2,059,174,912" in printed
-    assert "--parallel.checkpoint-activations True" in printed
+    assert "--parallel.checkpoint-activations 1" in printed
     with pytest.raises(SystemExit):
         main(["plan", "agra_dino_l8", "--gpus", "1", "--gpu-memory", "16"])
     assert "no layout fits" in capsys.readouterr().out

@@ -45,6 +45,8 @@ name. (torch's own FlopCounterMode would keep the tensors of checkpointed blocks
 class Footprint:
     """A training step of one process, in bytes and FLOPs."""
 
+    checkpointed: float
+    """Share of the blocks that run again in the backward pass."""
     parameters: dict[str, int]
     """Of each part of the model, and `trained`, those that this stage trains."""
     trained: int
@@ -74,8 +76,8 @@ class Footprint:
         return self.states + int((self.fixed + samples * self.per_sample + self.gradients).max())
 
 
-def measure(config: RunConfig, *, checkpoint_activations: bool = False) -> Footprint:
-    """Count a step of a recipe's stage."""
+def measure(config: RunConfig, *, checkpoint_activations: float = 0.0) -> Footprint:
+    """Count a step of a recipe's stage, with that share of the blocks run again in the backward pass."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective, width, least = fake_objective(config)
         apply(objective, ParallelConfig(checkpoint_activations=checkpoint_activations))
@@ -89,6 +91,7 @@ def measure(config: RunConfig, *, checkpoint_activations: bool = False) -> Footp
         idle = _count(objective.wam.video_dit.transformer.crossattn_proj) if projection else 0
         root = sum(p.numel() for p in objective.parameters() if id(p) not in inside) - idle
         return Footprint(
+            checkpointed=checkpoint_activations,
             parameters={name: _count(part) for name, part in modules(objective).items()},
             trained=trained,
             largest_block=max(_count(block) for block in blocks(objective)),

@@ -4,17 +4,22 @@ A step is counted on fake tensors (`agra.footprint`) and laid on the machines. O
 reaches, and the rate at which GPUs hear from each other, are assumptions, named as such.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from agra.config import RunConfig
 from agra.footprint import Footprint, measure
 
 PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 """Dense bfloat16 products a second, from the makers' data sheets."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the blocks, that run again in the backward pass: what a plan chooses from."""
 _RESERVED = 0.92
 """Share of a GPU's memory that is planned for; the rest is the allocator's, the libraries' and NCCL's."""
 
@@ -56,7 +61,8 @@ class Machines:
 class Layout:
     """How one step lies on the GPUs."""
 
-    checkpoint_activations: bool
+    checkpoint_activations: float
+    """Share of the blocks that run again in the backward pass."""
     states: int
     """Bytes on a GPU, at the step's fullest moment, that do not depend on the number of samples."""
     per_sample: int
@@ -78,14 +84,14 @@ class Plan:
     """What `plan` found."""
 
     footprint: Footprint
-    layouts: tuple[Layout, Layout]
-    """Without and with activation checkpointing."""
+    layouts: tuple[Layout, ...]
+    """From no activation checkpointing to all."""
     hours: float
     cost: float
 
     @property
     def best(self) -> Layout:
-        """The quicker layout; the first where neither fits."""
+        """The quickest layout; the first where none fits."""
         return min(self.layouts, key=lambda layout: layout.seconds)
 
 
@@ -97,27 +103,26 @@ def peak_flops(device: torch.device) -> float | None:
 
 def plan(config: RunConfig, machines: Machines) -> Plan:
     """Lay a step of a recipe's stage on machines. Raises ValueError where the batch does not divide over them."""
-    return lay_out(config, machines, (measure(config), measure(config, checkpoint_activations=True)))
+    shares = track(SHARES, "counting a step", console=Console(stderr=True), transient=True)
+    return lay_out(config, machines, [measure(config, checkpoint_activations=share) for share in shares])
 
 
-def lay_out(config: RunConfig, machines: Machines, counted: tuple[Footprint, Footprint]) -> Plan:
-    """`plan` with a step already counted, without and with activation checkpointing."""
+def lay_out(config: RunConfig, machines: Machines, counted: Sequence[Footprint]) -> Plan:
+    """`plan` with a step already counted, without activation checkpointing and then with more and more of it."""
     if config.stage.batch_size % machines.gpus:
         raise ValueError(f"stage.batch_size: {config.stage.batch_size} does not divide over {machines.gpus} GPUs")
     local = config.stage.batch_size // machines.gpus
-    plain, checkpointed = (
-        _layout(found, on, local=local, machines=machines) for found, on in zip(counted, (False, True), strict=True)
-    )
-    hours = min(plain.seconds, checkpointed.seconds) * config.stage.steps / 3600
+    layouts = tuple(_layout(found, local=local, machines=machines) for found in counted)
+    hours = min(layout.seconds for layout in layouts) * config.stage.steps / 3600
     return Plan(
         footprint=counted[0],
-        layouts=(plain, checkpointed),
+        layouts=layouts,
         hours=hours,
         cost=hours * machines.gpus * machines.price,
     )
 
 
-def _layout(found: Footprint, on: bool, *, local: int, machines: Machines) -> Layout:
+def _layout(found: Footprint, *, local: int, machines: Machines) -> Layout:
     shards, room = machines.shards or machines.gpus, machines.gpu_memory * 1e9 * _RESERVED
     gradients = np.maximum(found.gradients, 4 * found.trained)  # where a step takes several parts they stay throughout
     constant = (found.states + gradients) / shards + found.fixed
@@ -133,7 +138,7 @@ def _layout(found: Footprint, on: bool, *, local: int, machines: Machines) -> La
     compute = local * found.flops_per_sample / (PEAK_FLOPS[machines.gpu] * machines.utilisation)
     traffic = accumulate * _traffic(found, shards, machines.gpus // shards)
     return Layout(
-        checkpoint_activations=on,
+        checkpoint_activations=found.checkpointed,
         states=int(constant[fullest]),
         per_sample=int(found.per_sample[fullest]),
         samples=samples,
@@ -163,15 +168,17 @@ def describe(found: Plan, config: RunConfig, machines: Machines) -> str:
         f"({config.stage.batch_size // machines.gpus} a GPU):",
     ]
     for layout in found.layouts:
-        name = "checkpointed" if layout.checkpoint_activations else "plain"
+        share = layout.checkpoint_activations
+        name = f"{share:.0%} run again" if share else "plain"
         verdict = "does not fit"
         if layout.accumulate:
-            flags = ["--parallel.checkpoint-activations True"] if layout.checkpoint_activations else []
+            flags = [f"--parallel.checkpoint-activations {share:g}"] if share else []
             flags += [f"--parallel.accumulate {layout.accumulate}"] if layout.accumulate > 1 else []
             verdict = f"fits with {' '.join(flags) or 'no flags'}"
         lines.append(
-            f"  {name:13}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in flight: "
+            f"  {name:15}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in flight: "
             f"{layout.samples} fit; the batch {verdict}"
+            + (f", {layout.seconds:.2f} s a step" if layout.accumulate else "")
         )
     if found.hours == float("inf"):
         return "\n".join([*lines, "no layout fits: take more GPUs, more memory, or a smaller model"])

@@ -193,7 +193,7 @@ def test_two_processes_are_one(tmp_path):
     stage = {"steps": 3, "save_every": 100, "validate_every": 100, "lora": {"rank": 3}}
     try:
         assert launcher.run(1, tmp_path / "one", stage=stage) == [0], launcher.errors
-        parallel = {"checkpoint_activations": True}
+        parallel = {"checkpoint_activations": 1}
         codes = launcher.run(2, tmp_path / "two", stage=stage, stop=[0, 1], parallel=parallel)
         assert codes == [0, 0], launcher.errors
         assert launcher.run(2, tmp_path / "two", stage=stage) == [0, 0], launcher.errors

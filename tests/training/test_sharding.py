@@ -27,10 +27,10 @@ LOSS = GRADIENT = 2e-6
 SLOW = pytest.mark.slow  # many processes or long compilation, on a machine of two cores
 COMPILED = pytest.mark.timeout(1200)
 LAYOUTS = [
-    pytest.param(1, {"accumulate": 2, "checkpoint_activations": True}, id="two parts"),
-    pytest.param(2, {"accumulate": 2, "checkpoint_activations": True}, id="two ranks, two parts", marks=SLOW),
+    pytest.param(1, {"accumulate": 2, "checkpoint_activations": 0.5}, id="two parts"),
+    pytest.param(2, {"accumulate": 2, "checkpoint_activations": 1}, id="two ranks, two parts", marks=SLOW),
     pytest.param(4, {}, id="four ranks", marks=SLOW),
-    pytest.param(1, {"compile": True, "checkpoint_activations": True}, id="compiled", marks=[SLOW, COMPILED]),
+    pytest.param(1, {"compile": True, "checkpoint_activations": 1}, id="compiled", marks=[SLOW, COMPILED]),
     pytest.param(2, {"compile": True}, id="two ranks, compiled", marks=[SLOW, COMPILED]),
     pytest.param(4, {"shards": 2}, id="two copies of two shards", marks=SLOW),
 ]

@@ -34,8 +34,9 @@ class ParallelConfig:
     (HSDP): say, the GPUs of a node."""
     accumulate: int = 1
     """Parts that a process takes its share of the batch in, one after another."""
-    checkpoint_activations: bool = False
-    """Keep only the blocks' inputs for the backward pass and run the blocks again in it."""
+    checkpoint_activations: float = 0.0
+    """Share of the blocks, evenly spread, of which only the inputs are kept for the backward pass: they run again in it.
+    0 none, 1 all; `agra plan` says what each takes and saves."""
     compile: bool = False
     """Compile the blocks."""
     deterministic: bool = False
@@ -47,6 +48,10 @@ class ParallelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"parallel.{name}: expected at least 1, got {value}")
+        if not 0 <= self.checkpoint_activations <= 1:
+            raise ValueError(
+                f"parallel.checkpoint_activations: expected a share of 0 to 1, got {self.checkpoint_activations}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,10 +211,11 @@ def blocks(objective: Objective) -> list[nn.Module]:
 
 def apply(objective: Objective, parallel: ParallelConfig) -> None:
     """Compile and checkpoint the blocks in place; parameters keep their names."""
-    for block in blocks(objective):
+    share = parallel.checkpoint_activations
+    for index, block in enumerate(blocks(objective)):
         if parallel.compile:
             block.forward = torch.compile(block.forward)
-        if parallel.checkpoint_activations:
+        if int((index + 1) * share) > int(index * share):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
