@@ -60,6 +60,7 @@ def test_the_client_gets_the_policys_answer():
         assert server.policy.seeds == [11, 12]
         assert server.policy.continuations[-1].delay == 1
         assert client.act_and_imagine(observation()).imagined is None  # not allowed: not asked for
+        client.close()
 
 
 def test_the_client_gets_the_imagined_video_where_the_server_gives_it():

@@ -40,11 +40,9 @@ class TargetConfig:
         """The action dimensions. Raises ValueError where none is called as `dimensions` say."""
         patterns = self.dimensions or ("*_x", "*_y")
         found = [i for i, name in enumerate(action_names) if any(fnmatch.fnmatch(name, p) for p in patterns)]
-        if not found and not self.dimensions:
-            return list(range(len(action_names)))
-        if not found:
+        if self.dimensions and not found:
             raise ValueError(f"looking.dimensions {self.dimensions}: name none of the actions {tuple(action_names)}")
-        return found
+        return found or list(range(len(action_names)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,6 +18,7 @@ with contextlib.redirect_stdout(io.StringIO()):  # it announces itself
     from libero.libero.envs.env_wrapper import ControlEnv
 
 from agra.simulators.libero.suites import ENVIRONMENT_SEED, EPISODES, MAX_STEPS, PERTURBATIONS, SETTLE_STEPS, regimes
+from agra.simulators.robosuite import draw_on_demand
 from agra.types import NO_FRAME, Embodiment, Observation, Step, Trial
 
 EMBODIMENT = Embodiment(
@@ -104,9 +105,10 @@ class Libero:
         # What an official initial state leaves open, such as where fixtures stand, is drawn by the reset.
         official = "initial_state" in trial.scene
         self.world.seed(ENVIRONMENT_SEED if official else trial.seed)
+        self._looked_at = False
         self._seen = self.world.reset()
         if not self.blind:
-            self._draw_on_demand()
+            draw_on_demand(self.world.sim, lambda: self._looked_at)
         if official:
             self._seen = self.world.set_init_state(suite.get_task_init_states(number)[trial.scene["initial_state"]])
         for left in reversed(range(SETTLE_STEPS)):
@@ -145,20 +147,6 @@ class Libero:
         if self._world is None:
             raise ValueError("Libero: reset(trial) comes before anything else")
         return self._world
-
-    def _draw_on_demand(self) -> None:
-        """From now on the package, which draws as one of the last parts of every control step, is handed black pictures
-        where nobody looks."""
-        simulation = self.world.sim
-        draw = simulation.render
-
-        def render(*, height: int, width: int, **options: Any) -> Any:
-            if self._looked_at or options.get("segmentation"):
-                return draw(height=height, width=width, **options)
-            return np.zeros((height, width, 3), np.uint8)
-
-        self._looked_at = False
-        simulation.render = render
 
     def _observe(self, render: bool = True) -> Observation:
         seen = self._seen

@@ -13,6 +13,7 @@ import numpy as np
 import robocasa_gr1.utils.gym_utils  # noqa: F401  registers the environments
 
 from agra.simulators.robocasa.tasks import TASKS, trials
+from agra.simulators.robosuite import draw_on_demand
 from agra.types import NO_FRAME, Embodiment, Observation, Step, Trial
 
 PARTS = {"left_arm": 7, "right_arm": 7, "left_hand": 6, "right_hand": 6, "waist": 3}
@@ -66,7 +67,7 @@ class RobocasaGR1:
         seed = trial.scene["seed"]
         self._world = gymnasium.make(trial.scene["environment"], seed=seed, disable_env_checker=True)
         seen, _ = self._world.reset(seed=seed)
-        self._draw_on_demand()
+        draw_on_demand(self.world.unwrapped.env.sim, lambda: self._looked_at)
         return observation(seen)
 
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
@@ -89,18 +90,6 @@ class RobocasaGR1:
         if self._world is not None:
             self._world.close()
             self._world = None
-
-    def _draw_on_demand(self) -> None:
-        """The package draws 1280 x 800 pixels at every step; from now on it is handed black ones where nobody looks."""
-        simulation = self.world.unwrapped.env.sim
-        draw = simulation.render
-
-        def render(*, height: int, width: int, **options: Any) -> Any:
-            if self._looked_at:
-                return draw(height=height, width=width, **options)
-            return np.zeros((height, width, 3), np.uint8)
-
-        simulation.render = render
 
     @property
     def world(self) -> Any:
