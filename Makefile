@@ -2,6 +2,7 @@
 # test         set everything up, run the quick tests          (make test-slow: the slow ones)
 # check        ruff and pyright
 # openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
+# groot        and a client of GR00T's wire that is not ours, of strands-robots
 # env-metaworld  env-libero  env-robocasa   a simulator's own environment, .venv-NAME, without torch
 # setup        Debian packages for headless rendering and a browser, virtual environment, CPU torch, agra
 
@@ -12,7 +13,7 @@ DEBIAN_PACKAGES := libegl1 libgl1-mesa-dri
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check openpi setup system opencv clean env-metaworld env-libero env-robocasa
+.PHONY: quickstart test test-slow check openpi groot setup system opencv clean env-metaworld env-libero env-robocasa
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash runs/quickstart.sh
@@ -28,8 +29,8 @@ check: setup
 	$(BIN)/ruff format --check src tests benchmarks runs
 	$(BIN)/pyright
 
-openpi: setup
-	PATH="$(abspath $(BIN)):$$PATH" bash runs/openpi_client.sh $(CHECKPOINT) 5
+openpi groot: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash runs/foreign_client.sh $@ $(CHECKPOINT) 5
 
 setup: system $(VENV)/.installed
 
@@ -66,4 +67,4 @@ opencv:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .openpi outputs build dist
+	rm -rf $(VENV) .venv-clients outputs build dist

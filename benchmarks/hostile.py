@@ -27,9 +27,9 @@ import websockets
 from websockets.asyncio.client import connect
 
 from agra.serving.client import PolicyClient
-from agra.serving.messages import Question, WireKeys, ask
-from agra.serving.wire import pack
-from agra.types import Observation
+from agra.serving.messages import Question, RequestError, WireKeys, ask, parse
+from agra.serving.wire import WireError, pack, unpack
+from agra.types import Observation, PolicySpec
 from benchmarks.serving import serving
 from benchmarks.side_by_side import finish
 
@@ -37,15 +37,27 @@ PATIENCE = 60.0  # seconds; a frame without answer or close after that is lost
 
 
 class Strangers:
-    """Makes frames, a kind at a time in turn, from a seed."""
+    """Makes frames, a kind at a time in turn, from a seed. None of them is a request that `spec`'s policy could answer."""
 
-    def __init__(self, valid: dict, seed: int) -> None:
-        self.random, self.valid, self.whole = random.Random(seed), valid, pack(valid)
+    def __init__(self, valid: dict, spec: PolicySpec, seed: int) -> None:
+        self.random, self.valid, self.whole, self.spec = random.Random(seed), valid, pack(valid), spec
         self.kinds = [getattr(self, name) for name in sorted(vars(Strangers)) if name.startswith("_kind")]
 
     def frame(self, number: int) -> bytes | str:
-        """Frame `number`."""
-        return self.kinds[number % len(self.kinds)]()
+        """Frame `number`; what happens to be right after all, such as one with other pixels, is made anew."""
+        make = self.kinds[number % len(self.kinds)]
+        while self._is_right(frame := make()):
+            pass
+        return frame
+
+    def _is_right(self, frame: bytes | str) -> bool:
+        if isinstance(frame, str):
+            return False
+        try:
+            parse(unpack(frame), self.spec, WireKeys())
+        except (WireError, RequestError):
+            return False
+        return True
 
     def _kind_noise(self) -> bytes:
         return self.random.randbytes(self.random.randrange(2000))
@@ -108,21 +120,24 @@ async def attack(address: str, strangers: Strangers, first: int, count: int, ste
     for number in range(first, count, step):
         if number % 997 == 0:
             await asyncio.to_thread(knock, address)
-        if connection is None:
-            connection = await connect(address, compression=None, max_size=None, open_timeout=PATIENCE, close_timeout=1)
-            await connection.recv()
-        data = strangers.frame(number)
-        try:
-            await connection.send(data)
-            async with asyncio.timeout(PATIENCE):
-                reply = await connection.recv()
-            found["told" if isinstance(reply, str) else "served"] += 1
-        except websockets.ConnectionClosed:
-            found["closed"] += 1
-            connection = None
-        except TimeoutError:
-            found["lost"] += 1
-            connection = None
+        data, outcome = strangers.frame(number), None
+        while outcome is None:
+            fresh = connection is None
+            if connection is None:
+                connection = await connect(
+                    address, compression=None, max_size=None, open_timeout=PATIENCE, close_timeout=1
+                )
+                await connection.recv()
+            try:
+                await connection.send(data)
+                async with asyncio.timeout(PATIENCE):
+                    outcome = "told" if isinstance(await connection.recv(), str) else "served"
+            except websockets.ConnectionClosed:
+                # One that was closed because of an earlier frame says nothing of this one, which goes to the next.
+                outcome, connection = "closed" if fresh else None, None
+            except TimeoutError:
+                outcome, connection = "lost", None
+        found[outcome] += 1
     if connection is not None:
         await connection.close()
 
@@ -182,7 +197,7 @@ async def run(address: str, pid: int, *, frames: int, connections: int) -> dict:
 
     watching = asyncio.create_task(watch())
     start = time.perf_counter()
-    strangers = [Strangers(valid, seed) for seed in range(connections)]
+    strangers = [Strangers(valid, client.spec, seed) for seed in range(connections)]
     await asyncio.gather(
         *(attack(address, one, index, frames, connections, found) for index, one in enumerate(strangers))
     )

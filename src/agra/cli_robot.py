@@ -18,6 +18,7 @@ def serve(
     port: int = 8000,
     groot_port: int | None = None,
     groot_camera: str = "ego_view",
+    groot_version: Literal["n1.5", "n1.6"] = "n1.6",
     embodiment: str | None = None,
     without_key: bool = False,
     image_key: str = "observation/image",
@@ -46,6 +47,7 @@ def serve(
         port: port of the websocket wire; 0 takes a free one.
         groot_port: serve GR00T's ZMQ wire too, on this port.
         groot_camera: the camera's name there: video.NAME.
+        groot_version: the form in which get_modality_config answers there; later clients read that of n1.6.
         embodiment: which robot GR00T's clients are, where the policy knows several.
         without_key: listen on a network without a key.
         image_key: what clients call the frame.
@@ -96,7 +98,7 @@ def serve(
         server = WebsocketServer(service, host=host, port=port, keys=keys, api_key=key, tls=tls)
         groot = None
         if groot_port is not None:
-            names = GrootNames(camera=groot_camera)
+            names = GrootNames(camera=groot_camera, version=groot_version)
             groot = GrootServer(service, host=host, port=groot_port, embodiment=embodiment, names=names, api_key=key)
         scheme = "ws" if tls is None else "wss"
 

@@ -106,3 +106,10 @@ def running(policy, limits=None, **options):
         one.loop.call_soon_threadsafe(one.loop.stop)
         thread.join(10)
         one.loop.close()
+
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.01)

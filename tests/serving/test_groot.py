@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import zmq
 
-from agra.serving.groot import GrootServer
+from agra.serving.groot import GrootNames, GrootServer
 from agra.serving.service import Limits
 from agra.serving.wire import pack_groot
 
-from .echo import Echo, expected, observation, running, spec
+from .echo import Echo, expected, observation, running, spec, wait_for
 
 
 class Client:
@@ -127,6 +127,18 @@ def test_the_newer_protocol():
 def test_the_modalities_are_described():
     with Both(Echo()) as both:
         found = Client(both.groot.port).call("get_modality_config")
+        assert all(one["__ModalityConfig_class__"] is True for one in found.values())
+        assert {name: one["as_json"] for name, one in found.items()} == {
+            "video": {"delta_indices": [0], "modality_keys": ["ego_view"]},
+            "state": {"delta_indices": [0], "modality_keys": ["arm", "hand"]},
+            "action": {"delta_indices": [0, 1, 2, 3, 4], "modality_keys": ["arm"]},
+            "language": {"delta_indices": [0], "modality_keys": ["annotation.human.action.task_description"]},
+        }
+
+
+def test_the_modalities_are_described_to_the_older_clients_as_text():
+    with Both(Echo(), names=GrootNames(version="n1.5")) as both:
+        found = Client(both.groot.port).call("get_modality_config")
         parts = {name: json.loads(one["as_json"]) for name, one in found.items()}
         assert parts["state"] == {"delta_indices": [0], "modality_keys": ["state.arm", "state.hand"]}
         assert parts["action"] == {"delta_indices": [0, 1, 2, 3, 4], "modality_keys": ["action.arm"]}
@@ -184,6 +196,20 @@ def test_clients_do_not_wait_for_each_other_and_bare_messages_get_nothing():
             list(threads.map(one, range(6)))
         assert bare.poll(50) == 0
     assert max(policy.batches) > 1
+
+
+def test_who_waits_to_be_told_takes_nobodys_place():
+    with Both(Echo(), Limits(bad_request_rate=0.5, max_connections=1)) as both:
+        first, second, good = (Client(both.groot.port) for _ in range(3))
+        assert "not a msgpack message" in first.send(b"\xc1")["error"]
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(second.send, b"\xc1")
+            wait_for(lambda: b'outcome="garbage",wire="groot"} 2.0' in both.server.service.metrics())
+            for seed in range(3):
+                answer = good.call("get_action", flat(seed))
+                assert np.array_equal(answer["action.arm"], expected(observation(seed)))
+            assert not waiting.done()
+            assert "not a msgpack message" in waiting.result()["error"]
 
 
 def test_the_embodiment_is_checked():

@@ -20,7 +20,7 @@ from agra.serving.service import Limits
 from agra.serving.wire import pack, unpack
 from agra.types import Continuation
 
-from .echo import Echo, expected, observation, running, spec
+from .echo import Echo, expected, observation, running, spec, wait_for
 
 
 def connect(server, **options):
@@ -36,13 +36,6 @@ def get(server, path, headers=None):
     connection.request("GET", path, headers=headers or {})
     response = connection.getresponse()
     return response.status, response.read().decode()
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.01)
 
 
 def test_the_client_gets_the_policys_answer():
@@ -122,6 +115,57 @@ def test_bad_requests_without_end_close_the_connection():
         with pytest.raises(ConnectionClosed):
             connection.recv(timeout=5)
         assert connection.close_code == 1008
+
+
+def test_bad_requests_take_turns_and_good_ones_do_not():
+    with running(Echo(), Limits(bad_request_rate=0.5)) as server, connect(server) as one, connect(server) as other:
+        client = PolicyClient(server.address)
+        for connection in (one, other):
+            connection.recv()
+            connection.send(pack({}))
+        asked = time.perf_counter()
+        told = {connection: [] for connection in (one, other)}
+
+        def listen(connection):
+            told[connection].append((connection.recv(timeout=10), time.perf_counter()))
+
+        with ThreadPoolExecutor(2) as threads:
+            threads.map(listen, (one, other))
+            wait_for(lambda: told[one] or told[other])
+            assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
+            assert not (told[one] and told[other])  # the second of them has its turn after two seconds
+        assert [text[:6] for text, _ in (*told[one], *told[other])] == ["agra: "] * 2
+        assert max(when for _, when in (*told[one], *told[other])) - asked > 1.5
+
+
+def test_a_bad_request_is_told_between_two_forwards():
+    class Gated(Echo):
+        def act_batch(self, requests):
+            entered.set()
+            assert leave.wait(10)
+            return super().act_batch(requests)
+
+    entered, leave = threading.Event(), threading.Event()
+    with running(Gated()) as server, connect(server) as bad, connect(server) as good:
+        for connection in (bad, good):
+            connection.recv()
+        good.send(request(1))
+        assert entered.wait(10)
+        bad.send(pack({}))
+        with pytest.raises(TimeoutError):
+            bad.recv(timeout=0.2)
+        leave.set()
+        assert bad.recv(timeout=10).startswith("agra: ")
+        assert np.array_equal(unpack(good.recv())["actions"], expected(observation(1)))
+        # A forward that does not end does not make it wait for ever.
+        entered.clear()
+        leave.clear()
+        good.send(request(2))
+        assert entered.wait(10)
+        bad.send(pack({}))
+        assert bad.recv(timeout=10).startswith("agra: ")
+        leave.set()
+        assert np.array_equal(unpack(good.recv())["actions"], expected(observation(2)))
 
 
 def test_size_fragments_and_idleness_are_limited():

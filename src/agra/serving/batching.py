@@ -39,7 +39,7 @@ class Batcher:
         self.policy, self.max_batch = policy, max_batch
         self.running_since: float | None = None
         self._waiting: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived, self._free = asyncio.Event(), asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -60,6 +60,11 @@ class Batcher:
         self._waiting.append(waiting)
         self._arrived.set()
         return await waiting.future
+
+    async def rest(self) -> None:
+        """Wait until no forward is running."""
+        while self.running_since is not None:
+            await self._free.wait()
 
     async def call(self, function: Callable[[], None]) -> None:
         """Run something between two forwards, such as a swap of the policy."""
@@ -88,6 +93,7 @@ class Batcher:
     async def _forward(self, batch: list[_Waiting]) -> None:
         start = time.perf_counter()
         self.running_since = start
+        self._free.clear()
         loop = asyncio.get_running_loop()
         try:
             chunks = await loop.run_in_executor(self._thread, self.policy.act_batch, [one.request for one in batch])
@@ -103,6 +109,7 @@ class Batcher:
             return
         finally:
             self.running_since = None
+            self._free.set()
         for one, chunk in zip(batch, chunks, strict=True):
             if not one.future.done():
                 one.future.set_result(Served(chunk=chunk, queued=start - one.since, batch=len(batch)))

@@ -1,10 +1,11 @@
 """GR00T's ZMQ wire (N1.5 and N1.6), so that its simulator clients can evaluate our policies.            fact 9
 
 A request is a msgpack map {endpoint, data, api_token}; endpoints are ping, get_action, reset and get_modality_config. An
-observation names its parts: `video.<camera>` (T, H, W, 3) uint8, `state.<part>` (T, d), and a text `annotation.<...>`. N1.6
-sends {observation, options} and wants [action, info] back; its observation may also nest the parts, {"video": {...},
-"state": {...}, "language": {...}}, and then the answer's keys lack `action.`. Everything may have a batch axis in front. Only the newest of T is looked at. The answer has `action.<part>` (K, d). `kill` is refused: whoever can
-reach the port must not be able to end the server.
+observation names its parts: `video.<camera>` (T, H, W, 3) uint8, `state.<part>` (T, d), and a text `annotation.<...>`.
+N1.6 sends {observation, options} and wants [action, info] back; its observation may also nest the parts, {"video": {...},
+"state": {...}, "language": {...}}, and then the answer's keys lack `action.`. Everything may have a batch axis in front.
+Only the newest of T is looked at. The answer has `action.<part>` (K, d). `kill` is refused: whoever can reach the port
+must not be able to end the server.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zmq
@@ -33,10 +34,13 @@ MAX_EPISODES = 1024  # clients whose episodes are remembered
 
 @dataclass(frozen=True, kw_only=True)
 class GrootNames:
-    """How GR00T's clients name what the policy takes: the camera, and the parts of state and action where not ours."""
+    """How GR00T's clients name what the policy takes, and whose form `get_modality_config` answers in."""
 
     camera: str = "ego_view"
     annotation: str = "human.action.task_description"
+    version: Literal["n1.5", "n1.6"] = "n1.6"
+    """N1.5 reads a JSON text with full keys; N1.6 and later a map with the bare names of their parts. The request is the
+    same, and neither client reads the other's answer."""
 
 
 class GrootServer:
@@ -63,6 +67,7 @@ class GrootServer:
         self._key = None if api_key is None else api_key.encode()
         self._episodes: OrderedDict[bytes, list[Episode]] = OrderedDict()
         self._running: dict[bytes, asyncio.Task] = {}
+        self._computing = 0  # of those; the others were wrong and wait to be told
         self._context: zmq.asyncio.Context | None = None
         self._task: asyncio.Task | None = None
 
@@ -100,9 +105,10 @@ class GrootServer:
             # A REQ socket sends an empty frame and then the message. What does otherwise gets nothing.
             if len(rest) != 2 or rest[0] or client in self._running:
                 continue
-            if len(self._running) >= self.service.limits.max_connections:
+            if self._computing >= self.service.limits.max_connections or len(self._running) >= MAX_EPISODES:
                 await self._reply(client, {"error": "agra: busy: too many requests at a time"})
                 continue
+            self._computing += 1
             task = asyncio.get_running_loop().create_task(self._serve(client, rest[1]))
             self._running[client] = task
             task.add_done_callback(lambda _, client=client: self._running.pop(client, None))
@@ -113,7 +119,9 @@ class GrootServer:
         except Exception as error:  # the policy's, of whatever kind: the other clients must not suffer from it
             outcome, told = failure(error)
             reply = {"error": told}
-        self.service.outcomes.labels(WIRE, outcome).inc()
+        finally:
+            self._computing -= 1
+        await self.service.settle(WIRE, outcome)
         await self._reply(client, reply)
 
     async def _reply(self, client: bytes, reply: Any) -> None:
@@ -239,18 +247,20 @@ def _annotation(given: Mapping[str, Any], names: GrootNames) -> str:
 def modality_config(spec: PolicySpec, embodiment: str, names: GrootNames) -> dict[str, Any]:
     """What GR00T's clients ask for, with its own marks: which keys, and at which steps relative to now."""
     robot = spec.embodiments[embodiment]
+    n15 = names.version == "n1.5"
     keys = {
-        "video": ([f"video.{names.camera}"], [0]),
-        "state": ([f"state.{part}" for part in robot.state], [0]),
-        "action": ([f"action.{part}" for part in robot.action], list(range(spec.horizon))),
-        "language": ([f"annotation.{names.annotation}"], [0]),
+        "video": ([names.camera], [0]),
+        "state": (list(robot.state), [0]),
+        "action": (list(robot.action), list(range(spec.horizon))),
     }
+    found = {
+        name: {"delta_indices": indices, "modality_keys": [f"{name}.{key}" for key in parts] if n15 else parts}
+        for name, (parts, indices) in keys.items()
+    }
+    found["language"] = {"delta_indices": [0], "modality_keys": [f"annotation.{names.annotation}"]}
     return {
-        name: {
-            "__ModalityConfig_class__": True,
-            "as_json": json.dumps({"delta_indices": indices, "modality_keys": found}),
-        }
-        for name, (found, indices) in keys.items()
+        name: {"__ModalityConfig_class__": True, "as_json": json.dumps(one) if n15 else one}
+        for name, one in found.items()
     }
 
 

@@ -164,7 +164,7 @@ class WebsocketServer:
                 start = time.perf_counter()
             next_turn = max(next_turn, start) + 1 / limits.request_rate
             outcome, reply = await self._answer(data, episode, previous)
-            self.service.outcomes.labels(WIRE, outcome).inc()
+            await self.service.settle(WIRE, outcome)
             await self._send(connection, reply)
             previous = time.perf_counter() - start
             bad = 0 if outcome == "answered" else bad + 1

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ class Limits:
     """Requests a second of one client; a faster one waits."""
     max_bad_requests: int = 20
     """Bad requests in a row after which a connection is closed."""
+    bad_request_rate: float = 100.0
+    """Bad requests a second of all clients together; beyond that their senders wait, and nobody else does."""
     request_timeout: float = 30.0
     idle_timeout: float = 600.0
     send_timeout: float = 10.0
@@ -46,6 +49,12 @@ class Limits:
 
 class Busy(TimeoutError):
     """The policy did not get round to a request in time."""
+
+
+BAD = ("garbage", "refused")
+"""Outcomes that the sender is to blame for."""
+MAX_REST = 1.0
+"""Seconds for which the sender of a bad request waits for a pause between two forwards."""
 
 
 def failure(error: Exception) -> tuple[str, str]:
@@ -105,6 +114,7 @@ class PolicyService:
         self.registry = CollectorRegistry()
         self._batcher = Batcher(policy, max_batch=self.limits.max_batch)
         self._active = 0
+        self._bad_turn = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
         self.outcomes = Counter("agra_requests", "Requests by outcome", ["wire", "outcome"], registry=self.registry)
@@ -163,6 +173,24 @@ class PolicyService:
         timing: dict[str, Any] = {"infer_ms": 1000 * infer, **milliseconds, "batch": served.batch}
         timing |= {"p50_p95": self.times.percentiles(), "policy": self.spec.name, "generation": self.generation}
         return served.chunk, timing
+
+    async def settle(self, wire: str, outcome: str) -> None:
+        """Count what became of a request; returns when its sender may be told.
+
+        A bad request takes its turn at `bad_request_rate` and then waits for a pause between two forwards: whoever is
+        told sends the next one, and reading it would keep the interpreter from the policy, whose forward is thousands
+        of short calls. On an idle server a lone mistake is told at once.
+        """
+        self.outcomes.labels(wire, outcome).inc()
+        if outcome not in BAD:
+            return
+        now = time.perf_counter()
+        turn = max(self._bad_turn, now)
+        self._bad_turn = turn + 1 / self.limits.bad_request_rate
+        await asyncio.sleep(turn - now)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MAX_REST):
+                await self._batcher.rest()
 
     async def swap(self, policy: BatchPolicy) -> bool:
         """Serve another policy from the next forward on; episodes begin anew on it, with their seeds.
