@@ -1,5 +1,8 @@
 """The control loop with a robot that notes everything; and the cable pulled, the server restarted, the policy swapped."""
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,6 +87,44 @@ def test_old_plans_are_not_executed():
     assert robot.told[-1] is None
 
 
+class Stalling(Robot):
+    """Its camera hangs once."""
+
+    def __init__(self, step, seconds):
+        super().__init__()
+        self.step, self.seconds, self.times = step, seconds, []
+
+    def observe(self):
+        if len(self.told) == self.step:
+            time.sleep(self.seconds)
+        return super().observe()
+
+    def command(self, action):
+        super().command(action)
+        self.times.append(time.perf_counter())
+
+
+def run_in_real_time(robot, actions, *, fps, steps, **options):
+    executor = Synchronous(DelayedInference(Planned(actions), 0), execute_steps=len(actions))
+    return control(robot, executor, fps=fps, steps=steps, **options)
+
+
+def test_a_stall_is_not_made_up_for_in_a_burst():
+    robot = Stalling(step=3, seconds=0.3)
+    start = time.perf_counter()
+    report = run_in_real_time(robot, [[1, 1, 1, 1]] * 12, fps=50, steps=12)
+    assert report.overruns >= 1
+    assert np.diff(robot.times).min() > 0.5 / 50
+    assert time.perf_counter() - start > 0.3 + 9.5 / 50
+
+
+def test_a_plan_grows_old_by_the_clock():
+    robot = Stalling(step=3, seconds=0.5)
+    run_in_real_time(robot, [[1, 1, 1, 1]] * 6, fps=50, steps=7, watchdog=Watchdog(max_age=0.45))
+    # After the stall what is left of the plan is too old, though it is few control steps; the next one is not.
+    assert [told is None for told in robot.told[3:]] == [True, True, True, False]
+
+
 def test_a_dry_run_commands_nothing():
     robot = Robot()
     report = run(robot, [[1, 1, 1, 1]] * 4, dry_run=True)
@@ -133,6 +174,49 @@ def test_everything_is_recorded_as_a_dataset(tmp_path):
     assert actions.shape == (8, 4)
     np.testing.assert_allclose(actions[1], [1, 2, 3, 4])
     np.testing.assert_allclose(actions[0], dataset.states(0)[0])  # held where it stood
+
+
+def test_a_log_holds_little_in_memory_and_outlives_a_failure(tmp_path):
+    class Failing(Robot):
+        def observe(self):
+            if len(self.told) == 30:
+                raise OSError("camera")
+            seen = super().observe()
+            self.shared[:] = seen.frame  # one buffer for all frames, as drivers have it
+            return replace(seen, frame=self.shared)
+
+        shared = np.zeros((32, 48, 3), np.uint8)
+
+    robot = Failing()
+    with pytest.raises(OSError, match="camera"), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=100, recorder=recorder)
+    assert not any(row.observation.frame.size for row in recorder._rows)
+    dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
+    assert len(dataset.actions(0)) == 30
+    shades = dataset.frames(0)[[0, 10, 29]].mean((1, 2, 3))
+    np.testing.assert_allclose(shades, [0, 10, 29], atol=2)
+
+
+def test_a_run_that_fails_at_once_leaves_no_log(tmp_path):
+    class Broken(Robot):
+        def observe(self):
+            raise OSError("camera")
+
+    robot = Broken()
+    with pytest.raises(OSError, match="camera"), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]], recorder=recorder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_without_a_known_action_are_not_logged(tmp_path):
+    class Unknowing(Robot):
+        def pose(self, observation):
+            return None
+
+    robot = Unknowing()
+    with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=6, delay=2, recorder=recorder)
+    assert len(LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view").actions(0)) == 4
 
 
 class Driver:

@@ -28,27 +28,45 @@ OPTIONS = {"crf": "16", "preset": "veryfast", "g": str(GROUP_OF_PICTURES), "bf":
 """libx264 settings; without B-frames presentation order is coding order, so files can be joined packet by packet."""
 
 
+class FrameEncoder:
+    """An mp4 that grows in memory frame by frame; the same frames give the same bytes on any number of cores."""
+
+    def __init__(self, height: int, width: int, *, fps: int) -> None:
+        if height < 2 or width < 2 or height % 2 or width % 2:
+            raise ValueError(f"video frames: height and width must be even, got {height} x {width}")
+        self.size = height, width
+        self._buffer = io.BytesIO()
+        self._container = av.open(self._buffer, "w", format="mp4")
+        self._stream = self._container.add_stream("libx264", rate=fps, options=OPTIONS)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._stream.codec_context.thread_count = 1  # more threads cut the picture differently: other bytes
+
+    def add(self, frame: np.ndarray) -> None:
+        """Append a frame (H, W, 3) uint8 RGB. Raises ValueError for another shape or dtype."""
+        if frame.dtype != np.uint8 or frame.shape != (*self.size, 3):
+            raise ValueError(f"video frame: expected {(*self.size, 3)} uint8, got {frame.shape} {frame.dtype}")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        # Averaging the chroma of 2 x 2 pixels is 0.2 dB better than the default filter.
+        self._container.mux(self._stream.encode(picture.reformat(format="yuv420p", interpolation="AREA")))
+
+    def finish(self) -> bytes:
+        """The whole mp4. Nothing can be added afterwards."""
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        return self._buffer.getvalue()
+
+
 def encode_frames(frames: np.ndarray, *, fps: int) -> bytes:
-    """An mp4 of `frames` (N, H, W, 3) uint8; the same frames give the same bytes on any number of cores.
+    """An mp4 of `frames` (N, H, W, 3) uint8.
 
     Raises ValueError for another shape or dtype, no frames, or an odd height or width.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) == 0:
         raise ValueError(f"video frames: expected (N, H, W, 3) uint8 with N >= 1, got {frames.shape} {frames.dtype}")
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(f"video frames: height and width must be even, got {height} x {width}")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options=OPTIONS)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.thread_count = 1  # more threads cut the picture differently: other bytes
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            # Averaging the chroma of 2 x 2 pixels is 0.2 dB better than the default filter.
-            container.mux(stream.encode(picture.reformat(format="yuv420p", interpolation="AREA")))
-        container.mux(stream.encode(None))
-    return buffer.getvalue()
+    encoder = FrameEncoder(*frames.shape[1:3], fps=fps)
+    for frame in frames:
+        encoder.add(frame)
+    return encoder.finish()
 
 
 def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:

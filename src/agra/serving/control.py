@@ -42,10 +42,15 @@ class Row:
 
     observation: Observation
     command: Command
-    action: np.ndarray  # (D,) what the robot was told or, holding, last told
+    action: np.ndarray  # (D,) what the robot was told or, holding, last told; (0,) where that is not known yet
     held: bool
     clipped: bool
     late: float  # seconds by which the step began after its time; 0 in simulated time
+
+
+OVERRUN = 0.5
+"""Periods by which a control step may be late before it counts as overrun, and which two commands are apart at least."""
+ROUNDING = 1e-6  # seconds
 
 
 class Recorder(Protocol):
@@ -74,7 +79,7 @@ class Watchdog:
     """When the robot is not told what the policy says. Seconds."""
 
     max_age: float = 3.0
-    """An action whose observation is older is not executed: the robot holds."""
+    """An action whose observation is older, by the clock, is not executed: the robot holds."""
     stop_after: float | None = None
     """Holding for so long ends the run; None: hold until the policy is back."""
 
@@ -107,31 +112,37 @@ def control(
     if not fps > 0 or steps < 1:
         raise ValueError(f"control: expected a positive rate and at least 1 step, got {fps} and {steps}")
     limits, watchdog, report = limits or ActionLimits(), watchdog or Watchdog(), Report()
+    pace = _RealTime(fps) if real_time else _SimulatedTime(fps)
     try:
         executor.reset(seed)
         last: np.ndarray | None = None
-        holding, begin = 0, time.perf_counter()
-        for number in range(steps):
-            late = _wait(begin + number / fps) if real_time else 0.0
+        held_since: float | None = None
+        seen: list[float] = []  # when each step's observation was there
+        for _ in range(steps):
+            late = pace.next()
             observation = robot.observe()
+            seen.append(pace.now())
             last = robot.pose(observation) if last is None else last
             command = executor.step(observation)
-            action, held, clipped = _decide(command, limits, watchdog, last, fps)
+            age = pace.now() - seen[-1 - command.age]
+            action, held, clipped = _decide(command, age, limits, watchdog, last)
             if held or dry_run:
                 robot.hold()
             else:
                 robot.command(action)
                 last = action
+            pace.told()
             if recorder is not None:
                 row = Row(
                     observation=observation, command=command, action=action, held=held, clipped=clipped, late=late
                 )
                 recorder.add(row)
-            _note(report, command, held=held, clipped=clipped, overrun=late > 0.5 / fps)
-            holding = holding + 1 if held else 0
+            _note(report, command, held=held, clipped=clipped, overrun=late > OVERRUN / fps)
+            held_since = (seen[-1] if held_since is None else held_since) if held else None
             if until is not None and until():
                 break
-            if watchdog.stop_after is not None and holding >= watchdog.stop_after * fps:
+            held_for = 0.0 if held_since is None else pace.now() + 1 / fps - held_since
+            if watchdog.stop_after is not None and held_for > watchdog.stop_after - ROUNDING:
                 report.stopped = f"held for {watchdog.stop_after:g} s: {command.error or 'no answer from the policy'}"
                 break
     finally:
@@ -139,21 +150,53 @@ def control(
     return report
 
 
-def _wait(until: float) -> float:
-    """Sleep until a time; answers by how much it had passed already."""
-    left = until - time.perf_counter()
-    if left > 0:
-        time.sleep(left)
+class _RealTime:
+    """Control steps by the clock. After a stall the schedule moves: lost steps are not made up for in a burst."""
+
+    def __init__(self, fps: float) -> None:
+        self._period = 1 / fps
+        self._due = time.perf_counter()
+        self._earliest = self._due
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def next(self) -> float:
+        """Sleep until the next step; answers by how much its time had passed."""
+        time.sleep(max(0.0, max(self._due, self._earliest) - self.now()))
+        now = self.now()
+        late = max(0.0, now - self._due)
+        self._due = (now if late > OVERRUN * self._period else self._due) + self._period
+        return late
+
+    def told(self) -> None:
+        """The robot was told something; what it is told next has to keep a distance, or rate limits would not hold."""
+        self._earliest = self.now() + OVERRUN * self._period
+
+
+class _SimulatedTime:
+    """Control steps that follow each other at once."""
+
+    def __init__(self, fps: float) -> None:
+        self._fps, self._number = fps, -1
+
+    def now(self) -> float:
+        return self._number / self._fps
+
+    def next(self) -> float:
+        self._number += 1
         return 0.0
-    return -left
+
+    def told(self) -> None:
+        pass
 
 
 def _decide(
-    command: Command, limits: ActionLimits, watchdog: Watchdog, last: np.ndarray | None, fps: float
+    command: Command, age: float, limits: ActionLimits, watchdog: Watchdog, last: np.ndarray | None
 ) -> tuple[np.ndarray, bool, bool]:
     """The action, whether to hold instead of executing it, and whether the limits changed it."""
     stands = np.zeros(0, np.float32) if last is None else last
-    if command.action is None or not np.isfinite(command.action).all() or command.age > watchdog.max_age * fps:
+    if command.action is None or not np.isfinite(command.action).all() or age > watchdog.max_age + ROUNDING:
         return stands, True, False
     action = limits.apply(command.action, last)
     return action, False, not np.array_equal(action, np.asarray(command.action, np.float32))

@@ -1,58 +1,98 @@
 """What the robot saw, was told and did, as a LeRobot v3.0 dataset: to look at, to learn from, to find out why."""
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
-from agra.data.lerobot_writer import LeRobotWriter, encode_episode
+from agra.data.lerobot_writer import EncodedEpisode, EncodedVideo, LeRobotWriter
+from agra.data.source import EGO_VIEW
+from agra.data.statistics import picture_histogram
+from agra.data.video import FrameEncoder
 from agra.serving.control import Row
 from agra.serving.robots import Robot
-from agra.types import Episode
+
+MAX_BEHIND = 100
+"""Frames that wait for the encoder; beyond that `add` waits too, so that memory stays bounded on a slow machine."""
+_NO_FRAME = np.zeros((0, 0, 3), np.uint8)
 
 
 class DatasetRecorder:
     """Keeps rows and writes each episode when it ends; a context manager, since the dataset is named when closed.
 
-    Beside states and actions a row has `held` and `clipped` (bool), `action_age`, `answer_delay` (control steps; -1 where
-    no answer came) and `late` (seconds).
+    Frames are encoded as they come, in a thread of their own, so an hour costs an hour's mp4 of memory and no control
+    step waits. Beside states and actions a row has `held` and `clipped` (bool), `action_age`, `answer_delay` (control
+    steps; -1 where no answer came) and `late` (seconds). Rows of a robot that was told nothing yet and cannot say where
+    it stands have no action and are left out.
     """
 
     def __init__(self, path: str | Path, robot: Robot, *, fps: int) -> None:
         self._writer = LeRobotWriter(path, embodiment=robot.embodiment, fps=fps)
-        self._robot, self._fps = robot, fps
+        self._fps = fps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="recorder")
+        self._begin()
+
+    def _begin(self) -> None:
         self._rows: list[Row] = []
+        self._encoder: FrameEncoder | None = None
+        self._histogram = np.zeros((3, 256), np.int64)
+        self._encoding: deque[Future[None]] = deque()
 
     def add(self, row: Row) -> None:
-        """Keep one control step."""
-        self._rows.append(row)
+        """Keep one control step. Raises ValueError for frames of odd or changing size."""
+        if not row.action.size:
+            return
+        frame = row.observation.frame
+        encoder = self._encoder = self._encoder or FrameEncoder(*frame.shape[:2], fps=self._fps)
+        self._encoding.append(self._thread.submit(self._encode, encoder, frame.copy()))  # drivers reuse their buffers
+        while self._encoding and (self._encoding[0].done() or len(self._encoding) > MAX_BEHIND):
+            self._encoding.popleft().result()
+        self._rows.append(replace(row, observation=replace(row.observation, frame=_NO_FRAME, views={})))
+
+    def _encode(self, encoder: FrameEncoder, frame: np.ndarray) -> None:
+        encoder.add(frame)
+        self._histogram += picture_histogram(frame[None])
 
     def end_episode(self) -> None:
         """Write the rows so far as an episode; without rows nothing happens."""
-        rows, self._rows = self._rows, []
-        if not rows:
+        rows, encoder = self._rows, self._encoder
+        if encoder is None or not rows:
             return
-        episode = Episode(
-            frames=np.stack([row.observation.frame for row in rows]),
-            states=np.stack([row.observation.state for row in rows]),
-            actions=np.stack([row.action for row in rows]),
-            instruction=rows[0].observation.instruction,
-            embodiment=self._robot.embodiment.name,
-            fps=self._fps,
-        )
+        while self._encoding:
+            self._encoding.popleft().result()
+        video = EncodedVideo(video=encoder.finish(), size=encoder.size, histogram=self._histogram)
+        self._begin()
         delays = [-1 if row.command.delay is None else row.command.delay for row in rows]
-        extra = {
-            "held": np.array([row.held for row in rows]),
-            "clipped": np.array([row.clipped for row in rows]),
-            "action_age": np.array([row.command.age for row in rows], np.int64),
-            "answer_delay": np.array(delays, np.int64),
-            "late": np.array([row.late for row in rows], np.float32),
-        }
-        self._writer.add(encode_episode(episode, extra=extra))
+        episode = EncodedEpisode(
+            states=np.stack([row.observation.state for row in rows]).astype(np.float32),
+            actions=np.stack([row.action for row in rows]).astype(np.float32),
+            instruction=rows[0].observation.instruction,
+            videos={EGO_VIEW: video},
+            extra={
+                "held": np.array([row.held for row in rows]),
+                "clipped": np.array([row.clipped for row in rows]),
+                "action_age": np.array([row.command.age for row in rows], np.int64),
+                "answer_delay": np.array(delays, np.int64),
+                "late": np.array([row.late for row in rows], np.float32),
+            },
+        )
+        self._writer.add(episode)
 
     def __enter__(self) -> "DatasetRecorder":
         return self
 
-    def __exit__(self, *raised: object) -> None:
-        # Also of a run that failed: those rows are what one wants to see.
-        self.end_episode()
-        self._writer.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Also of a run that failed: those rows are what one wants to see. If it failed before the first, there is nothing.
+        try:
+            self.end_episode()
+            if self._writer.num_frames or kind is None:
+                self._writer.close()
+            else:
+                self._writer.__exit__(kind, value, trace)
+        finally:
+            self._thread.shutdown()
