@@ -1,10 +1,12 @@
 """The server under ordinary, wrong and hostile clients, with a policy whose answers prove whose they are."""
 
 import asyncio
+import gc
 import http.client
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -339,6 +341,27 @@ def test_a_swap_between_two_requests():
             client.act(observation())
         with pytest.raises(ServerRefused, match=r"expected \(6,\) float"):
             client.act(observation())
+
+
+def test_what_is_loaded_is_hidden_from_the_garbage_collector_until_it_gives_way():
+    loaded = []
+
+    def load():
+        policy = Echo()
+        policy.itself = policy  # garbage that only the collector finds
+        loaded.append(weakref.ref(policy))
+        return policy
+
+    try:
+        with running(Echo()) as server:
+            client = PolicyClient(server.address)
+            for number in range(2):
+                assert server.call(reload(server.service, server.server, Source(load=load, stamp=lambda: 0)))
+                assert gc.get_freeze_count() > 0
+                assert np.array_equal(client.act(observation(number)).actions, expected(observation(number)))
+            assert [policy() is None for policy in loaded] == [True, False]
+    finally:
+        gc.unfreeze()
 
 
 def test_newer_checkpoints_are_found():
