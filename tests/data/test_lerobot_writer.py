@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from agra.data.lerobot_writer import LeRobotWriter, encode_episode, write_dataset
+from agra.data.lerobot_writer import EncodedVideo, GrowingVideo, LeRobotWriter, encode_episode, write_dataset
 from agra.types import Embodiment, Episode
 
 REFERENCE = Path(__file__).parent / "written_by_lerobot_0_4_0"
@@ -204,3 +204,13 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"extra column 'next.reward'"):
         encode_episode(EPISODES[0], extra={"next.reward": np.zeros(3)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+
+
+def test_a_video_that_grows_is_the_video_of_all_its_frames():
+    frames = EPISODES[0].frames
+    growing = GrowingVideo(*frames.shape[1:3], fps=10)
+    for frame in frames:
+        growing.add(frame)
+    found, whole = growing.finish(), EncodedVideo.of(frames, fps=10)
+    assert (found.video, found.size) == (whole.video, whole.size)
+    assert np.array_equal(found.histogram, whole.histogram)

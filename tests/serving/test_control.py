@@ -197,6 +197,21 @@ def test_a_log_holds_little_in_memory_and_outlives_a_failure(tmp_path):
     np.testing.assert_allclose(shades, [0, 10, 29], atol=2)
 
 
+def test_a_camera_that_changes_its_size_ends_the_run_and_keeps_the_log(tmp_path):
+    class Changing(Robot):
+        def observe(self):
+            seen = super().observe()
+            return replace(seen, frame=np.zeros((32, 64, 3), np.uint8)) if len(self.told) == 5 else seen
+
+    robot = Changing()
+    message = r"frames were \(32, 48, 3\) and are \(32, 64, 3\)"
+    with pytest.raises(ValueError, match=message), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=10, recorder=recorder)
+    dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
+    assert len(dataset.actions(0)) == len(dataset.frames(0)) == 5
+    assert robot.stops == 1
+
+
 def test_a_run_that_fails_at_once_leaves_no_log(tmp_path):
     class Broken(Robot):
         def observe(self):

@@ -23,7 +23,7 @@ from agra.data.source import EGO_VIEW
 from agra.data.statistics import describe_pictures, picture_histogram
 from agra.data.stored import StoredEpisode, as_lists
 from agra.data.tables import write_json
-from agra.data.video import GROUP_OF_PICTURES, OPTIONS, encode_frames
+from agra.data.video import GROUP_OF_PICTURES, OPTIONS, FrameEncoder, encode_frames
 from agra.types import Embodiment, Episode
 
 DEFAULT_COLUMNS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64"}
@@ -46,6 +46,23 @@ class EncodedVideo:
         """Encode `frames` (N, H, W, 3) uint8 RGB."""
         size = frames.shape[1], frames.shape[2]
         return cls(video=encode_frames(frames, fps=fps), size=size, histogram=picture_histogram(frames))
+
+
+class GrowingVideo:
+    """One camera's frames of an episode, encoded as they come; the same as `EncodedVideo.of` all of them."""
+
+    def __init__(self, height: int, width: int, *, fps: int) -> None:
+        self._encoder = FrameEncoder(height, width, fps=fps)
+        self._histogram = np.zeros((3, 256), np.int64)
+
+    def add(self, frame: np.ndarray) -> None:
+        """Append a frame (H, W, 3) uint8 RGB."""
+        self._encoder.add(frame)
+        self._histogram += picture_histogram(frame[None])
+
+    def finish(self) -> EncodedVideo:
+        """The video. Nothing can be added afterwards."""
+        return EncodedVideo(video=self._encoder.finish(), size=self._encoder.size, histogram=self._histogram)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

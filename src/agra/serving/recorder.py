@@ -8,10 +8,7 @@ from types import TracebackType
 
 import numpy as np
 
-from agra.data.lerobot_writer import EncodedEpisode, EncodedVideo, LeRobotWriter
-from agra.data.source import EGO_VIEW
-from agra.data.statistics import picture_histogram
-from agra.data.video import FrameEncoder
+from agra.data.lerobot_writer import EGO_VIEW, EncodedEpisode, GrowingVideo, LeRobotWriter
 from agra.serving.control import Row
 from agra.serving.robots import Robot
 
@@ -37,8 +34,7 @@ class DatasetRecorder:
 
     def _begin(self) -> None:
         self._rows: list[Row] = []
-        self._encoder: FrameEncoder | None = None
-        self._histogram = np.zeros((3, 256), np.int64)
+        self._video: GrowingVideo | None = None
         self._encoding: deque[Future[None]] = deque()
 
     def add(self, row: Row) -> None:
@@ -46,31 +42,29 @@ class DatasetRecorder:
         if not row.action.size:
             return
         frame = row.observation.frame
-        encoder = self._encoder = self._encoder or FrameEncoder(*frame.shape[:2], fps=self._fps)
-        self._encoding.append(self._thread.submit(self._encode, encoder, frame.copy()))  # drivers reuse their buffers
+        if self._video is None:
+            self._video, self._shape = GrowingVideo(*frame.shape[:2], fps=self._fps), frame.shape
+        if frame.shape != self._shape:
+            raise ValueError(f"recorder: the camera's frames were {self._shape} and are {frame.shape} now")
+        self._encoding.append(self._thread.submit(self._video.add, frame.copy()))  # drivers reuse their buffers
         while self._encoding and (self._encoding[0].done() or len(self._encoding) > MAX_BEHIND):
             self._encoding.popleft().result()
         self._rows.append(replace(row, observation=replace(row.observation, frame=_NO_FRAME, views={})))
 
-    def _encode(self, encoder: FrameEncoder, frame: np.ndarray) -> None:
-        encoder.add(frame)
-        self._histogram += picture_histogram(frame[None])
-
     def end_episode(self) -> None:
         """Write the rows so far as an episode; without rows nothing happens."""
-        rows, encoder = self._rows, self._encoder
-        if encoder is None or not rows:
+        rows, video = self._rows, self._video
+        if video is None:
             return
         while self._encoding:
             self._encoding.popleft().result()
-        video = EncodedVideo(video=encoder.finish(), size=encoder.size, histogram=self._histogram)
         self._begin()
         delays = [-1 if row.command.delay is None else row.command.delay for row in rows]
         episode = EncodedEpisode(
             states=np.stack([row.observation.state for row in rows]).astype(np.float32),
             actions=np.stack([row.action for row in rows]).astype(np.float32),
             instruction=rows[0].observation.instruction,
-            videos={EGO_VIEW: video},
+            videos={EGO_VIEW: video.finish()},
             extra={
                 "held": np.array([row.held for row in rows]),
                 "clipped": np.array([row.clipped for row in rows]),
