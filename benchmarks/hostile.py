@@ -191,8 +191,8 @@ async def run(address: str, pid: int, *, frames: int, connections: int, pause: f
     trips: dict[str, list[list[float]]] = {"alone": [], "beside": []}
     seconds = 0.0
 
-    def ask_well(seconds: float | None) -> "asyncio.Future[list[float]]":
-        return asyncio.get_running_loop().run_in_executor(pool, behave, address, observation, stop, seconds)
+    def ask_well(lasting: float | None) -> "asyncio.Future[list[float]]":
+        return asyncio.get_running_loop().run_in_executor(pool, behave, address, observation, stop, lasting)
 
     async def watch() -> None:
         while True:

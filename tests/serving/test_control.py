@@ -59,9 +59,9 @@ class Planned:
         return ActionChunk(actions=self.actions)
 
 
-def run(robot, actions, *, steps=4, delay=0, **options):
+def run(robot, actions, *, steps=4, delay=0, fps=10, real_time=False, **options):
     executor = Synchronous(DelayedInference(Planned(actions), delay), execute_steps=len(actions))
-    return control(robot, executor, fps=10, steps=steps, real_time=False, **options)
+    return control(robot, executor, fps=fps, steps=steps, real_time=real_time, **options)
 
 
 def test_actions_are_limited_in_size_and_change():
@@ -104,15 +104,10 @@ class Stalling(Robot):
         self.times.append(time.perf_counter())
 
 
-def run_in_real_time(robot, actions, *, fps, steps, **options):
-    executor = Synchronous(DelayedInference(Planned(actions), 0), execute_steps=len(actions))
-    return control(robot, executor, fps=fps, steps=steps, **options)
-
-
 def test_a_stall_is_not_made_up_for_in_a_burst():
     robot = Stalling(step=3, seconds=0.3)
     start = time.perf_counter()
-    report = run_in_real_time(robot, [[1, 1, 1, 1]] * 12, fps=50, steps=12)
+    report = run(robot, [[1, 1, 1, 1]] * 12, fps=50, steps=12, real_time=True)
     assert report.overruns >= 1
     assert np.diff(robot.times).min() > 0.5 / 50
     assert time.perf_counter() - start > 0.3 + 9.5 / 50
@@ -120,7 +115,7 @@ def test_a_stall_is_not_made_up_for_in_a_burst():
 
 def test_a_plan_grows_old_by_the_clock():
     robot = Stalling(step=3, seconds=0.5)
-    run_in_real_time(robot, [[1, 1, 1, 1]] * 6, fps=50, steps=7, watchdog=Watchdog(max_age=0.45))
+    run(robot, [[1, 1, 1, 1]] * 6, fps=50, steps=7, real_time=True, watchdog=Watchdog(max_age=0.45))
     # After the stall what is left of the plan is too old, though it is few control steps; the next one is not.
     assert [told is None for told in robot.told[3:]] == [True, True, True, False]
 

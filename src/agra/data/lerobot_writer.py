@@ -52,6 +52,7 @@ class GrowingVideo:
     """One camera's frames of an episode, encoded as they come; the same as `EncodedVideo.of` all of them."""
 
     def __init__(self, height: int, width: int, *, fps: int) -> None:
+        self.size = height, width
         self._encoder = FrameEncoder(height, width, fps=fps)
         self._histogram = np.zeros((3, 256), np.int64)
 
@@ -62,7 +63,7 @@ class GrowingVideo:
 
     def finish(self) -> EncodedVideo:
         """The video. Nothing can be added afterwards."""
-        return EncodedVideo(video=self._encoder.finish(), size=self._encoder.size, histogram=self._histogram)
+        return EncodedVideo(video=self._encoder.finish(), size=self.size, histogram=self._histogram)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -29,7 +29,10 @@ OPTIONS = {"crf": "16", "preset": "veryfast", "g": str(GROUP_OF_PICTURES), "bf":
 
 
 class FrameEncoder:
-    """An mp4 that grows in memory frame by frame; the same frames give the same bytes on any number of cores."""
+    """An mp4 that grows in memory frame by frame; the same frames give the same bytes on any number of cores.
+
+    Raises ValueError for an odd height or width.
+    """
 
     def __init__(self, height: int, width: int, *, fps: int) -> None:
         if height < 2 or width < 2 or height % 2 or width % 2:

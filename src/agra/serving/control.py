@@ -138,7 +138,10 @@ def control(
                 )
                 recorder.add(row)
             _note(report, command, held=held, clipped=clipped, overrun=late > OVERRUN / fps)
-            held_since = (seen[-1] if held_since is None else held_since) if held else None
+            if not held:
+                held_since = None
+            elif held_since is None:
+                held_since = seen[-1]
             if until is not None and until():
                 break
             held_for = 0.0 if held_since is None else pace.now() + 1 / fps - held_since

@@ -43,9 +43,9 @@ class DatasetRecorder:
             return
         frame = row.observation.frame
         if self._video is None:
-            self._video, self._shape = GrowingVideo(*frame.shape[:2], fps=self._fps), frame.shape
-        if frame.shape != self._shape:
-            raise ValueError(f"recorder: the camera's frames were {self._shape} and are {frame.shape} now")
+            self._video = GrowingVideo(*frame.shape[:2], fps=self._fps)
+        if frame.shape != (*self._video.size, 3):
+            raise ValueError(f"recorder: the camera's frames were {(*self._video.size, 3)} and are {frame.shape} now")
         self._encoding.append(self._thread.submit(self._video.add, frame.copy()))  # drivers reuse their buffers
         while self._encoding and (self._encoding[0].done() or len(self._encoding) > MAX_BEHIND):
             self._encoding.popleft().result()
@@ -84,7 +84,7 @@ class DatasetRecorder:
         # Also of a run that failed: those rows are what one wants to see. If it failed before the first, there is nothing.
         try:
             self.end_episode()
-            if self._writer.num_frames or kind is None:
+            if self._writer.num_frames:
                 self._writer.close()
             else:
                 self._writer.__exit__(kind, value, trace)
