@@ -121,6 +121,7 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
             hidden_dim=128,
             dropout=0.0,
             state_dropout=0.5,
+            bank_init_std=None,
         ),
     )
     alignment = AlignmentConfig(

@@ -114,12 +114,15 @@ def modules(objective: Objective) -> dict[str, nn.Module]:
 
 
 def parameter_groups(objective: Objective, stage: StageConfig) -> Iterator[dict]:
-    """AdamW's groups: each trained module with its own learning rate; no weight decay on vectors."""
+    """AdamW's groups: each trained module with its own learning rate; no weight decay on biases and vectors.
+
+    A bank of biases (n, out), one row per embodiment, counts as biases.
+    """
     for name, module in modules(objective).items():
         rate = stage.video_lr if name == "video_dit" else stage.action_lr
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = [(own, p) for own, p in module.named_parameters() if p.requires_grad]
         for decays in (True, False):
-            chosen = [p for p in trained if (p.ndim > 1) == decays]
+            chosen = [p for own, p in trained if (p.ndim > 1 and not own.endswith("bias")) == decays]
             if chosen:
                 yield {
                     "params": chosen,

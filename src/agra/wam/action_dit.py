@@ -36,6 +36,9 @@ class ActionDiTConfig:
     dropout: float = 0.2
     state_dropout: float = 0.0
     """Chance of replacing a sample's whole state by zeros in training. Not in the paper."""
+    bank_init_std: float | None = 0.02
+    """Standard deviation of the banks' initial weights, GR00T's by default; None takes 1 / sqrt(inputs), which suits a
+    head trained from scratch on little data."""
     num_time_buckets: int = 1000
     max_horizon: int = 1024
 
@@ -44,6 +47,10 @@ class ActionDiTConfig:
             raise ValueError(f"ActionDiTConfig.horizon: expected 1..{self.max_horizon}, got {self.horizon}")
         if not 0 <= self.state_dropout <= 1:
             raise ValueError(f"ActionDiTConfig.state_dropout: expected a probability, got {self.state_dropout}")
+        if self.bank_init_std is not None and not self.bank_init_std > 0:
+            raise ValueError(
+                f"ActionDiTConfig.bank_init_std: expected a positive number or None, got {self.bank_init_std}"
+            )
 
     @property
     def width(self) -> int:
@@ -66,10 +73,10 @@ class ActionDiT(nn.Module):
     def __init__(self, config: ActionDiTConfig) -> None:
         super().__init__()
         self.config = config
-        width, hidden, n = config.width, config.hidden_dim, config.num_embodiments
-        self.state_encoder = EmbodimentMLP(n, config.state_dim, hidden, width)
-        self.action_encoder = ActionEncoder(n, config.action_dim, width)
-        self.action_decoder = EmbodimentMLP(n, hidden, hidden, config.action_dim)
+        width, hidden, n, std = config.width, config.hidden_dim, config.num_embodiments, config.bank_init_std
+        self.state_encoder = EmbodimentMLP(n, config.state_dim, hidden, width, std)
+        self.action_encoder = ActionEncoder(n, config.action_dim, width, std)
+        self.action_decoder = EmbodimentMLP(n, hidden, hidden, config.action_dim, std)
         self.position_embedding = nn.Embedding(config.max_horizon, width)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.future = nn.Embedding(config.future_tokens, width) if config.future_tokens else None
@@ -214,13 +221,16 @@ class SubBlock(nn.Module):
 
 
 class EmbodimentLinear(nn.Module):
-    """A bank of linear layers, one per embodiment: weight (n, in, out), bias (n, out)."""
+    """A bank of linear layers, one per embodiment: weight (n, in, out), bias (n, out).
 
-    def __init__(self, num_embodiments: int, in_dim: int, out_dim: int) -> None:
+    `std` is that of the initial weights; None takes 1 / sqrt(in).
+    """
+
+    def __init__(self, num_embodiments: int, in_dim: int, out_dim: int, std: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embodiments, in_dim, out_dim))
         self.bias = nn.Parameter(torch.zeros(num_embodiments, out_dim))
-        nn.init.normal_(self.weight, std=1 / math.sqrt(in_dim))
+        nn.init.normal_(self.weight, std=1 / math.sqrt(in_dim) if std is None else std)
 
     def forward(self, x: Float[Tensor, "B N I"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B N O"]:
         """Each sample through its own embodiment's layer."""
@@ -232,10 +242,12 @@ class EmbodimentLinear(nn.Module):
 class EmbodimentMLP(nn.Module):
     """Two embodiment layers with a ReLU between."""
 
-    def __init__(self, num_embodiments: int, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+    def __init__(
+        self, num_embodiments: int, in_dim: int, hidden_dim: int, out_dim: int, std: float | None = None
+    ) -> None:
         super().__init__()
-        self.layer1 = EmbodimentLinear(num_embodiments, in_dim, hidden_dim)
-        self.layer2 = EmbodimentLinear(num_embodiments, hidden_dim, out_dim)
+        self.layer1 = EmbodimentLinear(num_embodiments, in_dim, hidden_dim, std)
+        self.layer2 = EmbodimentLinear(num_embodiments, hidden_dim, out_dim, std)
 
     def forward(self, x: Float[Tensor, "B N I"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B N O"]:
         """Encode states, or decode actions."""
@@ -245,12 +257,12 @@ class EmbodimentMLP(nn.Module):
 class ActionEncoder(nn.Module):
     """Noisy actions joined with their time, per embodiment."""
 
-    def __init__(self, num_embodiments: int, action_dim: int, width: int) -> None:
+    def __init__(self, num_embodiments: int, action_dim: int, width: int, std: float | None = None) -> None:
         super().__init__()
         self.width = width
-        self.layer1 = EmbodimentLinear(num_embodiments, action_dim, width)
-        self.layer2 = EmbodimentLinear(num_embodiments, 2 * width, width)
-        self.layer3 = EmbodimentLinear(num_embodiments, width, width)
+        self.layer1 = EmbodimentLinear(num_embodiments, action_dim, width, std)
+        self.layer2 = EmbodimentLinear(num_embodiments, 2 * width, width, std)
+        self.layer3 = EmbodimentLinear(num_embodiments, width, width, std)
 
     def forward(
         self, actions: Float[Tensor, "B K D"], bucket: Float[Tensor, "B"], embodiment: Int[Tensor, "B"]

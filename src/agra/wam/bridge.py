@@ -120,13 +120,14 @@ class SelfAttentionBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width)
         self.attn = Attention(config.width, config.width, config.num_heads, config.head_dim, config.dropout)
+        self.final_dropout = nn.Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(config.width)
         self.ff = FeedForward(config.width, config.dropout)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Attend, then feed forward, each on a residual."""
+        """Attend, then feed forward, each on a residual. N1.5 drops the attention's result twice, and so does this."""
         h = self.norm1(x)
-        x = x + self.attn(h, h)
+        x = x + self.final_dropout(self.attn(h, h))
         return x + self.ff(self.norm2(x))
 
 
