@@ -16,6 +16,7 @@ from diffusers import CosmosTransformer3DModel
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from agra.instructions import Instructions
 from agra.policy import WAMPolicy
 from agra.types import ActionChunk, Observation
 from agra.wam.action_dit import ActionDiT, ActionOutput
@@ -121,9 +122,10 @@ class StockPolicy(WAMPolicy):
 
     def __init__(self, policy: WAMPolicy) -> None:
         model = StockWAM(policy.model)
-        parts = {"codec": policy.codec, "text": policy.text, "stats": policy.stats}
+        instructions = Instructions(lambda: policy.text)
+        instructions.tokens = instructions._tokens  # encoded anew at every call
+        parts = {"codec": policy.codec, "instructions": instructions, "stats": policy.stats}
         super().__init__(name="stock", config=policy.config, model=model, fast=False, **parts)
-        self._tokens = self._encode
 
     @torch.inference_mode()
     def act(self, observation: Observation, **options) -> ActionChunk:

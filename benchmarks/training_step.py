@@ -17,7 +17,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from agra.alignment.teacher import load_teacher
+from agra.alignment.teacher import load_teacher, reference_frames
 from agra.batch import Batch
 from agra.draws import seed_everything, shared_draws
 from agra.footprint import fake_batch, flops_per_sample
@@ -94,7 +94,8 @@ class Samples:
         assert CONFIG.alignment is not None
         codec = PatchPCACodec.fit([to_video(clip, CONFIG.model.frame_size) for clip in self.clips], channels=24)
         self.text = load_text_encoder(CONFIG.model.text)
-        self.encode = OnlineEncoder(CONFIG, codec, load_teacher(CONFIG.alignment.teacher), "cpu")
+        self.encoder = OnlineEncoder(CONFIG, codec, load_teacher(CONFIG.alignment.teacher))
+        self.references = list(reference_frames(CONFIG.model.latent_shape[1]))
         self._cached = self.online()
 
     def cached(self) -> Batch:
@@ -103,9 +104,8 @@ class Samples:
 
     def online(self) -> Batch:
         """The batch anew from frames and words, by the three frozen networks."""
-        latents, targets = self.encode(self.clips)
-        assert latents is not None
-        assert targets is not None
+        latents = self.encoder.latents(self.clips)
+        targets = self.encoder.targets([clip[self.references] for clip in self.clips])
         text = self.text.encode(self.texts).half().float()
         return replace(random_batch(), latents=latents.float(), targets=targets.float(), instruction=text)
 

@@ -22,12 +22,12 @@ def test_a_checkpoint_by_stage(tmp_path, capsys):
     assert "pooled p50" in capsys.readouterr().out
 
 
-def test_a_recipe_has_no_codec_or_text(tmp_path):
+def test_a_recipe_answers_with_random_weights(tmp_path):
     output = tmp_path / "latency.json"
     main(["bench-latency", "tiny", "--rounds", "1", "--batch", "2", "--output", str(output)])
     found = json.loads(output.read_text())
     assert list(found["ms"]) == ["plain", "fast"]
-    assert list(found["ms"]["fast"]) == ["video", "bridge", "action", "total"]
+    assert list(found["ms"]["fast"]) == ["text", "codec", "video", "bridge", "action", "total"]
 
 
 def test_calls_are_counted_after_two_that_are_not():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from agra.data.normalize import NormStats
+from agra.instructions import Instructions
 from agra.policy import WAMPolicy
 from agra.types import BatchPolicy, Continuation, ImaginingPolicy, Observation, PolicyRequest
 from agra.wam.codec import to_frames
@@ -50,9 +51,9 @@ def make_policy(small_config):
     stats = {name: NormStats.of([Rows()], "min_max") for name in small_config.data.embodiments}
 
     def make(**options):
-        return WAMPolicy(
-            name="small", config=small_config, model=model, codec=Codec(), text=Text(), stats=stats, **options
-        )
+        instructions = Instructions(Text)
+        parts = {"codec": Codec(), "instructions": instructions, "stats": stats}
+        return WAMPolicy(name="small", config=small_config, model=model, **parts, **options)
 
     return make
 
@@ -119,7 +120,7 @@ def test_instructions_are_encoded_once_and_not_kept_without_end(make_policy):
     assert policy.text.encoded == ["go"]
     for number in range(100):
         policy.act(see(policy, instruction=str(number)))
-    assert policy._tokens.cache_info().currsize == 64
+    assert policy.instructions.tokens.cache_info().currsize == 64
     assert policy._keys_values.cache_info().currsize == 8
 
 

@@ -28,12 +28,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if v is not None})
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the batch by its field's name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
-    def part(self, index: int, count: int) -> "Batch":
-        """The rows index::count."""
-        rows = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[index::count] for k, v in rows.items() if v is not None})
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device."""
+        return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors.items()})
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies without stopping the CPU."""
+        return replace(self, **{k: v.pin_memory() for k, v in self.tensors.items()})
+
+    def micro_batch(self, index: int, count: int) -> "Batch":
+        """Rows index::count."""
+        return replace(self, **{k: v[index::count] for k, v in self.tensors.items()})

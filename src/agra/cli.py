@@ -208,10 +208,12 @@ class PrepareOptions:
     """How the frozen features are computed."""
 
     device: str = "cpu"
+    """cpu or cuda; under torchrun each process takes the GPU of its local rank."""
     mixture: Path | None = None
     """JSON list of the datasets to mix, as for `agra train`."""
     estimate: bool = False
-    """Only say how much there is to compute, how large it will be and how long it will take."""
+    """Only say how much there is to compute, how large it will be and how long it will take, and what encoding while
+    training would cost instead."""
     rank: int = int(os.environ.get("RANK", 0))
     """Which of several processes this is; each computes its share of the episodes. By default what torchrun says."""
     world_size: int = int(os.environ.get("WORLD_SIZE", 1))
@@ -226,6 +228,9 @@ def _prepare(arguments: list[str]) -> None:
     if not 0 <= options.rank < options.world_size:
         raise ValueError(f"--rank {options.rank}: expected 0 to {options.world_size - 1}, as --world-size says")
     features = preparation(config, device=options.device)
+    if options.estimate:
+        for cost in features.costs():
+            print(cost, file=sys.stderr)
     for source, expected in features.estimate() if options.rank == 0 else ():
         print(f"{source.dataset.path}: {expected}", file=sys.stderr)
         if expected.bytes > expected.free_bytes:
@@ -472,12 +477,12 @@ def bench_latency(
     """Time an answer stage by stage, p50 and p95, the plain path, the fast one and its options in turn.
 
     Args:
-        subject: a checkpoint or run folder, or a recipe's name: its model with random weights, after codec and text.
+        subject: a checkpoint or run folder, or a recipe's name: its policy with random weights and a known instruction.
         rounds: calls that count.
         batch: robots that are answered together.
         compiled: the fast path compiled too, on a GPU as CUDA graphs.
         pool_future: the fast path with this approximation too, see `agra serve`.
-        device: where the policy runs; a recipe runs in bfloat16 on a GPU.
+        device: where the policy runs, in the precision of its training.
         output: write the figures here, for machines.
     """
     from agra.latency import bench, paths

@@ -33,6 +33,7 @@ def serve(
     compiled: bool = False,
     pool_future: int = 1,
     imagine: bool = False,
+    known_instructions: bool = False,
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -59,10 +60,12 @@ def serve(
         tls_certificate: PEM file; the wire is then wss://.
         tls_key: PEM file of its private key.
         plain: without the fast path; for comparison.
-        compiled: compile the model at its first answer, on a GPU as CUDA graphs; each batch size takes a minute or more.
+        compiled: compile the model, on a GPU as CUDA graphs; every batch size is compiled before the server is ready.
         pool_future: an approximation: squares of so many by so many tokens of the imagined frames become their mean before
             the guidance projector; 1 leaves them alone (docs/speed.md says what 2 costs and saves).
         imagine: clients may ask for the video that the policy expects, which takes several answers' time.
+        known_instructions: load no text encoder and answer the training instructions only, whose tokens lie beside the
+            weights.
         device: where the policy runs.
         threads: threads of torch; by default OMP_NUM_THREADS, or all cores.
     """
@@ -89,6 +92,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # strangers' broken handshakes
     options = {"fast": not plain, "compiled": compiled, "pool_future": pool_future, "imagines": imagine}
+    options["known_instructions"] = known_instructions
     source = _policy_source(policy, device=device, **options)
     keys = WireKeys(image=image_key, state=state_keys, prompt=prompt_key)
 

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from agra.alignment.loss import Projectors
 from agra.alignment.packaged_dinov2 import PACKAGE
 from agra.alignment.teacher import TeacherConfig
 from agra.config import RunConfig
+from agra.data.instructions import InstructionTokens
 from agra.data.lerobot import LeRobotDataset
 from agra.data.normalize import NormStats
 from agra.data.sources import Source
@@ -24,13 +24,13 @@ from agra.diagnostics.metrics import mask_to_grid
 from agra.diagnostics.probe import ProbeSample, load_samples, samples_from_episode
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.rollout import run_episode
-from agra.policy import WAMPolicy
-from agra.prepare import codec_file, window_references
+from agra.instructions import Instructions
+from agra.observations import ObservationEncoder
+from agra.prepare import open_codec, window_frames, window_references, write_tokens
 from agra.simulators.registry import expert
 from agra.training import checkpoint, lineage
+from agra.training.sharding import World
 from agra.types import REGIMES, LocatesTarget, Simulator, Trial
-from agra.wam.codec import load_codec
-from agra.wam.text import load_text_encoder
 
 TeacherKind = Literal["own", "packaged_dinov2_small", "dinov2", "siglip", "none"]
 LATEST_MOMENT = 0.45
@@ -45,7 +45,7 @@ def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[P
     """Moments of the scripted expert's episodes on evaluation trials, evenly spread over regimes and over the first part
     of an episode; one a trial, with the frames of the window that the model of `config` predicts."""
     acting = expert(simulator)
-    window = [step * config.data.frame_stride for step in range(config.model.num_frames)]
+    source = config.data.source(simulator.embodiment.name)
     found: list[ProbeSample] = []
     for trial in regime_trials(simulator, limit=-(-count // len(REGIMES))):
         episode = run_episode(acting, simulator, trial, execute_steps=1, masks=True)
@@ -53,10 +53,10 @@ def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[P
         found += samples_from_episode(
             episode,
             [step],
-            window_references(config),
+            window_references(config, source),
             trial=trial.name,
             regime=trial.regime,
-            window_offsets=window,
+            window_offsets=window_frames(config, source),
             position=_position(simulator, trial),
         )
     return found
@@ -79,10 +79,10 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
         found += samples_from_episode(
             recorded,
             np.unique(np.linspace(0, len(recorded) - 1, visits + 1).astype(int)[:visits]).tolist(),
-            window_references(config),
+            window_references(config, source.config),
             trial=f"episode{episode:06d}",
             regime="in_distribution",
-            window_offsets=[i * config.data.frame_stride for i in range(config.model.num_frames)],
+            window_offsets=window_frames(config, source.config),
         )
     return found
 
@@ -97,35 +97,42 @@ def write_pictures(samples: Sequence[ProbeSample], folder: Path) -> None:
             temporary.rename(folder / name)
 
 
-def probe_inputs(config: RunConfig, sources: Sequence[Source], stats: Mapping[str, NormStats]) -> ProbeInputs:
-    """The masked samples of the folder `config.monitor.probes` as the model takes them; the frozen networks that this
-    needs are let go at once. Raises ValueError where a sample has not the model's latent frames."""
-    codec = load_codec(
-        config.model.codec, codec_file(config, sources) if config.model.codec.kind == "patch_pca" else None
-    )
-    no_model: Any = nn.Identity()  # only observations are prepared
-    reader = WAMPolicy(
-        name="monitor", config=config, model=no_model, codec=codec, text=load_text_encoder(config.model.text),
-        stats=stats, fast=False,
-    )  # fmt: skip
-    frames, rows, columns = config.model.token_grid
+def probe_inputs(
+    config: RunConfig,
+    sources: Sequence[Source],
+    stats: Mapping[str, NormStats],
+    tokens: InstructionTokens,
+    world: World,
+) -> ProbeInputs:
+    """The masked samples of the folder `config.monitor.probes` as the model takes them.
+
+    The frozen networks that this needs are let go at once; instructions without cached tokens are encoded by the main
+    process alone. Raises ValueError where a sample has not the model's latent frames.
+    """
     samples = load_samples(Path(config.monitor.probes))
+    texts = [*dict.fromkeys(sample.instruction for sample in samples)]
+    if world.leads:
+        write_tokens(config, tokens, texts, device=world.device)
+    world.barrier()
+    known = {text: torch.from_numpy(tokens.read(text)) for text in texts}
+    encoder = ObservationEncoder(config, open_codec(config, sources).to(world.device), Instructions(None, known), stats)
+    frames, rows, columns = config.model.token_grid
     short = [sample.name for sample in samples if len(sample.masks) != frames]
     if short:
         raise ValueError(f"{config.monitor.probes}: {short[0]} has not the {frames} latent frames of this model")
     masks = [
-        mask_to_grid(reader.seen(sample.masks[..., None], sample.embodiment)[..., 0], (rows, columns))
+        mask_to_grid(encoder.crop(sample.masks[..., None], sample.embodiment)[..., 0], (rows, columns))
         for sample in samples
     ]
     kept = [place for place, mask in enumerate(masks) if mask.any()]
     if not kept:
         raise ValueError(f"{config.monitor.probes}: no probe sample has a mask")
-    given = reader.prepare([samples[place].observation for place in kept])
+    inputs = encoder.encode([samples[place].observation for place in kept])
     return ProbeInputs(
-        observation_latent=given.observation_latent,
-        instruction=given.instruction,
-        state=given.state,
-        embodiment=given.embodiment,
+        observation_latent=inputs.observation_latent,
+        instruction=inputs.instruction,
+        state=inputs.state,
+        embodiment=inputs.embodiment,
         masks=torch.from_numpy(np.stack([masks[place] for place in kept])),
     )
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from agra.alignment.teacher import teacher_shape
 from agra.batch import Batch
 from agra.config import RunConfig
 from agra.training.lora import attach
@@ -26,8 +29,8 @@ from agra.training.objective import Objective
 from agra.training.sharding import ParallelConfig, apply, blocks
 from agra.training.stages import freeze, modules
 from agra.wam.model import WAM
+from agra.wam.patch_pca import PatchPCACodec
 
-_TEACHER_WIDTHS = {"small": 384, "base": 768, "large": 1024, "giant": 1536, "so400m": 1152}
 _FLOPS = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
@@ -48,23 +51,28 @@ class Footprint:
     checkpointed: float
     """Share of the blocks that run again in the backward pass."""
     parameters: dict[str, int]
-    """Of each part of the model, and `trained`, those that this stage trains."""
+    """Number of parameters of each part of the model."""
     trained: int
+    """Number of parameters that this stage trains."""
     largest_block: int
     """Parameters of the block that is gathered whole while it runs."""
     root: int
     """Parameters outside the blocks, whole while a step runs."""
     gathered: int
-    """Parameters that a process of FSDP2 receives for a part of a step, its own share included: those of a block for
-    each time that it runs and again before its backward pass, those outside the blocks once."""
+    """Parameters that a process of FSDP2 receives for a micro-batch, its own share included: those of a block for each
+    time that it runs and again before its backward pass, those outside the blocks once."""
+    weight_bytes: int
+    """Bytes of a gathered parameter: 4, or 2 where parameters are gathered in bfloat16."""
     flops_per_sample: float
     """Forward and backward; with checkpointing, what runs again included."""
+    validation_flops_per_sample: float
+    """Forward alone."""
     fixed: np.ndarray
     """(moments,) bytes beside parameters, gradients and AdamW's moments that do not depend on the number of samples."""
     per_sample: np.ndarray
     """(moments,) bytes for each sample in flight."""
     gradients: np.ndarray
-    """(moments,) bytes of gradients; in the last moment, the optimiser's, what AdamW works with besides."""
+    """(moments,) bytes of gradients; in the optimiser's moment, AdamW's buffers besides."""
 
     @property
     def states(self) -> int:
@@ -72,19 +80,29 @@ class Footprint:
         return 4 * (sum(self.parameters.values()) + 2 * self.trained)
 
     def peak(self, samples: int) -> int:
-        """Bytes of a process alone, with `samples` in flight, at the step's fullest moment."""
+        """Bytes of a process alone, with `samples` in flight, at the fullest moment of a step or of validation."""
         return self.states + int((self.fixed + samples * self.per_sample + self.gradients).max())
 
 
-def measure(config: RunConfig, *, checkpoint_activations: float = 0.0) -> Footprint:
-    """Count a step of a recipe's stage, with that share of the blocks run again in the backward pass."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+def measure(config: RunConfig, *, checkpoint_activations: float = 0.0, gather_bfloat16: bool = False) -> Footprint:
+    """Count a step of a recipe's stage and its validation, as a GPU runs them.
+
+    `checkpoint_activations` is the share of the blocks that run again in the backward pass. The moments of the arrays are
+    those of the step, of the optimiser, and of a validation forward without gradients.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), CudaAutocastRules():
         objective, width, least = fake_objective(config)
         apply(objective, ParallelConfig(checkpoint_activations=checkpoint_activations))
+        parameters = {name: _count(part) for name, part in modules(objective).items()}
+        if gather_bfloat16:
+            objective.to(torch.bfloat16)
         # One sample of a pass would let torch leave out copies that more samples need.
-        two, three = (_step(objective, config, width, n * least, cache=not checkpoint_activations) for n in (2, 3))
+        cache = not checkpoint_activations
+        two, three = (_step(objective, config, width, n * least, cache=cache) for n in (2, 3))
+        held_two, held_three = (_validation(objective, config, width, n * least, cache=cache) for n in (2, 3))
         assert len(two.levels) == len(three.levels), "the number of samples changes what a step does"
         slope = (three.levels - two.levels) / least
+        held_slope = (held_three.levels - held_two.levels) / least
         trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         inside = {id(p) for block in blocks(objective) for p in block.parameters()}
         projection = config.model.video_dit.text_projection_dim is not None
@@ -92,48 +110,68 @@ def measure(config: RunConfig, *, checkpoint_activations: float = 0.0) -> Footpr
         root = sum(p.numel() for p in objective.parameters() if id(p) not in inside) - idle
         return Footprint(
             checkpointed=checkpoint_activations,
-            parameters={name: _count(part) for name, part in modules(objective).items()},
+            parameters=parameters,
             trained=trained,
             largest_block=max(_count(block) for block in blocks(objective)),
             root=root,
             gathered=two.gathered + root,
+            weight_bytes=2 if gather_bfloat16 else 4,
             flops_per_sample=two.flops / (2 * least),
-            fixed=np.append(two.levels - 2 * least * slope, 0.0),
-            per_sample=np.append(slope, 0.0),
-            gradients=np.append(two.gradients, 4.0 * 2 * trained),
+            validation_flops_per_sample=held_two.flops / (2 * least),
+            fixed=np.concatenate([two.levels - 2 * least * slope, [0.0], held_two.levels - 2 * least * held_slope]),
+            per_sample=np.concatenate([slope, [0.0], held_slope]),
+            gradients=np.concatenate([two.gradients, [4.0 * 2 * trained], np.zeros(len(held_slope))]),
         )
 
 
-def flops_per_sample(config: RunConfig) -> float:
-    """Of a step's forward and backward passes: what model FLOPs utilisation is measured in."""
+def flops_per_sample(config: RunConfig, width: int | None = None) -> float:
+    """FLOPs of a step's forward and backward passes, the base of model FLOPs utilisation.
+
+    `width` is that of the teacher's targets, where it is known; by default `teacher_width` finds it.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        objective, width, least = fake_objective(config)
+        objective, width, least = fake_objective(config, width)
         return _step(objective, config, width, least).flops / least
 
 
+def encoding_flops_per_sample(config: RunConfig) -> dict[str, float]:
+    """FLOPs of encoding one window, by feature: its latents, and the targets where the stage aligns."""
+    model = config.model
+    video = torch.zeros(1, 3, model.num_frames, *model.frame_size)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        if model.codec.kind == "wan":
+            # Imported here: it takes seconds, and the patch PCA does not need it.
+            from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+            encode = AutoencoderKLWan(z_dim=model.codec.channels).encode
+        else:
+            encode = PatchPCACodec(model.codec.channels).encode
+        flops = {"latents": count_flops(lambda: encode(video))}
+    if config.aligns:
+        assert config.alignment is not None
+        flops["targets"] = model.latent_shape[1] * teacher_shape(config.alignment.teacher).flops
+    return flops
+
+
 def count_flops(call: Callable[[], object]) -> float:
-    """Of all products that a call computes."""
+    """FLOPs of all products that a call computes."""
     with _Watch() as watch:
         call()
     return watch.flops
 
 
 def teacher_width(config: RunConfig) -> int | None:
-    """Width of the alignment's targets, by the name of its teacher; None without alignment. ValueError if unknown."""
+    """Width of the alignment's targets, from the teacher's own config; None without alignment."""
     if not config.aligns:
         return None
     assert config.alignment is not None
     teacher = config.alignment.teacher
-    name = "small" if teacher.kind == "packaged_dinov2_small" else teacher.source
-    found = [width for part, width in _TEACHER_WIDTHS.items() if part in name]
-    if not found:
-        raise ValueError(f"alignment.teacher.source: the width of {name!r} is not known here; name a public teacher")
-    return found[0] * max(1, len(teacher.depths))
+    return teacher_shape(teacher).width * max(1, len(teacher.depths))
 
 
-def fake_objective(config: RunConfig) -> tuple[Objective, int | None, int]:
+def fake_objective(config: RunConfig, width: int | None = None) -> tuple[Objective, int | None, int]:
     """The model of a stage, the width of its targets, and the fewest samples that divide into its two passes."""
-    width = teacher_width(config)
+    width = teacher_width(config) if width is None else width
     objective = Objective(WAM(config.model), config.stage.objective, config.alignment if config.aligns else None, width)
     attach(objective.wam, config.stage.lora)
     freeze(objective, config.stage)
@@ -165,8 +203,12 @@ class _Counted:
     """Parameters of the blocks, as often as they are run forward or backward."""
 
 
-def _step(objective: Objective, config: RunConfig, width: int | None, count: int, *, cache: bool = True) -> _Counted:
+def _autocast(config: RunConfig, *, cache: bool) -> torch.autocast:
     half = config.stage.precision != "float32"  # on a GPU `auto` is bfloat16
+    return torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=cache)
+
+
+def _step(objective: Objective, config: RunConfig, width: int | None, count: int, *, cache: bool = True) -> _Counted:
     gathered = 0
 
     def gather(block: nn.Module, _: Any) -> None:
@@ -176,7 +218,7 @@ def _step(objective: Objective, config: RunConfig, width: int | None, count: int
     hooks = [block.register_forward_pre_hook(gather) for block in blocks(objective)]
     with _Watch() as watch:
         batch = fake_batch(config, width, count)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=cache):
+        with _autocast(config, cache=cache):
             loss = objective(batch).total
         loss.backward()
     for hook in hooks:
@@ -190,6 +232,36 @@ def _step(objective: Objective, config: RunConfig, width: int | None, count: int
     return _Counted(
         levels=np.array(watch.levels) - gradients, gradients=gradients, flops=watch.flops, gathered=gathered
     )
+
+
+@torch.no_grad()
+def _validation(objective: Objective, config: RunConfig, width: int | None, count: int, *, cache: bool) -> _Counted:
+    """A forward of held-out samples, as the trainer validates."""
+    objective.eval()
+    with _Watch() as watch, _autocast(config, cache=cache):
+        objective(fake_batch(config, width, count))
+    objective.train()
+    levels = np.array(watch.levels, dtype=float)
+    return _Counted(levels=levels, gradients=np.zeros(len(levels)), flops=watch.flops, gathered=0)
+
+
+class CudaAutocastRules(TorchFunctionMode):
+    """Applies the rule of CUDA's autocast that the CPU's lacks: layer norms run in float32.
+
+    Steps are counted on CPU tensors, since a CPU build of torch has no backward pass for fake CUDA tensors. The other
+    operations of our models have the same types under both (`tests/device/test_memory.py` compares them).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.layer_norm, torch.layer_norm) and torch.is_autocast_enabled("cpu"):
+            args = tuple(_float32(value) for value in args)
+            kwargs = {name: _float32(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class _Watch(TorchDispatchMode):

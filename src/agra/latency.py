@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from agra.config import RunConfig
-from agra.policy import Stopwatch, WAMPolicy
+from agra.data.normalize import NormStats
+from agra.instructions import Instructions
+from agra.policy import WAMPolicy
+from agra.precision import local_device
 from agra.training import checkpoint
 from agra.types import Observation, PolicyRequest
-from agra.wam.fast import FastWAM
+from agra.wam.codec import Codec, CodecConfig, WanCodec
 from agra.wam.model import WAM
+from agra.wam.patch_pca import PatchPCACodec
 
+INSTRUCTION = "pick it up"
 Stages = Mapping[str, float]
 Way = Callable[[], Stages]
 
@@ -65,71 +69,68 @@ def of_checkpoint(
     path: str | Path, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
 ) -> dict[str, Way]:
     """A checkpoint's answers to `batch` robots at once, each way."""
-    return {name: _answering(WAMPolicy.load(path, device=device, **options), batch) for name, options in ways.items()}
+    return {name: answering(WAMPolicy.load(path, device=device, **options), batch) for name, options in ways.items()}
 
 
-def _answering(policy: WAMPolicy, batch: int) -> Way:
+def of_recipe(config: RunConfig, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int) -> dict[str, Way]:
+    """The answers of a recipe's policy with random weights, each way."""
+    return {name: answering(random_policy(config, device=device, **options), batch) for name, options in ways.items()}
+
+
+def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **options: Any) -> WAMPolicy:
+    """A policy of a recipe's shapes with random weights, its codec included, and one known instruction.
+
+    It loads no file, so that any recipe can be timed. `options` are those of `WAMPolicy`.
+    """
+    settings, head = config.model, config.model.action_dit
+    torch.manual_seed(seed)
+    with local_device(device):
+        model, codec = WAM(settings), _random_codec(settings.codec)
+    tokens = torch.randn(settings.text.length, settings.video_dit.text_dim)
+    def statistics(size: int) -> dict[str, np.ndarray]:
+        low, high = -np.ones(size), np.ones(size)
+        return {"mean": np.zeros(size), "std": high, "min": low, "max": high, "q01": low, "q99": high, "count": high}
+
+    stats = NormStats(method="mean_std", state=statistics(head.state_dim), action=statistics(head.action_dim))
+    return WAMPolicy(
+        name=f"random-{config.stage.name}",
+        config=config,
+        model=model,
+        codec=codec,
+        instructions=Instructions(None, {INSTRUCTION: tokens}),
+        stats={config.data.embodiments[0]: stats},
+        device=device,
+        **options,
+    )
+
+
+def _random_codec(config: CodecConfig) -> Codec:
+    if config.kind == "patch_pca":
+        return PatchPCACodec(config.channels)
+    # Imported here: it takes seconds, and the patch PCA does not need it.
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    return WanCodec(AutoencoderKLWan(z_dim=config.channels).to(getattr(torch, config.dtype)))
+
+
+def answering(policy: WAMPolicy, batch: int) -> Way:
+    """Times of a policy's answers to `batch` robots at once; it is warm before the first one."""
+    policy.warm_up(batch)
     embodiment, robot = next(iter(policy.spec.embodiments.items()))
     height, width = policy.spec.frame_size
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (batch, 2 * height, 2 * width, 3), dtype=np.uint8)
     state = np.asarray(policy.stats[embodiment].state["mean"], np.float32)
     assert state.shape == (robot.state_dim,)
+    instruction = next(iter(policy.instructions.known), INSTRUCTION)
     requests = [
         PolicyRequest(
-            observation=Observation(frame=frame, state=state, instruction="pick it up", embodiment=embodiment),
+            observation=Observation(frame=frame, state=state, instruction=instruction, embodiment=embodiment),
             episode=policy.episode(index),
         )
         for index, frame in enumerate(frames)
     ]
     return lambda: policy.act_batch(requests)[0].timings
-
-
-def of_recipe(
-    config: RunConfig,
-    ways: Mapping[str, Mapping[str, Any]],
-    *,
-    device: str,
-    batch: int,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Way]:
-    """A recipe's model with random weights: the stages after codec and text, which need their own weights."""
-    place, settings = torch.device(device), config.model
-    with place:
-        torch.manual_seed(0)
-        model = WAM(settings).to(dtype).eval().requires_grad_(False)
-        width = settings.video_dit.text_dim
-        tokens = torch.randn(settings.text.length, width, dtype=dtype)
-        latents = torch.randn(batch, *settings.latent_shape, dtype=dtype)
-        head = settings.action_dit
-        state = torch.randn(batch, head.state_dim, dtype=dtype)
-        noise = torch.randn(batch, head.horizon, head.action_dim, dtype=dtype)
-        embodiment = torch.zeros(batch, dtype=torch.long)
-
-    def answering(options: Mapping[str, Any]) -> Way:
-        if options.get("fast", True):
-            path = FastWAM(model, **options)
-            begin, condition = path.begin, partial(path.condition, instructions=[path.instruction(tokens)] * batch)
-        else:
-            path = model
-            begin, condition = None, partial(path.condition, instruction=tokens.expand(batch, -1, -1))
-
-        @torch.no_grad()
-        def answer() -> Stages:
-            watch = Stopwatch(place)
-            if begin is not None:
-                begin()
-            hidden = condition(latents[:, :, :1], latents)
-            watch.lap("video")
-            guidance = path.guide(hidden)
-            watch.lap("bridge")
-            path.act(guidance, state, embodiment, noise)
-            watch.lap("action")
-            return watch.laps
-
-        return answer
-
-    return {name: answering(options) for name, options in ways.items()}
 
 
 def report(found: Mapping[str, Latency], *, title: str) -> dict[str, Any]:
@@ -171,8 +172,7 @@ def bench(
     if config is None:
         ways = of_checkpoint(subject, compared, device=device, batch=batch)
     else:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        ways = of_recipe(config, compared, device=device, batch=batch, dtype=dtype)
+        ways = of_recipe(config, compared, device=device, batch=batch)
     found = measure(ways, rounds=rounds)
     title = f"{subject}, {rounds} calls of {batch}, {device}, {torch.get_num_threads()} threads"
     summary = report(found, title=title)

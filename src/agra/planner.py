@@ -1,7 +1,7 @@
-"""What a run will need, before it is launched: memory, FLOPs, time, cost.
+"""Memory, FLOPs, time and cost of a run before its launch.
 
-A step is counted on fake tensors (`agra.footprint`) and laid on the machines. Only the share of a GPU's peak that a step
-reaches, and the rate at which GPUs hear from each other, are assumptions, named as such.
+A step and a validation are counted on fake tensors (`agra.footprint`) and laid on the machines. The share of a GPU's peak
+that a step reaches and the rate of communication are assumptions, and named as such.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from agra.config import RunConfig
-from agra.footprint import Footprint, measure
+from agra.footprint import Footprint, encoding_flops_per_sample, measure
 
 PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 """Dense bfloat16 products a second, from the makers' data sheets."""
@@ -22,6 +22,8 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the blocks, that run again in the backward pass: what a plan chooses from."""
 _RESERVED = 0.92
 """Share of a GPU's memory that is planned for; the rest is the allocator's, the libraries' and NCCL's."""
+UTILISATIONS = (0.2, 0.35, 0.5)
+"""Shares of a GPU's peak for which a plan gives the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,10 @@ class Machines:
     shards: int | None = None
     """GPUs that hold one copy of the model between them; by default all."""
     utilisation: float = 0.35
-    """Share of the GPU's peak that a step is assumed to reach."""
+    """Share of the GPU's peak that a step is assumed to reach. Public runs of video DiTs of this size show up to 0.18; the
+    plan gives the time for 0.2, 0.35 and 0.5 as well."""
+    gather_bfloat16: bool = False
+    """Parameters are gathered in bfloat16 (`--parallel.gather-bfloat16`)."""
     bandwidth: float | None = None
     """GB a second that a GPU is assumed to receive from the others; by default 450, the NVLink of an H100's machine, for
     up to 8 GPUs, and 50, a 400 Gb/s port for each, for more."""
@@ -63,30 +68,45 @@ class Layout:
 
     checkpoint_activations: float
     """Share of the blocks that run again in the backward pass."""
+    reduce_every_micro_batch: bool
+    """Whether gradients are reduced after every micro-batch, so that no GPU holds them whole."""
     states: int
-    """Bytes on a GPU, at the step's fullest moment, that do not depend on the number of samples."""
+    """Bytes on a GPU, at the fullest moment, that do not depend on the number of samples."""
     per_sample: int
     """Bytes on a GPU for each sample in flight, at that moment."""
     samples: int
     """Samples in flight that fit; 0 if none does."""
     accumulate: int
-    """Parts that a GPU's share of the batch needs, so that it fits; 0 if it never does."""
+    """Micro-batches that a GPU's share of the batch needs, so that it fits; 0 if it never does."""
     compute_seconds: float
-    """Of a step's products; infinite if it does not fit."""
+    """Time of a step's products; infinite if it does not fit."""
     traffic: float
     """Bytes that a GPU receives from the others in a step."""
     seconds: float
-    """Of a step, if all traffic runs beside products: the longer of the two."""
+    """Time of a step, if all traffic runs beside products: the longer of the two."""
+    validation_seconds: float
+    """Time of a validation, which takes as many windows as a step."""
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `agra train` that choose this layout."""
+        share, count = self.checkpoint_activations, self.accumulate
+        flags = [f"--parallel.checkpoint-activations {share:g}"] if share else []
+        flags += [f"--parallel.accumulate {count}"] if count > 1 else []
+        return flags + (["--parallel.reduce-every-micro-batch True"] if self.reduce_every_micro_batch else [])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `plan` found."""
+    """Result of `plan`."""
 
     footprint: Footprint
     layouts: tuple[Layout, ...]
     """From no activation checkpointing to all."""
+    encoding: dict[str, float]
+    """FLOPs of encoding a sample while training, by feature; empty where all is cached."""
     hours: float
+    """Time of all steps and validations."""
     cost: float
 
     @property
@@ -104,7 +124,10 @@ def peak_flops(device: torch.device) -> float | None:
 def plan(config: RunConfig, machines: Machines) -> Plan:
     """Lay a step of a recipe's stage on machines. Raises ValueError where the batch does not divide over them."""
     shares = track(SHARES, "counting a step", console=Console(stderr=True), transient=True)
-    return lay_out(config, machines, [measure(config, checkpoint_activations=share) for share in shares])
+    counted = [
+        measure(config, checkpoint_activations=share, gather_bfloat16=machines.gather_bfloat16) for share in shares
+    ]
+    return lay_out(config, machines, counted)
 
 
 def lay_out(config: RunConfig, machines: Machines, counted: Sequence[Footprint]) -> Plan:
@@ -112,84 +135,146 @@ def lay_out(config: RunConfig, machines: Machines, counted: Sequence[Footprint])
     if config.stage.batch_size % machines.gpus:
         raise ValueError(f"stage.batch_size: {config.stage.batch_size} does not divide over {machines.gpus} GPUs")
     local = config.stage.batch_size // machines.gpus
-    layouts = tuple(_layout(found, local=local, machines=machines) for found in counted)
-    hours = min(layout.seconds for layout in layouts) * config.stage.steps / 3600
+    all_flops = encoding_flops_per_sample(config)
+    encoding = {name: flops for name, flops in all_flops.items() if name not in config.data.cached}
+    layouts = tuple(
+        _layout(footprint, local=local, machines=machines, encoding=sum(encoding.values())) for footprint in counted
+    )
+    best = min(layouts, key=lambda layout: layout.seconds)
+    validations = 1 + config.stage.steps // config.stage.validate_every
+    hours = (best.seconds * config.stage.steps + best.validation_seconds * validations) / 3600
     return Plan(
         footprint=counted[0],
         layouts=layouts,
+        encoding=encoding,
         hours=hours,
         cost=hours * machines.gpus * machines.price,
     )
 
 
-def _layout(found: Footprint, *, local: int, machines: Machines) -> Layout:
-    shards, room = machines.shards or machines.gpus, machines.gpu_memory * 1e9 * _RESERVED
-    gradients = np.maximum(found.gradients, 4 * found.trained)  # where a step takes several parts they stay throughout
-    constant = (found.states + gradients) / shards + found.fixed
-    if shards > 1:  # whole, with gradients; the next block on its way
-        constant = constant + 4 * (found.root * 2 + found.largest_block * 3)
-    growing = found.per_sample > 0
-    samples = max(0, int(((room - constant[growing]) // found.per_sample[growing]).min()))
-    if constant.max() > room:
-        samples = 0
-    fullest = int(np.argmax(constant + max(samples, 1) * found.per_sample))
-    fitting = [parts for parts in range(1, local + 1) if local % parts == 0 and local // parts <= samples]
-    accumulate = fitting[0] if fitting else 0
-    compute = local * found.flops_per_sample / (PEAK_FLOPS[machines.gpu] * machines.utilisation)
-    traffic = accumulate * _traffic(found, shards, machines.gpus // shards)
+def _layout(footprint: Footprint, *, local: int, machines: Machines, encoding: float) -> Layout:
+    """The quicker of two layouts: gradients reduced once a step, or after every micro-batch to save memory."""
+    once, every = (
+        _reduced(footprint, local=local, machines=machines, encoding=encoding, every=every) for every in (False, True)
+    )
+    return every if every.accumulate and every.seconds < once.seconds else once
+
+
+def _reduced(footprint: Footprint, *, local: int, machines: Machines, encoding: float, every: bool) -> Layout:
+    shards = machines.shards or machines.gpus
+    samples, accumulate, constant = _fit(footprint, local=local, machines=machines, every=every)
+    fullest = int(np.argmax(constant + max(samples, 1) * footprint.per_sample))
+    rate = PEAK_FLOPS[machines.gpu] * machines.utilisation
+    compute = local * (footprint.flops_per_sample + encoding) / rate
+    traffic = _traffic(footprint, shards, machines.gpus // shards, micro_batches=accumulate, every=every)
     return Layout(
-        checkpoint_activations=found.checkpointed,
+        checkpoint_activations=footprint.checkpointed,
+        reduce_every_micro_batch=every and accumulate > 1,
         states=int(constant[fullest]),
-        per_sample=int(found.per_sample[fullest]),
+        per_sample=int(footprint.per_sample[fullest]),
         samples=samples,
         accumulate=accumulate,
-        compute_seconds=compute if fitting else float("inf"),
+        compute_seconds=compute if accumulate else float("inf"),
         traffic=traffic,
-        seconds=max(compute, traffic / (machines.rate * 1e9)) if fitting else float("inf"),
+        seconds=max(compute, traffic / (machines.rate * 1e9)) if accumulate else float("inf"),
+        validation_seconds=local * footprint.validation_flops_per_sample / rate,
     )
 
 
-def _traffic(found: Footprint, shards: int, copies: int) -> float:
-    """Bytes that a process receives for a part of a step, all float32: parameters gathered and gradients reduced
-    over the shards, and the shards' gradients reduced over the copies."""
-    gathered = (found.gathered + found.trained) * (shards - 1) / shards
-    reduced = 2 * found.trained / shards * (copies - 1) / copies
-    return 4 * (gathered + reduced)
+def _fit(footprint: Footprint, *, local: int, machines: Machines, every: bool) -> tuple[int, int, np.ndarray]:
+    """Samples in flight that fit, micro-batches that the GPU's share then needs (0: never), and (moments,) bytes that do
+    not depend on the samples.
+
+    Gradients of one micro-batch come and go with the backward pass. Of several they stay throughout: a process's share, or
+    all of them where they are reduced once.
+    """
+    shards, room = machines.shards or machines.gpus, machines.gpu_memory * 1e9 * _RESERVED
+    whole = 4 * footprint.trained
+    gathered = np.zeros(())
+    if shards > 1:  # the root with its gradients, a block with its gradients, and the next block on its way
+        gathered = footprint.weight_bytes * (footprint.root * 2 + footprint.largest_block * 3)
+    base = footprint.states / shards + footprint.fixed + gathered
+    samples, constant = 0, base
+    for accumulate in (count for count in range(1, local + 1) if local % count == 0):
+        gradients = footprint.gradients / shards
+        if accumulate > 1:
+            kept = whole / shards if every or shards == 1 else whole
+            gradients = np.maximum(gradients, kept)
+        constant = base + gradients
+        samples = _most_samples(constant, footprint.per_sample, room)
+        if local // accumulate <= samples:
+            return samples, accumulate, constant
+    return samples, 0, constant
 
 
-def describe(found: Plan, config: RunConfig, machines: Machines) -> str:
+def _most_samples(constant: np.ndarray, per_sample: np.ndarray, room: float) -> int:
+    if constant.max() > room:
+        return 0
+    growing = per_sample > 0
+    return max(0, int(((room - constant[growing]) // per_sample[growing]).min()))
+
+
+def _traffic(footprint: Footprint, shards: int, copies: int, *, micro_batches: int, every: bool) -> float:
+    """Bytes that a process receives in a step: parameters gathered for each micro-batch, float32 gradients reduced over
+    the shards and then over the copies, once or after each micro-batch."""
+    gathered = micro_batches * footprint.weight_bytes * footprint.gathered
+    reductions = micro_batches if every else min(micro_batches, 1)
+    reduced = 4 * footprint.trained * reductions
+    over_copies = 4 * 2 * footprint.trained / shards * (copies - 1) / copies * reductions
+    return (gathered + reduced) * (shards - 1) / shards + over_copies
+
+
+def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
     """The plan as text for a terminal."""
-    footprint, total = found.footprint, sum(found.footprint.parameters.values())
+    footprint, total = result.footprint, sum(result.footprint.parameters.values())
     parts = ", ".join(f"{name} {count:,}" for name, count in footprint.parameters.items())
     lines = [
         f"parameters     {total:,} ({parts}); {footprint.trained:,} trained in the {config.stage.name} stage",
-        f"work           {footprint.flops_per_sample / 1e12:.3g} TFLOPs a sample, forward and backward",
+        f"work           {footprint.flops_per_sample / 1e12:.3g} TFLOPs a sample, forward and backward"
+        + _describe_encoding(result),
         f"on {machines.gpus} GPUs of {machines.gpu_memory:g} GB, batch {config.stage.batch_size} "
-        f"({config.stage.batch_size // machines.gpus} a GPU):",
+        f"({config.stage.batch_size // machines.gpus} a GPU), validation of as many windows included:",
     ]
-    for layout in found.layouts:
+    for layout in result.layouts:
         share = layout.checkpoint_activations
         name = f"{share:.0%} run again" if share else "plain"
-        verdict = "does not fit"
-        if layout.accumulate:
-            flags = [f"--parallel.checkpoint-activations {share:g}"] if share else []
-            flags += [f"--parallel.accumulate {layout.accumulate}"] if layout.accumulate > 1 else []
-            verdict = f"fits with {' '.join(flags) or 'no flags'}"
+        verdict = f"fits with {' '.join(layout.flags) or 'no flags'}" if layout.accumulate else "does not fit"
         lines.append(
             f"  {name:15}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in flight: "
             f"{layout.samples} fit; the batch {verdict}"
             + (f", {layout.seconds:.2f} s a step" if layout.accumulate else "")
         )
-    if found.hours == float("inf"):
+    if result.hours == float("inf"):
         return "\n".join([*lines, "no layout fits: take more GPUs, more memory, or a smaller model"])
-    best = found.best
+    best = result.best
     if machines.gpus > 1:
         lines.append(
             f"traffic        {best.traffic / 1e9:.1f} GB to each GPU a step, {best.traffic / machines.rate / 1e9:.2f} s "
             f"at {machines.rate:g} GB/s, beside {best.compute_seconds:.2f} s of products"
         )
-    lines.append(
-        f"time           {best.seconds:.2f} s a step, {found.hours:.1f} h for {config.stage.steps:,} steps"
-        + (f", {found.cost:,.0f} in the price's currency" if found.cost else "")
+    times = ", ".join(
+        f"{_hours(result, config, machines, share):.1f} h at {share:.0%}"
+        for share in sorted({*UTILISATIONS, machines.utilisation})
     )
+    lines.append(f"time           {config.stage.steps:,} steps and their validations: {times} of the GPUs' peak")
+    if result.cost:
+        lines.append(f"cost           {result.cost:,.0f} in the price's currency, at {machines.utilisation:.0%}")
     return "\n".join(lines)
+
+
+def _describe_encoding(result: Plan) -> str:
+    if not result.encoding:
+        return ""
+    flops = sum(result.encoding.values())
+    share = flops / (flops + result.footprint.flops_per_sample)
+    return (
+        f", and {flops / 1e12:.3g} for encoding {' and '.join(result.encoding)} while training: {share:.0%} of a step"
+    )
+
+
+def _hours(result: Plan, config: RunConfig, machines: Machines, utilisation: float) -> float:
+    """Time of the best layout's steps and validations at another utilisation."""
+    best, scale = result.best, machines.utilisation / utilisation
+    step = max(best.compute_seconds * scale, best.traffic / (machines.rate * 1e9))
+    validations = 1 + config.stage.steps // config.stage.validate_every
+    return (step * config.stage.steps + best.validation_seconds * scale * validations) / 3600

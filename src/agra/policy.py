@@ -2,26 +2,37 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from agra.config import RunConfig
-from agra.data.cameras import crop
 from agra.data.normalize import NormStats
 from agra.flow import continuation_weights
+from agra.instructions import FILE as INSTRUCTIONS
+from agra.instructions import Instructions, StoredInstructions
+from agra.observations import ObservationEncoder, PolicyInputs
+from agra.precision import Precision, allow_tensor_cores, compute_dtype, local_device
 from agra.training import checkpoint
 from agra.training.lora import merged
 from agra.training.stages import Stage
-from agra.types import ActionChunk, Continuation, EmbodimentSpec, Observation, PolicyRequest, PolicySpec
-from agra.wam.codec import Codec, load_codec, to_frames, to_video
-from agra.wam.fast import FastWAM
+from agra.types import (
+    ActionChunk,
+    BatchPolicy,
+    Continuation,
+    EmbodimentSpec,
+    Observation,
+    PolicyRequest,
+    PolicySpec,
+)
+from agra.wam.codec import Codec, load_codec, to_frames
+from agra.wam.fast import FastWAM, compiled_graphs, padded_size
 from agra.wam.model import WAM
 from agra.wam.text import TextEncoder, load_text_encoder
 
@@ -32,26 +43,13 @@ def _projection(config: RunConfig, model: WAM) -> nn.Module | None:
     return model.video_dit.transformer.crossattn_proj if reads_cosmos else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PolicyInputs:
-    """Observations as the model takes them."""
-
-    observation_latent: Float[Tensor, "B C 1 h w"]
-    instruction: Float[Tensor, "B L E"]
-    state: Float[Tensor, "B S"]
-    embodiment: Int[Tensor, "B"]
-
-    def rows(self, indices: Sequence[int]) -> "PolicyInputs":
-        """Some of the observations."""
-        return PolicyInputs(**{name: value[list(indices)] for name, value in vars(self).items()})
-
-
 class WAMPolicy:
-    """An `agra.types.Policy`, and a `BatchPolicy`, around a trained WAM; `act` runs one conditioning pass and a few Euler steps.
+    """An `agra.types.Policy`, and a `BatchPolicy`, around a trained WAM: `act` runs one conditioning pass and a few Euler steps.
 
+    It computes in the precision of its training: on a GPU the weights are bfloat16, and TF32 serves where float32 remains.
     With `fast` nothing is computed twice (`agra.wam.fast`, also for `compiled` and the approximation `pool_future`); the
-    results are the same up to rounding. The model's weights must then stay as they are. The video noise of the unseen latent frames and the action noise come from a generator that `reset` seeds: the same
-    seed and observations give the same actions.
+    results are the same up to rounding. The video noise of the unseen latent frames and the action noise come from a
+    generator that `reset` seeds: the same seed and observations give the same actions.
     """
 
     def __init__(
@@ -61,43 +59,53 @@ class WAMPolicy:
         config: RunConfig,
         model: WAM,
         codec: Codec,
-        text: TextEncoder,
+        instructions: Instructions,
         stats: Mapping[str, NormStats],
         device: torch.device | str = "cpu",
+        precision: Precision | None = None,
         action_steps: int = 4,
         fast: bool = True,
         pool_future: int = 1,
         compiled: bool = False,
         imagines: bool = True,
     ) -> None:
+        """`precision` is the training's by default. Takes `model` over: it is moved, cast and frozen."""
         self.name, self.config, self.stats = name, config, stats
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        self.codec, self.text = codec, text
+        self.device = local_device(device)
+        self.observations = ObservationEncoder(config, codec, instructions, stats, device=self.device)
+        allow_tensor_cores(self.device)
+        dtype = compute_dtype(self.device, precision or config.stage.precision)
+        self.model = model.to(self.device, dtype).eval().requires_grad_(False)
         self.action_steps, self.imagines = action_steps, imagines
-        # Bounded: a server's clients choose the instructions.
-        self._tokens = lru_cache(maxsize=64)(self._encode)
         if not fast and (compiled or pool_future != 1):
             raise ValueError("compiled and pool_future belong to the fast path")
         self._fast = (
             FastWAM(self.model, action_steps=action_steps, pool_future=pool_future, compiled=compiled) if fast else None
         )
         self._keys_values = lru_cache(maxsize=8)(self._project)
+        self._warm_graphs: int | None = None
         self.reset(0)
 
     @classmethod
     def load(
-        cls, path: str | Path, *, name: str | None = None, device: torch.device | str = "cpu", **options: Any
+        cls,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        device: torch.device | str = "cpu",
+        known_instructions: bool = False,
+        **options: Any,
     ) -> "WAMPolicy":
         """Rebuild a policy from a checkpoint folder, or from its run's folder (the newest checkpoint), alone.
 
-        `options` are the initialiser's `action_steps`, `fast`, `pool_future`, `compiled` and `imagines`.
+        The text encoder is loaded at the first instruction that the checkpoint does not know; with `known_instructions`
+        never. `options` are the initialiser's `precision`, `action_steps`, `fast`, `pool_future`, `compiled` and `imagines`.
 
         Raises FileNotFoundError where there is none, ValueError where a file is damaged or the checkpoint is one of the
         adapt stage, whose action head has not been trained.
         """
         folder = checkpoint.resolve(path)
-        checkpoint.verify(folder)
+        checkpoint.verify(folder, without=(checkpoint.OPTIMIZER,))
         config = checkpoint.read_config(folder)
         if config.stage.name is Stage.ADAPT:
             raise ValueError(f"{folder}: a checkpoint of the adapt stage cannot act; take one of joint or finetune")
@@ -106,19 +114,95 @@ class WAMPolicy:
         model.to_empty(device="cpu")
         with merged(model, config.stage.lora):
             checkpoint.load_weights(model, folder)
-        codec_file = folder / "codec.safetensors"
+        codec_file, tokens_file = folder / "codec.safetensors", folder / INSTRUCTIONS
         codec = load_codec(config.model.codec, codec_file if codec_file.is_file() else None)
-        stats = NormStats.load_all(folder / "norm_stats.json")
+        known = StoredInstructions(tokens_file) if tokens_file.is_file() else None
+        if known_instructions and not known:
+            raise ValueError(
+                f"{tokens_file}: missing, so no instruction is known; load the policy with its text encoder"
+            )
+        projection = deepcopy(_projection(config, model))  # in float32, as tokens were made for training
+
+        def load_encoder() -> TextEncoder:
+            return load_text_encoder(config.model.text, projection).to(local_device(device))
+
         return cls(
             name=name or Path(path).name,
             config=config,
             model=model,
-            codec=codec.to(device),
-            text=load_text_encoder(config.model.text, _projection(config, model)),
-            stats=stats,
+            codec=codec.to(local_device(device)),
+            instructions=Instructions(None if known_instructions else load_encoder, known),
+            stats=NormStats.load_all(folder / "norm_stats.json"),
             device=device,
             **options,
         )
+
+    @property
+    def codec(self) -> Codec:
+        """The frozen video codec."""
+        return self.observations.codec
+
+    @property
+    def instructions(self) -> Instructions:
+        """The tokens of instructions."""
+        return self.observations.instructions
+
+    @property
+    def text(self) -> TextEncoder:
+        """The text encoder, loaded at its first use."""
+        return self.instructions.encoder
+
+    # --- what a server does before it answers, and between two answers ------------------------------------------------
+
+    def warm_up(self, max_batch: int) -> None:
+        """Load what is loaded late and answer a blank observation in every batch size up to `max_batch`.
+
+        Call it in the thread that will answer: CUDA graphs belong to their thread. Afterwards `recompiles` counts from 0.
+        """
+        self.instructions.load()
+        embodiment, stats = next(iter(self.stats.items()))
+        height, width = self.config.model.frame_size
+        blank = Observation(
+            frame=np.zeros((height, width, 3), np.uint8),
+            state=np.asarray(stats.state["mean"], np.float32),
+            instruction=next(iter(self.instructions.known), "warm up"),
+            embodiment=embodiment,
+        )
+        compiled = self._fast is not None and self._fast.compiled
+        sizes = sorted({padded_size(count) for count in range(1, max_batch + 1)}) if compiled else [1]
+        for size in sizes:
+            for _ in range(
+                3 if compiled else 1
+            ):  # a CUDA graph is recorded at the second call and replayed at the third
+                self.act_batch([PolicyRequest(observation=blank, episode=self.episode(0)) for _ in range(size)])
+        self._warm_graphs = compiled_graphs()
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs compiled since `warm_up`. More than 0 means that an answer has waited for the compiler."""
+        return 0 if self._warm_graphs is None else compiled_graphs() - self._warm_graphs
+
+    def adopt(self, other: BatchPolicy) -> bool:
+        """Become `other` in place where that keeps compiled graphs valid: the same model, options and device.
+
+        False, and nothing changed, where it cannot or where nothing is compiled. Between two answers only.
+        """
+        if not isinstance(other, WAMPolicy) or self._fast is None or other._fast is None or not self._fast.compiled:
+            return False
+        same = (
+            other._fast.compiled
+            and self.config.model == other.config.model
+            and self.device == other.device
+            and next(self.model.parameters()).dtype == next(other.model.parameters()).dtype
+            and (self.action_steps, self._fast.pool_future) == (other.action_steps, other._fast.pool_future)
+        )
+        if not same:
+            return False
+        self._fast.update(other.model)
+        self._keys_values.cache_clear()
+        self.name, self.config, self.stats, self.imagines = other.name, other.config, other.stats, other.imagines
+        self.observations = other.observations
+        return True
 
     @property
     def spec(self) -> PolicySpec:
@@ -166,7 +250,7 @@ class WAMPolicy:
         watch = Stopwatch(self.device)
         instructions = [request.observation.instruction for request in requests]
         for instruction in instructions:
-            (self._tokens if self._fast is None else self._keys_values)(instruction)
+            (self.instructions.tokens if self._fast is None else self._keys_values)(instruction)
         watch.lap("text")
         inputs = self.prepare([request.observation for request in requests])
         continuation = self._continuation(requests)
@@ -210,22 +294,9 @@ class WAMPolicy:
         latents = self.model.imagine(inputs.observation_latent, noise, inputs.instruction, steps=steps)
         return to_frames(self.codec.decode(latents))
 
-    @torch.no_grad()
     def prepare(self, observations: Sequence[Observation]) -> PolicyInputs:
         """Observations to model inputs: resize and encode frames, look up instructions, normalise states."""
-        model, head = self.config.model, self.config.model.action_dit
-        videos = [to_video(self.seen(o.frame, o.embodiment)[None], model.frame_size) for o in observations]
-        states = torch.zeros(len(observations), head.state_dim)
-        for row, observation in zip(states, observations, strict=True):
-            normalized = self._stats(observation.embodiment).normalize("state", observation.state)
-            row[: len(normalized)] = torch.as_tensor(normalized)
-        rows = [self.config.data.embodiments.index(o.embodiment) for o in observations]
-        return PolicyInputs(
-            observation_latent=self.codec.encode(torch.cat(videos).to(self.device)),
-            instruction=torch.stack([self._tokens(o.instruction) for o in observations]).to(self.device),
-            state=states.to(self.device),
-            embodiment=torch.tensor(rows, device=self.device),
-        )
+        return self.observations.encode(observations)
 
     def video_noise(self, count: int, seed: int) -> Float[Tensor, "B C T h w"]:
         """The conditioning pass's noise, for diagnostics that hold it fixed."""
@@ -237,13 +308,13 @@ class WAMPolicy:
 
     def unnormalize(self, actions: Float[Tensor, "B K D"], embodiment: str) -> np.ndarray:
         """Model output to the robot's units, (B, K, the embodiment's own D) float32."""
-        stats = self._stats(embodiment)
+        stats = self.observations.stats_of(embodiment)
         own = actions[..., : stats.width("action")].float().cpu().numpy()
         return stats.unnormalize("action", own).astype(np.float32)
 
     def normalize(self, actions: np.ndarray, embodiment: str) -> np.ndarray:
         """Actions (..., the embodiment's own D) in the robot's units as the model predicts them; inverse of `unnormalize`."""
-        return np.asarray(self._stats(embodiment).normalize("action", actions), dtype=np.float32)
+        return np.asarray(self.observations.stats_of(embodiment).normalize("action", actions), dtype=np.float32)
 
     def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         head = self.config.model.action_dit
@@ -258,22 +329,11 @@ class WAMPolicy:
 
     def seen(self, frames: np.ndarray, embodiment: str) -> np.ndarray:
         """Frames (..., H, W, 3) as training saw them: cropped as the embodiment's source says."""
-        return crop(frames, self.config.data.source(embodiment), f"policy {self.name}: the observed frame")
-
-    def _stats(self, embodiment: str) -> NormStats:
-        if embodiment not in self.stats:
-            raise ValueError(
-                f"policy {self.name}: not trained on embodiment {embodiment!r}; it knows {sorted(self.stats)}"
-            )
-        return self.stats[embodiment]
-
-    def _encode(self, instruction: str) -> Tensor:
-        # float16 as in the cache that training read
-        return self.text.encode([instruction])[0].half().float()
+        return self.observations.crop(frames, embodiment)
 
     def _project(self, instruction: str) -> tuple[tuple[Tensor, Tensor], ...]:
         assert self._fast is not None
-        return self._fast.instruction(self._tokens(instruction).to(self.device))
+        return self._fast.instruction(self.instructions.tokens(instruction).to(self.device))
 
     def _continuation(self, requests: Sequence[PolicyRequest]) -> tuple[Tensor, Tensor] | None:
         """The old chunks as the model sees actions, and how much each number counts: (B, K, D) twice."""
@@ -286,7 +346,7 @@ class WAMPolicy:
             given = request.continuation
             if given is None:
                 continue
-            stats = self._stats(request.observation.embodiment)
+            stats = self.observations.stats_of(request.observation.embodiment)
             kept = torch.as_tensor(stats.normalize("action", given.actions[: head.horizon]))
             previous[row, : len(kept), : kept.shape[1]] = kept
             held = continuation_weights(min(given.delay, len(kept)), len(kept), head.horizon)

@@ -1,24 +1,73 @@
-"""Where bfloat16 helps. A leaf, shared by training and the frozen networks."""
+"""Devices, and bfloat16 where it helps. A leaf, shared by training, inference and the frozen networks."""
 
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.amp import is_autocast_available
 
 Precision = Literal["auto", "bfloat16", "float32"]
-"""Of matrix products under autocast; `auto` is bfloat16 on devices with instructions for it, float32 elsewhere."""
+"""Precision of matrix products under autocast. `auto` is bfloat16 on devices with instructions for it, else float32."""
+
+
+def local_device(name: str | torch.device) -> torch.device:
+    """The device of this process: under torchrun "cuda" is the GPU of the process's local rank.
+
+    Raises ValueError where torch sees no such GPU.
+    """
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    present = torch.cuda.device_count()
+    if not present:
+        raise ValueError(f"device {device}: torch sees no GPU; check the driver and that torch is a CUDA build")
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if index >= present:
+        raise ValueError(f"device cuda:{index}: there are {present} GPUs; start at most one process for each")
+    return torch.device("cuda", index)
 
 
 def bfloat16_helps(device: torch.device) -> bool:
-    """Whether `device` multiplies in bfloat16 natively. A CPU that doesn't emulates it, tens of times slower."""
+    """Whether `device` multiplies in bfloat16 natively. A CPU without the instructions emulates it, tens of times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> torch.autocast:
-    """The context in which networks run at `precision` on `device`; parameters and gradients stay as they are.
-
-    Without `cache`, a weight is cast again at each use: that costs time, and saves a bfloat16 copy of the model.
-    """
+def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """The type in which products are computed at `precision` on `device`."""
     half = precision == "bfloat16" or (precision == "auto" and bfloat16_helps(device))
+    return torch.bfloat16 if half else torch.float32
+
+
+def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> AbstractContextManager:
+    """The context in which networks run at `precision` on `device`. Parameters and gradients keep their type.
+
+    Without `cache`, a weight is cast again at each use: slower, but no bfloat16 copy of the model is kept.
+    """
+    if not is_autocast_available(device.type):
+        return nullcontext()
+    half = compute_dtype(device, precision) is torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=cache)
+
+
+def without_autocast(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`module(x)` in the type of `x`.
+
+    CUDA's autocast runs layer norms in float32 and keeps a float32 copy of their inputs for the backward pass, the CPU's
+    leaves them alone. Norms without weights compute in float32 inside either way.
+    """
+    kind = x.device.type
+    if not is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return module(x)
+    with torch.autocast(kind, enabled=False):
+        return module(x)
+
+
+def allow_tensor_cores(device: torch.device) -> None:
+    """Let a GPU multiply float32 matrices in TF32, in this process. Nothing on other devices."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")

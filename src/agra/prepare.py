@@ -5,20 +5,28 @@ Here the frozen encoders of `wam` and `alignment` meet the cache of `data`. A co
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from agra.alignment.teacher import Teacher, interpolate_grid, load_teacher, reference_frames
 from agra.config import RunConfig
 from agra.data import cache
 from agra.data.cache import CachedFeature
+from agra.data.instructions import InstructionTokens
+from agra.data.source import SourceConfig
 from agra.data.sources import Source
+from agra.footprint import encoding_flops_per_sample, flops_per_sample, teacher_width
 from agra.training import checkpoint
 from agra.types import Episode
 from agra.wam.codec import Codec, PatchPCACodec, load_codec, to_video
@@ -27,6 +35,11 @@ from agra.wam.text import TextEncoder, load_text_encoder
 from agra.wam.video_dit import load_text_projection
 
 _CODEC_EPISODES = 64  # enough for a 768 x 768 covariance of 8 x 8 x 4 patches
+_TEACHER_CHUNK = 8
+_FEW = 16
+"""Instructions for each process up to which the first one encodes them all."""
+MAX_KNOWN = 256
+"""Training instructions up to which a checkpoint carries their tokens: 0.3 GB of Cosmos's."""
 
 
 class Latents:
@@ -74,50 +87,89 @@ class Targets:
 
     def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
         """Each frame alone, from the recorded resolution."""
-        frames = torch.as_tensor(episode.frames[: self.limit])
-        grids = [interpolate_grid(self.teacher(chosen), self.grid) for chosen in frames.split(16)]
-        return {"targets": torch.cat(grids).half().cpu().numpy()}
+        frames = torch.as_tensor(np.ascontiguousarray(episode.frames[: self.limit]))
+        return {"targets": _target_grids(self.teacher, frames, self.grid).numpy()}
 
 
-class Instruction:
-    """The instruction's tokens: (L, E) float16."""
+@dataclass(frozen=True, kw_only=True)
+class EncodingCost:
+    """Two ways to a feature of the training windows: from the cache, or encoded while training."""
 
-    name = "instruction"
+    feature: str
+    cached: bool
+    """Which of the two the config takes."""
+    bytes_per_step: int
+    """Bytes of a control step in the cache."""
+    bytes: int
+    """Bytes of all training and validation episodes in the cache."""
+    share: float
+    """Share of a training step's FLOPs that encoding takes."""
 
-    def __init__(self, text: TextEncoder) -> None:
-        self.text = text
-        self._known: dict[str, np.ndarray] = {}
+    def __str__(self) -> str:
+        ways = (
+            f"cached {self.bytes / 1e9:,.1f} GB ({self.bytes_per_step / 1e3:,.0f} kB a control step), or encoded while"
+        )
+        choice = "the cache" if self.cached else "while training"
+        return f"{self.feature}: {ways} training {self.share:.0%} of a step's FLOPs; this config: {choice}"
 
-    @property
-    def key(self) -> dict[str, Any]:
-        """The text encoder."""
-        return {"text": self.text.key}
 
-    def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
-        """Each wording is encoded once."""
-        if episode.instruction not in self._known:
-            self._known[episode.instruction] = self.text.encode([episode.instruction])[0].half().cpu().numpy()
-        return {"instruction": self._known[episode.instruction]}
+def encoding_costs(config: RunConfig, sources: Sequence[Source]) -> list[EncodingCost]:
+    """What latents, and targets where the stage aligns, cost either way. Loads no frozen network."""
+    model, encoding, step = config.model, encoding_flops_per_sample(config), flops_per_sample(config)
+    row = {"latents": math.prod(model.latent_shape)}
+    if config.aligns:
+        width = teacher_width(config)
+        assert width is not None
+        row["targets"] = math.prod(model.token_grid[1:]) * width
+    costs = []
+    for name, flops in encoding.items():
+        limits = [_target_frames(config, source) if name == "targets" else None for source in sources]
+        steps = sum(_steps(source, limit) for source, limit in zip(sources, limits, strict=True))
+        bytes_per_step = 2 * row[name] + 4  # float16 and a checksum
+        online = sum(encoding[other] for other in encoding if other == name or other not in config.data.cached)
+        cost = EncodingCost(
+            feature=name,
+            cached=name in config.data.cached,
+            bytes_per_step=bytes_per_step,
+            bytes=steps * bytes_per_step,
+            share=flops / (step + online),
+        )
+        costs.append(cost)
+    return costs
+
+
+def _steps(source: Source, limit: int | None) -> int:
+    lengths = source.dataset.lengths[list(source.used)]
+    return int((lengths if limit is None else np.minimum(lengths, limit)).sum())
 
 
 class Preparation:
-    """The frozen networks that a config's stage needs, loaded once: what computing their features will take, and doing it."""
+    """The frozen features that a config's stage needs: their cost, and their computation."""
 
     def __init__(self, config: RunConfig, sources: Sequence[Source], *, device: torch.device | str = "cpu") -> None:
         self.config, self.sources, self.root = config, sources, Path(config.data.cache)
-        self._wanted = _features(config, sources, device)
+        self._device = device
+
+    @cached_property
+    def _features(self) -> dict[str, Callable[[Source], cache.Feature]]:
+        """How to make each cached feature for a source; the frozen networks are loaded once."""
+        return _features(self.config, self.sources, self._device)
+
+    def costs(self) -> list[EncodingCost]:
+        """What every feature costs in the cache and while training."""
+        return encoding_costs(self.config, self.sources)
 
     def estimate(self) -> list[tuple[Source, cache.Estimate]]:
-        """What `run` will take for every source, measured on one episode of each."""
+        """The cost of `run` for every source, measured on one episode of each."""
         return [(s, cache.estimate(s.dataset, self._of(s), self.root, episodes=s.used)) for s in self.sources]
 
     def run(self, *, rank: int = 0, world_size: int = 1) -> list[Path]:
-        """Compute and cache what lacks of every source; returns the features' folders.
+        """Compute and cache the missing features of every source; returns the features' folders.
 
-        Leaves a file beside each folder by which training finds it without loading a frozen network. Of `world_size`
-        processes, each with its own `rank`, every one computes its share of the episodes.
+        Leaves a file beside each folder by which training finds it without loading a frozen network. Each of `world_size`
+        processes, numbered by `rank`, computes its share of the episodes and of the instructions.
         """
-        folders = []
+        folders = [self._write_instructions(rank, world_size)]
         for source in self.sources:
             paths = cache.prepare(
                 source.dataset,
@@ -126,41 +178,105 @@ class Preparation:
                 episodes=source.used,
                 rank=rank,
                 world_size=world_size,
+                progress=rank == 0,
             )
-            for name, path in zip(self._wanted, paths, strict=True):
+            for name, path in zip(self._features, paths, strict=True):
                 checkpoint.write_text(_index(self.config, self.sources, source, name), json.dumps(path.name) + "\n")
             folders += paths
         return folders
 
     def _of(self, source: Source) -> list[cache.Feature]:
-        return [make(source) for make in self._wanted.values()]
+        return [make(source) for make in self._features.values()]
+
+    def _write_instructions(self, rank: int, world_size: int) -> Path:
+        """Encode the instructions that have no tokens yet.
+
+        The first process encodes a few alone, so that the others need no text encoder; many are shared.
+        """
+        index, texts = _instruction_index(self.config), _instruction_texts(self.sources)
+        tokens = InstructionTokens(self.root / json.loads(index.read_text())) if index.is_file() else None
+        missing = texts if tokens is None else tokens.missing(texts)
+        share = missing[rank::world_size] if len(missing) > _FEW * world_size else missing if rank == 0 else []
+        if tokens is not None and not share:
+            return tokens.folder
+        if tokens is None and rank > 0 and not share:
+            return index
+        encoder = open_text(self.config).to(self._device)
+        tokens = InstructionTokens(self.root / f"instructions-{_digest({'text': encoder.key})}")
+        _encode_missing(encoder, tokens, tokens.missing(share))
+        checkpoint.write_text(index, json.dumps(tokens.folder.name) + "\n")
+        return tokens.folder
 
 
 def open_features(config: RunConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:
-    """What `prepare` made for these settings, by source. Raises FileNotFoundError naming the remedy."""
+    """The cached features of `prepare` for these settings, by source. Raises FileNotFoundError naming the remedy."""
     opened = []
     for source in sources:
-        own = {}
+        features = {}
         for name in _needed(config):
             path = _index(config, sources, source, name)
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"{config.data.cache}: no {name} prepared for {source.dataset.path} with these settings; run agra"
-                    " prepare with the same recipe, stage and flags"
-                )
-            own[name] = CachedFeature.open(path.parent / json.loads(path.read_text()), episodes=source.used)
-        opened.append(own)
+                raise _unprepared(config, name, str(source.dataset.path))
+            features[name] = CachedFeature.open(path.parent / json.loads(path.read_text()), episodes=source.used)
+        opened.append(features)
     return opened
 
 
-class OnlineEncoder:
-    """What is not cached, computed of decoded clips while training."""
+def open_instructions(config: RunConfig, sources: Sequence[Source]) -> InstructionTokens:
+    """The instruction tokens of `prepare`. Raises FileNotFoundError naming the remedy where some are missing."""
+    index = _instruction_index(config)
+    if not index.is_file():
+        raise _unprepared(config, "instruction", "any dataset")
+    tokens = InstructionTokens(index.parent / json.loads(index.read_text()))
+    if missing := tokens.missing(_instruction_texts(sources)):
+        raise _unprepared(config, f"tokens of the instruction {missing[0]!r}", "these datasets")
+    return tokens
 
-    def __init__(self, config: RunConfig, codec: Codec | None, teacher: Teacher | None, device: torch.device | str):
-        self.codec, self.teacher, self.device = codec, teacher, device
-        self.teacher_width = None if teacher is None else teacher.width
+
+def write_tokens(
+    config: RunConfig, tokens: InstructionTokens, texts: Sequence[str], *, device: torch.device | str = "cpu"
+) -> None:
+    """Encode further texts into an open folder; the text encoder is loaded only where some have no tokens."""
+    if missing := tokens.missing(texts):
+        _encode_missing(open_text(config).to(device), tokens, missing)
+
+
+def _encode_missing(encoder: TextEncoder, tokens: InstructionTokens, texts: Sequence[str]) -> None:
+    for text in track(texts, "instructions", console=Console(stderr=True), transient=True, disable=len(texts) < 2):
+        tokens.write(text, encoder.encode([text])[0].half().cpu().numpy())
+
+
+def write_known_instructions(path: Path, tokens: InstructionTokens, sources: Sequence[Source]) -> None:
+    """The file of a checkpoint from which a policy reads the tokens of its training instructions.
+
+    Empty where there are more than `MAX_KNOWN`: they are then no fixed set, and the file would grow without bound.
+    """
+    texts = _instruction_texts(sources)
+    known = texts if len(texts) <= MAX_KNOWN else []
+    checkpoint.write_tensors(path, {text: torch.from_numpy(tokens.read(text)) for text in known})
+
+
+def _unprepared(config: RunConfig, what: str, where: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{config.data.cache}: no {what} prepared for {where} with these settings; run agra prepare with the same recipe,"
+        " stage and flags"
+    )
+
+
+def _instruction_texts(sources: Sequence[Source]) -> list[str]:
+    """The distinct instructions of all episodes that training or validation reads."""
+    return [*dict.fromkeys(source.dataset.instruction(episode) for source in sources for episode in source.used)]
+
+
+class OnlineEncoder:
+    """The features that are not cached, computed from decoded frames while training.
+
+    Its values equal the cache's, bit for bit on one device: both go through the same networks, and are rounded to float16.
+    """
+
+    def __init__(self, config: RunConfig, codec: Codec | None, teacher: Teacher | None) -> None:
+        self.codec, self.teacher = codec, teacher
         self._size, self._grid = config.model.frame_size, config.model.token_grid[1:]
-        self._references = list(reference_frames(config.model.latent_shape[1]))
 
     @classmethod
     def open(
@@ -169,22 +285,49 @@ class OnlineEncoder:
         """The frozen networks whose features the config does not cache; None where it caches all."""
         codec = teacher = None
         if "latents" not in config.data.cached:
-            codec = _open_codec(config, sources).to(device)
+            codec = open_codec(config, sources).to(device)
         if config.aligns and "targets" not in config.data.cached:
             assert config.alignment is not None
             teacher = load_teacher(config.alignment.teacher).to(device)
-        return None if codec is None and teacher is None else cls(config, codec, teacher, device)
+        return None if codec is None and teacher is None else cls(config, codec, teacher)
 
-    def __call__(self, clips: Sequence[np.ndarray]) -> tuple[Tensor | None, Tensor | None]:
-        """Clips (T, H, W, 3) uint8 to latents and targets, rounded to float16 as the cache rounds them."""
-        latents = targets = None
-        if self.codec is not None:
-            videos = torch.cat([to_video(clip, self._size) for clip in clips])
-            latents = self.codec.encode(videos.to(self.device)).half().cpu()
-        if self.teacher is not None:
-            frames = [torch.as_tensor(clip[self._references]) for clip in clips]
-            targets = torch.stack([interpolate_grid(self.teacher(one), self._grid) for one in frames]).half().cpu()
-        return latents, targets
+    @property
+    def teacher_width(self) -> int | None:
+        """Width of the targets; None where it makes none."""
+        return None if self.teacher is None else self.teacher.width
+
+    def latents(self, clips: Sequence[np.ndarray]) -> Float[Tensor, "B C T h w"]:
+        """Latents of clips (T, H, W, 3) uint8, float16 on the CPU."""
+        assert self.codec is not None
+        return self.codec.encode(torch.cat([to_video(clip, self._size) for clip in clips])).half().cpu()
+
+    def targets(self, frames: Sequence[np.ndarray]) -> Float[Tensor, "B T H W P"]:
+        """Targets of the reference frames (T, H, W, 3) uint8 of each window, float16 on the CPU."""
+        assert self.teacher is not None
+        grids: list[Tensor | None] = [None] * len(frames)
+        for size in {window.shape for window in frames}:  # datasets of a mixture may differ in the size of their frames
+            rows = [row for row, window in enumerate(frames) if window.shape == size]
+            stacked = torch.from_numpy(np.concatenate([frames[row] for row in rows]))
+            encoded = _target_grids(self.teacher, stacked, self._grid).unflatten(0, (len(rows), -1))
+            for row, grid in zip(rows, encoded, strict=True):
+                grids[row] = grid
+        return torch.stack([grid for grid in grids if grid is not None])
+
+
+def _target_grids(
+    teacher: Teacher, frames: UInt8[Tensor, "N H W 3"], grid: tuple[int, int]
+) -> Float[Tensor, "N h w P"]:
+    """The teacher's features of frames on the token grid (Eqs. 3, 4), float16 on the CPU.
+
+    `_TEACHER_CHUNK` frames at a time, the last chunk padded: the kernels then see one shape, and a frame's features are the
+    same bits whatever other frames are encoded with it.
+    """
+    grids = []
+    for chunk in frames.split(_TEACHER_CHUNK):
+        missing = _TEACHER_CHUNK - len(chunk)
+        padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
+        grids.append(interpolate_grid(teacher(padded), grid)[: len(chunk)].half().cpu())
+    return torch.cat(grids)
 
 
 def codec_file(config: RunConfig, sources: Sequence[Source]) -> Path:
@@ -194,28 +337,26 @@ def codec_file(config: RunConfig, sources: Sequence[Source]) -> Path:
 
 def _needed(config: RunConfig) -> tuple[str, ...]:
     """The features that are cached for the config's stage."""
-    seen = ("latents", "targets") if config.aligns else ("latents",)
-    return (*(name for name in seen if name in config.data.cached), "instruction")
+    read = ("latents", "targets") if config.aligns else ("latents",)
+    return tuple(name for name in read if name in config.data.cached)
 
 
 def _features(
     config: RunConfig, sources: Sequence[Source], device: torch.device | str
 ) -> dict[str, Callable[[Source], cache.Feature]]:
-    """How to make each needed feature for a source; the frozen networks are loaded once."""
-    text, model = Instruction(_open_text(config).to(device)), config.model
-    made: dict[str, Callable[[Source], cache.Feature]] = {"instruction": lambda source: text}
-    needed = _needed(config)
+    needed, model = _needed(config), config.model
+    makers: dict[str, Callable[[Source], cache.Feature]] = {}
     if "latents" in needed:
-        codec = _open_codec(config, sources).to(device)
-        made["latents"] = lambda source: Latents(codec, model, source.config.frame_stride)
+        codec = open_codec(config, sources).to(device)
+        makers["latents"] = lambda source: Latents(codec, model, source.config.frame_stride)
     if "targets" in needed:
         assert config.alignment is not None
         teacher = load_teacher(config.alignment.teacher).to(device)
-        made["targets"] = lambda source: Targets(teacher, model, _target_frames(config, source))
-    return made
+        makers["targets"] = lambda source: Targets(teacher, model, _target_frames(config, source))
+    return makers
 
 
-def _open_codec(config: RunConfig, sources: Sequence[Source]) -> Any:
+def open_codec(config: RunConfig, sources: Sequence[Source]) -> Any:
     """The frozen codec; a patch PCA is fit on the training episodes the first time and kept in the cache folder."""
     if config.model.codec.kind != "patch_pca":
         return load_codec(config.model.codec)
@@ -226,7 +367,7 @@ def _open_codec(config: RunConfig, sources: Sequence[Source]) -> Any:
     return load_codec(config.model.codec, path)
 
 
-def _open_text(config: RunConfig) -> Any:
+def open_text(config: RunConfig) -> Any:
     """The frozen text encoder; Cosmos's text projection, frozen too, is applied at once: 1 MB an instruction."""
     text, video = config.model.text, config.model.video_dit
     if text.kind != "cosmos_reason" or video.text_projection_dim is None:
@@ -242,8 +383,6 @@ def _index(config: RunConfig, sources: Sequence[Source], source: Source, name: s
         codec = _codec_settings(config, sources) if fitted else {"codec": asdict(config.model.codec)}
         geometry = {"frame_size": config.model.frame_size, "num_frames": config.model.num_frames}
         settings |= codec | geometry | {"stride": source.config.frame_stride}
-    elif name == "instruction":
-        settings |= asdict(config.model.text)
     else:
         assert config.alignment is not None
         settings |= asdict(config.alignment.teacher) | {
@@ -251,6 +390,11 @@ def _index(config: RunConfig, sources: Sequence[Source], source: Source, name: s
             "limit": _target_frames(config, source),
         }
     return Path(config.data.cache) / f"{name}-{_digest(settings)}.json"
+
+
+def _instruction_index(config: RunConfig) -> Path:
+    """A file that names the folder of a text encoder's tokens."""
+    return Path(config.data.cache) / f"instructions-{_digest(asdict(config.model.text))}.json"
 
 
 def _codec_settings(config: RunConfig, sources: Sequence[Source]) -> dict[str, Any]:
@@ -272,9 +416,14 @@ def _codec_videos(config: RunConfig, sources: Sequence[Source]) -> Iterator[Tens
         yield to_video(frames[:whole], config.model.frame_size)
 
 
-def window_references(config: RunConfig) -> tuple[int, ...]:
-    """The control steps after the observation whose frames stand for the latent frames of a window."""
-    return tuple(i * config.data.frame_stride for i in reference_frames(config.model.latent_shape[1]))
+def window_frames(config: RunConfig, source: SourceConfig) -> list[int]:
+    """The control steps after the observation whose frames make a window of a source."""
+    return [frame * source.frame_stride for frame in range(config.model.num_frames)]
+
+
+def window_references(config: RunConfig, source: SourceConfig) -> tuple[int, ...]:
+    """The control steps after the observation whose frames stand for the latent frames of a source's window."""
+    return tuple(frame * source.frame_stride for frame in reference_frames(config.model.latent_shape[1]))
 
 
 def _target_frames(config: RunConfig, source: Source) -> int | None:

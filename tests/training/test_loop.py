@@ -125,20 +125,45 @@ def test_stages_hand_over_what_c3_says(small_config, make_batch, tmp_path):
     make_trainer(adapt, tmp_path / "adapt", make_batch).run()
     joint = make_trainer(small_config, tmp_path / "joint", make_batch)
     fresh = {k: v.clone() for k, v in joint.objective.wam.state_dict().items()}
-    initialize(joint.objective, checkpoint.resolve(tmp_path / "adapt"), Stage.JOINT)
+    initialize(joint.objective, checkpoint.resolve(tmp_path / "adapt"), small_config)
     adapted = load_file(checkpoint.newest(tmp_path / "adapt") / "model.safetensors")
     for name, value in joint.objective.wam.state_dict().items():
         assert torch.equal(value, adapted[name] if name.startswith("video_dit.") else fresh[name]), name
     joint.run()
     finetune = make_trainer(at_stage(small_config, Stage.FINETUNE), tmp_path / "finetune", make_batch)
-    initialize(finetune.objective, checkpoint.resolve(tmp_path / "joint"), Stage.FINETUNE)
+    initialize(finetune.objective, checkpoint.resolve(tmp_path / "joint"), at_stage(small_config, Stage.FINETUNE))
     finetune.run()
     before = load_file(checkpoint.newest(tmp_path / "joint") / "model.safetensors")
     after = load_file(checkpoint.newest(tmp_path / "finetune") / "model.safetensors")
     for name, value in after.items():
         assert torch.equal(value, before[name]) == name.startswith("video_dit."), name
     with pytest.raises(ValueError, match="a joint checkpoint does not start an adapt stage"):
-        initialize(joint.objective, checkpoint.resolve(tmp_path / "joint"), Stage.ADAPT)
+        initialize(joint.objective, checkpoint.resolve(tmp_path / "joint"), adapt)
+
+
+def test_embodiments_keep_their_rows_between_stages(small_config, make_batch, tmp_path):
+    def config(*names):
+        return replace(small_config, data=replace(small_config.data, embodiments=names))
+
+    make_trainer(config("robot", "human"), tmp_path / "joint", make_batch).run()
+    objective = make_trainer(config("human", "robot"), tmp_path / "other", make_batch).objective
+    with pytest.raises(
+        ValueError, match=r"'human' is row 0 here and row 1 in .*; list the embodiments .*: robot human"
+    ):
+        initialize(objective, tmp_path / "joint", config("human", "robot"))
+    initialize(objective, tmp_path / "joint", config("robot", "third"))  # a new robot starts from a row's weights
+
+
+def test_projectors_of_other_layers_begin_fresh(small_config, make_batch, tmp_path):
+    """A study starts every aligned layer from one joint run: what that run did not align has no projector there."""
+    make_trainer(small_config, tmp_path / "joint", make_batch).run()
+    config = replace(small_config, alignment=replace(small_config.alignment, layers=(1, 2)))
+    objective = make_trainer(config, tmp_path / "other", make_batch).objective
+    fresh = {name: value.clone() for name, value in objective.projectors.state_dict().items()}
+    initialize(objective, tmp_path / "joint", config)
+    trained = load_file(checkpoint.newest(tmp_path / "joint") / "projectors.safetensors")
+    for name, value in objective.projectors.state_dict().items():
+        assert torch.equal(value, trained[name] if name.startswith("1.") else fresh[name]), name
 
 
 def test_other_settings_do_not_resume_silently(small_config, make_batch, tmp_path):
@@ -171,11 +196,11 @@ def test_config_json_round_trip(small_config, tmp_path):
 def test_a_revision_that_contradicts_the_condition_level_is_refused(small_config, make_batch, tmp_path):
     objective = make_trainer(small_config, tmp_path, make_batch).objective
     with pytest.raises(ValueError, match=r"pre-trained goes with model\.condition_noise_level None, got 0\.0001"):
-        initialize(objective, "nvidia/Cosmos-Predict2.5-2B@diffusers/base/pre-trained", Stage.ADAPT)
-    model = replace(small_config.model, condition_noise_level=None)
-    objective = make_trainer(replace(small_config, model=model), tmp_path, make_batch).objective
+        initialize(objective, "nvidia/Cosmos-Predict2.5-2B@diffusers/base/pre-trained", small_config)
+    config = replace(small_config, model=replace(small_config.model, condition_noise_level=None))
+    objective = make_trainer(config, tmp_path, make_batch).objective
     with pytest.raises(ValueError, match=r"post-trained goes with model\.condition_noise_level 0\.0001, got None"):
-        initialize(objective, "nvidia/Cosmos-Predict2.5-2B", Stage.ADAPT)
+        initialize(objective, "nvidia/Cosmos-Predict2.5-2B", config)
 
 
 def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch, tmp_path):

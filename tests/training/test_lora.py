@@ -125,7 +125,7 @@ def test_merged_is_the_same_model(config, make_batch, tmp_path):
     assert (step_loss(base, batch) - expected).abs() > 1e-3
 
     following = make(config)()
-    initialize(following, tmp_path / "run", Stage.JOINT)
+    initialize(following, tmp_path / "run", config)
     assert all(torch.equal(a, b) for a, b in zip(following.wam.parameters(), loaded.wam.parameters(), strict=True))
 
     for ema, source in ((False, run.objective), (True, averaged)):
@@ -142,7 +142,7 @@ def test_an_adapt_stage_hands_its_adapters_on(config, make_batch, tmp_path):
     adapt = replace(config, stage=replace(config.stage, name=Stage.ADAPT, objective=objective))
     run = trainer(adapt, tmp_path, make_batch)
     run.run()
-    joint = trainer(config, tmp_path / "joint", make_batch, start=lambda o: initialize(o, tmp_path, Stage.JOINT))
+    joint = trainer(config, tmp_path / "joint", make_batch, start=lambda o: initialize(o, tmp_path, config))
     layer = "transformer.transformer_blocks.0.attn1.to_q"
     ours, theirs = (r.objective.wam.video_dit.get_submodule(layer) for r in (joint, run))
     update = 2.0 * theirs.lora_up @ theirs.lora_down

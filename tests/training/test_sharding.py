@@ -28,7 +28,8 @@ SLOW = pytest.mark.slow  # many processes or long compilation, on a machine of t
 COMPILED = pytest.mark.timeout(1200)
 LAYOUTS = [
     pytest.param(1, {"accumulate": 2, "checkpoint_activations": 0.5}, id="two parts"),
-    pytest.param(2, {"accumulate": 2, "checkpoint_activations": 1}, id="two ranks, two parts", marks=SLOW),
+    pytest.param(2, {"accumulate": 2, "checkpoint_activations": 1}, id="two ranks, two parts"),
+    pytest.param(2, {"accumulate": 2, "reduce_every_micro_batch": True}, id="reduced every micro-batch", marks=SLOW),
     pytest.param(4, {}, id="four ranks", marks=SLOW),
     pytest.param(1, {"compile": True, "checkpoint_activations": 1}, id="compiled", marks=[SLOW, COMPILED]),
     pytest.param(2, {"compile": True}, id="two ranks, compiled", marks=[SLOW, COMPILED]),
@@ -65,7 +66,8 @@ def rows(output):
 
 def assert_same_losses(ours, theirs):
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    names = ("loss", "video_loss", "action_loss", "alignment_loss", "learning_rate")
+    losses = ("loss", "video_loss", "action_loss", "alignment_loss")
+    names = (*losses, "learning_rate", *(f"validation/{name}" for name in losses))
     for mine, other in zip(ours, theirs, strict=True):
         assert {k: mine[k] for k in names if k in mine} == pytest.approx(
             {k: other[k] for k in names if k in other}, rel=LOSS, abs=LOSS
@@ -90,6 +92,7 @@ def assert_same_run(output, size, whole):
             continue  # softmax ignores it: zero but for rounding
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=GRADIENT * gradient.abs().max().item(), msg=name)
     assert_same_losses(rows(output), rows(whole))
+    assert "validation/loss" in rows(output)[-1]
     assert seen(output, size) == seen(whole, 1)
 
 

@@ -100,7 +100,7 @@ def test_time_runs_from_noise_to_data(head):
     inputs = _inputs()
     inputs["noise_level"] = torch.tensor([1.0, 0.75, 0.3])
     head(**inputs)
-    assert seen[0].tolist() == [0, 250, 700]
+    assert torch.equal(seen[0], head.action_encoder.time_features(torch.tensor([0.0, 250.0, 700.0])))
 
 
 def test_state_dropout_acts_in_training_only():

@@ -37,7 +37,7 @@ def wan_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wan(wan_folder):
-    return load_codec(CodecConfig(source=str(wan_folder), channels=4))
+    return load_codec(CodecConfig(source=str(wan_folder), channels=4, dtype="float32"))
 
 
 # Frames and video

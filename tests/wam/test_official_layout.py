@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from torch.nn.functional import interpolate
 
-from agra.prepare import Instruction
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.bridge import BridgeConfig
 from agra.wam.codec import CodecConfig, load_codec
@@ -131,7 +130,7 @@ def test_text_vae_and_transformer_equal_the_pipeline_on_its_own_weights(pipeline
     projection = model.video_dit.transformer.crossattn_proj
     plain = load_text_encoder(TextConfig(source=folder, length=LENGTH, dtype="float32"))
     projected = load_text_encoder(TextConfig(source=folder, length=LENGTH, dtype="float32"), projection)
-    codec = load_codec(CodecConfig(source=folder, channels=4))
+    codec = load_codec(CodecConfig(source=folder, channels=4, dtype="float32"))
 
     inputs = seen["inputs"]
     torch.testing.assert_close(plain.encode([INSTRUCTION]), inputs["encoder_hidden_states"], atol=1e-5, rtol=0)
@@ -155,7 +154,7 @@ def test_the_text_projection_loads_alone_and_its_result_takes_a_megabyte(folder)
     for mine, other in zip(alone.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, other)
     text = load_text_encoder(TextConfig(source=folder, length=LENGTH, dtype="float32"), alone)
-    cached = Instruction(text).compute(SimpleNamespace(instruction=INSTRUCTION))["instruction"]
+    cached = text.encode([INSTRUCTION])[0].half().numpy()
     assert cached.shape == (LENGTH, CONFIG.video_dit.text_dim)
     real, tokens = VideoDiTConfig(), TextConfig().length
     assert tokens * real.text_dim * cached.itemsize == 2**20

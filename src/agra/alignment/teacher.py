@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -78,8 +78,9 @@ class TeacherConfig:
     depths: tuple[int, ...] = ()
     """Read several blocks at once (0-based, each through the final LayerNorm), one for each aligned video layer: the
     features lie one after another along the last axis. Empty reads one, which `layer` names."""
-    precision: Precision = "float32"
-    """Features are float32 whatever it is."""
+    precision: Precision = "auto"
+    """Precision of the encoder's products, bfloat16 where the device has instructions for it. Features are float32
+    whatever it is."""
 
     def __post_init__(self) -> None:
         if self.kind not in (*_MODEL_TYPES, "packaged_dinov2_small"):
@@ -98,6 +99,59 @@ class TeacherConfig:
             raise ValueError(
                 f"TeacherConfig.depths: expected 0-based blocks of a dinov2 teacher, without `layer`, got {self.depths}"
             )
+
+
+class TeacherShape(NamedTuple):
+    """The size of an encoder, known without its weights."""
+
+    width: int
+    depth: int
+    tokens: int
+    """Patches of an input image."""
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one image: the blocks' products and attention, two for each multiplication with its addition."""
+        return self.depth * (24 * self.tokens * self.width**2 + 4 * self.tokens**2 * self.width)
+
+
+_PUBLIC = {
+    "facebook/dinov2-small": (384, 12, 14),
+    "facebook/dinov2-base": (768, 12, 14),
+    "facebook/dinov2-large": (1024, 24, 14),
+    "facebook/dinov2-giant": (1536, 40, 14),
+    "facebook/dinov2-with-registers-small": (384, 12, 14),
+    "facebook/dinov2-with-registers-base": (768, 12, 14),
+    "facebook/dinov2-with-registers-large": (1024, 24, 14),
+    "facebook/dinov2-with-registers-giant": (1536, 40, 14),
+    "google/siglip-base-patch16-224": (768, 12, 16),
+    "google/siglip-base-patch16-384": (768, 12, 16),
+    "google/siglip-base-patch16-512": (768, 12, 16),
+    "google/siglip-large-patch16-384": (1024, 24, 16),
+    "google/siglip-so400m-patch14-224": (1152, 27, 14),
+    "google/siglip-so400m-patch14-384": (1152, 27, 14),
+}
+"""Width, blocks and patch of public encoders, so that a plan needs no network."""
+
+
+def teacher_shape(config: TeacherConfig) -> TeacherShape:
+    """The size of the teacher that `config` names: of public ones by name, of others from their own config file.
+
+    Raises FileNotFoundError with the remedy where that cannot be read.
+    """
+    if config.kind == "packaged_dinov2_small":
+        width, depth, patch = CONFIG["hidden_size"], CONFIG["num_hidden_layers"], CONFIG["patch_size"]
+    elif config.source in _PUBLIC:
+        width, depth, patch = _PUBLIC[config.source]
+    else:
+        with loading(f"{config.kind} teacher", source=config.source, revision=config.revision):
+            settings: Any = AutoConfig.from_pretrained(config.source, revision=config.revision or "main")
+        settings = getattr(settings, "vision_config", settings)
+        width, depth, patch = settings.hidden_size, settings.num_hidden_layers, settings.patch_size
+    read = max(config.depths, default=config.layer)
+    height, width_px = config.input_size
+    tokens = (height // patch) * (width_px // patch)
+    return TeacherShape(width=width, depth=depth if read is None else read + 1, tokens=tokens)
 
 
 class Teacher(nn.Module):

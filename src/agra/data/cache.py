@@ -126,7 +126,8 @@ def prepare(
             if lacking:
                 episode = dataset.episode(index)
                 for feature, path in lacking:
-                    _save(episode_file(path, index), feature.compute(episode), index)
+                    metadata = {"folder": path.name, "episode": str(index)}
+                    save_arrays(episode_file(path, index), feature.compute(episode), metadata)
     for feature, path in zip(features, folders, strict=True):
         if all(episode_file(path, index).is_file() for index in wanted):
             _write_manifest(path, feature, dataset, wanted)
@@ -186,13 +187,13 @@ class CachedFeature:
             with safe_open(path, framework="numpy") as file:
                 self._check_identity(file.metadata(), path, episode)
                 if rows is None:
-                    return _verified(file.get_tensor(name), file.get_tensor(name + _CHECK), path, name)
+                    return verified(file.get_tensor(name), file.get_tensor(name + _CHECK), path, name)
                 rows = np.asarray(rows)
                 stretch = slice(int(rows.min()), int(rows.max()) + 1)
                 values, check = file.get_slice(name)[stretch], file.get_slice(name + _CHECK)[stretch]
-                return _verified(values, check, path, name, rows - stretch.start)
+                return verified(values, check, path, name, rows - stretch.start)
         except (SafetensorError, OSError) as error:
-            raise ValueError(_damaged(path, error)) from error
+            raise ValueError(damaged(path, error)) from error
 
     def _load(self, episode: int) -> dict[str, np.ndarray]:
         path = episode_file(self.path, episode)
@@ -200,14 +201,14 @@ class CachedFeature:
             with safe_open(path, framework="numpy") as file:
                 self._check_identity(file.metadata(), path, episode)
                 names = [name for name in file.keys() if not name.endswith(_CHECK)]  # noqa: SIM118
-                return {n: _verified(file.get_tensor(n), file.get_tensor(n + _CHECK), path, n) for n in names}
+                return {n: verified(file.get_tensor(n), file.get_tensor(n + _CHECK), path, n) for n in names}
         except (SafetensorError, OSError) as error:
-            raise ValueError(_damaged(path, error)) from error
+            raise ValueError(damaged(path, error)) from error
 
     def _check_identity(self, metadata: Mapping[str, str] | None, path: Path, episode: int) -> None:
         expected = {"folder": self.path.name, "episode": str(episode)}
         if metadata != expected:
-            raise ValueError(_damaged(path, f"it says to be {metadata}"))
+            raise ValueError(damaged(path, f"it says to be {metadata}"))
 
 
 def episode_file(path: Path, episode: int) -> Path:
@@ -215,7 +216,8 @@ def episode_file(path: Path, episode: int) -> Path:
     return path / f"episode-{episode:06d}.safetensors"
 
 
-def _damaged(path: Path, error: object) -> str:
+def damaged(path: Path, error: object) -> str:
+    """An error message for a prepared file that cannot be trusted."""
     return f"{path}: damaged ({error}); remove {path.parent} and run agra prepare"
 
 
@@ -224,23 +226,29 @@ def _row_checks(array: np.ndarray) -> np.ndarray:
     return np.array([zlib.crc32(row.tobytes()) for row in rows], dtype=np.uint32)
 
 
-def _verified(
+def verified(
     values: np.ndarray, check: np.ndarray, path: Path, name: str, rows: np.ndarray | None = None
 ) -> np.ndarray:
     """`values`, or its `rows`, each compared with its checksum."""
     if rows is not None:
         values, check = values[rows], check[rows]
     if not np.array_equal(_row_checks(values), check):
-        raise ValueError(_damaged(path, f"a row of {name!r} differs from its checksum"))
+        raise ValueError(damaged(path, f"a row of {name!r} differs from its checksum"))
     return values
 
 
-def _save(path: Path, arrays: Mapping[str, np.ndarray], episode: int) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays with a checksum of each of their rows beside them. Raises OSError naming the file where it cannot."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     whole |= {name + _CHECK: _row_checks(array) for name, array in arrays.items()}
-    save_file(whole, temporary, metadata={"folder": path.parent.name, "episode": str(episode)})
-    os.replace(temporary, path)
+    try:
+        save_file(whole, temporary, metadata=dict(metadata))
+        os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_manifest(path: Path, feature: Feature, dataset: LeRobotDataset, episodes: Sequence[int]) -> None:
@@ -255,7 +263,7 @@ def _write_manifest(path: Path, feature: Feature, dataset: LeRobotDataset, episo
                 names = [name for name in file.keys() if not name.endswith(_CHECK)]  # noqa: SIM118
                 found = {name: list(file.get_slice(name).get_shape()[1:]) for name in names}
         except SafetensorError as error:
-            raise ValueError(_damaged(episode_file(path, index), error)) from error
+            raise ValueError(damaged(episode_file(path, index), error)) from error
         shapes = shapes or found
         if found != shapes or feature.name not in found:
             raise ValueError(

@@ -15,14 +15,15 @@ from torch import Tensor
 from agra.batch import Batch
 from agra.data.augment import AugmentConfig, augment
 from agra.data.cache import CachedFeature
+from agra.data.instructions import InstructionTokens
 from agra.data.normalize import NormStats
 from agra.data.source import SourceConfig
 from agra.data.sources import Source, open_sources
 from agra.data.windows import Numbers, Windows
 
 Features = Mapping[str, CachedFeature]
-Encode = Callable[[Sequence[np.ndarray]], tuple[Tensor | None, Tensor | None]]
-"""Clips (T, H, W, 3) of B windows to latents (B, C, T, h, w) and targets (B, T, H, W, P), what is not cached of them."""
+Encode = Callable[[Sequence[np.ndarray]], Tensor]
+"""Clips (T, H, W, 3) uint8 of B windows to their latents (B, C, T, h, w), or reference frames to targets (B, T, H, W, P)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,20 +102,23 @@ class WindowSampler:
         seed: int,
         max_state_dim: int,
         max_action_dim: int,
-        encode: Encode | None = None,
+        instructions: InstructionTokens,
+        encode_latents: Encode | None = None,
+        encode_targets: Encode | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`batch_size` counts all ranks. `features` are each source's prepared ones; "targets" is optional.
+        """`batch_size` counts all ranks. `features` are each source's cached ones; "targets" is optional.
 
-        `references` are the frames of a window that stand for its latent frames. Where latents are not prepared,
-        `encode` makes them of decoded clips. Raises ValueError where the data does not fit the model or the config.
+        `references` are the frames of a window that stand for its latent frames. Features that are not cached are encoded
+        from decoded frames. Raises ValueError where the data does not fit the model or the config.
         """
         if batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size {batch_size} must be a multiple of world_size {world_size}, rank {rank} in it"
             )
-        self.config, self.sources, self.encode = config, tuple(sources), encode
+        self.config, self.sources, self.instructions = config, tuple(sources), instructions
+        self.encode_latents, self.encode_targets = encode_latents, encode_targets
         self.references, self.batch_size, self.seed = np.asarray(references), batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.parts = [
@@ -165,15 +169,16 @@ class WindowSampler:
         return self._assemble(self.windows(step)[mine], draws)
 
     def validation_batch(self) -> Batch:
-        """Up to `batch_size` windows spread evenly over the held-out episodes, always the same, on every rank.
+        """This rank's share of `batch_size` windows spread evenly over the held-out episodes, always the same ones.
 
+        Where there are fewer, some come more than once, so that they divide over ranks and micro-batches as a step's do.
         Raises ValueError where nothing is held out.
         """
         if not self.validation:
             raise ValueError("validation needs held-out episodes: set data.validation_fraction above 0")
         ends = np.cumsum([self.parts[k].lengths[e] for k, e in self.validation])
-        rows = np.linspace(0, ends[-1] - 1, min(self.batch_size, int(ends[-1]))).round().astype(np.int64)
-        places = _at(rows, ends)
+        rows = np.linspace(0, ends[-1] - 1, self.batch_size).round().astype(np.int64)
+        places = _at(rows, ends)[self.rank :: self.world_size]
         return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
 
     def first_batch(self, source: int = 0) -> Batch:
@@ -187,7 +192,7 @@ class WindowSampler:
         state, actions, mask = (np.concatenate(column)[order] for column in zip(*filter(None, numbers), strict=True))
         triples = [(int(k), int(e), int(s)) for k, e, s in windows]
         latents, targets, has_targets = self._seen(triples, draws)
-        instructions = [self.parts[k].features["instruction"].read(e) for k, e, _ in triples]
+        instructions = [self.instructions.read(self.sources[k].dataset.instruction(e)) for k, e, _ in triples]
         return Batch(
             latents=latents,
             instruction=torch.from_numpy(np.stack(instructions)).float(),
@@ -206,24 +211,54 @@ class WindowSampler:
     def _seen(
         self, triples: Sequence[tuple[int, int, int]], draws: Sequence[np.random.SeedSequence] | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Latents, targets and which samples have targets: read where they are prepared, else computed of clips."""
-        latents = targets = None
-        if self.encode is not None:
-            clips = [self.parts[k].clip(e, s) for k, e, s in triples]
-            if self.config.augment is not None and draws is not None:
-                pairs = zip(clips, draws, strict=True)
-                clips = [augment(clip, self.config.augment, np.random.default_rng(draw)) for clip, draw in pairs]
-            latents, targets = self.encode(clips)
-        features = [part.features for part in self.parts]
-        if latents is None:
-            latents = torch.from_numpy(np.stack([features[k]["latents"].read(e, rows=[s])[0] for k, e, s in triples]))
+        """Latents, targets and which samples have targets: from the cache, or encoded from decoded frames."""
         limit = self.config.target_steps
         has = [limit is None or start < limit for _, _, start in triples]
-        if targets is None and "targets" in features[0]:
+        clips = self._clips(triples, draws) if self.encode_latents is not None else None
+        if clips is not None:
+            assert self.encode_latents is not None
+            latents = self.encode_latents(clips)
+        else:
+            features = [part.features for part in self.parts]
+            latents = torch.from_numpy(np.stack([features[k]["latents"].read(e, rows=[s])[0] for k, e, s in triples]))
+        if self.encode_targets is not None:
+            targets = self._encoded_targets(triples, has, clips, self.encode_targets)
+        elif "targets" in self.parts[0].features:
             targets = self._read_targets(triples, has)
-        if targets is None:
+        else:
             return latents.float(), None, None
         return latents.float(), targets.float(), None if limit is None else torch.tensor(has)
+
+    def _clips(
+        self, triples: Sequence[tuple[int, int, int]], draws: Sequence[np.random.SeedSequence] | None
+    ) -> list[np.ndarray]:
+        """The windows' decoded frames, augmented where `draws` are given and the config wants it."""
+        clips = [self.parts[k].clip(e, s) for k, e, s in triples]
+        if self.config.augment is None or draws is None:
+            return clips
+        pairs = zip(clips, draws, strict=True)
+        return [augment(clip, self.config.augment, np.random.default_rng(draw)) for clip, draw in pairs]
+
+    def _encoded_targets(
+        self,
+        triples: Sequence[tuple[int, int, int]],
+        has: Sequence[bool],
+        clips: Sequence[np.ndarray] | None,
+        encode: Encode,
+    ) -> Tensor:
+        """The teacher's grids of the reference frames of the windows that have targets; zeros for the others."""
+        rows = np.flatnonzero(has).tolist() or [0]  # one at least, for the shape
+        if clips is None:
+            frames = [
+                self.sources[k].dataset.clip(e, self._reference_steps(k, e, s), threads=1)
+                for k, e, s in (triples[row] for row in rows)
+            ]
+        else:
+            frames = [clips[row][self.references] for row in rows]
+        encoded = encode(frames)
+        targets = encoded.new_zeros(len(triples), *encoded.shape[1:])
+        targets[rows] = encoded
+        return targets * torch.tensor(has).view(-1, *[1] * (targets.ndim - 1))
 
     def _read_targets(self, triples: Sequence[tuple[int, int, int]], has: Sequence[bool]) -> Tensor:
         """The teacher's grids of the windows' reference frames; zeros where there are none."""

@@ -1,36 +1,43 @@
-"""Batches made ahead of time, so that reading does not keep the training step waiting."""
+"""Batches made ahead of time, and their copies to a GPU beside the computation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+
+import torch
 
 from agra.batch import Batch
 
 
 class Prefetched:
-    """`batch(step)`, with the next steps' batches in the making meanwhile.
+    """`batch(step)`, with the next steps' batches being made meanwhile.
 
-    What a step gets is exactly `batch(step)`, whatever was asked before; an error in the making is raised by the step
-    that it belongs to. Threads, as decoding and reading release the interpreter.
+    A step gets exactly `batch(step)`, whatever was requested before. An error raised while a batch is made is raised by
+    the step that the batch belongs to. Threads suffice, since decoding and reading release the interpreter. With `pin`,
+    batches lie in page-locked memory.
     """
 
-    def __init__(self, batch: Callable[[int], Batch], *, ahead: int = 2, workers: int = 1) -> None:
-        self._batch, self._ahead = batch, ahead
+    def __init__(self, batch: Callable[[int], Batch], *, ahead: int = 2, workers: int = 1, pin: bool = False) -> None:
+        self._batch, self._ahead, self._pin = batch, ahead, pin
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="batch")
-        self._made: dict[int, Future[Batch]] = {}
+        self._pending: dict[int, Future[Batch]] = {}
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step; those of the `ahead` following steps are begun."""
-        for wanted in range(step, step + 1 + self._ahead):
-            if wanted not in self._made:
-                self._made[wanted] = self._pool.submit(self._batch, wanted)
-        made = self._made.pop(step)
-        for stale in [other for other in self._made if not step < other <= step + self._ahead]:
-            self._made.pop(stale).cancel()
-        return made.result()
+        """The batch of a step. Starts those of the `ahead` following steps."""
+        for upcoming in range(step, step + 1 + self._ahead):
+            if upcoming not in self._pending:
+                self._pending[upcoming] = self._pool.submit(self._make, upcoming)
+        current = self._pending.pop(step)
+        for stale in [other for other in self._pending if not step < other <= step + self._ahead]:
+            self._pending.pop(stale).cancel()
+        return current.result()
+
+    def _make(self, step: int) -> Batch:
+        batch = self._batch(step)
+        return batch.pin_memory() if self._pin else batch
 
     def close(self) -> None:
-        """Let go of what is in the making."""
+        """Stop the workers and drop unfinished batches."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "Prefetched":
@@ -40,3 +47,39 @@ class Prefetched:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield every batch on `device`. On a GPU the next one is copied on a stream of its own meanwhile.
+
+    Pinned batches are copied without stopping the CPU. At most two batches are on the GPU at a time.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream = torch.cuda.Stream(device)
+
+    def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            moved = batch.to(device, non_blocking=True)
+            copied.record(stream)
+        return moved, copied
+
+    upcoming = None
+    for batch in batches:
+        present, upcoming = upcoming, copy(batch)
+        if present is not None:
+            yield _ready(*present, device)
+    if upcoming is not None:
+        yield _ready(*upcoming, device)
+
+
+def _ready(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
+    """`batch` for use on the present stream, which waits for the copy and keeps its memory until it has been used."""
+    present = torch.cuda.current_stream(device)
+    present.wait_event(copied)
+    for tensor in batch.tensors.values():
+        tensor.record_stream(present)
+    return batch

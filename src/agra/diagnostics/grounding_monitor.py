@@ -13,6 +13,9 @@ from agra.diagnostics.intervention import Probe, set_deviation
 from agra.diagnostics.metrics import attention_in_mask_ratio, centroid_error
 from agra.wam.model import WAM
 
+CHUNK = 16
+"""Samples that are measured together, so that memory does not grow with their number."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
@@ -42,6 +45,11 @@ class ProbeInputs:
     embodiment: Int[Tensor, "B"]
     masks: Bool[Tensor, "B T H W"]  # on the token grid, none empty
 
+    def rows(self, rows: Tensor, device: torch.device) -> "ProbeInputs":
+        """Some of the samples, on a device; the masks stay on the CPU."""
+        moved = {name: value[rows].to(device) for name, value in vars(self).items() if name != "masks"}
+        return ProbeInputs(**moved, masks=self.masks[rows])
+
 
 class GroundingMonitor:
     """`in_mask_ratio`, `centroid_error` and, of some samples, `sensitivity_ratio` under mean replacement; always under the
@@ -63,33 +71,39 @@ class GroundingMonitor:
             wam.train(training)
 
     def _measure(self, wam: WAM) -> dict[str, float]:
-        device, own, config = next(wam.parameters()).device, self.inputs, wam.config
-        generator, count = torch.Generator().manual_seed(self.seed), len(own.masks)
-        video = torch.randn(count, *config.latent_shape, generator=generator).to(device)
-        head = config.action_dit
-        noise = torch.randn(count, head.horizon, head.action_dim, generator=generator).to(device)
-        state, embodiment = own.state.to(device), own.embodiment.to(device)
-        hidden = wam.condition(own.observation_latent.to(device), video, own.instruction.to(device))
-        guidance = wam.guide(hidden)
-        read = action_attention(wam, guidance, state, embodiment, noise, config.token_grid).mean(dim=1).cpu().numpy()
-        masks = own.masks.numpy()
-        found = {
+        count, config, head = len(self.inputs.masks), wam.config, wam.config.action_dit
+        generator = torch.Generator().manual_seed(self.seed)
+        video = torch.randn(count, *config.latent_shape, generator=generator)
+        noise = torch.randn(count, head.horizon, head.action_dim, generator=generator)
+        measured = set(_matchable(self.inputs.masks)[: self.config.sensitivity_samples])
+        attention, ratios = [], []
+        for rows in torch.arange(count).split(CHUNK):
+            part = self.inputs.rows(rows, next(wam.parameters()).device)
+            hidden = wam.condition(part.observation_latent, video[rows].to(part.state), part.instruction)
+            actions = noise[rows].to(part.state)
+            arguments = (wam.guide(hidden), part.state, part.embodiment, actions, config.token_grid)
+            attention.append(action_attention(wam, *arguments).mean(dim=1).float().cpu().numpy())
+            for place, row in enumerate(rows.tolist()):
+                if row in measured:
+                    probe = Probe(
+                        hidden={layer: states[place] for layer, states in hidden.items()},
+                        state=part.state[place],
+                        embodiment=part.embodiment[place],
+                        noise=actions[place],
+                    )
+                    ratios.append(self._ratio(wam, probe, row))
+        read, masks = np.concatenate(attention), self.inputs.masks.numpy()
+        figures = {
             "in_mask_ratio": float(attention_in_mask_ratio(read, masks).mean()),
             "centroid_error": float(np.nanmean(centroid_error(read, masks))),
         }
-        ratios = []
-        for row in _matchable(own.masks)[: self.config.sensitivity_samples]:
-            probe = Probe(
-                hidden={layer: states[row] for layer, states in hidden.items()},
-                state=state[row],
-                embodiment=embodiment[row],
-                noise=noise[row],
-            )
-            both = set_deviation(
-                wam, [probe], own.masks[row], kinds=("mean",), draws=self.config.draws, seed=self.seed + row
-            )["mean"]
-            ratios.append(np.divide(np.mean(both.interaction), np.mean(both.background)))
-        return found | ({"sensitivity_ratio": float(np.median(ratios))} if ratios else {})
+        return figures | ({"sensitivity_ratio": float(np.median(ratios))} if ratios else {})
+
+    def _ratio(self, wam: WAM, probe: Probe, row: int) -> float:
+        both = set_deviation(
+            wam, [probe], self.inputs.masks[row], kinds=("mean",), draws=self.config.draws, seed=self.seed + row
+        )["mean"]
+        return float(np.divide(np.mean(both.interaction), np.mean(both.background)))
 
 
 def _matchable(masks: Bool[Tensor, "B T H W"]) -> Sequence[int]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from agra.batch import Batch
+from agra.diagnostics.grounding_monitor import CHUNK
 from agra.diagnostics.looking import Looking, Swaps, Variant, groups_by_instruction
 from agra.wam.model import WAM
 
@@ -36,11 +37,9 @@ class LookingMonitor:
     @torch.no_grad()
     def __call__(self, wam: WAM) -> dict[str, float]:
         """The means of `Looking`, by name, and `error_ratio`, error over constant error. Leaves the model in the mode in which it came."""
-        device = next(wam.parameters()).device
-        batch = self.batch.to(device)
+        batch = self.batch
         seen = batch.latents[:, :, :1]
-        image = torch.as_tensor(self.swaps.image, device=device)
-        instruction = torch.as_tensor(self.swaps.instruction, device=device)
+        image, instruction = torch.as_tensor(self.swaps.image), torch.as_tensor(self.swaps.instruction)
         shown: dict[Variant, tuple[Tensor, Tensor]] = {
             "seen": (seen, batch.instruction),
             "image_swapped": (seen[image], batch.instruction),
@@ -50,18 +49,22 @@ class LookingMonitor:
         training = wam.training
         wam.eval()
         try:
-            found: dict[Variant, np.ndarray] = {v: self._targets(wam, batch, *inputs) for v, inputs in shown.items()}
+            targets: dict[Variant, np.ndarray] = {v: self._targets(wam, batch, *inputs) for v, inputs in shown.items()}
         finally:
             wam.train(training)
         names = [str(row) for row in range(len(self.groups))]
-        means = Looking.of(found, self.wanted, self.swaps, trials=names, groups=self.groups).means()
+        means = Looking.of(targets, self.wanted, self.swaps, trials=names, groups=self.groups).means()
         if means.get("constant_error"):
             means["error_ratio"] = means["error"] / means["constant_error"]
         return means
 
     def _targets(self, wam: WAM, batch: Batch, observation: Tensor, instruction: Tensor) -> np.ndarray:
-        generator = torch.Generator().manual_seed(self.seed)
-        video = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
-        noise = torch.randn(batch.actions.shape, generator=generator).to(batch.actions)
-        guidance = wam.guide(wam.condition(observation, video, instruction))
-        return self.targets(wam.act(guidance, batch.state, batch.embodiment, noise))
+        device, generator = next(wam.parameters()).device, torch.Generator().manual_seed(self.seed)
+        video = torch.randn(batch.latents.shape, generator=generator)
+        noise = torch.randn(batch.actions.shape, generator=generator)
+        chunks = []
+        for rows in torch.arange(len(noise)).split(CHUNK):
+            inputs = (value[rows].to(device) for value in (observation, video, instruction))
+            head = (value[rows].to(device) for value in (batch.state, batch.embodiment, noise))
+            chunks.append(wam.act(wam.guide(wam.condition(*inputs)), *head))
+        return self.targets(torch.cat(chunks))

@@ -41,7 +41,7 @@ from agra.pretrained import check_fit, read_into
 SHIPPED = Path(__file__).parent.parent / "policies"
 """The policies that come with agra: exported folders by name."""
 
-MODEL, ADAPTERS = "model.safetensors", "lora.safetensors"
+MODEL, ADAPTERS, OPTIMIZER = "model.safetensors", "lora.safetensors", "optimizer.safetensors"
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -103,7 +103,7 @@ def home(name: str | Path) -> Path:
     return path.parent if _NAME.fullmatch(path.name) else path
 
 
-def save(run: Path, step: int, files: Mapping[str, Callable[[Path], None]], *, keep: int) -> Path:
+def save(run: Path, step: int, files: Mapping[str, Callable[[Path], object]], *, keep: int) -> Path:
     """Write a checkpoint under a temporary name, rename it, then drop all but the newest `keep`.
 
     `files` maps a file's name to the function that writes it at a given path.
@@ -162,15 +162,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Compare every file with the manifest, or the part::parts of them.
+def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, without: Sequence[str] = ()) -> None:
+    """Compare every file with the manifest, or the part::parts of them, `without` those that are not going to be read.
 
-    Raises ValueError naming the first one that differs or lacks.
+    Raises ValueError naming the first file that is corrupt or missing.
     """
     manifest_path = checkpoint / "manifest.json"
     if not manifest_path.is_file():
         raise FileNotFoundError(f"{manifest_path}: missing, so {checkpoint} is not a complete checkpoint")
     for name, expected in [*json.loads(manifest_path.read_text()).items()][part::parts]:
+        if name in without:
+            continue
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(
@@ -261,7 +263,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, names: Mapping[
         moment, name = key.split("/", 1)
         if name not in by_name:
             raise ValueError(f"{path}: holds the optimiser state of {name!r}, which this stage does not train")
-        optimizer.state[by_name[name]][moment] = value
+        parameter = by_name[name]
+        optimizer.state[parameter][moment] = value.to(parameter.device)  # fused AdamW reads its step there too
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

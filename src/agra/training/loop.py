@@ -4,7 +4,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -13,11 +13,13 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from agra.batch import Batch
 from agra.config import RunConfig
-from agra.draws import seed_everything, shared_draws
+from agra.data.prefetch import on_device
+from agra.draws import shared_draws
 from agra.precision import autocast
 from agra.training import checkpoint, sharded
 from agra.training.logbook import Meter, logbook, progress
@@ -37,16 +39,19 @@ _COLUMNS = {
 }
 
 
-Part = tuple[Batch, Kept | None]
+MicroBatch = tuple[Batch, Kept | None]
+"""Samples, and the denominators of their losses where the step is spread over several micro-batches or processes."""
+_VALIDATION_STEP = 2**31
+"""Stands for the step in the random numbers of validation, which are the same at every step."""
 
 
 class Trainer:
     """One stage of one run: objective, optimiser, data and the folder that they are saved in.
 
-    `batch(step)` gives this process's rows of a step's batch (rank::size), `samples(step)` their names for complaints,
-    `validation()` the same held-out windows on every process; `extra_files` are written into every checkpoint beside
-    ours. Each of `monitors` is asked for figures wherever there is validation; they are logged under its name. With a
-    mesh in `world` the objective must have been built for it (`sharding.build`).
+    `batch(step)` gives this process's rows of a step's batch (rank::size), `samples(step)` their names for error messages,
+    `validation()` this process's rows of the held-out windows, of which there are as many as in a batch. `extra_files` are
+    written into every checkpoint beside ours. Each of `monitors` measures whenever the trainer validates; its figures are
+    logged under its name. With a mesh in `world` the objective must have been built for it (`sharding.build`).
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class Trainer:
         batch: Callable[[int], Batch],
         validation: Callable[[], Batch] | None,
         output: Path,
-        extra_files: Mapping[str, Callable[[Path], None]],
+        extra_files: Mapping[str, Callable[[Path], object]],
         monitors: Mapping[str, Callable[[WAM], Mapping[str, float]]] | None = None,
         samples: Callable[[int], Sequence[str]] | None = None,
         world: World | None = None,
@@ -76,6 +81,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
         self.names: dict[Tensor, str] = {p: n for n, p in self.objective.named_parameters() if p.requires_grad}
         self.step, self.saved = 0, -1
+        self._held_out: list[MicroBatch] | None = None
         self.stopped_by: int | None = None
         """The signal that ended `run` early."""
         self._pending: sharded.PendingSave | None = None
@@ -116,7 +122,7 @@ class Trainer:
         """Write a checkpoint of the present step; with a mesh, in the background."""
         self._finish_save()
         state = json.dumps({"step": self.step}) + "\n"  # now: what is written in the background is written later
-        files: dict[str, Callable[[Path], None]] = {
+        files: dict[str, Callable[[Path], object]] = {
             "config.json": lambda path: checkpoint.write_text(path, self.config.to_json()),
             "trainer.json": lambda path: checkpoint.write_text(path, state),
             **self.extra_files,
@@ -130,7 +136,7 @@ class Trainer:
             files[checkpoint.MODEL] = lambda path: checkpoint.write_tensors(path, weights)
             if adapters:
                 files[checkpoint.ADAPTERS] = lambda path: checkpoint.write_tensors(path, adapters)
-            files["optimizer.safetensors"] = lambda path: checkpoint.write_tensors(
+            files[checkpoint.OPTIMIZER] = lambda path: checkpoint.write_tensors(
                 path, checkpoint.optimizer_tensors(self.optimizer, self.names)
             )
             if (projectors := self.objective.projectors) is not None:
@@ -167,14 +173,14 @@ class Trainer:
             checkpoint.load_weights(self.objective.wam, found)
             if self.objective.projectors is not None:
                 checkpoint.load_weights(self.objective.projectors, found, "projectors.safetensors")
-            checkpoint.load_optimizer(self.optimizer, found / "optimizer.safetensors", self.names)
+            checkpoint.load_optimizer(self.optimizer, found / checkpoint.OPTIMIZER, self.names)
         else:
             for parameter in self.names:
                 moments = (
                     ("exp_avg", "exp_avg_sq") if self.stage.ema_decay is None else ("exp_avg", "exp_avg_sq", "ema")
                 )
                 self.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
+                    "step": torch.zeros((), device=parameter.device),  # fused AdamW reads it on the device
                     **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments},
                 }
             folder = found / "sharded" if (found / "sharded").is_dir() else found
@@ -188,20 +194,18 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
         self.objective.train()
         with self.meter.waiting():
-            parts = self._parts(step)
+            micro_batches = self._micro_batches(self.batch(step))
         self.optimizer.zero_grad(set_to_none=True)
         rows = []
-        for index, part in enumerate(parts):
-            losses = self._losses(part, step, index)
-            (losses.total / len(parts)).backward()
+        for index, micro_batch in enumerate(self._on_device(micro_batches)):
+            self._reduce_gradients(last=index == len(micro_batches) - 1)
+            losses = self._losses(micro_batch, step, index)
+            (losses.total / len(micro_batches)).backward()
             rows.append(_row(losses))
-        row = {name: sum(each[name] for each in rows) / len(rows) for name in rows[0]}
-        agreed = self.world.mean(row | {"stop": float(bool(received)), "signal": float(received[0] if received else 0)})
-        stop, number = agreed.pop("stop"), agreed.pop("signal")
-        if stop:
-            self.stopped_by = round(number / stop)
+        agreed = self.world.mean(_mean(rows))
+        self.stopped_by = self.world.first_signal(received)
         if not math.isfinite(agreed["loss"]):
-            self._complain(step, parts, f"the loss is {agreed['loss']}")
+            self._complain(step, micro_batches, f"the loss is {agreed['loss']}")
         if (step + 1) % stage.log_every == 0:
             agreed |= self._gradient_norms()
             agreed["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
@@ -209,7 +213,7 @@ class Trainer:
         norm = _whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
         if not math.isfinite(norm):
             odd = [name.split("/")[1] for name, value in self._gradient_norms().items() if not math.isfinite(value)]
-            self._complain(step, parts, f"the gradient of {', '.join(odd)} is not finite")
+            self._complain(step, micro_batches, f"the gradient of {', '.join(odd)} is not finite")
         self.optimizer.step()
         self._average(trained)
         return agreed
@@ -227,25 +231,37 @@ class Trainer:
             else:
                 state["ema"] = parameter.detach().clone()
 
-    def _parts(self, step: int) -> list[Part]:
-        """This process's share of a step in `accumulate` parts, each with what its losses are divided by."""
-        batch = self.batch(step).to(self.world.device)
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """This process's samples in `accumulate` micro-batches, each with the denominators of its losses."""
         count = self.parallel.accumulate
         if count == 1 and self.world.size == 1:
             return [(batch, None)]
         targets = len(batch) if batch.has_targets is None else batch.has_targets.sum().item()
         total = self.world.mean({"actions": batch.action_mask.sum().item(), "targets": targets})
         means = {k: torch.tensor(max(v / count, 1e-9), device=self.world.device) for k, v in total.items()}
-        return [(batch.part(index, count), Kept(**means)) for index in range(count)]
+        return [(batch.micro_batch(index, count), Kept(**means)) for index in range(count)]
 
-    def _losses(self, part: Part, step: int, index: int) -> Losses:
-        """A part's losses; its samples are every count-th of the step's, and so are their random numbers."""
+    def _on_device(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches on this process's device, one at a time."""
+        batches = on_device((batch for batch, _ in micro_batches), self.world.device)
+        return zip(batches, (denominators for _, denominators in micro_batches), strict=True)
+
+    def _reduce_gradients(self, *, last: bool) -> None:
+        """Leave the reduction of sharded gradients over processes to a step's last micro-batch.
+
+        Until then a process holds its gradients whole; `reduce_every_micro_batch` saves that memory.
+        """
+        if isinstance(self.objective, FSDPModule) and not self.parallel.reduce_every_micro_batch:
+            self.objective.set_requires_gradient_sync(last)
+
+    def _losses(self, micro_batch: MicroBatch, step: int, index: int) -> Losses:
+        """A micro-batch's losses; its samples are every count-th of the step's, and so are their random numbers."""
         size = self.world.size
         share = {"index": self.world.rank + size * index, "count": size * self.parallel.accumulate}
-        with shared_draws(self.stage.seed, step, samples=len(part[0]), **share), self._autocast():
-            return self.objective(*part)
+        with shared_draws(self.stage.seed, step, samples=len(micro_batch[0]), **share), self._autocast():
+            return self.objective(*micro_batch)
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> AbstractContextManager:
         # The copy would last through the forward pass, which checkpointing keeps small.
         return autocast(self.world.device, self.stage.precision, cache=not self.parallel.checkpoint_activations)
 
@@ -257,12 +273,12 @@ class Trainer:
                 found[f"gradient_norm/{name}"] = _whole(torch.nn.utils.get_total_norm(gradients)).item()
         return found
 
-    def _complain(self, step: int, parts: Sequence[Part], problem: str) -> NoReturn:
+    def _complain(self, step: int, micro_batches: Sequence[MicroBatch], problem: str) -> NoReturn:
         """Raise ValueError with the module and the samples that the trouble came from, the same in every process."""
         names, found = self.samples(step), []
-        for index, part in enumerate(parts):
+        for index, part in enumerate(self._on_device(micro_batches)):
             module = first_module(self.objective, lambda part=part, index=index: self._losses(part, step, index))
-            found.append((module, suspects(part[0], names[index :: len(parts)])))
+            found.append((module, suspects(part[0], names[index :: len(micro_batches)])))
         bad = [pair for pair in found if pair[0]] or found
         reports = self.world.gather(
             "; ".join(f"first in {module}, {which}" if module else which for module, which in bad)
@@ -306,27 +322,41 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """The same losses on held-out windows, always with the same noise, and the monitors' figures."""
-        found = {}
+        """The same losses on held-out windows, always under the same noise, and the monitors' figures.
+
+        The windows are spread over processes and micro-batches as a step's are, so the value is the same for any spread and
+        the memory that of a micro-batch without gradients.
+        """
+        measured: dict[str, float] = {}
         self.objective.eval()
         if self.validation is not None:
-            seed_everything(self.stage.seed, 2**31)
-            with self._autocast():
-                row = _row(self.objective(self.validation().to(self.world.device)))
-            found = {f"validation/{name}": value for name, value in row.items()}
-        with gathered(self.objective):
+            if self._held_out is None:
+                self._held_out = self._micro_batches(self.validation())  # kept on the CPU: encoding it again is costly
+            rows = [
+                _row(self._losses(micro_batch, _VALIDATION_STEP, index))
+                for index, micro_batch in enumerate(self._on_device(self._held_out))
+            ]
+            measured = {f"validation/{name}": value for name, value in self.world.mean(_mean(rows)).items()}
+        with gathered(self.objective), self._autocast():
             for name, monitor in self.monitors.items():
                 figures = monitor(self.objective.wam)
-                found |= {f"{name}/{key}": value for key, value in figures.items()}
-        return found
+                measured |= {f"{name}/{key}": value for key, value in figures.items()}
+        return measured
 
 
 def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _row(losses: Losses) -> dict[str, float]:
-    return {_COLUMNS[f.name]: value.item() for f in fields(losses) if (value := getattr(losses, f.name)) is not None}
+def _row(losses: Losses) -> dict[str, Tensor]:
+    """The losses by their names in the log, still on the device."""
+    return {_COLUMNS[f.name]: value.detach() for f in fields(losses) if (value := getattr(losses, f.name)) is not None}
+
+
+def _mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The mean of every name over micro-batches, brought to the CPU in one copy."""
+    stacked = torch.stack([torch.stack([row[name].float() for name in rows[0]]) for row in rows])
+    return dict(zip(rows[0], stacked.double().mean(dim=0).tolist(), strict=True))
 
 
 def _first_difference(saved: RunConfig, ours: RunConfig) -> str:

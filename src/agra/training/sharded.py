@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from agra.training import checkpoint
 
-Files = Mapping[str, Callable[[Path], None]]
+Files = Mapping[str, Callable[[Path], object]]
 
 
 class Writer(HuggingFaceStorageWriter):

@@ -5,7 +5,7 @@ the whole step (`agra.draws`), so how it is spread changes speed and memory, and
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
+from agra.precision import local_device
 from agra.training.lora import attach
 from agra.training.objective import Objective
 from agra.training.stages import StageConfig, freeze
@@ -37,8 +38,15 @@ class ParallelConfig:
     checkpoint_activations: float = 0.0
     """Share of the blocks, evenly spread, of which only the inputs are kept for the backward pass: they run again in it.
     0 none, 1 all; `agra plan` says what each takes and saves."""
-    compile: bool = False
-    """Compile the blocks."""
+    reduce_every_micro_batch: bool = False
+    """Reduce gradients over processes after every micro-batch instead of once a step: more traffic, but no process holds
+    its gradients whole."""
+    compile: bool | None = None
+    """Compile the blocks; None compiles them on GPUs."""
+    gather_bfloat16: bool = False
+    """Gather parameters over processes in bfloat16 instead of float32: half the traffic, and no bfloat16 copies of the
+    weights kept for the backward pass. Where a stage computes in bfloat16 the products are the same; biases and the
+    affine norms of the bridge are rounded too."""
     deterministic: bool = False
     """Only operations that give the same bits every time; an operation that has none raises RuntimeError. On the CPU all
     are so anyway; on a GPU they are slower."""
@@ -77,6 +85,19 @@ class World:
         dist.all_reduce(total)
         return dict(zip(values, (total / self.size).tolist(), strict=True))
 
+    def first_signal(self, received: Sequence[int]) -> int | None:
+        """The signal that stops the run: any process's, the same in all; of different ones the highest number."""
+        if self.mesh is None:
+            return received[0] if received else None
+        number = torch.tensor(received[0] if received else 0)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number.item()) or None
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.mesh is not None:
+            dist.barrier()
+
     def gather(self, value: str) -> list[str]:
         """Every process's `value`, by rank."""
         if self.mesh is None:
@@ -109,7 +130,7 @@ def joined(config: ParallelConfig, device: str) -> Iterator[World]:
         if size == 1:
             if (config.shards or 1) > 1:
                 raise ValueError(_too_few(config, 1))
-            yield World(device=torch.device(device))
+            yield World(device=local_device(device))
         else:
             with _group(config, device, size) as world:
                 yield world
@@ -129,12 +150,8 @@ def _same_bits(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _group(config: ParallelConfig, device: str, size: int) -> Iterator[World]:
-    own = torch.device(device)
+    own = local_device(device)
     if own.type == "cuda":
-        local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= present:
-            raise ValueError(f"process {local} of this machine has no GPU of its own: there are {present}")
-        own = torch.device("cuda", local)
         torch.cuda.set_device(own)
     dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     try:
@@ -181,15 +198,15 @@ def build(
         attach(objective.wam, stage.lora, stage.seed)
         objective = objective.to(world.device)
         freeze(objective, stage)
-        apply(objective, parallel)
+        apply(objective, parallel, world.device)
         return objective
     with torch.device("meta"):
         objective = make()
         attach(objective.wam, stage.lora, stage.seed)
     assert not [*objective.buffers()], "to_empty would leave a buffer undefined"
     freeze(objective, stage)
-    apply(objective, parallel)
-    shard(objective, world.mesh)
+    apply(objective, parallel, world.device)
+    shard(objective, world.mesh, parallel)
     objective.to_empty(device=world.device)
     if start is not None:
         whole: dict[str, Any] = {}
@@ -209,23 +226,26 @@ def blocks(objective: Objective) -> list[nn.Module]:
     return [*wam.video_dit.transformer.transformer_blocks, *wam.bridge.blocks, *wam.action_dit.blocks]
 
 
-def apply(objective: Objective, parallel: ParallelConfig) -> None:
-    """Compile and checkpoint the blocks in place; parameters keep their names."""
+def apply(objective: Objective, parallel: ParallelConfig, device: torch.device | None = None) -> None:
+    """Compile and checkpoint the blocks in place; parameters keep their names. `device` is where they will run."""
     share = parallel.checkpoint_activations
+    on_gpu = device is not None and device.type == "cuda"
+    compiles = on_gpu if parallel.compile is None else parallel.compile
     for index, block in enumerate(blocks(objective)):
-        if parallel.compile:
+        if compiles:
             block.forward = torch.compile(block.forward)
         if int((index + 1) * share) > int(index * share):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shard(objective: Objective, mesh: DeviceMesh) -> None:
+def shard(objective: Objective, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     """FSDP2 over `mesh`: a group for each block, and one root, so that both video passes of a step run under it.
 
-    Parameters are gathered and gradients reduced in float32; where a stage computes in bfloat16 autocast does, as in one
-    process: norms keep their precision.
+    Gradients are reduced in float32. Parameters are gathered in float32 as well, unless `gather_bfloat16`; where a stage
+    computes in bfloat16 autocast casts them, as in one process.
     """
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    dtype = torch.bfloat16 if parallel.gather_bfloat16 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     parts = blocks(objective)
     if objective.wam.config.video_dit.text_projection_dim is not None:
         parts.append(objective.wam.video_dit.transformer.crossattn_proj)  # large, frozen, and idle under a cache

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from agra.draws import draw
+from agra.precision import without_autocast
 from agra.wam.bridge import Attention, FeedForward
 
 
@@ -147,18 +148,30 @@ class ActionDiT(nn.Module):
     ) -> Float[Tensor, "B K D"]:
         """The last tokens to velocities."""
         shift, scale = modulation
-        x = self.project_out(self.norm_out(x) * (1 + scale) + shift)
+        x = self.project_out(without_autocast(self.norm_out, x) * (1 + scale) + shift)
         return self.action_decoder(x[:, -horizon:], embodiment)
 
     def _tokens(self, noisy_actions: Tensor, state: Tensor, bucket: Tensor, embodiment: Tensor) -> Tensor:
         if self.training and self.config.state_dropout > 0:
             kept = draw(lambda n: torch.rand(n, 1, device=state.device), len(state))
             state = state * (kept >= self.config.state_dropout)
-        return self.join(self.encode_state(state, embodiment), self.action_encoder(noisy_actions, bucket, embodiment))
+        time = self.action_encoder.time_features(bucket)
+        return self.join(self.encode_state(state, embodiment), self.encode_actions(noisy_actions, time, embodiment))
+
+    def encode_actions(
+        self, actions: Float[Tensor, "B K D"], time: Float[Tensor, "B W"], embodiment: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B K W"]:
+        """A token for each action of the chunk, in the type of the weights."""
+        return self.action_encoder(actions.to(self.dtype), time, embodiment)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.project_out.weight.dtype
 
     def encode_state(self, state: Float[Tensor, "B S"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B F W"]:
         """The tokens before the actions: the state's and the learned future tokens."""
-        token = self.state_encoder(state.unsqueeze(1), embodiment)
+        token = self.state_encoder(state.to(self.dtype).unsqueeze(1), embodiment)
         if self.future is None:
             return token
         return torch.cat([token, self.future.weight.expand(len(state), -1, -1)], dim=1)
@@ -213,11 +226,11 @@ class SubBlock(nn.Module):
 
     def _norm(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
         scale, shift = modulation
-        return self.norm1(x) * (1 + scale) + shift
+        return without_autocast(self.norm1, x) * (1 + scale) + shift
 
     def _add(self, x: Tensor, update: Tensor) -> Tensor:
         x = x + self.final_dropout(update)
-        return x + self.ff(self.norm2(x))
+        return x + self.ff(without_autocast(self.norm2, x))
 
 
 class EmbodimentLinear(nn.Module):
@@ -264,20 +277,14 @@ class ActionEncoder(nn.Module):
         self.layer2 = EmbodimentLinear(num_embodiments, 2 * width, width, std)
         self.layer3 = EmbodimentLinear(num_embodiments, width, width, std)
 
-    def forward(
-        self, actions: Float[Tensor, "B K D"], bucket: Float[Tensor, "B"], embodiment: Int[Tensor, "B"]
-    ) -> Float[Tensor, "B K W"]:
-        """One token for each action of the chunk."""
-        return self.run(actions, self.time_features(bucket), embodiment)
-
     def time_features(self, bucket: Float[Tensor, "B"]) -> Float[Tensor, "B W"]:
-        """What tells an action's token the time."""
+        """Sinusoids of the time, which are joined with every action."""
         return _sinusoid(bucket, self.width, shift=0.0, cosine_first=False)
 
-    def run(
+    def forward(
         self, actions: Float[Tensor, "B K D"], time: Float[Tensor, "B W"], embodiment: Int[Tensor, "B"]
     ) -> Float[Tensor, "B K W"]:
-        """`forward` with the time's features known."""
+        """One token for each action of the chunk; `time` are its `time_features`."""
         x = self.layer1(actions, embodiment)
         x = torch.cat([x, time.to(x.dtype).unsqueeze(1).expand_as(x)], dim=-1)
         return self.layer3(F.silu(self.layer2(x, embodiment)), embodiment)

@@ -5,9 +5,11 @@ frame t >= 1 covers frames 4t-3..4t, so 1 + 4k frames become 1 + k latent frames
 no future. Frames are uint8 RGB (..., T, H, W, 3) outside, video is float (B, 3, T, H, W) in [-1, 1] inside.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
@@ -36,11 +38,14 @@ class Codec(Protocol):
         ...
 
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
-        """Normalised latents of video in [-1, 1]."""
+        """Normalised latents of video in [-1, 1], on the codec's device whatever the video's.
+
+        Safe to call from several threads. The latents of a clip do not depend on the other clips of the batch.
+        """
         ...
 
     def decode(self, latents: Float[Tensor, "B C T h w"]) -> Float[Tensor, "B 3 F H W"]:
-        """Video in [-1, 1] of normalised latents."""
+        """Video in [-1, 1] of normalised latents, on the codec's device. Safe to call from several threads."""
         ...
 
 
@@ -54,8 +59,8 @@ class CodecConfig:
     revision: str | None = "diffusers/base/post-trained"
     channels: int = 16
     """Latent channels: 16 for Wan 2.1; a fitted patch PCA has as many as it was fitted with."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which Wan runs; latents are float32 either way."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in which Wan runs, bfloat16 as in Cosmos's own pipeline; latents are float32 either way."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("wan", "patch_pca"):
@@ -111,10 +116,17 @@ class WanCodec(nn.Module):
 
     Latents are (mode - mean) / std of the posterior, never a sample. Mean and std are read from the VAE's own config:
     diffusers pipelines have changed their meaning between releases.
+
+    `AutoencoderKLWan` keeps its causal cache on itself, so one lock admits one call at a time. Clips go through it
+    `CHUNK` at a time, the last chunk padded: the kernels then see one shape, a clip's latents are the same bits in any
+    batch, and memory does not grow with the batch. Single frames, which a policy waits for, are not padded.
     """
+
+    CHUNK = 8
 
     def __init__(self, vae: "AutoencoderKLWan") -> None:
         super().__init__()
+        self._lock = Lock()
         config: Any = vae.config
         if config.scale_factor_temporal != TIME_STRIDE:
             raise ValueError(f"expected a VAE of time stride {TIME_STRIDE}, got {config.scale_factor_temporal}")
@@ -158,12 +170,24 @@ class WanCodec(nn.Module):
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
         """(mode - mean) / std, float32."""
         check_video(video, self.space_stride)
-        mode = self.vae.encode(video.to(self.vae.dtype), return_dict=False)[0].mode()
+        mode = self._in_chunks(lambda clips: self.vae.encode(clips, return_dict=False)[0].mode(), video)
         return (mode.float() - self.get_buffer("mean")) / self.get_buffer("std")
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C T h w"]) -> Float[Tensor, "B 3 F H W"]:
         """Video in [-1, 1], float32."""
         check_latents(latents, self.channels)
-        raw = latents.float() * self.get_buffer("std") + self.get_buffer("mean")
-        return self.vae.decode(raw.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+        mean = self.get_buffer("mean")
+        raw = latents.to(mean.device, torch.float32) * self.get_buffer("std") + mean
+        return self._in_chunks(lambda rows: self.vae.decode(rows, return_dict=False)[0].float().clamp(-1, 1), raw)
+
+    def _in_chunks(self, run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """`run` on `CHUNK` rows at a time, on the VAE's device and in its type, one thread at a time."""
+        results = []
+        with self._lock:
+            for chunk in rows.split(self.CHUNK):
+                chunk = chunk.to(self.vae.device, self.vae.dtype)
+                missing = self.CHUNK - len(chunk) if rows.shape[2] > 1 else 0
+                padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
+                results.append(run(padded)[: len(chunk)])
+        return torch.cat(results)

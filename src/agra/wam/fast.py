@@ -3,19 +3,21 @@
 At inference the noise levels are fixed, the instruction changes once an episode and the guidance once a chunk. So the
 modulation of every block and the rotary table are computed once, the instruction's keys and values in every video block
 once an instruction, and the guidance's keys and values in every action block once a chunk instead of once a step.
-The blocks are those of training (`VideoBlock.run`, `SubBlock.run`). For weights that do not change any more.
+The blocks are those of training (`VideoBlock.run`, `SubBlock.run`). The weights must not change, except by `update`.
 
 Two options go further: `compiled` has torch compile the three parts, on a GPU as CUDA graphs; `pool_future` is an
 approximation (`Bridge.forward`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch._dynamo
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
 from agra.flow import Predict, continue_chunk, euler
 from agra.wam.action_dit import SubBlock
@@ -23,10 +25,24 @@ from agra.wam.model import WAM
 from agra.wam.video_dit import VideoBlock
 
 KeysValues = tuple[Tensor, Tensor]
+BATCH_SIZES = (1, 2, 4, 8, 16)
+"""Batch sizes of compiled answers. Other batches are padded to the next one, so that few graphs are compiled."""
+_RECOMPILE_LIMIT = 64
+"""Graphs of one function that Dynamo may hold: every batch size of several policies in one process."""
 
 
-@dataclass(frozen=True)
-class _Level:
+def padded_size(count: int) -> int:
+    """The batch size in which `count` requests are computed: the next of `BATCH_SIZES`, or of the multiples of the last."""
+    largest = BATCH_SIZES[-1]
+    return next((size for size in BATCH_SIZES if size >= count), -(-count // largest) * largest)
+
+
+def compiled_graphs() -> int:
+    """Graphs that Dynamo has compiled in this process: a number that must not grow once a policy is warm."""
+    return counters["stats"]["unique_graphs"]
+
+
+class _Level(NamedTuple):
     """What an action step needs of its noise level."""
 
     features: Float[Tensor, "1 W"]
@@ -37,8 +53,9 @@ class _Level:
 class FastWAM:
     """A frozen WAM prepared for chunks of `action_steps` Euler steps.
 
-    Raises ValueError where a number below 1 is given. Compiled, each new batch size takes a minute or more at its first
-    call, and on a GPU results live until the next call (call `begin` before each).
+    Compiled, the three parts run in the batch sizes of `padded_size`, each compiled without a graph break at its first
+    call, which takes a minute or more. On a GPU results live until the next call (call `begin` before each). Raises
+    ValueError where a number below 1 is given.
     """
 
     @torch.no_grad()
@@ -46,28 +63,54 @@ class FastWAM:
         for name, number in (("action_steps", action_steps), ("pool_future", pool_future)):
             if number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        self.model, self.action_steps, self.pool_future = model, action_steps, pool_future
-        if compiled:
-            for part in ("condition", "guide", "_act"):
-                setattr(self, part, torch.compile(getattr(self, part), mode="reduce-overhead", dynamic=False))
-        config, parameter = model.config, next(model.parameters())
+        self.model, self.action_steps, self.pool_future, self.compiled = model, action_steps, pool_future, compiled
+        config = model.config
         self._blocks = cast(
             Sequence[VideoBlock], model.video_dit.transformer.transformer_blocks[: max(config.bridge.layers) + 1]
         )
         self._head_blocks = cast(Sequence[SubBlock], model.action_dit.blocks)
+        parameter = next(model.parameters())
         channels, *grid = config.latent_shape
         self._mask = torch.zeros(1, 1, *grid, dtype=parameter.dtype, device=parameter.device)
         self._mask[:, :, 0] = 1
         padded = model.video_dit.pad(self._mask.expand(1, channels, *grid), self._mask)
-        transformer = model.video_dit.transformer
-        self._rope = transformer.rope(padded)
-        self._positions = None if transformer.learnable_pos_embed is None else transformer.learnable_pos_embed(padded)
-        levels = torch.ones(1, grid[0], device=parameter.device)
+        self._rope = model.video_dit.transformer.rope(padded)
+        self._positions, self._modulation, self._levels = self._constants(padded)
+        self._compiled = {"condition": self._condition, "guide": self._guide, "act": self._act}
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+            options: Any = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
+            self._compiled = {name: torch.compile(part, **options) for name, part in self._compiled.items()}
+
+    def _constants(self, padded: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, ...]], list[_Level]]:
+        """What follows from the weights alone: learned positions, modulation of the video blocks, levels of the head."""
+        config, video = self.model.config, self.model.video_dit
+        parameter = next(self.model.parameters())
+        learned = video.transformer.learnable_pos_embed
+        levels = torch.ones(1, config.latent_shape[1], device=parameter.device)
         if config.condition_noise_level is not None:
             levels[:, 0] = config.condition_noise_level
-        temb, embedded = model.video_dit.embed_levels(levels, parameter)
-        self._modulation = [block.modulate(embedded, temb) for block in self._blocks]
-        self._levels = [self._level(1 - step / action_steps, parameter) for step in range(action_steps)]
+        temb, embedded = video.embed_levels(levels, parameter)
+        return (
+            None if learned is None else learned(padded),
+            [block.modulate(embedded, temb) for block in self._blocks],
+            [self._level(1 - step / self.action_steps, parameter) for step in range(self.action_steps)],
+        )
+
+    @torch.no_grad()
+    def update(self, weights: WAM) -> None:
+        """Take over the weights of another WAM of the same config, in place: compiled graphs stay valid.
+
+        Between two answers only, in the thread that runs them.
+        """
+        for name, value in weights.state_dict().items():
+            self.model.get_parameter(name).copy_(value)
+        channels, *grid = self.model.config.latent_shape
+        padded = self.model.video_dit.pad(self._mask.expand(1, channels, *grid), self._mask)
+        present = tree_leaves((self._positions, self._modulation, self._levels))
+        for old, new in zip(present, tree_leaves(self._constants(padded)), strict=True):
+            if isinstance(old, Tensor):
+                old.copy_(new)
 
     @torch.no_grad()
     def instruction(self, tokens: Float[Tensor, "L E"]) -> tuple[KeysValues, ...]:
@@ -80,31 +123,46 @@ class FastWAM:
         observation_latent: Float[Tensor, "B C 1 h w"],
         noise: Float[Tensor, "B C T h w"],
         instructions: Sequence[tuple[KeysValues, ...]],
-    ) -> dict[int, Float[Tensor, "B T H W D"]]:
-        """The conditioning pass at noise level 1, hidden states of the bridged layers.                   Eqs. 16, 19"""
+    ) -> dict[int, Float[Tensor, "P T H W D"]]:
+        """The conditioning pass at noise level 1 and the hidden states of the bridged layers (Eqs. 16, 19).
+
+        P is B, or `padded_size(B)` where it is compiled.
+        """
+        size = padded_size(len(noise)) if self.compiled else len(noise)
+        rows = [*instructions, *[instructions[-1]] * (size - len(instructions))]
+        text = tuple(_joined([row[index] for row in rows]) for index in range(len(self._blocks)))
+        return self._compiled["condition"](_padded(observation_latent, size), _padded(noise, size), text)
+
+    def _condition(
+        self, observation_latent: Tensor, noise: Tensor, text: Sequence[KeysValues]
+    ) -> dict[int, Float[Tensor, "P T H W D"]]:
         latents = torch.cat([observation_latent, noise[:, :, 1:]], dim=2)
         x, grid = self.model.video_dit.patchify(
             self.model.video_dit.pad(latents, self._mask.expand(len(latents), -1, -1, -1, -1))
         )
         hidden = {}
-        for index, (block, modulation) in enumerate(zip(self._blocks, self._modulation, strict=True)):
-            text = _rows([one[index] for one in instructions])
-            x = block.run(x, text, modulation, self._rope, self._positions)
+        for index, (block, keys_values, modulation) in enumerate(
+            zip(self._blocks, text, self._modulation, strict=True)
+        ):
+            x = block.run(x, keys_values, modulation, self._rope, self._positions)
             if index in self.model.bridged_layers:
                 hidden[index] = x.unflatten(2, grid[1:])
         return hidden
 
     def begin(self) -> None:
-        """A new answer begins: what compiled parts gave for the last one may be overwritten."""
+        """Begin a new answer: what compiled parts returned for the last one may be overwritten."""
         torch.compiler.cudagraph_mark_step_begin()
 
-    def guide(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> tuple[Float[Tensor, "B N D"], ...]:
-        """The guidance of every cross-attention block.                                           Eqs. 15, 17, 20"""
+    def guide(self, hidden: Mapping[int, Float[Tensor, "P T H W D"]]) -> tuple[Float[Tensor, "P N D"], ...]:
+        """The guidance of every cross-attention block (Eqs. 15, 17, 20)."""
+        return self._compiled["guide"](hidden)
+
+    def _guide(self, hidden: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
         return self.model.bridge(hidden, pool_future=self.pool_future)
 
     def act(
         self,
-        guidance: Sequence[Float[Tensor, "B N D"]],
+        guidance: Sequence[Float[Tensor, "P N D"]],
         state: Float[Tensor, "B S"],
         embodiment: Int[Tensor, "B"],
         noise: Float[Tensor, "B K D"],
@@ -112,10 +170,12 @@ class FastWAM:
         continuation: tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]] | None = None,
     ) -> Float[Tensor, "B K D"]:
         """`WAM.act` in `action_steps` steps; with a `continuation`, which needs a graph, never compiled."""
+        count, size = len(noise), len(guidance[0])
         if continuation is None:
-            return self._act(guidance, state, embodiment, noise)
+            arguments = (_padded(state, size), _padded(embodiment, size), _padded(noise, size))
+            return self._compiled["act"](guidance, *arguments)[:count]
         previous, weights = continuation
-        predict = self._predict(guidance, state, embodiment)
+        predict = self._predict([rows[:count] for rows in guidance], state, embodiment)
         return euler(continue_chunk(predict, previous, weights), noise, self.action_steps)
 
     def _act(self, guidance: Sequence[Tensor], state: Tensor, embodiment: Tensor, noise: Tensor) -> Tensor:
@@ -132,7 +192,7 @@ class FastWAM:
         def predict(actions: Tensor, _: Tensor) -> Tensor:
             level = next(levels)  # Euler's levels, in its order
             time = level.features.expand(len(actions), -1)
-            x = head.join(before, head.action_encoder.run(actions, time, embodiment))
+            x = head.join(before, head.encode_actions(actions, time, embodiment))
             for index, (block, modulation) in enumerate(zip(self._head_blocks, level.modulation, strict=True)):
                 x = block.run(x, known[index // 2] if index % 2 == 0 else None, modulation)
             return head.project(x, level.modulation_out, actions.shape[1], embodiment)
@@ -150,9 +210,14 @@ class FastWAM:
         )
 
 
-def _rows(parts: Sequence[KeysValues]) -> KeysValues:
-    """Keys and values of several samples as one batch; without copies where they are all the same."""
-    first = parts[0]
-    if all(one is first for one in parts):
-        return first[0].expand(len(parts), -1, -1, -1), first[1].expand(len(parts), -1, -1, -1)
-    return torch.cat([one[0] for one in parts]), torch.cat([one[1] for one in parts])
+def _joined(rows: Sequence[KeysValues]) -> KeysValues:
+    """Keys and values of several samples as one batch."""
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat([keys for keys, _ in rows]), torch.cat([values for _, values in rows])
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    """`rows` with the last one repeated until there are `size`."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows

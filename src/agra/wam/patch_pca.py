@@ -128,6 +128,7 @@ class PatchPCACodec(nn.Module):
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
         """Whitened components, one vector for each 8x8 patch of frame 0 and of every following group of four."""
         check_video(video, PATCH)
+        video = video.to(self.get_buffer("first_mean").device)
         latents = [self._project("first", _patches(video[:, :, :1], 1))]
         if video.shape[2] > 1:
             latents.append(self._project("group", _patches(video[:, :, 1:], TIME_STRIDE)))
@@ -137,7 +138,7 @@ class PatchPCACodec(nn.Module):
     def decode(self, latents: Float[Tensor, "B C T h w"]) -> Float[Tensor, "B 3 F H W"]:
         """The nearest video in [-1, 1] that the components can express."""
         check_latents(latents, self.channels)
-        rows = latents.movedim(1, -1)
+        rows = latents.to(self.get_buffer("first_mean").device).movedim(1, -1)
         video = [_unpatch(self._expand("first", rows[:, :1]), 1)]
         if latents.shape[2] > 1:
             video.append(_unpatch(self._expand("group", rows[:, 1:]), TIME_STRIDE))

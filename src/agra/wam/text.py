@@ -213,7 +213,8 @@ class CosmosReasonEncoder(nn.Module):
     def _encode_one(self, instruction: str) -> Float[Tensor, "1 L E"]:
         ids = torch.tensor([self._token_ids(instruction)], device=self.model.device)
         # hidden_states[0] is the embedding; the rest are the blocks' outputs, the last one after the final norm.
-        states = self.model(ids, output_hidden_states=True).hidden_states[1:]
+        outputs = self.model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)  # no token is predicted
+        states = outputs.hidden_states[1:]
         tokens = torch.cat([_standardise(state) for state in states], dim=-1)
         return (tokens if self.projection is None else self._project(tokens)).float()
 

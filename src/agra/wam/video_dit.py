@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3D
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from agra.precision import without_autocast
 from agra.pretrained import model_folder, read_into, weight_files
 
 
@@ -149,8 +150,13 @@ class VideoDiT(nn.Module):
 
     def patchify(self, padded: Float[Tensor, "B C2 T h w"]) -> tuple[Float[Tensor, "B T S D"], torch.Size]:
         """Tokens frame by frame, so that modulation broadcasts over a frame's S, and the grid (T, H, W)."""
-        x = self.transformer.patch_embed(padded)
+        x = self.transformer.patch_embed(padded.to(self.dtype))
         return x.flatten(2, 3), x.shape[1:4]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.transformer.proj_out.weight.dtype
 
     def embed_levels(
         self, noise_level: Float[Tensor, "B F"], like: Tensor
@@ -162,6 +168,7 @@ class VideoDiT(nn.Module):
     def project_text(self, instruction: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E2"]:
         """Apply Cosmos's frozen text projection, unless the tokens already come projected (as a cache holds them)."""
         width, config = instruction.shape[-1], self.config
+        instruction = instruction.to(self.dtype)
         if width == config.text_dim:
             return instruction
         if width == config.text_projection_dim:
@@ -204,7 +211,7 @@ class VideoDiT(nn.Module):
         norm = self.transformer.norm_out
         modulation = norm.linear_2(norm.linear_1(F.silu(embedded))) + temb[..., : 2 * x.shape[-1]]
         shift, scale = modulation.unsqueeze(2).chunk(2, dim=-1)
-        return self.transformer.proj_out(_modulate(norm.norm(x), shift, scale))
+        return self.transformer.proj_out(_modulate(without_autocast(norm.norm, x), shift, scale))
 
     def _unpatchify(self, x: Tensor, grid: torch.Size) -> Tensor:
         # The order (ph, pw, pt, C) is Cosmos's own and not the inverse of its patchify.
@@ -292,7 +299,7 @@ class VideoBlock(CosmosTransformerBlock):
         )
         for index, (norm, branch) in enumerate(branches):
             shift, scale, gate = modulation[3 * index : 3 * index + 3]
-            update = branch(_modulate(norm.norm(x), shift, scale).flatten(1, 2))
+            update = branch(_modulate(without_autocast(norm.norm, x), shift, scale).flatten(1, 2))
             x = torch.addcmul(x, gate, update.view_as(x))
         return x
 

@@ -1,0 +1,86 @@
+"""Tokens of instructions at inference: known ones from a checkpoint's file, others from the text encoder.
+
+A checkpoint carries the tokens of its training instructions in `instructions.safetensors`, a tensor named after each text.
+A robot that gets no other instructions needs no text encoder, which for Cosmos has 7B parameters.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from agra.wam.text import TextEncoder
+
+FILE = "instructions.safetensors"
+_CACHED = 64
+"""Instructions kept in memory. A server's clients choose them, so their number is bounded."""
+
+
+class Instructions:
+    """Looks up or encodes instructions; the text encoder is loaded at its first use."""
+
+    def __init__(
+        self,
+        load: Callable[[], TextEncoder] | None,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """`load` makes the text encoder, None forbids it; `known` maps texts to tokens (L, E)."""
+        self._load, self.known = load, known or {}
+        self.tokens = lru_cache(maxsize=_CACHED)(self._tokens)
+        """(L, E) float32 tokens of an instruction, as training read them."""
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """The text encoder. Raises ValueError where it is not to be loaded."""
+        if self._load is None:
+            raise ValueError("this policy was loaded for its known instructions only: it has no text encoder")
+        return self._load()
+
+    def load(self) -> None:
+        """Load the text encoder now, unless that is forbidden."""
+        if self._load is not None:
+            _ = self.encoder
+
+    def _tokens(self, instruction: str) -> Float[Tensor, "L E"]:
+        if instruction in self.known:
+            return self.known[instruction].float()
+        if self._load is None:
+            raise ValueError(
+                f"instruction {instruction!r}: not among the {len(self.known)} known ones ({_examples(self.known)}), and "
+                "this policy was loaded without a text encoder; use one of them, or load the policy with its encoder"
+            )
+        # Rounded to float16, as in the cache that training read.
+        return self.encoder.encode([instruction])[0].half().float()
+
+
+class StoredInstructions(Mapping[str, Tensor]):
+    """The tokens in a checkpoint's file, read when they are needed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError for a damaged file."""
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                self._texts = frozenset(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+    def __getitem__(self, instruction: str) -> Tensor:
+        if instruction not in self._texts:
+            raise KeyError(instruction)
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(instruction)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._texts))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+
+def _examples(texts: Iterable[str], count: int = 3) -> str:
+    listed = sorted(texts)
+    return ", ".join(map(repr, listed[:count])) + (" ..." if len(listed) > count else "")
