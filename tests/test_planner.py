@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agra.cli import main
-from agra.footprint import count_flops, fake_batch, fake_objective, flops_per_sample, measure, teacher_width
+from agra.footprint import count_flops, fake_batch, fake_objective, flops_per_sample, measure
 from agra.planner import Machines, lay_out, plan
-from agra.recipes import agra_dino_hierarchical, agra_siglip_l8, at_stage, tiny
+from agra.recipes import at_stage, tiny
 from agra.training.logbook import Meter
 from agra.training.sharding import ParallelConfig, apply, shard
 from agra.training.stages import Stage, parameter_groups
@@ -83,7 +84,10 @@ def test_checkpointing_keeps_less(small_config):
     assert checkpointed.per_sample < plain.per_sample
     assert (plain.accumulate, checkpointed.accumulate) == (1, 1)
     assert plain.samples < checkpointed.samples
-    assert found.hours == pytest.approx(found.best.seconds * config.stage.steps / 3600)
+    steps, validations = config.stage.steps, 1 + config.stage.steps // config.stage.validate_every
+    seconds = found.best.seconds * steps + found.best.validation_seconds * validations
+    assert found.hours == pytest.approx(seconds / 3600)
+    assert 0 < found.best.validation_seconds < found.best.seconds
     assert found.cost == pytest.approx(found.hours * 4)
     with pytest.raises(ValueError, match="3 GPUs"):
         plan(config, Machines(gpus=3))
@@ -108,22 +112,24 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("checkpointed", [0, 0.5, 1])
-def test_traffic_is_what_fsdp_sends(small_config, checkpointed):
+@pytest.mark.parametrize(("checkpointed", "half"), [(0, False), (0.5, False), (1, False), (0, True)])
+def test_traffic_is_what_fsdp_sends(small_config, checkpointed, half):
     """Against the collectives of a real step of one process among eight that are not there."""
     config = replace(small_config, alignment=replace(small_config.alignment, teacher=tiny().alignment.teacher))
-    found = measure(config, checkpoint_activations=checkpointed)
+    found = measure(config, checkpoint_activations=checkpointed, gather_bfloat16=half)
     objective, width, least = fake_objective(config)
     apply(objective, ParallelConfig(checkpoint_activations=checkpointed))
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
-        shard(objective, dist.device_mesh.init_device_mesh("cpu", (8,), mesh_dim_names=("shard",)))
-        with Received() as received:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (8,), mesh_dim_names=("shard",))
+        shard(objective, mesh, ParallelConfig(gather_bfloat16=half))
+        with Received() as received, torch.autocast("cpu", torch.bfloat16, enabled=half):
             objective(fake_batch(config, width, 4 * least)).total.backward()
     finally:
         dist.destroy_process_group()
     # Shards are as long as the longest, so that a little more is sent.
-    assert 4 * found.gathered <= received.bytes["_allgather_base_"] < 4.2 * found.gathered
+    sent = found.weight_bytes * found.gathered
+    assert sent <= received.bytes["_allgather_base_"] < 1.05 * sent
     assert 4 * found.trained <= received.bytes["_reduce_scatter_base_"] < 4.2 * found.trained
 
 
@@ -144,15 +150,26 @@ def test_traffic_grows_with_shards_and_copies(small_config):
     assert quick.seconds == quick.compute_seconds
 
 
-def test_teacher_widths():
-    assert teacher_width(tiny()) == 384
-    assert teacher_width(agra_siglip_l8()) == 768
-    assert teacher_width(agra_dino_hierarchical()) == 3 * 768
-    assert teacher_width(tiny(Stage.FINETUNE)) is None
-    config = agra_siglip_l8()
-    own = replace(config.alignment, teacher=replace(config.alignment.teacher, source="my/encoder"))
-    with pytest.raises(ValueError, match=r"the width of 'my/encoder' is not known"):
-        teacher_width(replace(config, alignment=own))
+def test_gradients_of_several_micro_batches_are_reduced_once_or_held_by_no_process(small_config):
+    """Once where a process has room for all of them, after every micro-batch where it has not."""
+    config = replace(small_config, stage=replace(small_config.stage, batch_size=64))
+    config = replace(config, alignment=replace(config.alignment, teacher=tiny().alignment.teacher))
+    footprint = measure(config)
+
+    def layout(gigabytes):
+        (one,) = lay_out(config, Machines(gpus=8, gpu_memory=gigabytes), [footprint]).layouts
+        return one
+
+    sizes = np.geomspace(1e-4, 1, 200)
+    layouts = [layout(size) for size in sizes]
+    several = [one for one in layouts if one.accumulate > 1]
+    assert {one.reduce_every_micro_batch for one in several} == {True, False}
+    for one in several:
+        reductions = one.accumulate if one.reduce_every_micro_batch else 1
+        expected = 4 * (one.accumulate * footprint.gathered + reductions * footprint.trained) * 7 / 8
+        assert one.traffic == pytest.approx(expected)
+        assert ("--parallel.reduce-every-micro-batch True" in one.flags) == one.reduce_every_micro_batch
+    assert not layouts[-1].flags
 
 
 @pytest.mark.slow

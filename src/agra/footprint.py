@@ -6,7 +6,8 @@ different numbers of samples tell what grows with them and what does not.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,11 +92,10 @@ def measure(config: RunConfig, *, checkpoint_activations: float = 0.0, gather_bf
     those of the step, of the optimiser, and of a validation forward without gradients.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), CudaAutocastRules():
-        objective, width, least = fake_objective(config)
+        with _default_dtype(torch.bfloat16 if gather_bfloat16 else torch.float32):
+            objective, width, least = fake_objective(config)
         apply(objective, ParallelConfig(checkpoint_activations=checkpoint_activations))
         parameters = {name: _count(part) for name, part in modules(objective).items()}
-        if gather_bfloat16:
-            objective.to(torch.bfloat16)
         # One sample of a pass would let torch leave out copies that more samples need.
         cache = not checkpoint_activations
         two, three = (_step(objective, config, width, n * least, cache=cache) for n in (2, 3))
@@ -201,6 +201,16 @@ class _Counted:
     flops: float
     gathered: int
     """Parameters of the blocks, as often as they are run forward or backward."""
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _autocast(config: RunConfig, *, cache: bool) -> torch.autocast:

@@ -87,6 +87,7 @@ def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **op
     with local_device(device):
         model, codec = WAM(settings), _random_codec(settings.codec)
     tokens = torch.randn(settings.text.length, settings.video_dit.text_dim)
+
     def statistics(size: int) -> dict[str, np.ndarray]:
         low, high = -np.ones(size), np.ones(size)
         return {"mean": np.zeros(size), "std": high, "min": low, "max": high, "q01": low, "q99": high, "count": high}
@@ -110,7 +111,8 @@ def _random_codec(config: CodecConfig) -> Codec:
     # Imported here: it takes seconds, and the patch PCA does not need it.
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    return WanCodec(AutoencoderKLWan(z_dim=config.channels).to(getattr(torch, config.dtype)))
+    shape = {"z_dim": config.channels, "latents_mean": [0.0] * config.channels, "latents_std": [1.0] * config.channels}
+    return WanCodec(AutoencoderKLWan(**shape).to(getattr(torch, config.dtype)))  # type: ignore[arg-type]
 
 
 def answering(policy: WAMPolicy, batch: int) -> Way:

@@ -24,6 +24,7 @@ from agra.config import RunConfig
 from agra.data import cache
 from agra.data.cache import CachedFeature
 from agra.data.instructions import InstructionTokens
+from agra.data.integrity import dataset_files
 from agra.data.source import SourceConfig
 from agra.data.sources import Source
 from agra.footprint import encoding_flops_per_sample, flops_per_sample, teacher_width
@@ -153,6 +154,8 @@ class Preparation:
     @cached_property
     def _features(self) -> dict[str, Callable[[Source], cache.Feature]]:
         """How to make each cached feature for a source; the frozen networks are loaded once."""
+        if _needed(self.config):
+            remember_fingerprints(self.config, self.sources)
         return _features(self.config, self.sources, self._device)
 
     def costs(self) -> list[EncodingCost]:
@@ -161,7 +164,8 @@ class Preparation:
 
     def estimate(self) -> list[tuple[Source, cache.Estimate]]:
         """The cost of `run` for every source, measured on one episode of each."""
-        return [(s, cache.estimate(s.dataset, self._of(s), self.root, episodes=s.used)) for s in self.sources]
+        sources = self.sources if self._features else ()
+        return [(s, cache.estimate(s.dataset, self._of(s), self.root, episodes=s.used)) for s in sources]
 
     def run(self, *, rank: int = 0, world_size: int = 1) -> list[Path]:
         """Compute and cache the missing features of every source; returns the features' folders.
@@ -170,7 +174,7 @@ class Preparation:
         processes, numbered by `rank`, computes its share of the episodes and of the instructions.
         """
         folders = [self._write_instructions(rank, world_size)]
-        for source in self.sources:
+        for source in self.sources if self._features else ():
             paths = cache.prepare(
                 source.dataset,
                 self._of(source),
@@ -208,12 +212,33 @@ class Preparation:
         return tokens.folder
 
 
+def remember_fingerprints(config: RunConfig, sources: Sequence[Source]) -> None:
+    """Take the fingerprints of datasets without checksums from the cache folder while their files stay as they are.
+
+    Otherwise every process would read every video at its start. A file counts as changed where its size or time has.
+    """
+    for dataset in (source.dataset for source in sources):
+        if dataset.seal.checksums:
+            continue
+        files = {name: (dataset.path / name).stat() for name in dataset_files(dataset.path)}
+        state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+        path = Path(config.data.cache) / f"fingerprint-{_digest({'path': str(dataset.path.resolve())})}.json"
+        memory = json.loads(path.read_text()) if path.is_file() else {}
+        if memory.get("files") == state:
+            dataset.fingerprint = memory["fingerprint"]
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(path, json.dumps({"files": state, "fingerprint": dataset.fingerprint}) + "\n")
+
+
 def open_features(config: RunConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:
     """The cached features of `prepare` for these settings, by source. Raises FileNotFoundError naming the remedy."""
-    opened = []
+    opened, needed = [], _needed(config)
+    if needed:
+        remember_fingerprints(config, sources)
     for source in sources:
         features = {}
-        for name in _needed(config):
+        for name in needed:
             path = _index(config, sources, source, name)
             if not path.is_file():
                 raise _unprepared(config, name, str(source.dataset.path))

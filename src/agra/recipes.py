@@ -165,7 +165,10 @@ def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:
 
 
 def gr1(config: RunConfig) -> RunConfig:
-    """GR1 tabletop: the 24 tasks with 1,000 demonstrations each, from the hub or from `--data.path`; 80k steps. B.1, C.3"""
+    """GR1 tabletop: the 24 tasks with 1,000 demonstrations each, from the hub or from `--data.path`; 80k steps. B.1, C.3
+
+    Latents and targets are encoded while training: a cache of them would take 3 TB (`agra prepare --estimate`).
+    """
     return _gr1(config, gr1_mixture())
 
 
@@ -184,7 +187,7 @@ def real_world(config: RunConfig) -> RunConfig:
     return replace(
         config,
         model=replace(config.model, action_dit=head),
-        data=replace(config.data, frame_stride=3, embodiments=("iron", *config.data.embodiments[1:])),
+        data=replace(config.data, frame_stride=3, embodiments=("iron", *config.data.embodiments[1:]), cached=()),
         stage=replace(config.stage, steps=60_000, video_lr=1e-5),
     )
 
@@ -253,7 +256,8 @@ def _aligned(config: RunConfig, alignment: AlignmentConfig | None) -> RunConfig:
 
 def _gr1(config: RunConfig, mixture: tuple[SourceConfig, ...]) -> RunConfig:
     embodiments = (GR1, *config.data.embodiments[1:])
-    return replace(config, data=replace(config.data, path=GR1_REPOSITORY, mixture=mixture, embodiments=embodiments))
+    data = replace(config.data, path=GR1_REPOSITORY, mixture=mixture, embodiments=embodiments, cached=())
+    return replace(config, data=data)
 
 
 def _passes(config: RunConfig, *, guidance: Pass, aligned: Pass) -> RunConfig:

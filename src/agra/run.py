@@ -9,11 +9,12 @@ from torch import Tensor
 from agra import prepare as frozen
 from agra.alignment.teacher import load_teacher, reference_frames
 from agra.config import RunConfig
+from agra.data.cache import CachedFeature
 from agra.data.instructions import InstructionTokens
 from agra.data.mixture import WindowSampler
 from agra.data.normalize import NormStats
 from agra.data.prefetch import Prefetched
-from agra.data.sources import embodiment_stats
+from agra.data.sources import Source, embodiment_stats
 from agra.diagnostics.diagnosis import diagnose as examine
 from agra.diagnostics.grounding_monitor import GroundingMonitor
 from agra.diagnostics.instrument import DiagnosisConfig
@@ -32,7 +33,7 @@ from agra.instructions import FILE as INSTRUCTIONS
 from agra.planner import peak_flops
 from agra.policy import WAMPolicy
 from agra.precision import allow_tensor_cores, local_device
-from agra.prepare import Preparation, codec_file
+from agra.prepare import OnlineEncoder, Preparation, codec_file
 from agra.simulators.registry import make
 from agra.training import checkpoint, lineage
 from agra.training.logbook import Meter
@@ -99,26 +100,8 @@ def _train(
     sources = config.data.open()
     opened, tokens = frozen.open_features(config, sources), frozen.open_instructions(config, sources)
     stats = embodiment_stats(sources)
-    online = frozen.OnlineEncoder.open(config, sources, device=world.device)
-    sampler = WindowSampler(
-        config.data,
-        sources,
-        opened,
-        stats,
-        horizon=config.model.action_dit.horizon,
-        num_frames=config.model.num_frames,
-        references=reference_frames(config.model.latent_shape[1]),
-        batch_size=config.stage.batch_size,
-        seed=config.stage.seed,
-        max_state_dim=config.model.action_dit.state_dim,
-        max_action_dim=config.model.action_dit.action_dim,
-        instructions=tokens,
-        encode_latents=online.latents if online is not None and online.codec is not None else None,
-        encode_targets=online.targets if online is not None and online.teacher is not None else None,
-        rank=world.rank,
-        world_size=world.size,
-    )
-
+    online = OnlineEncoder.open(config, sources, device=world.device)
+    sampler = make_sampler(config, sources, opened, stats, tokens, online, world)
     width = opened[0]["targets"].shape[-1] if "targets" in opened[0] else online and online.teacher_width
 
     def make() -> Objective:
@@ -154,6 +137,37 @@ def _train(
             meter=Meter(device=world.device, flops_per_sample=flops, peak_flops=peak),
         )
         return trainer.run()
+
+
+def make_sampler(
+    config: RunConfig,
+    sources: Sequence[Source],
+    features: Sequence[Mapping[str, CachedFeature]],
+    stats: Mapping[str, NormStats],
+    tokens: InstructionTokens,
+    online: OnlineEncoder | None,
+    world: World | None = None,
+) -> WindowSampler:
+    """The sampler of a config's windows, in the shapes of its model. Features that are not cached come from `online`."""
+    head, world = config.model.action_dit, world or World()
+    return WindowSampler(
+        config.data,
+        sources,
+        features,
+        stats,
+        horizon=head.horizon,
+        num_frames=config.model.num_frames,
+        references=reference_frames(config.model.latent_shape[1]),
+        batch_size=config.stage.batch_size,
+        seed=config.stage.seed,
+        max_state_dim=head.state_dim,
+        max_action_dim=head.action_dim,
+        instructions=tokens,
+        encode_latents=online.latents if online is not None and online.codec is not None else None,
+        encode_targets=online.targets if online is not None and online.teacher is not None else None,
+        rank=world.rank,
+        world_size=world.size,
+    )
 
 
 Monitor = Callable[[WAM], Mapping[str, float]]

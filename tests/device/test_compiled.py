@@ -1,0 +1,96 @@
+"""Compiled answers: one graph a part, a few batch sizes, and nothing compiled once a policy is warm.
+
+Dynamo captures as ever; its graphs run eagerly here, which takes seconds. `test_gpu.py` compiles them for a GPU.
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from agra import run
+from agra.policy import WAMPolicy
+from agra.types import PolicyRequest
+from agra.wam.fast import BATCH_SIZES, padded_size
+
+
+@pytest.fixture(autouse=True)
+def eager_backend(monkeypatch):
+    """Dynamo's capture without the compiler behind it; graph breaks still raise."""
+    compile_ = torch.compile
+
+    def capture(function, **options):
+        assert options["fullgraph"]
+        options.pop("mode")
+        return compile_(function, backend="eager", **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", capture)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def trained(prepared, recorded, tmp_path):
+    for seed in (0, 1):
+        config = replace(prepared, stage=replace(prepared.stage, seed=seed, steps=2))
+        assert run.train(config, output=tmp_path / f"run_{seed}", init=recorded / "cosmos")
+    return tmp_path
+
+
+def ask(policy, observation, instructions, seed=0):
+    return policy.act_batch(
+        [
+            PolicyRequest(observation=replace(observation, instruction=text), episode=policy.episode(seed + row))
+            for row, text in enumerate(instructions)
+        ]
+    )
+
+
+def test_batch_sizes():
+    assert [padded_size(count) for count in (1, 2, 3, 5, 9, 16, 17, 33)] == [1, 2, 4, 8, 16, 16, 32, 48]
+    assert BATCH_SIZES == (1, 2, 4, 8, 16)
+
+
+def test_nothing_is_compiled_after_the_warm_up(trained, observation):
+    """One instruction or several, every batch size, in the thread that answers; the answers are those of the plain path."""
+    compiled, plain = (WAMPolicy.load(trained / "run_0", **o) for o in ({"compiled": True}, {"fast": False}))
+    with ThreadPoolExecutor(1, thread_name_prefix="policy") as thread:
+        thread.submit(compiled.warm_up, 16).result()
+        assert compiled.recompiles == 0
+        for instructions in (["go 0"], ["go 0", "go 1"], ["go 0"] * 3, ["go 0", "go 1", "go 0", "go 1", "go 1"],
+                             ["go 1"] * 16):  # fmt: skip
+            ours = thread.submit(ask, compiled, observation, instructions).result()
+            theirs = ask(plain, observation, instructions)
+            for one, other in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(one.actions, other.actions, atol=1e-5)
+        assert compiled.recompiles == 0
+        thread.submit(ask, compiled, observation, ["go 0"] * 17).result()
+        assert compiled.recompiles == 3  # a larger batch than announced is compiled late, and that is counted
+    assert threading.active_count() >= 1
+
+
+def test_newer_weights_are_adopted_without_compiling(trained, observation):
+    first, second = (WAMPolicy.load(trained / f"run_{seed}", compiled=True) for seed in (0, 1))
+    reference = WAMPolicy.load(trained / "run_1")
+    first.warm_up(2)
+    before = ask(first, observation, ["go 0", "go 1"])
+    assert first.adopt(second)
+    after, expected = (ask(policy, observation, ["go 0", "go 1"]) for policy in (first, reference))
+    for old, ours, theirs in zip(before, after, expected, strict=True):
+        np.testing.assert_allclose(ours.actions, theirs.actions, atol=1e-5)
+        assert not np.allclose(old.actions, ours.actions, atol=1e-4)
+    assert first.recompiles == 0
+    assert first.name == second.name
+
+
+def test_what_does_not_fit_the_graphs_is_not_adopted(trained, observation):
+    first = WAMPolicy.load(trained / "run_0", compiled=True)
+    assert not first.adopt(WAMPolicy.load(trained / "run_1"))
+    assert not first.adopt(WAMPolicy.load(trained / "run_1", compiled=True, action_steps=2))
+    assert not WAMPolicy.load(trained / "run_0").adopt(first)
+    expected = WAMPolicy.load(trained / "run_0").act(observation).actions
+    np.testing.assert_allclose(first.act(observation).actions, expected, atol=1e-5)

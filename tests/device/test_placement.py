@@ -1,0 +1,123 @@
+"""Every command moves what it must: whole commands on the meta device, which refuses mixtures of devices as a GPU does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from agra import run
+from agra.diagnostics.instrument import DiagnosisConfig
+from agra.diagnostics.probe import save_samples
+from agra.examine import dataset_samples
+from agra.instructions import Instructions
+from agra.latency import answering, random_policy
+from agra.policy import WAMPolicy
+from agra.prepare import Preparation
+from agra.recipes import at_stage
+from agra.study import Judgement, study
+from agra.training import checkpoint
+from agra.training.stages import Stage
+
+
+def test_the_stand_in_refuses_mixtures(meta):
+    """The check itself can fail."""
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        torch.nn.functional.linear(torch.zeros(2, 3, device=meta), torch.zeros(4, 3))
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        torch.nn.functional.linear(torch.zeros(2, 3), torch.zeros(4, 3, device=meta))
+
+
+@pytest.mark.parametrize("stage", [Stage.ADAPT, Stage.JOINT])
+def test_prepare(make_config, meta, stage):
+    config = at_stage(make_config(), stage)
+    folders = run.prepare(config, device=meta)
+    assert len(folders) == (3 if config.aligns else 2)
+    assert all((folder / "manifest.json").is_file() or list(folder.glob("*.safetensors")) for folder in folders)
+
+
+def test_estimates_run_the_networks_where_they_are(make_config, meta):
+    config = make_config()
+    ((_, estimate),) = Preparation(config, config.data.open(), device=meta).estimate()
+    assert estimate.episodes == 8
+
+
+@pytest.fixture
+def probes(prepared, tmp_path):
+    samples = dataset_samples(prepared, 3)
+    masks = np.zeros_like(samples[0].masks)
+    masks[:, :16, :16] = True
+    save_samples([replace(sample, masks=masks, position=None) for sample in samples], tmp_path / "probes")
+    return tmp_path / "probes"
+
+
+@pytest.mark.parametrize("cached", [("latents", "targets"), ()], ids=["cached", "encoded while training"])
+def test_training_with_validation_and_monitors_resumes(prepared, probes, meta, tmp_path, cached):
+    config = replace(prepared, data=replace(prepared.data, cached=cached))
+    config = replace(config, monitor=replace(config.monitor, probes=str(probes)))
+    config = replace(config, stage=replace(config.stage, ema_decay=0.9, precision="float32"))
+    assert run.train(config, output=tmp_path / "run", device=meta)
+    assert checkpoint.newest(tmp_path / "run").name == "step_000004"
+    (tmp_path / "run" / "step_000004").rename(tmp_path / "gone")
+    assert run.train(config, output=tmp_path / "run", device=meta)
+    assert checkpoint.newest(tmp_path / "run").name == "step_000004"
+
+
+@pytest.fixture
+def trained(prepared, recorded, tmp_path):
+    assert run.train(prepared, output=tmp_path / "trained", init=recorded / "cosmos")
+    return tmp_path / "trained"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_policies_answer_and_imagine(trained, meta, observation, fast):
+    policy = WAMPolicy.load(trained, device=meta, fast=fast)
+    policy.warm_up(2)
+    assert policy.act_and_imagine(observation).imagined.shape == (5, 32, 48, 3)
+    unknown = replace(observation, instruction="an instruction that no episode has")
+    assert policy.act(unknown).actions.shape == (8, 2)
+    assert policy.text.model.device.type == "meta"
+
+
+def test_diagnosis_of_an_aligned_policy(trained, probes, meta):
+    """Its projectors and its teacher read hidden states and frames on the device."""
+    settings = DiagnosisConfig(noises=1, draws=1, gallery=1, map_kinds=("mean",), imagination_steps=1)
+    output = run.diagnose(
+        trained, simulator="none", samples=0, probes=probes, teacher="own", config=settings, device=meta
+    )
+    assert (output / "diagnosis.json").is_file()
+
+
+def test_studies(prepared, meta, tmp_path):
+    path = study(
+        prepared, over="alignment", output=tmp_path / "s", layers=(0,), judgement=Judgement(simulator=None), device=meta
+    )
+    assert path.is_file()
+
+
+def test_latency_of_a_recipe(make_config, meta):
+    way = answering(random_policy(make_config(), device=meta), 2)
+    assert list(way()) == ["text", "codec", "video", "bridge", "action"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(make_config):
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        run.preparation(make_config(), device="cuda")
+
+
+def test_a_robot_needs_no_text_encoder(trained, observation):
+    """The training instructions' tokens lie beside the weights and equal the encoder's."""
+    known = WAMPolicy.load(trained, known_instructions=True)
+    whole = WAMPolicy.load(trained)
+    assert sorted(known.instructions.known) == ["go 0", "go 1"]
+    encoded = whole.text.encode(["go 0"])[0].half().float()
+    assert torch.equal(known.instructions.tokens("go 0"), encoded)
+    for policy in (known, whole):
+        policy.reset(0)
+    np.testing.assert_array_equal(known.act(observation).actions, whole.act(observation).actions)
+    with pytest.raises(
+        ValueError, match=r"'stop': not among the 2 known ones \('go 0', 'go 1'\).*without a text encoder"
+    ):
+        known.act(replace(observation, instruction="stop"))
+    assert Instructions(None).known == {}

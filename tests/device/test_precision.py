@@ -1,0 +1,107 @@
+"""bfloat16 where training ran in bfloat16: policies, monitors and diagnosis, as near to float32 as autocast is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from agra import run
+from agra.diagnostics.instrument import DiagnosisConfig
+from agra.diagnostics.probe import save_samples
+from agra.examine import dataset_samples
+from agra.policy import WAMPolicy
+from agra.precision import autocast, compute_dtype
+from agra.wam.fast import FastWAM
+from agra.wam.model import WAM
+
+
+def test_auto_follows_the_device(monkeypatch):
+    cpu = torch.device("cpu")
+    for helps, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("agra.precision.bfloat16_helps", lambda device, helps=helps: helps)
+        assert compute_dtype(cpu, "auto") is expected
+        with autocast(cpu, "auto"):
+            assert torch.is_autocast_enabled("cpu") is helps
+    assert compute_dtype(cpu, "bfloat16") is torch.bfloat16
+    assert compute_dtype(cpu, "float32") is torch.float32
+
+
+@pytest.fixture
+def trained(prepared, recorded, tmp_path):
+    config = replace(prepared, stage=replace(prepared.stage, precision="bfloat16", steps=2))
+    assert run.train(config, output=tmp_path / "run", init=recorded / "cosmos")
+    return tmp_path / "run"
+
+
+def test_a_policy_computes_as_its_training_did(trained, observation):
+    """Weights are cast once, actions are integrated in float32."""
+    policies = {p: WAMPolicy.load(trained, precision=p) for p in (None, "float32")}
+    assert {parameter.dtype for parameter in policies[None].model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in policies["float32"].model.parameters()} == {torch.float32}
+    actions = {}
+    for name, policy in policies.items():
+        policy.reset(0)
+        actions[name] = policy.normalize(policy.act_and_imagine(observation).actions, "dot")
+    difference = np.abs(actions[None] - actions["float32"]).max()
+    assert 0 < difference < 0.05
+
+
+def test_half_weights_are_as_near_to_float32_as_autocast_is(small_config, make_batch):
+    """The median over twelve batches of the distance to the float32 answer, at most a quarter more."""
+    torch.manual_seed(0)
+    model = WAM(small_config.model).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    half = WAM(small_config.model).eval().requires_grad_(False)
+    half.load_state_dict(model.state_dict())
+    half.to(torch.bfloat16)
+    distances = {"autocast": [], "half": [], "fast half": []}
+    for seed in range(12):
+        batch = make_batch(small_config, seed=seed)
+        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(seed))
+        inputs = (batch.latents[:, :, :1], noise, batch.instruction)
+        head = (batch.state, batch.embodiment, batch.actions)
+
+        def answer(wam, inputs=inputs, head=head):
+            return wam.act(wam.guide(wam.condition(*inputs)), *head)
+
+        exact = answer(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            distances["autocast"].append((answer(model) - exact).norm() / exact.norm())
+        distances["half"].append((answer(half) - exact).norm() / exact.norm())
+        fast = FastWAM(half)
+        texts = [fast.instruction(tokens) for tokens in batch.instruction]
+        quick = fast.act(fast.guide(fast.condition(inputs[0], noise, texts)), *head)
+        distances["fast half"].append((quick - exact).norm() / exact.norm())
+    medians = {name: float(np.median(values)) for name, values in distances.items()}
+    assert medians["half"] < 1.25 * medians["autocast"]
+    assert medians["fast half"] < 1.25 * medians["autocast"]
+
+
+def test_monitors_and_diagnosis_run_in_the_training_s_precision(prepared, trained, recorded, tmp_path, monkeypatch):
+    for monitor in ("grounding_monitor", "looking_monitor"):
+        monkeypatch.setattr(f"agra.diagnostics.{monitor}.CHUNK", 3)
+    samples = dataset_samples(prepared, 8)
+    masks = np.zeros_like(samples[0].masks)
+    masks[:, :16, :16] = True
+    save_samples([replace(sample, masks=masks, position=None) for sample in samples], tmp_path / "probes")
+    seen = []
+    condition = WAM.condition
+
+    def watch(self, *arguments, **options):
+        hidden = condition(self, *arguments, **options)
+        if not torch.is_grad_enabled():
+            seen.append((len(arguments[0]), next(iter(hidden.values())).dtype))
+        return hidden
+
+    monkeypatch.setattr(WAM, "condition", watch)
+    monitored = replace(prepared, monitor=replace(prepared.monitor, probes=str(tmp_path / "probes")))
+    stage = replace(monitored.stage, precision="bfloat16", steps=2, batch_size=2)
+    assert run.train(replace(monitored, stage=stage), output=tmp_path / "monitored", init=recorded / "cosmos")
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+    assert max(count for count, _ in seen) == 3
+    seen.clear()
+    settings = DiagnosisConfig(noises=1, draws=1, gallery=1, map_kinds=(), imagination_steps=1)
+    run.diagnose(trained, simulator="none", samples=0, probes=tmp_path / "probes", teacher="own", config=settings)
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
