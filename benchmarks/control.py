@@ -18,10 +18,10 @@ from rich.table import Table
 
 from agra.evaluation.protocols import regime_trials
 from agra.evaluation.results import wilson_interval
-from agra.policy import WAMPolicy
-from agra.serving.control import control
-from agra.serving.executors import EXECUTORS, DelayedInference, make_executor
-from agra.serving.robots import SimulatedRobot
+from agra.policies.load import load_policy
+from agra.serving.robot.control import control
+from agra.serving.robot.executors import EXECUTORS, DelayedInference, make_executor
+from agra.serving.robot.robots import SimulatedRobot
 from agra.simulators.registry import make
 from agra.types import Simulator, Trial
 from benchmarks.side_by_side import finish
@@ -29,7 +29,7 @@ from benchmarks.side_by_side import finish
 JUDGED_AT = 200  # ms, where the last line compares
 
 
-def play(policy: WAMPolicy, world: Simulator, trial: Trial, executor: str, delay: int, execute_steps: int) -> dict:
+def play(policy: MethodPolicy, world: Simulator, trial: Trial, executor: str, delay: int, execute_steps: int) -> dict:
     """One episode: whether it succeeded, after how long, and how smoothly the hands moved until then."""
     robot = SimulatedRobot(world, trial)
     robot.connect()
@@ -128,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.trials, options.latencies = 2, [0, 200]
-    policy, world = WAMPolicy.load(options.checkpoint), make("tabletop")
+    policy, world = load_policy(options.checkpoint), make("tabletop")
     trials = regime_trials(world, ("in_distribution",), limit=options.trials)
     steps = {latency: math.ceil(latency * world.fps / 1000) for latency in options.latencies}
     path = options.output.with_suffix(".jsonl")

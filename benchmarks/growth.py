@@ -19,11 +19,11 @@ from dataclasses import replace
 import torch
 
 from agra.config import RunConfig
-from agra.footprint import count_flops, fake_batch, fake_objective, flops_per_sample, measure
-from agra.planner import SHARES, Machines, lay_out
+from agra.training.memory_estimate import count_flops, fake_batch, fake_objective, flops_per_sample, measure
+from agra.training.plan import SHARES, Machines, lay_out
 from agra.recipes import agra_dino_l8, tiny
-from agra.training.sharding import ParallelConfig, apply, joined, shard
-from agra.training.stages import parameter_groups
+from agra.training.parallelize import ParallelConfig, apply, joined, shard
+from agra.training.optimization import parameter_groups
 from agra.wam.bridge import bridged_layers
 from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
@@ -56,7 +56,7 @@ def main() -> None:
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
     """tiny, and tiny with one thing larger."""
-    model, stage = config.model, config.stage
+    model, stage = config.method.model, config.stage
     height, width = model.frame_size
 
     def sized(size: tuple[int, int], num_frames: int) -> RunConfig:
@@ -143,7 +143,7 @@ def _train_step(config: RunConfig) -> Callable[[], None]:
 def _answer(config: RunConfig) -> Callable[[], object]:
     """The model's share of a policy's answer on noise, warmed up."""
     torch.manual_seed(0)
-    model = WAM(config.model).eval().requires_grad_(False)
+    model = WAM(config.method.model).eval().requires_grad_(False)
     fast, one = FastWAM(model), fake_batch(config, None, 1)
     text = fast.instruction(one.instruction[0])
 
@@ -187,7 +187,7 @@ def _steps_together(steps: int) -> None:
 
 def _planned() -> list[dict]:
     config = agra_dino_l8()
-    counted = [measure(config, checkpoint_activations=share) for share in SHARES]
+    counted = [measure(config, activation_checkpointing=share) for share in SHARES]
     print("agra_dino_l8, batch 256, planned: H100s at 35 % of their peak, all traffic beside the products")
     rows = []
     for gpus, shards in LAYOUTS:

@@ -27,8 +27,8 @@ import websockets
 from websockets.asyncio.client import connect
 
 from agra.serving.client import PolicyClient
-from agra.serving.messages import Question, RequestError, WireKeys, ask, parse
-from agra.serving.wire import WireError, pack, unpack
+from agra.serving.protocol.messages import Question, RequestError, WireKeys, ask, parse
+from agra.serving.protocol.wire import WireError, pack, unpack
 from agra.types import Observation, PolicySpec
 from benchmarks.serving import serving
 from benchmarks.side_by_side import finish

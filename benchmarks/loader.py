@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from agra.batch import Batch
-from agra.data.cache import CachedFeature, folder, prepare
-from agra.data.lerobot_writer import write_dataset
-from agra.data.mixture import DataConfig, WindowSampler
-from agra.data.prefetch import Prefetched
-from agra.data.sources import Source, embodiment_stats
+from agra.data.features.cache import CachedFeature, folder, prepare
+from agra.data.lerobot.writer import write_dataset
+from agra.data.sampling.sampler import DataConfig, WindowSampler
+from agra.data.sampling.prefetch import Prefetched
+from agra.data.source import Source, embodiment_stats
 from agra.recipes import tiny
-from agra.training.objective import Objective
+from agra.methods.wam import Objective
 from agra.types import Embodiment, Episode
 from agra.wam.model import WAM
 from benchmarks.side_by_side import compare, finish
@@ -57,7 +57,7 @@ def main() -> None:
         root = Path(temporary)
         write_dataset(root / "set", (_episode(i) for i in range(4 if quick else 12)), embodiment=ROBOT, fps=20)
         data = DataConfig(path=str(root / "set"), cached=())
-        (source,) = data.open()
+        (source,) = SOURCES
         clips = 8 if quick else 32
         result = compare(
             "loader",
@@ -164,7 +164,7 @@ def _rate(batch: Callable[[int], Batch], steps: int) -> float:
 def _appetite(batch: Batch, steps: int) -> float:
     """Samples a second of tiny's joint step, forward and backward."""
     torch.manual_seed(0)
-    objective = Objective(WAM(TINY.model), TINY.stage.objective, TINY.alignment, 384)
+    objective = Objective(WAM(TINY.model), TINY.method.objective, TINY.alignment, 384)
     return _rate(lambda step: objective(batch).total.backward() or batch, steps)
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from agra.diagnostics.grounding_monitor import GroundingMonitor, ProbeInputs
-from agra.footprint import fake_batch
+from agra.diagnostics.monitors.grounding import GroundingMonitor, ProbeInputs
+from agra.training.memory_estimate import fake_batch
 from agra.recipes import tiny
-from agra.training.objective import Objective
+from agra.methods.wam import Objective
 from agra.wam.model import WAM
 from benchmarks.side_by_side import finish
 
@@ -29,12 +29,12 @@ def main() -> None:
     torch.manual_seed(0)
     config = tiny()
     batch = fake_batch(config, TEACHER_WIDTH, config.stage.batch_size)
-    objective = Objective(WAM(config.model), config.stage.objective, config.alignment, TEACHER_WIDTH).train()
+    objective = Objective(WAM(config.method.model), config.method.objective, config.method.alignment, TEACHER_WIDTH).train()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
-    masks = torch.zeros(SAMPLES, *config.model.token_grid, dtype=torch.bool)
+    masks = torch.zeros(SAMPLES, *config.method.model.token_grid, dtype=torch.bool)
     masks[:, :, 1:3, 2:4] = True
     inputs = ProbeInputs(
-        observation_latent=batch.latents[:SAMPLES, :, :1],
+        latents=batch.latents[:SAMPLES, :, :1],
         instruction=batch.instruction[:SAMPLES],
         state=batch.state[:SAMPLES],
         embodiment=batch.embodiment[:SAMPLES],

@@ -12,8 +12,8 @@ from typing import cast
 
 import numpy as np
 
-from agra.footprint import count_flops
-from agra.policy import WAMPolicy
+from agra.training.memory_estimate import count_flops
+from agra.policies.load import load_policy
 from agra.types import Observation
 from benchmarks.side_by_side import compare, finish, peak_flops
 from benchmarks.stock import StockPolicy
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("policy", nargs="?", default="tabletop-agra")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     arguments = parser.parse_args()
-    ours = WAMPolicy.load(arguments.policy)
+    ours = load_policy(arguments.policy)
     stock = StockPolicy(ours)
     embodiment = next(iter(ours.stats))
     generator = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def main() -> None:
         for _ in range(8)
     ]
 
-    def call(policy: WAMPolicy):
+    def call(policy: MethodPolicy):
         turn = count()
         return lambda: policy.act(shown[next(turn) % len(shown)]).actions
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from agra.diagnostics.intervention import (
+from agra.diagnostics.instruments.intervention import (
     KINDS,
     Kind,
     Probe,

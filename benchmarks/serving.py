@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from agra.policy import WAMPolicy
+from agra.policies.load import load_policy
 from agra.serving.client import PolicyClient
 from agra.types import Observation
 from benchmarks.side_by_side import finish
@@ -46,7 +46,7 @@ def serving(arguments: list[str]) -> Iterator[tuple[str, subprocess.Popen]]:
         process.wait(30)
 
 
-def make_pool(policy: WAMPolicy, size: int) -> list[tuple[Observation, int, np.ndarray]]:
+def make_pool(policy: MethodPolicy, size: int) -> list[tuple[Observation, int, np.ndarray]]:
     """(observation, seed, the chunk that belongs to them)."""
     rng = np.random.default_rng(0)
     embodiment, robot = next(iter(policy.spec.embodiments.items()))
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="20 seconds")
     options = parser.parse_args()
     seconds = 20 if options.quick else options.seconds
-    pool = make_pool(WAMPolicy.load(options.checkpoint), options.pool)
+    pool = make_pool(load_policy(options.checkpoint), options.pool)
     found = {}
     for name, size in (("batched", options.clients), ("one by one", 1)):
         sizes = ["--max-batch", str(size), "--max-connections", str(2 * options.clients)]

@@ -16,8 +16,8 @@ from diffusers import CosmosTransformer3DModel
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from agra.instructions import Instructions
-from agra.policy import WAMPolicy
+from agra.policies.instructions import Instructions
+from agra.policies.load import load_policy
 from agra.types import ActionChunk, Observation
 from agra.wam.action_dit import ActionDiT, ActionOutput
 from agra.wam.model import WAM
@@ -70,14 +70,14 @@ class StockWAM(WAM):
     def _video_pass(
         self,
         noisy: Tensor,
-        observation_latent: Tensor,
+        latents: Tensor,
         noise_level: Tensor,
         instruction: Tensor,
         layers: Sequence[int],
         *,
         velocity: bool,
     ) -> VideoOutput:
-        latents = torch.cat([observation_latent, noisy[:, :, 1:]], dim=2)
+        latents = torch.cat([latents, noisy[:, :, 1:]], dim=2)
         condition_mask = torch.zeros_like(latents[:, :1])
         condition_mask[:, :, 0] = 1
         levels = noise_level[:, None].repeat(1, latents.shape[2])
@@ -117,10 +117,10 @@ class StockActionDiT(ActionDiT):
         return super().forward(noisy_actions, state, noise_level, own, embodiment, **options)
 
 
-class StockPolicy(WAMPolicy):
+class StockPolicy(MethodPolicy):
     """`policy` again, the stock way: text, video pass and guidance anew for every denoising step."""
 
-    def __init__(self, policy: WAMPolicy) -> None:
+    def __init__(self, policy: MethodPolicy) -> None:
         model = StockWAM(policy.model)
         instructions = Instructions(lambda: policy.text)
         instructions.tokens = instructions._tokens  # encoded anew at every call
@@ -134,7 +134,7 @@ class StockPolicy(WAMPolicy):
         video_noise, actions = self._draw(1, self._episode)
         for step in range(self.action_steps):
             guidance = self.model.guide(
-                self.model.condition(inputs.observation_latent, video_noise, inputs.instruction)
+                self.model.condition(inputs.latents, video_noise, inputs.instruction)
             )
             level = torch.full((1,), 1 - step / self.action_steps)
             velocity = self.model.action_dit(actions, inputs.state, level, guidance, inputs.embodiment).velocity

@@ -19,12 +19,12 @@ import torch
 
 from agra.alignment.teacher import load_teacher, reference_frames
 from agra.batch import Batch
-from agra.draws import seed_everything, shared_draws
-from agra.footprint import fake_batch, flops_per_sample
-from agra.prepare import OnlineEncoder
+from agra.rng import seed_everything, sharded_rng
+from agra.training.memory_estimate import fake_batch, flops_per_sample
+from agra.data.features.preparation import OnlineEncoder
 from agra.recipes import tiny
-from agra.training.objective import Losses, Objective
-from agra.training.stages import parameter_groups
+from agra.methods.wam import Losses, Objective
+from agra.training.optimization import parameter_groups
 from agra.wam.codec import to_video
 from agra.wam.model import WAM
 from agra.wam.patch_pca import PatchPCACodec
@@ -123,7 +123,7 @@ def objectives() -> tuple[Objective, Objective]:
     with torch.no_grad():
         for parameter in wam.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    ours, stock = (Objective(one, CONFIG.stage.objective, CONFIG.alignment, WIDTH) for one in (wam, StockWAM(wam)))
+    ours, stock = (Objective(one, CONFIG.method.objective, CONFIG.alignment, WIDTH) for one in (wam, StockWAM(wam)))
     assert ours.projectors is not None
     assert stock.projectors is not None
     stock.projectors.load_state_dict(ours.projectors.state_dict())
@@ -132,7 +132,7 @@ def objectives() -> tuple[Objective, Objective]:
 
 def losses(objective: Objective, batch: Batch) -> Losses:
     """One step's losses under the noise of step 0."""
-    with shared_draws(0, 0, samples=len(batch)):
+    with sharded_rng(0, 0, samples=len(batch)):
         return objective(batch)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from agra.diagnostics.looking import Looking
+from agra.diagnostics.visual_reliance import VisualReliance
 from agra.diagnostics.metrics import Estimate, bootstrap_interval, paired_difference
 from agra.diagnostics.record import read_diagnosis
 from agra.evaluation.results import read_results
@@ -50,7 +50,7 @@ def sensitivity(kind: str, run: Path) -> Values:
 
 def looking(measure: str, run: Path) -> Values:
     """A measure of every first look, in centimetres."""
-    seen = Looking.load(run / "diagnosis" / "looking.json")
+    seen = VisualReliance.load(run / "diagnosis" / "visual_reliance.json")
     return {(trial,): 100 * value for trial, value in zip(seen.trials, seen.values[measure].tolist(), strict=True)}
 
 

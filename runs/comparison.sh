@@ -14,10 +14,10 @@ mkdir -p "$OUT"
 one() {
   local run="$OUT/$1_$2" seed=$2 recipe=$3
   shift 3
-  agra train "$recipe" --stage joint --init "$BASE/adapt" --output "$run" --stage.steps 1000 --stage.seed "$seed" \
+  agra train "$recipe" --stage joint --init-from "$BASE/adapt" --output "$run" --stage.steps 1000 --stage.seed "$seed" \
     --data.path "$BASE/demonstrations" --data.cache "$BASE/cache" "$@"
   agra evaluate "$run" --limit 20 --videos 0
-  [ -d "$run/diagnosis" ] || agra diagnose "$run" --samples 40
+  [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40
 }
 export -f one
 
@@ -28,9 +28,9 @@ wam 1 tiny_wam
 agra 1 tiny
 wam 2 tiny_wam
 agra 2 tiny
-agra_video_pass 0 tiny --stage.objective.aligned-pass DENOISING --stage.objective.video-share 1
-agra_shared_denoising_pass 0 tiny --stage.objective.guidance-pass DENOISING --stage.objective.aligned-pass DENOISING --stage.objective.video-share 1
-freeze_backbone 0 tiny_wam --stage.train-video-dit False --stage.objective.video-weight 0
+agra_video_pass 0 tiny --method.objective.aligned-pass DENOISING --method.objective.video-share 1
+agra_shared_denoising_pass 0 tiny --method.objective.guidance-pass DENOISING --method.objective.aligned-pass DENOISING --method.objective.video-share 1
+freeze_backbone 0 tiny_wam --stage.train-video-dit False --method.objective.video-weight 0
 ARMS
 
 python runs/comparison.py "$OUT" wam agra freeze_backbone agra_video_pass agra_shared_denoising_pass

@@ -12,11 +12,12 @@ case $wire in
   *) echo "expected openpi or groot, got $wire"; exit 2 ;;
 esac
 
-if [ ! -x "$environment/bin/python" ]; then
+if [ ! -e "$environment/.installed" ]; then
   python3 -m venv "$environment"
   # openpi-client imports typing_extensions without asking for it; strands-robots asks for much that its client never imports
   "$environment/bin/pip" install -q openpi-client typing_extensions msgpack "pyzmq>=27" -e '.[tabletop]'
   "$environment/bin/pip" install -q --no-deps strands-robots==0.3.8
+  touch "$environment/.installed"
 fi
 
 log=$(mktemp)

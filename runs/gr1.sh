@@ -10,9 +10,9 @@ PRESETS=${PRESETS:-gr1} OUT=${OUT:-outputs/gr1} GPUS=${GPUS:-8} RECIPE=${RECIPE:
 DATA=${DATA:-}                                  # a folder that holds the 24 tasks' own; else they come from the hub
 COSMOS=${COSMOS:-nvidia/Cosmos-Predict2.5-2B}   # hub id, or a local folder in its layout
 COMMON="--with $PRESETS ${DATA:+--data.path $DATA} --data.cache $OUT/cache --device cuda"
-train() { torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" --parallel.checkpoint-activations 1; }
+train() { torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" --parallel.activation-checkpointing 1; }
 
 agra prepare "$RECIPE" $COMMON
-train "$RECIPE" $COMMON --stage adapt --init "$COSMOS" --output "$OUT/adapt"
-train "$RECIPE" $COMMON --stage joint --init "$OUT/adapt" --output "$OUT/joint"
+train "$RECIPE" $COMMON --stage adapt --init-from "$COSMOS" --output "$OUT/adapt"
+train "$RECIPE" $COMMON --stage joint --init-from "$OUT/adapt" --output "$OUT/joint"
 agra export "$OUT/joint" --output "$OUT/policy"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on the embedded default, in at most 20 minutes on two cores:
 # demonstrations, frozen features, three stages for two policies, four evaluation regimes, diagnosis, report.
-# Interrupted, it goes on where it was. Everything lands in outputs/quickstart.
+# Interrupted, it goes on where it was; finished, it writes the report again. Everything lands in outputs/quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,11 +27,11 @@ OMP_NUM_THREADS=2 agra prepare tiny $DATA
 OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 80 $DATA
 
 # 4. Joint: the same data, steps and seed for both arms; AGRA adds its loss.
-joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1_joint" --stage.steps 300 $DATA; }
+joint() { agra train "$2" --stage joint --init-from "$OUT/adapt" --output "$OUT/$1_joint" --stage.steps 300 $DATA; }
 both joint
 
 # 5. Finetune: the video DiT is frozen, the action loss alone trains bridge and action head.
-finetune() { agra train "$2" --stage finetune --init "$OUT/$1_joint" --output "$OUT/$1" --stage.steps 60 $DATA; }
+finetune() { agra train "$2" --stage finetune --init-from "$OUT/$1_joint" --output "$OUT/$1" --stage.steps 60 $DATA; }
 both finetune
 
 # 6. Evaluate on the four regimes, the same trials for both.
@@ -39,8 +39,8 @@ evaluate() { agra evaluate "$OUT/$1" --limit 20; }
 both evaluate
 agra compare "$OUT/wam/results.jsonl" "$OUT/agra/results.jsonl"
 
-# 7. Diagnose.
-diagnose() { agra diagnose "$OUT/$1"; }
+# 7. Diagnose. A finished diagnosis, of which visual_reliance.json is the last file, is not repeated.
+diagnose() { [ -f "$OUT/$1/diagnosis/visual_reliance.json" ] || agra diagnose "$OUT/$1"; }
 both diagnose
 
 # 8. The same for the two policies that come with agra, which trained ten times as long (runs/tabletop.sh), and the report
@@ -48,6 +48,6 @@ both diagnose
 evaluate_shipped() { agra evaluate "tabletop-$1" --limit 20; }
 both evaluate_shipped
 agra compare outputs/tabletop-wam/results.jsonl outputs/tabletop-agra/results.jsonl
-diagnose_shipped() { agra diagnose "tabletop-$1"; }
+diagnose_shipped() { [ -f "outputs/tabletop-$1/diagnosis/visual_reliance.json" ] || agra diagnose "tabletop-$1"; }
 both diagnose_shipped
 agra report tabletop-wam tabletop-agra "$OUT/wam" "$OUT/agra" --output "$OUT/report.html"

@@ -21,7 +21,7 @@ OMP_NUM_THREADS=2 agra prepare tiny $DATA
 
 # One adapt stage for both; then joint, which ends in the policies.
 OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 500 $DATA
-joint() { agra train "$2" --stage joint --init "$OUT/adapt" --output "$OUT/$1" --stage.steps 2400 $DATA; }
+joint() { agra train "$2" --stage joint --init-from "$OUT/adapt" --output "$OUT/$1" --stage.steps 2400 $DATA; }
 both joint
 
 export_half() { [ -d "$OUT/tabletop-$1" ] || agra export "$OUT/$1" --output "$OUT/tabletop-$1" --half; }
@@ -31,6 +31,6 @@ both export_half
 evaluate() { agra evaluate "$OUT/tabletop-$1"; }
 both evaluate
 agra compare "$OUT/tabletop-wam/results.jsonl" "$OUT/tabletop-agra/results.jsonl"
-diagnose() { agra diagnose "$OUT/tabletop-$1" --samples 160; }
+diagnose() { [ -f "$OUT/tabletop-$1/diagnosis/visual_reliance.json" ] || agra diagnose "$OUT/tabletop-$1" --samples 160; }
 both diagnose
 agra report "$OUT/tabletop-wam" "$OUT/tabletop-agra" --output "$OUT/report.html"

@@ -1,75 +1,23 @@
-"""Small configs and batches that several rooms' tests use."""
-
-from dataclasses import replace
+"""Fixtures that several rooms' tests use."""
 
 import pytest
 import torch
 
-from agra.batch import Batch
-from agra.recipes import tiny
-from agra.wam.bridge import bridged_layers
+from tests.support.small import make_small_config, random_batch
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` on a machine without CUDA."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs CUDA, and torch.cuda.is_available() is false here"))
 
 
 @pytest.fixture
 def small_config():
     return make_small_config()
-
-
-def make_small_config():
-    """tiny() made smaller still: 4 video layers of width 32, 2 action blocks, 32 x 48 frames."""
-    config = tiny()
-    layers = bridged_layers(4, 2)
-    model = replace(
-        config.model,
-        frame_size=(32, 48),
-        codec=replace(config.model.codec, channels=4),
-        video_dit=replace(
-            config.model.video_dit,
-            latent_channels=4,
-            num_layers=4,
-            num_heads=2,
-            head_dim=16,
-            adaln_lora_dim=8,
-            text_dim=12,
-        ),
-        bridge=replace(
-            config.model.bridge, layers=layers, num_layers=1, num_heads=2, head_dim=16, position_grid=(2, 2, 3)
-        ),
-        action_dit=replace(
-            config.model.action_dit,
-            state_dim=5,
-            action_dim=3,
-            horizon=4,
-            num_blocks=2,
-            num_heads=2,
-            head_dim=16,
-            guidance_dim=32,
-            hidden_dim=16,
-            state_dropout=0.0,
-        ),
-    )
-    alignment = replace(config.alignment, layers=(1,), hidden_dim=16)
-    stage = replace(config.stage, steps=6, batch_size=4, log_every=1, validate_every=3, save_every=2)
-    return replace(config, model=model, alignment=alignment, stage=stage)
-
-
-def random_batch(config, count=4, seed=0, teacher_width=6):
-    """A batch of noise in the shapes that `config` asks for."""
-    generator = torch.Generator().manual_seed(seed)
-    model, action = config.model, config.model.action_dit
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator)
-
-    return Batch(
-        latents=noise(count, *model.latent_shape),
-        instruction=noise(count, 5, model.video_dit.text_dim),
-        state=noise(count, action.state_dim),
-        actions=noise(count, action.horizon, action.action_dim),
-        action_mask=torch.ones(count, action.horizon, action.action_dim, dtype=torch.bool),
-        embodiment=torch.zeros(count, dtype=torch.long),
-        targets=noise(count, *model.token_grid, teacher_width),
-    )
 
 
 @pytest.fixture

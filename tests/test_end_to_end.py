@@ -11,19 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
 from agra import hub, run
-from agra.collect import collect
+from agra.evaluation.collect import collect
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import evaluate
-from agra.policy import WAMPolicy
+from agra.policies.load import load_policy
 from agra.recipes import at_stage, tiny
 from agra.training import checkpoint
-from agra.training.lora import LoRAConfig
-from agra.training.stages import Stage
+from agra.lora import LoRAConfig
+from agra.stages import Stage
 from agra.wam.bridge import bridged_layers
-from point_world import PointWorld, demonstrator, make_trial
+from tests.support.point_world import PointWorld, demonstrator, make_trial
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +32,14 @@ def world(tmp_path_factory):
     collect("point", folder / "demonstrations", episodes=12, seed=0, demonstrator=demonstrator, progress=False)
     config = tiny()
     model = replace(
-        config.model,
+        config.method.model,
         frame_size=(32, 48),
-        video_dit=replace(config.model.video_dit, num_layers=3),
-        bridge=replace(config.model.bridge, layers=bridged_layers(3, 2), position_grid=(2, 2, 3)),
-        action_dit=replace(config.model.action_dit, num_blocks=2, horizon=8),
+        video_dit=replace(config.method.model.video_dit, num_layers=3),
+        bridge=replace(config.method.model.bridge, layers=bridged_layers(3, 2), position_grid=(2, 2, 3)),
+        action_dit=replace(config.method.model.action_dit, num_blocks=2, horizon=8),
     )
-    teacher = replace(config.alignment.teacher, input_size=(28, 42))
-    alignment = replace(config.alignment, layers=(1,), teacher=teacher)
+    teacher = replace(config.method.alignment.teacher, input_size=(28, 42))
+    alignment = replace(config.method.alignment, layers=(1,), teacher=teacher)
     data = replace(
         config.data,
         path=str(folder / "demonstrations"),
@@ -58,7 +57,7 @@ def trained(world):
     run.prepare(config)
     previous = None
     for stage in Stage:
-        assert run.train(at_stage(config, stage), output=folder / stage, init=previous)
+        assert run.train(at_stage(config, stage), output=folder / stage, init_from=previous)
         previous = folder / stage
     return folder, config
 
@@ -67,9 +66,9 @@ def test_adapters_make_a_policy(trained):
     """The video DiT of the adapt stage with adapters on it: loaded and exported they are part of the weights."""
     folder, config = trained
     config = replace(config, stage=replace(config.stage, lora=LoRAConfig(rank=4), steps=2))
-    assert run.train(config, output=folder / "adapters", init=folder / Stage.ADAPT)
-    whole = WAMPolicy.load(hub.export(folder / "adapters", folder / "adapters_policy"))
-    policy = WAMPolicy.load(folder / "adapters")
+    assert run.train(config, output=folder / "adapters", init_from=folder / Stage.ADAPT)
+    whole = load_policy(hub.export(folder / "adapters", folder / "adapters_policy"))
+    policy = load_policy(folder / "adapters")
     layer = "video_dit.transformer.transformer_blocks.0.attn1.to_q.weight"
     base = load_file(checkpoint.resolve(folder / Stage.ADAPT) / "model.safetensors")[layer]
     assert torch.equal(base, load_file(checkpoint.resolve(folder / "adapters") / "model.safetensors")[layer])
@@ -109,7 +108,7 @@ def test_a_policy_is_rebuilt_from_its_checkpoint_alone(trained, tmp_path, stage)
     folder, _ = trained
     copy = tmp_path / "elsewhere"
     shutil.copytree(checkpoint.newest(folder / stage), copy)
-    policy, moved = WAMPolicy.load(folder / stage), WAMPolicy.load(copy)
+    policy, moved = load_policy(folder / stage), load_policy(copy)
     observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
     policy.reset(5)
     moved.reset(5)
@@ -124,9 +123,9 @@ def test_a_policy_is_rebuilt_from_its_checkpoint_alone(trained, tmp_path, stage)
 
 def test_actions_come_back_in_the_robots_units(trained):
     folder, _ = trained
-    policy = WAMPolicy.load(folder / Stage.JOINT)
+    policy = load_policy(folder / Stage.JOINT)
     stats = policy.stats["dot"]
-    extremes = torch.zeros(1, 2, policy.config.model.action_dit.action_dim)
+    extremes = torch.zeros(1, 2, policy.config.method.model.action_dit.action_dim)
     extremes[0, 0], extremes[0, 1] = -1, 1
     low, high = policy.unnormalize(extremes, "dot")[0]
     np.testing.assert_allclose(low, stats.action["mean"] - stats.action["std"], atol=1e-6)
@@ -149,7 +148,7 @@ def test_evaluation_runs_the_checkpoint(trained, tmp_path):
     world = PointWorld()
     trials = [make_trial(f"in_distribution/{i}", "in_distribution", i) for i in range(3)]
     evaluate(
-        WAMPolicy.load(folder / Stage.JOINT),
+        load_policy(folder / Stage.JOINT),
         world,
         trials,
         output=tmp_path / "results.jsonl",
@@ -162,8 +161,8 @@ def test_evaluation_runs_the_checkpoint(trained, tmp_path):
 def test_what_cannot_act_is_refused(trained):
     folder, _ = trained
     with pytest.raises(ValueError, match="a checkpoint of the adapt stage cannot act"):
-        WAMPolicy.load(folder / Stage.ADAPT)
-    policy = WAMPolicy.load(folder / Stage.JOINT)
+        load_policy(folder / Stage.ADAPT)
+    policy = load_policy(folder / Stage.JOINT)
     observation = replace(PointWorld().reset(make_trial("t", "in_distribution", 3)), embodiment="gr1")
     with pytest.raises(ValueError, match=r"not trained on embodiment 'gr1'; it knows \['dot'\]"):
         policy.act(observation)
@@ -178,4 +177,4 @@ def test_a_flipped_byte_is_named(trained, tmp_path):
     data[len(data) // 2] ^= 4
     weights.write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.safetensors: checksum differs"):
-        WAMPolicy.load(copy)
+        load_policy(copy)

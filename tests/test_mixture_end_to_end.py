@@ -9,22 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-from layouts import write_egodex
+from tests.support.layouts import write_egodex
 
 from agra import prepare as frozen
 from agra import run
 from agra.alignment.teacher import reference_frames
-from agra.data.egodex import convert_egodex, egodex_source
-from agra.data.lerobot_writer import write_dataset
-from agra.data.mixture import DataConfig, WindowSampler
-from agra.data.normalize import NormStats
-from agra.data.source import SourceConfig
-from agra.data.sources import embodiment_stats
-from agra.policy import WAMPolicy
+from agra.data.importers.egodex import convert_egodex, egodex_source
+from agra.data.lerobot.writer import write_dataset
+from agra.data.sampling.sampler import DataConfig, WindowSampler
+from agra.data.normalization.normalize import NormStats
+from agra.data.config import SourceConfig
+from agra.data.source import embodiment_stats
+from agra.policies.load import load_policy
 from agra.recipes import at_stage, tiny
 from agra.training import checkpoint
-from agra.training.stages import Stage
+from agra.stages import Stage
 from agra.types import Embodiment, Episode, Observation
 from agra.wam.bridge import bridged_layers
 
@@ -58,15 +57,15 @@ def world(tmp_path_factory):
     convert_egodex(write_egodex(folder / "raw", lengths=(14, 9, 12)), folder / "egodex", size=(54, 96))
     config = tiny()
     model = replace(
-        config.model,
+        config.method.model,
         frame_size=(32, 48),
-        video_dit=replace(config.model.video_dit, num_layers=3),
-        bridge=replace(config.model.bridge, layers=bridged_layers(3, 2), position_grid=(2, 2, 3)),
+        video_dit=replace(config.method.model.video_dit, num_layers=3),
+        bridge=replace(config.method.model.bridge, layers=bridged_layers(3, 2), position_grid=(2, 2, 3)),
         action_dit=replace(
-            config.model.action_dit, num_blocks=2, horizon=8, num_embodiments=3, state_dim=20, action_dim=20
+            config.method.model.action_dit, num_blocks=2, horizon=8, num_embodiments=3, state_dim=20, action_dim=20
         ),
     )
-    alignment = replace(config.alignment, layers=(1,), teacher=replace(config.alignment.teacher, input_size=(28, 42)))
+    alignment = replace(config.method.alignment, layers=(1,), teacher=replace(config.method.alignment.teacher, input_size=(28, 42)))
     data = DataConfig(
         path=str(folder),
         cache=str(folder / "cache"),
@@ -75,7 +74,7 @@ def world(tmp_path_factory):
         mixture=(
             SourceConfig(path="robot", embodiment="tabletop", frame_stride=2, weight=2.0),
             SourceConfig(path="human", embodiment="tabletop_human", horizon=6, past_end="mask", crop_rows=(8, 48)),
-            egodex_source("egodex", crop_rows=(16, 54), every=3, horizon=4),
+            egodex_source("egodex", crop_rows=(16, 54), row_stride=3, horizon=4),
         ),
     )
     stage = replace(config.stage, steps=4, batch_size=8, save_every=2, validate_every=4, log_every=1)
@@ -89,22 +88,22 @@ def trained(world):
     folder, config = world
     previous = None
     for stage in Stage:
-        assert run.train(at_stage(config, stage), output=folder / stage, init=previous)
+        assert run.train(at_stage(config, stage), output=folder / stage, init_from=previous)
         previous = folder / stage
     return folder, config
 
 
 def make_sampler(config, **changes) -> WindowSampler:
-    sources = config.data.open()
-    head = config.model.action_dit
+    sources = open_sources(config.data)
+    head = config.method.model.action_dit
     return WindowSampler(
         config.data,
         sources,
         frozen.open_features(config, sources),
         embodiment_stats(sources),
         horizon=head.horizon,
-        num_frames=config.model.num_frames,
-        references=reference_frames(config.model.latent_shape[1]),
+        num_frames=config.method.model.num_frames,
+        references=reference_frames(config.method.model.latent_shape[1]),
         batch_size=config.stage.batch_size,
         seed=config.stage.seed,
         max_state_dim=head.state_dim,
@@ -117,7 +116,7 @@ def make_sampler(config, **changes) -> WindowSampler:
 def test_every_embodiment_acts_in_its_own_units(trained):
     folder, _ = trained
     for stage in (Stage.JOINT, Stage.FINETUNE):
-        policy = WAMPolicy.load(folder / stage)
+        policy = load_policy(folder / stage)
         assert set(policy.stats) == set(EMBODIMENTS)
         for name in EMBODIMENTS:
             seen = np.full((60, 96, 3), 90, np.uint8)
@@ -131,7 +130,7 @@ def test_every_embodiment_acts_in_its_own_units(trained):
 def test_a_policy_crops_as_training_did(trained):
     """What lies outside the embodiment's rows changes nothing; what lies inside does."""
     folder, _ = trained
-    policy = WAMPolicy.load(folder / Stage.JOINT)
+    policy = load_policy(folder / Stage.JOINT)
 
     def act(frame: np.ndarray) -> np.ndarray:
         policy.reset(0)
@@ -189,7 +188,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
     whole = folder / Stage.JOINT
     shutil.copytree(whole, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/step_000004")
-    assert run.train(at_stage(config, Stage.JOINT), output=tmp_path / "cut", init=folder / Stage.ADAPT)
+    assert run.train(at_stage(config, Stage.JOINT), output=tmp_path / "cut", init_from=folder / Stage.ADAPT)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "cut/step_000004" / name).read_bytes() == (whole / "step_000004" / name).read_bytes()
 
@@ -200,7 +199,7 @@ def test_what_is_not_cached_is_computed_the_same(world):
     cached = make_sampler(config).batch(2)
     for names in ((), ("latents",), ("targets",)):
         without = replace(config, data=replace(config.data, cached=names))
-        encoder = frozen.OnlineEncoder.open(without, without.data.open())
+        encoder = frozen.OnlineEncoder.open(without, open_sources(without.data))
         encode = {
             "encode_latents": encoder.latents if encoder.codec is not None else None,
             "encode_targets": encoder.targets if encoder.teacher is not None else None,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from benchmarks.stock import StockWAM
 
-from agra.draws import shared_draws
+from agra.rng import sharded_rng
 from agra.flow import euler
-from agra.training.objective import Objective
-from agra.training.sharding import ParallelConfig, apply, joined
+from agra.methods.wam import Objective
+from agra.training.parallelize import ParallelConfig, apply, joined
 from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
 
@@ -37,13 +37,13 @@ def distance(ours, theirs):
 
 
 def losses_and_gradients(model, config, batch, *, half=False, checkpointed=False):
-    objective = Objective(model, config.stage.objective, config.alignment, 6)
+    objective = Objective(model, config.method.objective, config.method.alignment, 6)
     torch.manual_seed(3)
     for parameter in objective.projectors.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    apply(objective, ParallelConfig(checkpoint_activations=checkpointed))
+    apply(objective, ParallelConfig(activation_checkpointing=checkpointed))
     objective.zero_grad(set_to_none=True)
-    with shared_draws(0, 0, samples=len(batch)), torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with sharded_rng(0, 0, samples=len(batch)), torch.autocast("cpu", torch.bfloat16, enabled=half):
         losses = objective(batch)
     losses.total.backward()
     gradient = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])

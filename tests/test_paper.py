@@ -10,7 +10,7 @@ from agra.alignment.loss import alignment_loss
 from agra.alignment.teacher import reference_frames
 from agra.flow import interpolate, velocity
 from agra.recipes import PRESETS, RECIPES, agra_dino_l8, compose
-from agra.training.stages import Stage
+from agra.stages import Stage
 from agra.wam.bridge import bridged_layers
 from agra.wam.model import WAM
 
@@ -75,22 +75,22 @@ def test_reference_frames_are_the_first_of_each_latent_frame():
 
 def test_default_recipe_is_c1_and_c3():
     config = agra_dino_l8()
-    assert config.model.frame_size == (192, 336)
-    assert config.model.num_frames == 17
-    assert config.model.latent_shape == (16, 5, 24, 42)
-    assert math.prod(config.model.token_grid) == 1260
-    assert config.model.bridge.layers == (0, 4, 8, 12, 15, 19, 23, 27)
-    assert config.model.action_dit.num_blocks == 8
-    assert config.model.action_dit.num_heads == 32
-    assert config.model.action_dit.guidance_dim == 2048
-    assert config.model.action_dit.horizon == 16
-    assert config.alignment.layers == (8,)
-    assert config.alignment.teacher.kind == "dinov2"
-    assert tuple(config.alignment.teacher.input_size) == (448, 448)
+    assert config.method.model.frame_size == (192, 336)
+    assert config.method.model.num_frames == 17
+    assert config.method.model.latent_shape == (16, 5, 24, 42)
+    assert math.prod(config.method.model.token_grid) == 1260
+    assert config.method.model.bridge.layers == (0, 4, 8, 12, 15, 19, 23, 27)
+    assert config.method.model.action_dit.num_blocks == 8
+    assert config.method.model.action_dit.num_heads == 32
+    assert config.method.model.action_dit.guidance_dim == 2048
+    assert config.method.model.action_dit.horizon == 16
+    assert config.method.alignment.layers == (8,)
+    assert config.method.alignment.teacher.kind == "dinov2"
+    assert tuple(config.method.alignment.teacher.input_size) == (448, 448)
     stage = config.stage
-    assert (stage.batch_size, stage.steps, stage.warmup_share) == (256, 80_000, 0.05)
+    assert (stage.batch_size, stage.steps, stage.warmup_ratio) == (256, 80_000, 0.05)
     assert (stage.video_lr, stage.action_lr) == (1e-4, 1e-4)
-    objective = stage.objective
+    objective = method.objective
     assert (objective.video_weight, objective.action_weight, objective.alignment_weight) == (1.0, 1.0, 0.01)
 
 
@@ -99,17 +99,17 @@ def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
         if name.startswith("tiny"):
             continue
         config = recipe(Stage.JOINT)
-        assert not config.model.video_dit.learned_positions, name
-        assert config.model.bridge.position_grid is None, name
-        assert config.model.action_dit.state_dropout == 0, name
+        assert not config.method.model.video_dit.learned_positions, name
+        assert config.method.model.bridge.position_grid is None, name
+        assert config.method.model.action_dit.state_dropout == 0, name
         assert config.data.early_window_fraction == 0, name
         assert config.stage.ema_decay is None, name
-        assert (config.stage.objective.action_draws, config.stage.objective.video_share) == (1, 1.0), name
+        assert (config.method.objective.action_draws, config.method.objective.video_batch_fraction) == (1, 1.0), name
 
 
 def _on_meta(config):
     with torch.device("meta"):
-        return WAM(config.model)
+        return WAM(config.method.model)
 
 
 def _count(*modules):
@@ -138,8 +138,8 @@ def test_every_preset_builds_on_the_meta_device(name):
     each = 14 * width**2 + 5120 * width + 512  # attention 4 + 2, feed-forward 8; modulations, text keys, head norms
     around = 4 * width**2 + 905 * width + 100_353 * 1024  # time, output, patches; the text projection
     assert _count(model.video_dit) == blocks * each + around
-    assert len(config.model.bridge.layers) == 8
-    assert config.model.bridge.layers[-1] == blocks - 1
+    assert len(config.method.model.bridge.layers) == 8
+    assert config.method.model.bridge.layers[-1] == blocks - 1
 
 
 def test_head_presets_have_the_published_counts():
@@ -162,7 +162,7 @@ def test_presets_are_c3():
     for (name, presets), (steps, video_lr, horizon, stride) in rows.items():
         config = compose(name, Stage.JOINT, presets)
         assert (config.stage.steps, config.stage.video_lr, config.stage.action_lr) == (steps, video_lr, 1e-4)
-        assert (config.model.action_dit.horizon, config.data.frame_stride) == (horizon, stride)
+        assert (config.method.model.action_dit.horizon, config.data.frame_stride) == (horizon, stride)
         assert config.stage.batch_size == 256
         assert compose(name, Stage.ADAPT, presets).stage.steps == 5_000
         finetune = compose(name, Stage.FINETUNE, presets).stage
@@ -174,8 +174,8 @@ def test_presets_are_c3():
 
 def test_freeze_backbone_adapts_first_and_then_freezes():
     adapt, joint = (RECIPES["freeze_backbone"](stage) for stage in (Stage.ADAPT, Stage.JOINT))
-    assert (adapt.stage.train_video_dit, adapt.stage.objective.video_weight) == (True, 1.0)
-    assert (joint.stage.train_video_dit, joint.stage.objective.video_weight) == (False, 0.0)
+    assert (adapt.stage.train_video_dit, adapt.method.objective.video_weight) == (True, 1.0)
+    assert (joint.stage.train_video_dit, joint.method.objective.video_weight) == (False, 0.0)
 
 
 def test_condition_level_follows_the_checkpoint():

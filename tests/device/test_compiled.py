@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agra import run
-from agra.policy import WAMPolicy
+from agra.policies.load import load_policy
 from agra.types import PolicyRequest
 from agra.wam.fast import BATCH_SIZES, padded_size
 
@@ -37,7 +37,7 @@ def eager_backend(monkeypatch):
 def trained(prepared, recorded, tmp_path):
     for seed in (0, 1):
         config = replace(prepared, stage=replace(prepared.stage, seed=seed, steps=2))
-        assert run.train(config, output=tmp_path / f"run_{seed}", init=recorded / "cosmos")
+        assert run.train(config, output=tmp_path / f"run_{seed}", init_from=recorded / "cosmos")
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def test_batch_sizes():
 
 def test_nothing_is_compiled_after_the_warm_up(trained, observation):
     """One instruction or several, every batch size, in the thread that answers; the answers are those of the plain path."""
-    compiled, plain = (WAMPolicy.load(trained / "run_0", **o) for o in ({"compiled": True}, {"fast": False}))
+    compiled, plain = (load_policy(trained / "run_0", **o) for o in ({"compiled": True}, {"fast": False}))
     with ThreadPoolExecutor(1, thread_name_prefix="policy") as thread:
         thread.submit(compiled.warm_up, 16).result()
         assert compiled.recompiles == 0
@@ -74,8 +74,8 @@ def test_nothing_is_compiled_after_the_warm_up(trained, observation):
 
 
 def test_newer_weights_are_adopted_without_compiling(trained, observation):
-    first, second = (WAMPolicy.load(trained / f"run_{seed}", compiled=True) for seed in (0, 1))
-    reference = WAMPolicy.load(trained / "run_1")
+    first, second = (load_policy(trained / f"run_{seed}", compiled=True) for seed in (0, 1))
+    reference = load_policy(trained / "run_1")
     first.warm_up(2)
     before = ask(first, observation, ["go 0", "go 1"])
     assert first.adopt(second)
@@ -88,9 +88,9 @@ def test_newer_weights_are_adopted_without_compiling(trained, observation):
 
 
 def test_what_does_not_fit_the_graphs_is_not_adopted(trained, observation):
-    first = WAMPolicy.load(trained / "run_0", compiled=True)
-    assert not first.adopt(WAMPolicy.load(trained / "run_1"))
-    assert not first.adopt(WAMPolicy.load(trained / "run_1", compiled=True, action_steps=2))
-    assert not WAMPolicy.load(trained / "run_0").adopt(first)
-    expected = WAMPolicy.load(trained / "run_0").act(observation).actions
+    first = load_policy(trained / "run_0", compiled=True)
+    assert not first.adopt(load_policy(trained / "run_1"))
+    assert not first.adopt(load_policy(trained / "run_1", compiled=True, action_steps=2))
+    assert not load_policy(trained / "run_0").adopt(first)
+    expected = load_policy(trained / "run_0").act(observation).actions
     np.testing.assert_allclose(first.act(observation).actions, expected, atol=1e-5)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from agra.data.source import SourceConfig
-from agra.examine import dataset_samples
-from agra.footprint import flops_per_sample, teacher_width
+from agra.data.config import SourceConfig
+from agra.diagnostics.samples.sources import dataset_samples
+from agra.training.memory_estimate import flops_per_sample, teacher_width
 from agra.recipes import agra_dino_hierarchical, agra_dino_l8, agra_siglip_l8
 
 
@@ -21,11 +21,11 @@ def test_the_teacher_s_width_comes_from_its_own_config(make_config, recorded, tm
     assert teacher_width(agra_siglip_l8()) == 768
     named = recorded / "dinov2"
     (tmp_path / "a-large-folder").symlink_to(named)
-    teacher = replace(config.alignment.teacher, source=str(tmp_path / "a-large-folder"))
-    assert teacher_width(replace(config, alignment=replace(config.alignment, teacher=teacher))) == 24
-    missing = replace(config.alignment.teacher, source=str(tmp_path / "nowhere"))
+    teacher = replace(config.method.alignment.teacher, source=str(tmp_path / "a-large-folder"))
+    assert teacher_width(replace(config, alignment=replace(config.method.alignment, teacher=teacher))) == 24
+    missing = replace(config.method.alignment.teacher, source=str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
-        teacher_width(replace(config, alignment=replace(config.alignment, teacher=missing)))
+        teacher_width(replace(config, alignment=replace(config.method.alignment, teacher=missing)))
 
 
 def test_samples_of_a_mixture_have_their_source_s_frame_stride(make_config):

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.profiler import ProfilerActivity, profile
 
-from agra.footprint import CudaAutocastRules, fake_batch, fake_objective, measure
-from agra.planner import SHARES, Machines, lay_out
+from agra.training.memory_estimate import CudaAutocastRules, fake_batch, fake_objective, measure
+from agra.training.plan import SHARES, Machines, lay_out
 from agra.recipes import agra_dino_l8, tiny
-from agra.training.sharding import ParallelConfig, apply
-from agra.training.stages import parameter_groups
+from agra.training.parallelize import ParallelConfig, apply
+from agra.training.optimization import parameter_groups
 
 CALLS = {
     "torch.Tensor.add": lambda x: x + x,
@@ -136,9 +136,9 @@ def fake_cuda_autocast():
 def test_memory_under_those_rules_is_foreseen(share):
     """torch's own count of allocations in a step and a validation of tiny in bfloat16, within 5 %."""
     config = replace(tiny(), stage=replace(tiny().stage, precision="bfloat16"))
-    footprint = measure(config, checkpoint_activations=share)
+    footprint = measure(config, activation_checkpointing=share)
     objective, width, _ = fake_objective(config)
-    apply(objective, ParallelConfig(checkpoint_activations=share))
+    apply(objective, ParallelConfig(activation_checkpointing=share))
     optimizer = torch.optim.AdamW(list(parameter_groups(objective, config.stage)))
     batch = fake_batch(config, width, 16)
 
@@ -168,7 +168,7 @@ def test_memory_under_those_rules_is_foreseen(share):
 def test_the_paper_s_layout_for_eight_gpus_of_80_gb_fits_with_its_validation():
     config = agra_dino_l8()
     machines = Machines(gpus=8, gpu_memory=80.0)
-    footprint = measure(config, checkpoint_activations=1.0)
+    footprint = measure(config, activation_checkpointing=1.0)
     (layout,) = lay_out(config, machines, [footprint]).layouts
     assert layout.accumulate
     in_flight = config.stage.batch_size // machines.gpus // layout.accumulate

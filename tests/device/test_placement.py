@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from agra import run
-from agra.diagnostics.instrument import DiagnosisConfig
-from agra.diagnostics.probe import save_samples
-from agra.examine import dataset_samples
-from agra.instructions import Instructions
-from agra.latency import answering, random_policy
-from agra.policy import WAMPolicy
-from agra.prepare import Preparation
+from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.samples.probe_sample import save_samples
+from agra.diagnostics.samples.sources import dataset_samples
+from agra.policies.instructions import Instructions
+from agra.policies.latency import answering, random_policy
+from agra.policies.load import load_policy
+from agra.data.features.preparation import Preparation
 from agra.recipes import at_stage
-from agra.study import Judgement, study
+from agra.diagnostics.study import Judgement, study
 from agra.training import checkpoint
-from agra.training.stages import Stage
+from agra.stages import Stage
 
 
 def test_the_stand_in_refuses_mixtures(meta):
@@ -32,13 +32,13 @@ def test_the_stand_in_refuses_mixtures(meta):
 def test_prepare(make_config, meta, stage):
     config = at_stage(make_config(), stage)
     folders = run.prepare(config, device=meta)
-    assert len(folders) == (3 if config.aligns else 2)
+    assert len(folders) == (3 if config.method.aligns else 2)
     assert all((folder / "manifest.json").is_file() or list(folder.glob("*.safetensors")) for folder in folders)
 
 
 def test_estimates_run_the_networks_where_they_are(make_config, meta):
     config = make_config()
-    ((_, estimate),) = Preparation(config, config.data.open(), device=meta).estimate()
+    ((_, estimate),) = Preparation(config, open_sources(config.data), device=meta).estimate()
     assert estimate.episodes == 8
 
 
@@ -65,13 +65,13 @@ def test_training_with_validation_and_monitors_resumes(prepared, probes, meta, t
 
 @pytest.fixture
 def trained(prepared, recorded, tmp_path):
-    assert run.train(prepared, output=tmp_path / "trained", init=recorded / "cosmos")
+    assert run.train(prepared, output=tmp_path / "trained", init_from=recorded / "cosmos")
     return tmp_path / "trained"
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_policies_answer_and_imagine(trained, meta, observation, fast):
-    policy = WAMPolicy.load(trained, device=meta, fast=fast)
+    policy = load_policy(trained, device=meta, fast=fast)
     policy.warm_up(2)
     assert policy.act_and_imagine(observation).imagined.shape == (5, 32, 48, 3)
     unknown = replace(observation, instruction="an instruction that no episode has")
@@ -81,7 +81,7 @@ def test_policies_answer_and_imagine(trained, meta, observation, fast):
 
 def test_diagnosis_of_an_aligned_policy(trained, probes, meta):
     """Its projectors and its teacher read hidden states and frames on the device."""
-    settings = DiagnosisConfig(noises=1, draws=1, gallery=1, map_kinds=("mean",), imagination_steps=1)
+    settings = DiagnosisConfig(noise_samples=1, background_sets=1, gallery=1, map_kinds=("mean",), imagination_steps=1)
     output = run.diagnose(
         trained, simulator="none", samples=0, probes=probes, teacher="own", config=settings, device=meta
     )
@@ -108,8 +108,8 @@ def test_a_gpu_that_is_not_there_is_named(make_config):
 
 def test_a_robot_needs_no_text_encoder(trained, observation):
     """The training instructions' tokens lie beside the weights and equal the encoder's."""
-    known = WAMPolicy.load(trained, known_instructions=True)
-    whole = WAMPolicy.load(trained)
+    known = load_policy(trained, known_instructions=True)
+    whole = load_policy(trained)
     assert sorted(known.instructions.known) == ["go 0", "go 1"]
     encoded = whole.text.encode(["go 0"])[0].half().float()
     assert torch.equal(known.instructions.tokens("go 0"), encoded)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from agra import run
-from agra.diagnostics.instrument import DiagnosisConfig
-from agra.diagnostics.probe import save_samples
-from agra.examine import dataset_samples
-from agra.policy import WAMPolicy
+from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.samples.probe_sample import save_samples
+from agra.diagnostics.samples.sources import dataset_samples
+from agra.policies.load import load_policy
 from agra.precision import autocast, compute_dtype
 from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
@@ -30,13 +30,13 @@ def test_auto_follows_the_device(monkeypatch):
 @pytest.fixture
 def trained(prepared, recorded, tmp_path):
     config = replace(prepared, stage=replace(prepared.stage, precision="bfloat16", steps=2))
-    assert run.train(config, output=tmp_path / "run", init=recorded / "cosmos")
+    assert run.train(config, output=tmp_path / "run", init_from=recorded / "cosmos")
     return tmp_path / "run"
 
 
 def test_a_policy_computes_as_its_training_did(trained, observation):
     """Weights are cast once, actions are integrated in float32."""
-    policies = {p: WAMPolicy.load(trained, precision=p) for p in (None, "float32")}
+    policies = {p: load_policy(trained, precision=p) for p in (None, "float32")}
     assert {parameter.dtype for parameter in policies[None].model.parameters()} == {torch.bfloat16}
     assert {parameter.dtype for parameter in policies["float32"].model.parameters()} == {torch.float32}
     actions = {}
@@ -98,10 +98,10 @@ def test_monitors_and_diagnosis_run_in_the_training_s_precision(prepared, traine
     monkeypatch.setattr(WAM, "condition", watch)
     monitored = replace(prepared, monitor=replace(prepared.monitor, probes=str(tmp_path / "probes")))
     stage = replace(monitored.stage, precision="bfloat16", steps=2, batch_size=2)
-    assert run.train(replace(monitored, stage=stage), output=tmp_path / "monitored", init=recorded / "cosmos")
+    assert run.train(replace(monitored, stage=stage), output=tmp_path / "monitored", init_from=recorded / "cosmos")
     assert {dtype for _, dtype in seen} == {torch.bfloat16}
     assert max(count for count, _ in seen) == 3
     seen.clear()
-    settings = DiagnosisConfig(noises=1, draws=1, gallery=1, map_kinds=(), imagination_steps=1)
+    settings = DiagnosisConfig(noise_samples=1, background_sets=1, gallery=1, map_kinds=(), imagination_steps=1)
     run.diagnose(trained, simulator="none", samples=0, probes=tmp_path / "probes", teacher="own", config=settings)
     assert {dtype for _, dtype in seen} == {torch.bfloat16}

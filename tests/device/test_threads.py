@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import small_cosmos
+from tests.support import small_cosmos
 from agra import run
-from agra.data.prefetch import Prefetched
-from agra.data.sources import embodiment_stats
-from agra.prepare import OnlineEncoder, open_features, open_instructions
-from agra.run import make_sampler
+from agra.data.sampling.prefetch import Prefetched
+from agra.data.source import embodiment_stats
+from agra.data.features.preparation import OnlineEncoder, open_features, open_instructions
+from agra.api import make_sampler
 from agra.wam.codec import WanCodec
 
 
@@ -53,7 +53,7 @@ def samplers(make_config):
     config, without = make_config(), make_config(cached=())
     run.prepare(config)
     for settings in (config, without):
-        sources = settings.data.open()
+        sources = open_sources(settings.data)
         yield make_sampler(
             settings,
             sources,

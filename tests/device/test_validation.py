@@ -6,28 +6,28 @@ import pytest
 import torch
 
 from agra.training import checkpoint
-from agra.training.loop import Trainer
-from agra.training.objective import Objective
-from agra.training.sharding import ParallelConfig
+from agra.training.trainer import Trainer
+from agra.methods.wam import Objective
+from agra.training.parallelize import ParallelConfig
 from agra.wam.model import WAM
-from conftest import random_batch
+from tests.support.small import random_batch
 
 
-def make_trainer(config, output, *, seen=None, accumulate=1):
+def make_trainer(config, output, *, seen=None, gradient_accumulation_steps=1):
     torch.manual_seed(0)
-    objective = Objective(WAM(config.model), config.stage.objective, config.alignment, 6)
+    objective = Objective(WAM(config.method.model), config.method.objective, config.method.alignment, 6)
     if seen is not None:
         objective.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
 
     def batch(step):
         values = random_batch(config, count=config.stage.batch_size, seed=step)
-        keep = torch.arange(config.model.action_dit.horizon) <= torch.arange(len(values))[:, None] % 4
+        keep = torch.arange(config.method.model.action_dit.horizon) <= torch.arange(len(values))[:, None] % 4
         has = torch.arange(len(values)) % 3 == 0
-        return replace(values, action_mask=values.action_mask & keep[:, :, None], has_targets=has)
+        return replace(values, action_mask=values.action_mask & keep[:, :, None], target_rows=has)
 
     return Trainer(
         config, objective, batch=batch, validation=lambda: batch(999), output=output, extra_files={},
-        parallel=ParallelConfig(accumulate=accumulate),
+        parallel=ParallelConfig(gradient_accumulation_steps=accumulate),
     )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_validation_is_the_same_for_any_number_of_micro_batches_and_never_larger
     values = {}
     for accumulate in (1, 2, 8):
         seen: list[int] = []
-        trainer = make_trainer(config, tmp_path / str(accumulate), seen=seen, accumulate=accumulate)
+        trainer = make_trainer(config, tmp_path / str(accumulate), seen=seen, gradient_accumulation_steps=accumulate)
         values[accumulate] = trainer._validate()
         values[accumulate].pop("validation/alignment_cosine_gain")  # relative to the mean of a micro-batch
         assert seen == [32 // accumulate] * accumulate

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from agra.diagnostics.diagnosis import diagnose
-from agra.diagnostics.instrument import DiagnosisConfig
-from agra.diagnostics.probe import ProbeSample
+from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.samples.probe_sample import ProbeSample
 from agra.diagnostics.record import Diagnosis, write_diagnosis
-from agra.diagnostics.report import PolicyEntry
+from agra.diagnostics.report.page import PolicyEntry
 from agra.flow import euler
 from agra.types import REGIMES
 from agra.wam.codec import to_frames
@@ -42,9 +42,9 @@ class OneTokenWAM(nn.Module):
         self.target = (t * GRID[1] + h) * GRID[2] + w
         self.condition_calls = 0
 
-    def condition(self, observation_latent, noise, instruction, *, layers=()):
+    def condition(self, latents, noise, instruction, *, layers=()):
         self.condition_calls += 1
-        base = observation_latent.mean(dim=(1, 2, 3, 4))
+        base = latents.mean(dim=(1, 2, 3, 4))
         wanted = sorted({*self.bridged_layers, *layers})
         positions = torch.arange(np.prod(GRID)).view(GRID)[..., None] + torch.arange(WIDTH)
         return {
@@ -67,16 +67,16 @@ class OneTokenWAM(nn.Module):
             attention = tuple(weights for _ in guidance)
         return ActionOutput(velocity, attention)
 
-    def text_attention(self, observation_latent, noise, instruction, *, layers):
+    def text_attention(self, latents, noise, instruction, *, layers):
         """Token 1 is read at TARGET alone, the others everywhere."""
         weights = torch.full((1, *GRID, instruction.shape[1]), 0.1)
         weights[..., 1] = 0
         weights[0, *TARGET, 1] = 1
         return dict.fromkeys(layers, weights)
 
-    def imagine(self, observation_latent, noise, instruction, *, steps):
+    def imagine(self, latents, noise, instruction, *, steps):
         """Expects that nothing moves; StandInCodec makes FRAMES frames of one."""
-        return observation_latent
+        return latents
 
     def act(self, guidance, state, embodiment, noise, *, steps=4):
         return euler(lambda x, level: self.action_dit(x, state, level, guidance, embodiment).velocity, noise, steps)
@@ -110,7 +110,7 @@ class StandInPolicy:
         state = torch.stack([torch.from_numpy(o.state) for o in observations])
         count = len(observations)
         return SimpleNamespace(
-            observation_latent=latent,
+            latents=latent,
             instruction=torch.zeros(count, 4, 2),
             state=state,
             embodiment=torch.zeros(count, dtype=torch.long),
@@ -120,7 +120,7 @@ class StandInPolicy:
         return torch.randn(count, 2, *GRID, generator=torch.Generator().manual_seed(seed))
 
     def imagine(self, inputs, noise, *, steps):
-        latents = self.model.imagine(inputs.observation_latent, noise, inputs.instruction, steps=steps)
+        latents = self.model.imagine(inputs.latents, noise, inputs.instruction, steps=steps)
         return to_frames(self.codec.decode(latents))
 
     def action_noise(self, count, seed):
@@ -192,7 +192,7 @@ def run(policy, make_sample, tmp_path):
         folder = tmp_path / name
         policy.name = name
         diagnose(policy, samples, folder / "diagnosis", teacher=teacher, teacher_name="pixels",
-                 config=DiagnosisConfig(draws=2, gallery=2), progress=False)  # fmt: skip
+                 config=DiagnosisConfig(background_sets=2, gallery=2), progress=False)  # fmt: skip
         log = [
             {"step": s, "loss": 1 / s, "action_loss": 0.5 / s, "samples_per_second": 30.0} for s in range(10, 200, 10)
         ]
@@ -225,7 +225,7 @@ def pictured(policy, make_sample, tmp_path):
         random = np.random.default_rng(seed)
         policy.name = name
         given = [make_sample(trial=f"t{i}", seed=i, regime=REGIMES[i % 4]) for i in range(samples)]
-        config = DiagnosisConfig(draws=1, noises=1, gallery=samples, map_kinds=())
+        config = DiagnosisConfig(background_sets=1, noise_samples=1, gallery=samples, map_kinds=())
         found = diagnose(policy, given, tmp_path / f"{name}-small", config=config, progress=False)
         frames, (height, width) = 4 * (grid[0] - 1) + 1, frame
 

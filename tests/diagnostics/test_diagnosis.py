@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agra.diagnostics.diagnosis import diagnose
-from agra.diagnostics.instrument import DiagnosisConfig
+from agra.diagnostics.instruments.sample import DiagnosisConfig
 from agra.diagnostics.record import read_diagnosis
 
 
@@ -19,7 +19,7 @@ def test_diagnose_finds_the_token_and_round_trips(policy, samples, tmp_path, tar
     def teacher(frames):
         return frames.reshape(len(frames), 4, 4, 5, 4, 3).mean(axis=(2, 4))
 
-    config = DiagnosisConfig(draws=3, gallery=3)
+    config = DiagnosisConfig(background_sets=3, gallery=3)
     written = diagnose(
         policy, samples, tmp_path / "d", teacher=teacher, teacher_name="pixels", config=config, progress=False
     )
@@ -59,7 +59,7 @@ def test_diagnose_finds_the_token_and_round_trips(policy, samples, tmp_path, tar
 
 
 def test_sample_order_does_not_matter(policy, samples, tmp_path):
-    config = DiagnosisConfig(draws=2, gallery=0, map_kinds=())
+    config = DiagnosisConfig(background_sets=2, gallery=0, map_kinds=())
     forward = diagnose(policy, samples, tmp_path / "a", config=config, progress=False)
     backward = diagnose(policy, samples[::-1], tmp_path / "b", config=config, progress=False)
     assert forward.rows == backward.rows[::-1]
@@ -86,7 +86,7 @@ def test_diagnose_refuses(policy, samples, make_sample, tmp_path):
 def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
     """The stand-in expects that nothing moves; of the four frames to come only the last one differs from the first."""
     samples = [make_sample(trial=f"t{i}", seed=i) for i in range(8)]
-    config = DiagnosisConfig(draws=1, gallery=1, map_kinds=())
+    config = DiagnosisConfig(background_sets=1, gallery=1, map_kinds=())
     found = diagnose(policy, samples, tmp_path / "d", config=config, progress=False)
     row = found.rows[0]
     assert 10 < row["psnr"] == row["still_psnr"] < 15
@@ -95,7 +95,7 @@ def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
     wanted = samples[0].actions[:4]
     chunks = [
         policy.model.act(
-            policy.model.guide(policy.model.condition(p.observation_latent, policy.video_noise(1, s), p.instruction)),
+            policy.model.guide(policy.model.condition(p.latents, policy.video_noise(1, s), p.instruction)),
             p.state, p.embodiment, policy.action_noise(1, s),
         )[0].detach().numpy()
         for p in [policy.prepare([samples[0].observation])]
@@ -110,7 +110,7 @@ def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
 
 def test_samples_without_a_recording_are_measured_all_the_same(policy, make_sample, tmp_path):
     samples = [make_sample(trial=f"t{i}", seed=i, known=False) for i in range(3)]
-    found = diagnose(policy, samples, tmp_path / "d", config=DiagnosisConfig(draws=1, map_kinds=()), progress=False)
+    found = diagnose(policy, samples, tmp_path / "d", config=DiagnosisConfig(background_sets=1, map_kinds=()), progress=False)
     missing = ("psnr", "action_error", "probe_error_by_layer", "teacher_similarity_by_layer")
     assert all(row[name] is None for row in found.rows for name in missing)
     assert "imagined" not in found.arrays
@@ -132,8 +132,8 @@ def test_projectors_are_read_where_they_belong(policy, make_sample, tmp_path):
 
     sample = make_sample()
     prepared = policy.prepare([sample.observation])
-    inputs = (prepared.observation_latent, policy.video_noise(1, zlib.crc32(b"0/trial-0/0")), prepared.instruction)
-    config = DiagnosisConfig(draws=1, noises=1, map_kinds=())
+    inputs = (prepared.latents, policy.video_noise(1, zlib.crc32(b"0/trial-0/0")), prepared.instruction)
+    config = DiagnosisConfig(background_sets=1, noise_samples=1, map_kinds=())
     found = diagnose(
         policy, [sample], tmp_path / "d", teacher=teacher, projectors=Exact(), config=config, progress=False
     )

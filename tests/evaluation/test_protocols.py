@@ -2,13 +2,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 
 from agra.evaluation.protocols import TRIALS_PER_REGIME, Protocol, regime_trials
 from agra.types import REGIMES
-from point_world import COUNTS, PointWorld
+from tests.support.point_world import COUNTS, PointWorld
 
 
 def test_full_lists_are_the_paper_s():

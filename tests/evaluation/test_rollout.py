@@ -6,17 +6,17 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import av
 import numpy as np
 import pytest
 
+from agra import files
 from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import WatchedPolicy, beside_imagined, evaluate, run_episode
 from agra.types import ActionChunk, Policy, SimulatorFailed
-from point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
+from tests.support.point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
 
 TESTS = str(Path(__file__).parents[1])
 
@@ -304,7 +304,7 @@ def test_a_killed_evaluation_goes_on(tmp_path):
     path = tmp_path / "r.jsonl"
     script = textwrap.dedent(f"""
         import sys, time; sys.path.insert(0, {TESTS!r})
-        from point_world import PointWorld, Wanderer
+        from tests.support.point_world import PointWorld, Wanderer
         from agra.evaluation.protocols import Protocol, regime_trials
         from agra.evaluation.rollout import evaluate
         class Slow(PointWorld):
@@ -362,3 +362,29 @@ def test_expert_is_a_policy(tmp_path):
 def test_imports_no_torch():
     code = "import sys, agra.evaluation.rollout; sys.exit('torch' in sys.modules or 'av' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_second_evaluation_into_the_same_file_is_refused(tmp_path):
+    world = PointWorld()
+    trials = regime_trials(world, limit=2)
+    settings = {"policy_name": "expert", "protocol": PROTOCOL, "progress": False}
+    with files.lock(tmp_path, ".results.jsonl.lock"):
+        with pytest.raises(ValueError, match=rf"another process \(pid {os.getpid()}\) writes here"):
+            evaluate(Expert(world), world, trials, output=tmp_path / "results.jsonl", **settings)
+        evaluate(Expert(world), world, trials, output=tmp_path / "others.jsonl", **settings)
+    assert len(evaluate(Expert(world), world, trials, output=tmp_path / "results.jsonl", **settings).trials) == len(
+        trials
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
+    """A results file on a device without room: the error names it."""
+    world = PointWorld()
+    monkeypatch.setattr("agra.evaluation.rollout._open_results", lambda path, header: {})
+    (tmp_path / "results.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*results\.jsonl"):
+        evaluate(
+            Expert(world), world, regime_trials(world, limit=2), policy_name="expert", protocol=PROTOCOL,
+            output=tmp_path / "results.jsonl", progress=False,
+        )  # fmt: skip

@@ -44,9 +44,20 @@ def test_no_expert():
         registry.expert(Other())
 
 
-def test_a_suite_s_own_environment_is_named(monkeypatch):
+@pytest.mark.parametrize("name", ["metaworld", "metaworld_20hz"])
+def test_a_suite_s_own_environment_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
     monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
     monkeypatch.delitem(sys.modules, "agra.simulators.metaworld.environment", raising=False)
-    with pytest.raises(ImportError, match=r"metaworld: .*; install it with: make env-metaworld"):
-        registry.make("metaworld")
+    with pytest.raises(ImportError, match=rf"{name}: .*; install it with: make env-metaworld"):
+        registry.make(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"), [("tabletop", 2), ("tabletop_human", 2), ("metaworld", 50), ("metaworld_20hz", 50)]
+)
+def test_every_task_is_demonstrated(name, tasks):
+    demonstrations = registry.suite(name).demonstrations
+    assert len(set(demonstrations.tasks())) == tasks
+    assert {trial.task for trial in demonstrations.trials(100, 0)} == set(demonstrations.tasks())
+    assert demonstrations.trials(100, 3)[:20] == demonstrations.trials(20, 3)

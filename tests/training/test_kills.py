@@ -7,18 +7,14 @@ import contextlib
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import Launcher
-
-from agra.training import checkpoint
+from agra.checkpoints.folder import newest, verify
+from tests.support.ranks import Launcher
 
 KILLS = int(os.environ.get("AGRA_KILLS", "50"))
 STEPS = 16
@@ -27,7 +23,7 @@ STAGE = {"steps": STEPS, "save_every": 1, "validate_every": 100, "log_every": 1}
 
 def weights(run):
     """Every tensor of the last checkpoint's shards, by file."""
-    folder = checkpoint.newest(run)
+    folder = newest(run)
     assert folder.name == f"step_{STEPS:06d}"
     return {path.name: load_file(path) for path in sorted((folder / "sharded").glob("*.safetensors"))}
 
@@ -65,9 +61,9 @@ def test_kills_change_no_bit(tmp_path):
         while kills < KILLS and kill(launcher, run, rng, whole):
             kills += 1
             writing += any(run.glob(".step_*.writing"))
-            found = checkpoint.newest(run) if run.is_dir() else None
+            found = newest(run) if run.is_dir() else None
             if found is not None:
-                checkpoint.verify(found)
+                verify(found)
                 assert int(found.name[5:]) >= reached, f"seed {seed}: a checkpoint was lost"
                 reached = int(found.name[5:])
                 resumes += 1

@@ -2,29 +2,26 @@
 
 import copy
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import Launcher
-
-from agra import hub
+from agra.checkpoints.folder import newest
+from agra.checkpoints.read import load_parts, read_config, stored_names
 from agra.config import RunConfig
-from agra.draws import seed_everything
-from agra.footprint import measure
-from agra.training import checkpoint
-from agra.training.loop import Trainer
-from agra.training.lora import LoRAConfig, attach, is_adapter, merge, merged
-from agra.training.objective import Objective
-from agra.training.sharding import ParallelConfig, World, build
-from agra.training.stages import Stage
-from agra.training.start import initialize
-from agra.wam.model import WAM
+from agra.lora import LoRAConfig, attach, is_adapter, merge, merged
+from agra.policies.export import export
+from agra.recipes import at_stage
+from agra.rng import seed_everything
+from agra.stages import Stage
+from agra.training.distributed import DistributedContext
+from agra.training.initialization import load_initial_weights
+from agra.training.memory_estimate import measure
+from agra.training.parallelize import ParallelConfig, build
+from agra.training.trainer import Trainer
+from tests.support.ranks import Launcher
 
 LORA = LoRAConfig(rank=3, scale=2.0)
 EXTRA = {"norm_stats.json": lambda path: path.write_text("{}")}
@@ -38,34 +35,33 @@ def config(small_config):
 def make(config):
     def fresh():
         seed_everything(config.stage.seed)
-        return Objective(WAM(config.model), config.stage.objective, config.alignment, 6)
+        return config.method.build()
 
     return fresh
 
 
 def trainer(config, output, make_batch, *, start=None, on_step=lambda step: None):
-    objective = build(make(config), config.stage, ParallelConfig(), World(), start)
+    method = build(make(config), config.stage, ParallelConfig(), DistributedContext(), start)
 
     def batch(step):
         on_step(step)
         return make_batch(config, seed=step)
 
-    return Trainer(config, objective, batch=batch, validation=None, output=output, extra_files=EXTRA)
+    return Trainer(config, method, batch=batch, validation=None, output=output, extra_files=EXTRA)
 
 
-def step_loss(objective, batch):
+def step_loss(method, batch):
     seed_everything(7)
-    return objective(batch).total
+    return method(batch).total
 
 
 def files(folder):
-    found = checkpoint.newest(folder)
-    return {path.name: load_file(path) for path in found.glob("*.safetensors")}
+    return {path.name: load_file(path) for path in newest(folder).glob("*.safetensors")}
 
 
 def test_they_change_nothing_at_first_and_learn_alone(config, make_batch):
     batch = make_batch(config)
-    plain, adapted = make(config)(), build(make(config), config.stage, ParallelConfig(), World(), None)
+    plain, adapted = make(config)(), build(make(config), config.stage, ParallelConfig(), DistributedContext(), None)
     assert torch.equal(step_loss(plain, batch), step_loss(adapted, batch))
     names = {name for name, p in adapted.wam.video_dit.named_parameters() if p.requires_grad}
     assert len(names) == 2 * 4 * 8  # two tensors, four layers of two attentions in four blocks
@@ -92,15 +88,14 @@ def test_a_killed_run_is_the_whole_run(config, make_batch, tmp_path, stop_before
         trainer(config, tmp_path / "cut", make_batch, on_step=kill).run()
     trainer(config, tmp_path / "cut", make_batch).run()
     whole, cut = files(tmp_path / "whole"), files(tmp_path / "cut")
-    assert whole.keys() == cut.keys() >= {"model.safetensors", "lora.safetensors"}
+    assert whole.keys() == cut.keys() >= {"video_dit.safetensors", "lora.safetensors"}
     for name, tensors in whole.items():
         assert all(torch.equal(value, cut[name][key]) for key, value in tensors.items())
     assert all(map(is_adapter, whole["lora.safetensors"]))
     base = make(config)().wam.state_dict()
-    assert whole["model.safetensors"].keys() == base.keys()
-    for name, value in whole["model.safetensors"].items():
-        if name.startswith("video_dit."):
-            assert torch.equal(value, base[name]), name
+    assert whole["video_dit.safetensors"].keys() == {name for name in base if name.startswith("video_dit.")}
+    for name, value in whole["video_dit.safetensors"].items():
+        assert torch.equal(value, base[name]), name
     assert any(value.any() for name, value in whole["lora.safetensors"].items() if name.endswith("lora_up"))
 
 
@@ -109,42 +104,42 @@ def test_merged_is_the_same_model(config, make_batch, tmp_path):
     run = trainer(config, tmp_path / "run", make_batch)
     run.run()
     batch = make_batch(config, seed=99)
-    expected = step_loss(run.objective.eval(), batch)
-    averaged = copy.deepcopy(run.objective)
+    expected = step_loss(run.method.eval(), batch)
+    averaged = copy.deepcopy(run.method)
     with torch.no_grad():
-        for parameter, ours in zip(averaged.wam.parameters(), run.objective.wam.parameters(), strict=True):
+        for parameter, ours in zip(averaged.wam.parameters(), run.method.wam.parameters(), strict=True):
             parameter.copy_(run.optimizer.state[ours].get("ema", ours))
 
     loaded = make(config)().eval()
-    loaded.projectors.load_state_dict(run.objective.projectors.state_dict())
-    with merged(loaded.wam, config.stage.lora):
-        checkpoint.load_weights(loaded.wam, checkpoint.newest(tmp_path / "run"))
+    loaded.projectors.load_state_dict(run.method.projectors.state_dict())
+    parts = {name: part for name, part in loaded.parts().items() if name != "projectors"}
+    with merged(parts, config.stage.lora):
+        load_parts(parts, newest(tmp_path / "run"))
     assert not any(map(is_adapter, loaded.state_dict()))
     torch.testing.assert_close(step_loss(loaded, batch), expected, rtol=1e-5, atol=1e-6)
     base = make(config)().eval()
     assert (step_loss(base, batch) - expected).abs() > 1e-3
 
     following = make(config)()
-    initialize(following, tmp_path / "run", config)
+    load_initial_weights(following, tmp_path / "run", config)
     assert all(torch.equal(a, b) for a, b in zip(following.wam.parameters(), loaded.wam.parameters(), strict=True))
 
-    for ema, source in ((False, run.objective), (True, averaged)):
-        folder = hub.export(tmp_path / "run", tmp_path / f"export_{ema}", ema=ema)
+    for ema, source in ((False, run.method), (True, averaged)):
+        folder = export(tmp_path / "run", tmp_path / f"export_{ema}", ema=ema)
         assert "lora.safetensors" not in {path.name for path in folder.iterdir()}
-        assert checkpoint.read_config(folder).stage.lora == LoRAConfig()
+        assert read_config(folder).stage.lora == LoRAConfig()
         assert "adapters of rank 3" in (folder / "README.md").read_text()
-        checkpoint.load_weights(loaded.wam, folder)
+        load_parts(parts, folder)
         torch.testing.assert_close(step_loss(loaded, batch), step_loss(source.eval(), batch), rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapt_stage_hands_its_adapters_on(config, make_batch, tmp_path):
-    objective = replace(config.stage.objective, action_weight=0.0, alignment_weight=0.0)
-    adapt = replace(config, stage=replace(config.stage, name=Stage.ADAPT, objective=objective))
+    adapt = at_stage(config, Stage.ADAPT)
     run = trainer(adapt, tmp_path, make_batch)
     run.run()
-    joint = trainer(config, tmp_path / "joint", make_batch, start=lambda o: initialize(o, tmp_path, config))
+    joint = trainer(config, tmp_path / "joint", make_batch, start=lambda method: load_initial_weights(method, tmp_path, config))
     layer = "transformer.transformer_blocks.0.attn1.to_q"
-    ours, theirs = (r.objective.wam.video_dit.get_submodule(layer) for r in (joint, run))
+    ours, theirs = (r.method.wam.video_dit.get_submodule(layer) for r in (joint, run))
     update = 2.0 * theirs.lora_up @ theirs.lora_down
     assert update.abs().max() > 1e-5
     torch.testing.assert_close(ours.weight, theirs.weight + update)
@@ -152,36 +147,36 @@ def test_an_adapt_stage_hands_its_adapters_on(config, make_batch, tmp_path):
 
 
 def test_what_cannot_be_is_said(config):
-    wam = WAM(config.model)
+    parts = config.method.build().parts()
     with pytest.raises(ValueError, match=r"no linear layer is called 'video_dit\.\*\.to_z'; there are video_dit\."):
-        attach(wam, LoRAConfig(rank=2, layers=("video_dit.*.to_z",)))
-    with pytest.raises(ValueError, match=r"stage\.lora\.rank: 12 is not low for .*attn2\.to_k, which takes 12 numbers"):
-        attach(wam, LoRAConfig(rank=12))
+        attach(parts, LoRAConfig(rank=2, layers=("video_dit.*.to_z",)))
+    with pytest.raises(ValueError, match=r"stage\.lora\.rank: 12 is not low for .*attn2\.to_k, which maps 12 numbers"):
+        attach(parts, LoRAConfig(rank=12))
     for wrong in ({"rank": 0}, {"scale": 0.0}, {"layers": ()}):
         with pytest.raises(ValueError, match=rf"stage\.lora\.{next(iter(wrong))}: expected"):
             LoRAConfig(**wrong)
-    frozen = replace(config.stage, train_video_dit=False)
-    with pytest.raises(ValueError, match=r"some are of the video_dit, which the joint stage does not train"):
-        build(make(config), frozen, ParallelConfig(), World(), None)
+    frozen = replace(config.stage, frozen=("video_dit",))
+    with pytest.raises(ValueError, match=r"some are in video_dit, which this stage keeps frozen"):
+        build(make(config), frozen, ParallelConfig(), DistributedContext(), None)
     assert RunConfig.from_json(config.to_json()) == config
 
 
 def test_other_parts_may_have_them(config):
     stage = replace(config.stage, lora=replace(LORA, layers=("action_dit.blocks.*.to_v", "bridge.*")))
-    objective = build(make(config), stage, ParallelConfig(), World(), None)
-    for part in (objective.wam.bridge, objective.wam.action_dit):
+    method = build(make(config), stage, ParallelConfig(), DistributedContext(), None)
+    for part in (method.wam.bridge, method.wam.action_dit):
         assert all(p.requires_grad == is_adapter(name) for name, p in part.named_parameters())
-    assert all(p.requires_grad for p in objective.wam.video_dit.parameters())
-    before = {name: p.detach().clone() for name, p in objective.wam.named_parameters() if not is_adapter(name)}
-    merge(objective.wam)
-    assert all(torch.equal(p, before[name]) for name, p in objective.wam.named_parameters())
+    assert all(p.requires_grad for p in method.wam.video_dit.parameters())
+    before = {name: p.detach().clone() for name, p in method.wam.named_parameters() if not is_adapter(name)}
+    merge(method.parts())
+    assert all(torch.equal(p, before[name]) for name, p in method.wam.named_parameters())
 
 
 def test_the_planner_counts_them(config):
     with_them = measure(config)
     whole = measure(replace(config, stage=replace(config.stage, lora=LoRAConfig())))
     adapters = with_them.parameters["video_dit"] - whole.parameters["video_dit"]
-    width, text = config.model.video_dit.width, config.model.video_dit.text_dim
+    width, text = config.method.model.video_dit.width, config.method.model.video_dit.text_dim
     assert adapters == 4 * 3 * (6 * 2 * width + 2 * (width + text))
     assert with_them.trained == whole.trained - whole.parameters["video_dit"] + adapters
     assert with_them.flops_per_sample < whole.flops_per_sample
@@ -193,18 +188,18 @@ def test_two_processes_are_one(tmp_path):
     stage = {"steps": 3, "save_every": 100, "validate_every": 100, "lora": {"rank": 3}}
     try:
         assert launcher.run(1, tmp_path / "one", stage=stage) == [0], launcher.errors
-        parallel = {"checkpoint_activations": 1}
+        parallel = {"activation_checkpointing": 1}
         codes = launcher.run(2, tmp_path / "two", stage=stage, stop=[0, 1], parallel=parallel)
         assert codes == [0, 0], launcher.errors
         assert launcher.run(2, tmp_path / "two", stage=stage) == [0, 0], launcher.errors
     finally:
         launcher.close()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-6, abs=2e-6)
-    names = checkpoint.stored_names(checkpoint.newest(tmp_path / "two") / "sharded")
+    names = stored_names(newest(tmp_path / "two") / "sharded")
     assert "video_dit.transformer.transformer_blocks.1.attn2.to_k.lora_up" in names
-    assert not any(name.startswith("exp_avg/wam.video_dit") and not is_adapter(name) for name in names)
+    assert not any(name.startswith("exp_avg/video_dit") and not is_adapter(name) for name in names)
     one, two = (
-        load_file(hub.export(tmp_path / name, tmp_path / f"{name}_policy") / "model.safetensors")
+        load_file(export(tmp_path / name, tmp_path / f"{name}_policy") / "video_dit.safetensors")
         for name in ("one", "two")
     )
     for name, value in one.items():

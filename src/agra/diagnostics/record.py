@@ -9,7 +9,6 @@ Written to temporary names and renamed, `diagnosis.json` last. Nothing is pickle
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from agra import files
 from agra.diagnostics.metrics import Estimate, bootstrap_interval, matched_sensitivity_ratio
 
 FORMAT = 2
@@ -61,13 +61,13 @@ class Diagnosis:
         return Diagnosis(header=self.header, rows=[self.rows[place] for place in chosen], arrays=arrays)
 
     def deviations(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        """Delta(I) (n, noises) and Delta(B) (n, noises, draws), NaN where a sample could not be matched."""
-        noises, draws = (int(self.header["settings"][name]) for name in ("noises", "draws"))
+        """Delta(I) (n, noise samples) and Delta(B) (n, noise samples, background sets), NaN for unmatched samples."""
+        samples, sets = (int(self.header["settings"][name]) for name in ("noise_samples", "background_sets"))
         cells = [row["deviation"][kind] if row["deviation"] else None for row in self.rows]
-        unmatched = np.full((noises, draws), math.nan)
+        unmatched = np.full((samples, sets), math.nan)
         inside = [unmatched[:, 0] if cell is None else cell["interaction"] for cell in cells]
         outside = [unmatched if cell is None else cell["background"] for cell in cells]
-        return np.array(inside).reshape(-1, noises), np.array(outside).reshape(-1, noises, draws)
+        return np.array(inside).reshape(-1, samples), np.array(outside).reshape(-1, samples, sets)
 
     def ratios(self, kind: str) -> np.ndarray:
         """The matched sensitivity ratio Delta(I) / Delta(B) of every sample (n,), each side averaged first."""
@@ -108,13 +108,13 @@ def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(plain(row), allow_nan=False) + "\n" for row in diagnosis.rows]
-    (folder / "metrics.jsonl.tmp").write_text("".join(lines))
-    with open(folder / "arrays.npz.tmp", "wb") as file:
+    # Whoever reads an older diagnosis here meanwhile finds it unfinished, never half of each.
+    (folder / "diagnosis.json").unlink(missing_ok=True)
+    files.write_text(folder / "metrics.jsonl", "".join(lines))
+    with files.replacing(folder / "arrays.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **diagnosis.arrays)  # type: ignore[arg-type]
     header = json.dumps(plain({"format": FORMAT, **diagnosis.header}), indent=2, allow_nan=False)
-    (folder / "diagnosis.json.tmp").write_text(header + "\n")
-    for name in FILES:
-        os.replace(folder / f"{name}.tmp", folder / name)
+    files.write_text(folder / "diagnosis.json", header + "\n")
 
 
 def read_diagnosis(folder: Path) -> Diagnosis:
@@ -124,6 +124,10 @@ def read_diagnosis(folder: Path) -> Diagnosis:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; run `agra diagnose` with this folder as output")
     header = json.loads((folder / "diagnosis.json").read_text())
+    settings = header.get("settings", {})
+    for earlier, present in (("noises", "noise_samples"), ("draws", "background_sets")):  # names until version 0.1
+        if earlier in settings:
+            settings[present] = settings.pop(earlier)
     if header.get("format") != FORMAT:
         raise ValueError(f"{folder}/diagnosis.json: expected format {FORMAT}, got {header.get('format')}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

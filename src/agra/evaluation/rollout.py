@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,10 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from agra import files
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import Results, TrialResult, read_results
 from agra.types import ActionChunk, Episode, ImaginingPolicy, Observation, Policy, Simulator, Step, Trial
-from agra.workers import ATTEMPTS, as_finished
+from agra.evaluation.workers import ATTEMPTS, as_finished
 
 PACKAGES = (
     *("agra", "numpy", "mujoco", "gymnasium", "torch", "diffusers", "transformers"),
@@ -152,44 +152,49 @@ def evaluate(
     A trial in which the simulator failed or its process died is played again, the same trial from its start, up to
     `attempts` times, and its line says so. Raises `SimulatorFailed` at the end where a trial could not be played: the
     file then lacks it, and the next call tries again. Raises ValueError where `output` was written under another header
-    (policy, protocol, trials or versions).
+    (policy, protocol, trials or versions), or another process writes it.
     """
     path = Path(output)
     header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
-    finished = _open_results(path, header)
     if workers == 1 and policy is not None:
         # The pair that is there plays first; after a failure of its simulator a fresh one does, where one can be made.
         again = make_player or partial(_pair, policy, simulator)
         make_player = partial(next, chain([(policy, simulator)], iter(again, None)))
     if make_player is None:
         raise ValueError("evaluate: more than one worker needs make_player, to give each its own simulator")
-    missing = [trial for trial in trials if trial.name not in finished]
-    failures: dict[str, list[str]] = {}
-    filmed = {
-        trial.name for regime in header["regimes"] for trial in [t for t in trials if t.regime == regime][:videos]
-    }
-    play = partial(_play_trial, protocol=protocol, output=path, filmed=frozenset(filmed))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with path.open("a", encoding="utf-8") as file, Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task(policy_name, total=len(trials), completed=len(finished))
-        successes = sum(finished.values())
-
-        def note(trial: Trial, reason: str) -> None:
-            failures.setdefault(trial.name, []).append(reason)
-            bar.console.print(f"{trial.name}: {reason}")
-
-        for result in as_finished(
-            play, missing, make_player=make_player, workers=workers, attempts=attempts, on_failure=note
+    with files.lock(path.parent, f".{path.name}.lock"):
+        finished = _open_results(path, header)
+        missing = [trial for trial in trials if trial.name not in finished]
+        failures: dict[str, list[str]] = {}
+        filmed = {
+            trial.name for regime in header["regimes"] for trial in [t for t in trials if t.regime == regime][:videos]
+        }
+        play = partial(_play_trial, protocol=protocol, output=path, filmed=frozenset(filmed))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with (
+            files.naming(path),
+            path.open("a", encoding="utf-8") as file,
+            Progress(*columns, disable=not progress) as bar,
         ):
-            result = replace(result, failures=failures.get(result.trial, []))
-            file.write(_line(asdict(result)))
-            file.flush()
-            successes += result.success
-            bar.update(task, advance=1, description=f"{policy_name}: {successes} successes")
-    results = read_results(path)
-    ordered = sorted(results.trials, key=lambda result: result.trial)
-    _replace(path, [header, *map(asdict, ordered)])
-    return Results(header=header, trials=tuple(ordered))
+            task = bar.add_task(policy_name, total=len(trials), completed=len(finished))
+            successes = sum(finished.values())
+
+            def note(trial: Trial, reason: str) -> None:
+                failures.setdefault(trial.name, []).append(reason)
+                bar.console.print(f"{trial.name}: {reason}")
+
+            for result in as_finished(
+                play, missing, make_player=make_player, workers=workers, attempts=attempts, on_failure=note
+            ):
+                result = replace(result, failures=failures.get(result.trial, []))
+                file.write(_line(asdict(result)))
+                file.flush()
+                successes += result.success
+                bar.update(task, advance=1, description=f"{policy_name}: {successes} successes")
+        results = read_results(path)
+        ordered = sorted(results.trials, key=lambda result: result.trial)
+        _replace(path, [header, *map(asdict, ordered)])
+        return Results(header=header, trials=tuple(ordered))
 
 
 def _pair(policy: Policy, simulator: Simulator) -> tuple[Policy, Simulator]:
@@ -206,7 +211,7 @@ def _play_trial(
     wall = time.perf_counter() - start
     video = f"{output.stem}-videos/{trial.name.replace('/', '_')}.mp4" if film else None
     if video:
-        from agra.data.video import write_video  # not needed, and not installed, where nothing is filmed
+        from agra.data.lerobot.video import write_video  # not needed, and not installed, where nothing is filmed
 
         frames = beside_imagined(episode.frames, policy.chunks, protocol.execute_steps)
         write_video(output.parent / video, frames, fps=episode.fps)
@@ -298,6 +303,4 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _replace(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(map(_line, records)), encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_text(path, "".join(map(_line, records)))

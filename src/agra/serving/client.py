@@ -10,8 +10,8 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from agra.serving.messages import Question, WireKeys, ask, read_description
-from agra.serving.wire import WireError, pack, unpack
+from agra.serving.protocol.messages import Question, WireKeys, ask, read_description
+from agra.serving.protocol.wire import WireError, pack, unpack
 from agra.types import ActionChunk, Continuation, Observation, PolicySpec
 
 MAX_ANSWER = 2**24  # bytes

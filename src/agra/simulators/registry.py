@@ -10,22 +10,30 @@ from agra.types import Policy, Simulator, Trial
 
 
 @dataclass(frozen=True, kw_only=True)
+class Demonstrations:
+    """Scenes for demonstrations: trial i of `trials` (count, seed) depends on i and the seed alone."""
+
+    trials: Callable[[int, int], Sequence[Trial]]
+    tasks: Callable[[], Sequence[str]]  # every task that occurs in them
+    noise: Mapping[str, float] = field(default_factory=dict)  # on executed actions, see agra.evaluation.collect.ActionNoise
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suite:
-    """How a simulator is made, and what of scripted demonstrations it has."""
+    """A simulator's constructor, its scripted expert and its scenes for demonstrations, where it has them."""
 
     make: Callable[..., Simulator]
     install: str  # the command that brings its libraries
     expert: Callable[[Any], Policy] | None = None
-    training_trials: Callable[[int, int], Sequence[Trial]] | None = None  # (count, seed)
-    noise: Mapping[str, float] = field(default_factory=dict)  # of demonstrations, see agra.collect.ActionNoise
+    demonstrations: Demonstrations | None = None
 
 
 def _tabletop(hands: str) -> Suite:
     def make(**options: Any) -> Simulator:
         from agra.simulators.tabletop.environment import Tabletop
 
-        if options.pop("blind", False):
-            raise ValueError("the tabletop has no blind form: its expert is quick enough beside the renderer")
+        if not options.pop("render", True):
+            raise ValueError("the tabletop always renders: its expert is fast enough with the renderer")
         return Tabletop(hands=hands, **options)
 
     def expert(simulator: Any) -> Policy:
@@ -38,17 +46,20 @@ def _tabletop(hands: str) -> Suite:
 
         return training_trials(count, seed, simulator=hands)
 
-    install = "pip install 'agra[tabletop]'"
-    return Suite(
-        make=make, install=install, expert=expert, training_trials=training, noise={"*_x": 0.0075, "*_y": 0.0075}
-    )
+    def tasks() -> Sequence[str]:
+        from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
+
+        return PICK_AND_PLACE, OPEN_STEAMER
+
+    demonstrations = Demonstrations(trials=training, tasks=tasks, noise={"*_x": 0.0075, "*_y": 0.0075})
+    return Suite(make=make, install="pip install 'agra[tabletop]'", expert=expert, demonstrations=demonstrations)
 
 
-def _metaworld() -> Suite:
+def _metaworld(**preset: Any) -> Suite:
     def make(**options: Any) -> Simulator:
         from agra.simulators.metaworld.environment import Metaworld
 
-        return Metaworld(**options)
+        return Metaworld(**(preset | options))
 
     def expert(simulator: Any) -> Policy:
         from agra.simulators.metaworld.environment import ScriptedExpert
@@ -60,7 +71,13 @@ def _metaworld() -> Suite:
 
         return training_trials(count, seed)
 
-    return Suite(make=make, install="make env-metaworld", expert=expert, training_trials=training)
+    def tasks() -> Sequence[str]:
+        from agra.simulators.metaworld.tasks import INSTRUCTIONS
+
+        return tuple(INSTRUCTIONS)
+
+    demonstrations = Demonstrations(trials=training, tasks=tasks)
+    return Suite(make=make, install="make env-metaworld", expert=expert, demonstrations=demonstrations)
 
 
 def _libero(name: str) -> Suite:
@@ -79,10 +96,13 @@ def _libero(name: str) -> Suite:
 
         return training_trials(name, count, seed)
 
+    def tasks() -> Sequence[str]:
+        return [trial.task for trial in training(10, 0)]  # its ten tasks, in turn
+
     install = "make env-libero"
     if name != "libero_object":  # the expert picks and places one thing
         return Suite(make=make, install=install)
-    return Suite(make=make, install=install, expert=expert, training_trials=training)
+    return Suite(make=make, install=install, expert=expert, demonstrations=Demonstrations(trials=training, tasks=tasks))
 
 
 def _robocasa() -> Suite:
@@ -98,6 +118,7 @@ SUITES: dict[str, Suite] = {
     "tabletop": _tabletop("tabletop"),
     "tabletop_human": _tabletop("tabletop_human"),
     "metaworld": _metaworld(),
+    "metaworld_20hz": _metaworld(control_stride=4, frame_size=(320, 320), shadow_map=1024),
     **{name: _libero(name) for name in MAX_STEPS},
     "robocasa_gr1": _robocasa(),
 }

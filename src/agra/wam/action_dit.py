@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from agra.draws import draw
+from agra.rng import sample_shard
 from agra.precision import without_autocast
 from agra.wam.bridge import Attention, FeedForward
 
@@ -153,7 +153,7 @@ class ActionDiT(nn.Module):
 
     def _tokens(self, noisy_actions: Tensor, state: Tensor, bucket: Tensor, embodiment: Tensor) -> Tensor:
         if self.training and self.config.state_dropout > 0:
-            kept = draw(lambda n: torch.rand(n, 1, device=state.device), len(state))
+            kept = sample_shard(lambda n: torch.rand(n, 1, device=state.device), len(state))
             state = state * (kept >= self.config.state_dropout)
         time = self.action_encoder.time_features(bucket)
         return self.join(self.encode_state(state, embodiment), self.encode_actions(noisy_actions, time, embodiment))

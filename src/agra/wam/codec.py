@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from agra.pretrained import frozen, loading, weights_digest
-from agra.wam.patch_pca import MAX_CHANNELS, TIME_STRIDE, PatchPCACodec, check_latents, check_video
+from agra.hub import loading
+from agra.weights import frozen, weights_digest
+from agra.wam.patch_pca import MAX_CHANNELS, SPACE_STRIDE, TIME_STRIDE, PatchPCACodec, check_latents, check_video
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -87,6 +88,12 @@ def load_codec(config: CodecConfig, path: Path | str | None = None) -> "PatchPCA
     if codec.channels != config.channels:
         raise ValueError(f"CodecConfig.channels is {config.channels}, but the loaded codec has {codec.channels}")
     return codec
+
+
+def latent_shape(config: CodecConfig, frame_size: tuple[int, int], num_frames: int) -> tuple[int, int, int, int]:
+    """(C, T, h, w) of the latents of `num_frames` frames of `frame_size` (H, W)."""
+    height, width = frame_size
+    return config.channels, (num_frames - 1) // TIME_STRIDE + 1, height // SPACE_STRIDE, width // SPACE_STRIDE
 
 
 def to_video(frames: np.ndarray | Tensor, size: tuple[int, int]) -> Float[Tensor, "B 3 T h w"]:

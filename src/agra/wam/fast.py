@@ -16,7 +16,6 @@ import torch
 import torch._dynamo
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 from agra.flow import Predict, continue_chunk, euler
@@ -37,11 +36,6 @@ def padded_size(count: int) -> int:
     return next((size for size in BATCH_SIZES if size >= count), -(-count // largest) * largest)
 
 
-def compiled_graphs() -> int:
-    """Graphs that Dynamo has compiled in this process: a number that must not grow once a policy is warm."""
-    return counters["stats"]["unique_graphs"]
-
-
 class _Level(NamedTuple):
     """What an action step needs of its noise level."""
 
@@ -53,9 +47,9 @@ class _Level(NamedTuple):
 class FastWAM:
     """A frozen WAM prepared for chunks of `action_steps` Euler steps.
 
-    Compiled, the three parts run in the batch sizes of `padded_size`, each compiled without a graph break at its first
-    call, which takes a minute or more. On a GPU results live until the next call (call `begin` before each). Raises
-    ValueError where a number below 1 is given.
+    With `compiled` the three parts run in the batch sizes of `padded_size`, uncompiled until `compile` is called. Each size is
+    compiled without a graph break at its first call, which takes a minute or more. On a GPU results live until the next call
+    (call `begin` before each). Raises ValueError where a number below 1 is given.
     """
 
     @torch.no_grad()
@@ -76,11 +70,14 @@ class FastWAM:
         padded = model.video_dit.pad(self._mask.expand(1, channels, *grid), self._mask)
         self._rope = model.video_dit.transformer.rope(padded)
         self._positions, self._modulation, self._levels = self._constants(padded)
-        self._compiled = {"condition": self._condition, "guide": self._guide, "act": self._act}
-        if compiled:
+        self._parts: dict[str, Any] = {"condition": self._condition, "guide": self._guide, "act": self._act}
+
+    def compile(self) -> None:
+        """Compile the three parts, each in a batch size at its first call, where the options ask for it."""
+        if self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
             options: Any = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
-            self._compiled = {name: torch.compile(part, **options) for name, part in self._compiled.items()}
+            self._parts = {name: torch.compile(part, **options) for name, part in self._parts.items()}
 
     def _constants(self, padded: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, ...]], list[_Level]]:
         """What follows from the weights alone: learned positions, modulation of the video blocks, levels of the head."""
@@ -131,7 +128,7 @@ class FastWAM:
         size = padded_size(len(noise)) if self.compiled else len(noise)
         rows = [*instructions, *[instructions[-1]] * (size - len(instructions))]
         text = tuple(_joined([row[index] for row in rows]) for index in range(len(self._blocks)))
-        return self._compiled["condition"](_padded(observation_latent, size), _padded(noise, size), text)
+        return self._parts["condition"](_padded(observation_latent, size), _padded(noise, size), text)
 
     def _condition(
         self, observation_latent: Tensor, noise: Tensor, text: Sequence[KeysValues]
@@ -155,7 +152,7 @@ class FastWAM:
 
     def guide(self, hidden: Mapping[int, Float[Tensor, "P T H W D"]]) -> tuple[Float[Tensor, "P N D"], ...]:
         """The guidance of every cross-attention block (Eqs. 15, 17, 20)."""
-        return self._compiled["guide"](hidden)
+        return self._parts["guide"](hidden)
 
     def _guide(self, hidden: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
         return self.model.bridge(hidden, pool_future=self.pool_future)
@@ -173,7 +170,7 @@ class FastWAM:
         count, size = len(noise), len(guidance[0])
         if continuation is None:
             arguments = (_padded(state, size), _padded(embodiment, size), _padded(noise, size))
-            return self._compiled["act"](guidance, *arguments)[:count]
+            return self._parts["act"](guidance, *arguments)[:count]
         previous, weights = continuation
         predict = self._predict([rows[:count] for rows in guidance], state, embodiment)
         return euler(continue_chunk(predict, previous, weights), noise, self.action_steps)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from agra.pretrained import check_fit, model_folder, stored_tensors, weight_files
+from agra.hub import model_folder, weight_files
+from agra.weights import check_fit, stored_tensors
 from agra.wam.action_dit import ActionDiT
 from agra.wam.bridge import Bridge
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from agra.flow import continue_chunk, euler, interpolate
 from agra.wam.action_dit import ActionDiT, ActionDiTConfig
 from agra.wam.bridge import Bridge, BridgeConfig
-from agra.wam.codec import CodecConfig
+from agra.wam.codec import CodecConfig, latent_shape
 from agra.wam.text import TextConfig
 from agra.wam.video_dit import VideoDiT, VideoDiTConfig, VideoOutput
 
@@ -44,6 +44,10 @@ class WAMConfig:
                 f"bridge width {bridge.width}, video DiT width {video.width} and action_dit.guidance_dim "
                 f"{action.guidance_dim} must agree"
             )
+        if self.codec.channels != video.latent_channels:
+            raise ValueError(
+                f"codec.channels {self.codec.channels} and video_dit.latent_channels {video.latent_channels} must agree"
+            )
         if (self.num_frames - 1) % 4:
             raise ValueError(f"num_frames: a causal 4x codec takes 1 + 4n frames, got {self.num_frames}")
         step = 8 * video.patch_size[1], 8 * video.patch_size[2]
@@ -56,8 +60,7 @@ class WAMConfig:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a window's latents."""
-        height, width = self.frame_size
-        return self.video_dit.latent_channels, (self.num_frames - 1) // 4 + 1, height // 8, width // 8
+        return latent_shape(self.codec, self.frame_size, self.num_frames)
 
     @property
     def token_grid(self) -> tuple[int, int, int]:

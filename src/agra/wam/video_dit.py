@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from agra.precision import without_autocast
-from agra.pretrained import model_folder, read_into, weight_files
+from agra.hub import model_folder, weight_files
+from agra.weights import read_into, under
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +232,7 @@ def load_text_projection(config: VideoDiTConfig, source: str, *, revision: str |
     projection = nn.Sequential(nn.Linear(config.text_projection_dim, config.text_dim), nn.GELU())
     folder = model_folder("text projection", source=source, revision=revision, subfolder="transformer")
     what = f"{source}: its text projection"
-    read_into(projection.state_dict(), weight_files(folder), what=what, prefix="crossattn_proj.")
+    read_into(projection.state_dict(), weight_files(folder), what=what, name_of=under("crossattn_proj."))
     return projection
 
 

@@ -211,7 +211,7 @@ def load_or_fail(self, name, *rest, **more):
     load(self, name, *rest, **more)
 ctypes.util.find_library = lambda name: None if missing(name) or name == "GL" else find(name)
 ctypes.CDLL.__init__ = load_or_fail
-from agra.cli import main
+from agra.cli.main import main
 main(["evaluate", "expert", "--output", {str(tmp_path / "results.jsonl")!r}, "--limit", "1"])
 """
     environment = {"MUJOCO_GL": backend, "PATH": os.environ["PATH"]}

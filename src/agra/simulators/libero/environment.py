@@ -39,13 +39,13 @@ class Libero:
     initial states and settles for ten steps; pictures are turned by 180 degrees, as policies are trained.
 
     A regime other than in_distribution is a LIBERO-PRO suite, in which one axis of the standard one is perturbed.
-    `frame_size` is (height, width). A `blind` one renders nothing, its frames are black: for policies that do not look.
+    `frame_size` is (height, width). Without `render` its frames are black, for policies that use no image.
     Raises ValueError for an unknown suite.
     """
 
     fps = 20
 
-    def __init__(self, suite: str, *, frame_size: tuple[int, int] = (256, 256), blind: bool = False) -> None:
+    def __init__(self, suite: str, *, frame_size: tuple[int, int] = (256, 256), render: bool = True) -> None:
         if suite not in MAX_STEPS:
             raise ValueError(f"unknown suite {suite!r}; there are {', '.join(MAX_STEPS)}")
         if len(frame_size) != 2 or min(frame_size) < 16:
@@ -53,11 +53,11 @@ class Libero:
         self.name, self.embodiment = suite, EMBODIMENT
         self.max_steps = MAX_STEPS[suite]
         self.regimes = regimes(suite)
-        self.frame_size, self.blind = frame_size, blind
+        self.frame_size, self.render = frame_size, render
         self.settings: Mapping[str, Any] = {
             "cameras": ", ".join(CAMERAS.values()) + ", turned by 180 degrees",
             "frame_size": list(frame_size),
-            "blind": blind,
+            "render": render,
             "settle_steps": SETTLE_STEPS,
             "environment_seed": ENVIRONMENT_SEED,
             "initial_states": "official, one an episode",
@@ -95,8 +95,8 @@ class Libero:
             self.close()
             self._world = ControlEnv(
                 str(_bddl(suite.get_task(number))),
-                use_camera_obs=not self.blind,
-                has_offscreen_renderer=not self.blind,
+                use_camera_obs=self.render,
+                has_offscreen_renderer=self.render,
                 camera_heights=self.frame_size[0],
                 camera_widths=self.frame_size[1],
             )
@@ -107,7 +107,7 @@ class Libero:
         self.world.seed(ENVIRONMENT_SEED if official else trial.seed)
         self._looked_at = False
         self._seen = self.world.reset()
-        if not self.blind:
+        if self.render:
             draw_on_demand(self.world.sim, lambda: self._looked_at)
         if official:
             self._seen = self.world.set_init_state(suite.get_task_init_states(number)[trial.scene["initial_state"]])
@@ -161,7 +161,7 @@ class Libero:
         )
 
     def _picture(self, camera: str) -> np.ndarray:
-        if self.blind:
+        if not self.render:
             return np.zeros((*self.frame_size, 3), np.uint8)
         return np.ascontiguousarray(self._seen[f"{camera}_image"][::-1, ::-1])
 

@@ -1,9 +1,11 @@
-"""`Metaworld`: the 50 tasks as an `agra.types.Simulator`, 80 control steps a second.                           fact 8"""
+"""`Metaworld`: the 50 tasks as an `agra.types.Simulator`, 80 control steps a second or several of them in a row."""
 
 # MuJoCo's compiled module comes without type stubs, and the suite lives in its own environment.
 # pyright: reportAttributeAccessIssue=false, reportMissingImports=false
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mujoco
@@ -19,6 +21,10 @@ EMBODIMENT = Embodiment(
     state_names=("hand_x", "hand_y", "hand_z", "gripper_opening"),
     action_names=("hand_dx", "hand_dy", "hand_dz", "gripper_effort"),
 )
+CONTROL_RATE = 80
+MAX_CONTROL_STEPS = 500
+CONTROL_STRIDES = (1, 2, 4, 5, 10, 20)
+"""Strides that divide both the control rate and the length of an episode."""
 CAMERA = "corner2"
 CAMERA_AT = (0.75, 0.075, 0.7)
 
@@ -30,24 +36,44 @@ class Metaworld:
     centimetre and the gripper's effort, each in [-1, 1] and clipped to it. The goal is visible in the world where the task
     shows one, and never in the state. Every trial gets a world of its own, so nothing of the one before can leak into it.
 
-    `frame_size` is (height, width). A `blind` one renders nothing, its frames are black: for policies that do not look.
+    With a `control_stride` of N a row is N control steps: `step` takes their N actions side by side (`stride_embodiment`
+    names them) and shows the world after the last. Success is checked after every control step. The first success ends
+    the row: its remaining actions are not executed, and the observation is that of the success. `fps` and `max_steps`
+    count rows. Trials, physics and limits are those of the suite, so `name` stays the same.
+
+    `frame_size` is (height, width), `shadow_map` the side of the shadow map in texels, None for the suite's own of 4096.
+    Without `render` its frames are black, for policies that use no image.
     """
 
     name = "metaworld"
-    fps = 80
-    max_steps = 500
     regimes: tuple[str, ...] = ("in_distribution",)
 
-    def __init__(self, *, frame_size: tuple[int, int] = (480, 480), blind: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        control_stride: int = 1,
+        frame_size: tuple[int, int] = (480, 480),
+        shadow_map: int | None = None,
+        render: bool = True,
+    ) -> None:
+        if control_stride not in CONTROL_STRIDES:
+            raise ValueError(f"control_stride: expected one of {CONTROL_STRIDES}, got {control_stride}")
         if len(frame_size) != 2 or min(frame_size) < 16 or max(frame_size) > 480:
             raise ValueError(f"frame_size: expected (height, width) of 16 to 480 pixels each, got {frame_size}")
-        self.embodiment = EMBODIMENT
-        self.frame_size, self.blind = frame_size, blind
+        if shadow_map is not None and shadow_map < 1:
+            raise ValueError(f"shadow_map: expected a side of at least 1 texel, or None, got {shadow_map}")
+        self.control_stride, self.fps = control_stride, CONTROL_RATE // control_stride
+        self.max_steps = MAX_CONTROL_STEPS // control_stride
+        self.embodiment = stride_embodiment(control_stride)
+        self.frame_size, self.shadow_map, self.render = frame_size, shadow_map, render
         self.settings: Mapping[str, Any] = {
             "camera": f"{CAMERA} at {CAMERA_AT}, both axes flipped",
             "frame_size": list(frame_size),
-            "blind": blind,
+            "render": render,
             "goal_in_state": False,
+            # Absent where they are the suite's own, so that results from before these options stay comparable.
+            **({} if control_stride == 1 else {"control_stride": control_stride}),
+            **({} if shadow_map is None else {"shadow_map": shadow_map}),
         }
         self._renderer: mujoco.Renderer | None = None
         self._world: Any = None
@@ -74,14 +100,31 @@ class Metaworld:
         return self._observe()
 
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
-        """Move the hand by `action` (4,) for an eightieth of a second."""
+        """Move the hand by each of the row's actions in turn, (4 * control_stride,), for an eightieth of a second."""
         action = np.asarray(action, dtype=np.float32)
-        if action.shape != (4,) or not np.isfinite(action).all():
-            raise ValueError(f"action: expected (4,) finite numbers, got shape {action.shape}: {action}")
-        self.full_observation, _, _, _, info = self.world.step(np.clip(action, -1, 1))
-        self.grasped = self.grasped or bool(info["grasp_success"])
-        progress = {"grasped": self.grasped}
-        return Step(observation=self._observe(render), success=bool(info["success"]), progress=progress)
+        expected = (len(self.embodiment.action_names),)
+        if action.shape != expected or not np.isfinite(action).all():
+            raise ValueError(f"action: expected {expected} finite numbers, got shape {action.shape}: {action}")
+        success = False
+        for part in np.clip(action, -1, 1).reshape(self.control_stride, -1):
+            self.full_observation, _, _, _, info = self.world.step(part)
+            self.grasped = self.grasped or bool(info["grasp_success"])
+            success = bool(info["success"])
+            if success:
+                break
+        return Step(observation=self._observe(render), success=success, progress={"grasped": self.grasped})
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[Any]:
+        """Yield the running world to be stepped at will. Afterwards it is, to the last bit, as it was before."""
+        world = self.world
+        before = dict(vars(world))
+        world.data = copy.copy(world.data)
+        try:
+            yield world
+        finally:
+            vars(world).clear()
+            vars(world).update(before)
 
     def interaction_mask(self) -> np.ndarray:
         """(H, W) bool: the hand, and whatever else can move."""
@@ -125,11 +168,11 @@ class Metaworld:
             frame=self._frame() if render else NO_FRAME,
             state=self.full_observation[:4].astype(np.float32),
             instruction=self.trial.instruction,
-            embodiment=EMBODIMENT.name,
+            embodiment=self.embodiment.name,
         )
 
     def _frame(self) -> np.ndarray:
-        if self.blind:
+        if not self.render:
             return np.zeros((*self.frame_size, 3), np.uint8)
         renderer = self._drawing()
         renderer.update_scene(self.world.data, CAMERA)
@@ -137,6 +180,8 @@ class Metaworld:
 
     def _drawing(self) -> mujoco.Renderer:
         if self._renderer is None:
+            if self.shadow_map is not None:
+                self.world.model.vis.quality.shadowsize = self.shadow_map
             try:
                 self._renderer = mujoco.Renderer(self.world.model, *self.frame_size)
             except mujoco.FatalError as error:
@@ -145,7 +190,11 @@ class Metaworld:
 
 
 class ScriptedExpert:
-    """The suite's own expert of the running task; sees the goal and all objects."""
+    """The suite's own expert of the running task; sees the goal and all objects.
+
+    It acts at every control step. For a row of several it rehearses the row: each further action answers the observation
+    that the actions before it lead to.
+    """
 
     def __init__(self, simulator: Metaworld) -> None:
         self.simulator = simulator
@@ -155,9 +204,28 @@ class ScriptedExpert:
         self._expert = ENV_POLICY_MAP[self.simulator.trial.task]()
 
     def act(self, observation: Observation) -> ActionChunk:
-        """One action."""
-        action = self._expert.get_action(self.simulator.full_observation)
-        return ActionChunk(actions=np.clip(action, -1, 1)[None].astype(np.float32))
+        """One row of actions."""
+        actions = [self._action(self.simulator.full_observation)]
+        if self.simulator.control_stride > 1:
+            with self.simulator.rehearsal() as world:
+                while len(actions) < self.simulator.control_stride:
+                    full_observation, *_ = world.step(actions[-1])
+                    actions.append(self._action(full_observation))
+        return ActionChunk(actions=np.concatenate(actions)[None])
+
+    def _action(self, full_observation: np.ndarray) -> np.ndarray:
+        return np.clip(self._expert.get_action(full_observation), -1, 1).astype(np.float32)
+
+
+def stride_embodiment(control_stride: int) -> Embodiment:
+    """The arm with rows of `control_stride` actions side by side: hand_dx_step0, ..., gripper_effort_step0, hand_dx_step1 ..."""
+    if control_stride == 1:
+        return EMBODIMENT
+    return Embodiment(
+        name=f"{EMBODIMENT.name}_{CONTROL_RATE // control_stride}hz",
+        state_names=EMBODIMENT.state_names,
+        action_names=tuple(f"{name}_step{step}" for step in range(control_stride) for name in EMBODIMENT.action_names),
+    )
 
 
 def _below(model: Any, body: int, ancestor: int) -> bool:

@@ -1,0 +1,384 @@
+"""The functions behind the commands, for use from Python: a config or a run's folder in, files out.
+
+`agra` re-exports the public ones. This module wires the rooms together: data, training, policies and diagnostics do not know
+each other beyond what docs/architecture.md allows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from agra import files
+from agra.alignment.teacher import load_teacher
+from agra.checkpoints.folder import artifact_dir, newest, resolve
+from agra.checkpoints.lineage import describe, lineage, record_origin
+from agra.config import RunConfig, VisualRelianceConfig
+from agra.data.features.encoders import codec_file
+from agra.data.features.instructions import InstructionTokens
+from agra.data.features.online import OnlineEncoder
+from agra.data.features.preparation import (
+    Preparation,
+    open_features,
+    open_instructions,
+    write_known_instructions,
+)
+from agra.data.normalization.normalize import NormStats
+from agra.data.sampling.prefetch import Prefetched
+from agra.data.sampling.sampler import WindowSampler
+from agra.data.source import Source, embodiment_stats, open_sources
+from agra.diagnostics.diagnosis import diagnose as run_diagnosis
+from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.monitors.grounding import GroundingMonitor
+from agra.diagnostics.monitors.visual_reliance import VisualRelianceMonitor
+from agra.diagnostics.record import read_diagnosis
+from agra.diagnostics.report.page import PolicyEntry, build_report
+from agra.diagnostics.report.rerun_export import write_recording
+from agra.diagnostics.report.visual_reliance import VISUAL_RELIANCE
+from agra.diagnostics.samples.masks import read_masks, with_masks
+from agra.diagnostics.samples.probe_sample import load_samples
+from agra.diagnostics.samples.sources import (
+    TeacherKind,
+    comparison_teacher,
+    initial_observations,
+    probe_inputs,
+    probe_samples,
+    trained_projectors,
+)
+from agra.diagnostics.study import Over
+from agra.diagnostics.study import study as run_study
+from agra.diagnostics.visual_reliance import measure_visual_reliance
+from agra.evaluation.protocols import Protocol, regime_trials
+from agra.evaluation.rollout import evaluate as run_evaluation
+from agra.methods.method import Method, observation_inputs
+from agra.policies.instructions import FILE as INSTRUCTIONS
+from agra.policies.load import load_policy
+from agra.precision import allow_tensor_cores, local_device
+from agra.rng import seed_everything
+from agra.simulators.registry import make
+from agra.training.distributed import DistributedContext, distributed_context
+from agra.training.initialization import load_initial_weights
+from agra.training.memory_estimate import flops_per_sample
+from agra.training.metrics import ThroughputMeter
+from agra.training.parallelize import ParallelConfig, build, check_batch_size
+from agra.training.plan import peak_flops
+from agra.training.trainer import Monitor, Trainer
+from agra.wam.groot import GR1_ROW, load_groot_head
+
+_RESULTS = ("results.jsonl", "diagnosis")
+
+
+def preparation(config: RunConfig, *, device: str = "cpu") -> Preparation:
+    """The frozen features that the config's stage needs, to be estimated or computed."""
+    return Preparation(config.method, config.data, open_sources(config.data), device=local_device(device))
+
+
+def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
+    """Compute and cache the frozen features that the config's stage needs. Returns their folders."""
+    return preparation(config, device=device).run()
+
+
+def train(
+    config: RunConfig,
+    *,
+    output: Path,
+    init_from: str | Path | None = None,
+    head: str | None = None,
+    head_rows: Sequence[int] = (GR1_ROW,),
+    device: str = "cpu",
+    parallel: ParallelConfig | None = None,
+) -> bool:
+    """Train one stage into `output`, resuming a run there. Returns False if SIGTERM stopped it early.
+
+    A fresh run starts from `init_from` (see `load_initial_weights`) and from the GR00T-N1.5 action head in `head`, where they
+    are given. Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not
+    divide over processes and micro-batches.
+    """
+    parallel = parallel or ParallelConfig()
+    options = {"shard_degree": parallel.shard_degree, "deterministic": parallel.deterministic}
+    with (
+        distributed_context(device, **options) as context,
+        files.lock(output) if context.is_main else nullcontext(),
+    ):
+        allow_tensor_cores(context.device)
+        check_batch_size(
+            config.stage.batch_size,
+            config.method.batch_multiple,
+            parallel.gradient_accumulation_steps,
+            context.world_size,
+        )
+
+        def initialize(method: Method) -> None:
+            if init_from is not None:
+                load_initial_weights(method, init_from, config)
+            if head is not None:
+                _load_head(method, head, head_rows)
+
+        fresh = newest(output) is None
+        if fresh and context.is_main:
+            output.mkdir(parents=True, exist_ok=True)
+            record_origin(output, init_from)
+        return _train(config, output, initialize if fresh else None, parallel, context)
+
+
+def _load_head(method: Method, head: str, rows: Sequence[int]) -> None:
+    parts = method.parts()
+    if not {"bridge", "action_dit"} <= parts.keys():
+        raise ValueError(f"--head: the method {method.config.kind} has no action head of GR00T's shape")
+    load_groot_head(parts["bridge"], parts["action_dit"], head, rows=rows)
+
+
+def _train(
+    config: RunConfig,
+    output: Path,
+    initialize: Callable[[Method], None] | None,
+    parallel: ParallelConfig,
+    context: DistributedContext,
+) -> bool:
+    sources = open_sources(config.data)
+    stats, tokens = embodiment_stats(sources), open_instructions(config.method, config.data, sources)
+    online = OnlineEncoder.open(config.method, config.data, sources, device=context.device)
+    sampler = make_sampler(config, sources, stats, tokens, online, context)
+
+    def make_method() -> Method:
+        seed_everything(config.stage.seed, 2**31 + 1)
+        return config.method.build()
+
+    peak = peak_flops(context.device)
+    meter = ThroughputMeter(
+        device=context.device,
+        flops_per_sample=None if peak is None else flops_per_sample(config),
+        peak_flops=peak,
+    )
+    workers, pin = 1 if online is None else 2, context.device.type == "cuda"
+    with Prefetched(sampler.batch, workers=workers, pin=pin) as batches:
+        trainer = Trainer(
+            config,
+            build(make_method, config.stage, parallel, context, initialize),
+            batch=batches,
+            validation=sampler.validation_batch if sampler.validation else None,
+            output=output,
+            extra_files=_extra_files(config, sources, stats, tokens),
+            monitors=_monitors(config, sampler, stats, tokens, context),
+            sample_names=lambda step: [
+                f"{sources[source].dataset.path}, episode {episode} from step {first}"
+                for source, episode, first in sampler.windows(step)[context.rank :: context.world_size]
+            ],
+            context=context,
+            parallel=parallel,
+            meter=meter,
+        )
+        return trainer.run()
+
+
+def _extra_files(
+    config: RunConfig,
+    sources: Sequence[Source],
+    stats: Mapping[str, NormStats],
+    tokens: InstructionTokens | None,
+) -> dict[str, Callable[[Path], object]]:
+    """Writers of the files of a checkpoint that a policy needs besides the weights."""
+    writers: dict[str, Callable[[Path], object]] = {"norm_stats.json": partial(NormStats.save_all, stats)}
+    if tokens is not None:
+        writers[INSTRUCTIONS] = lambda path: write_known_instructions(path, tokens, sources)
+    codec = config.method.codec
+    if codec is not None and codec.kind == "patch_pca":
+        fitted = codec_file(config.method, config.data, sources)
+        writers["codec.safetensors"] = lambda path: path.write_bytes(fitted.read_bytes())
+    return writers
+
+
+def make_sampler(
+    config: RunConfig,
+    sources: Sequence[Source],
+    stats: Mapping[str, NormStats],
+    tokens: InstructionTokens | None,
+    online: OnlineEncoder | None,
+    context: DistributedContext | None = None,
+) -> WindowSampler:
+    """The sampler of a config's windows. Features that are not cached come from `online`."""
+    context = context or DistributedContext()
+    return WindowSampler(
+        config.data,
+        config.method,
+        sources,
+        open_features(config.method, config.data, sources),
+        stats,
+        batch_size=config.stage.batch_size,
+        seed=config.stage.seed,
+        instructions=tokens,
+        online=online,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+
+
+def _monitors(
+    config: RunConfig,
+    sampler: WindowSampler,
+    stats: Mapping[str, NormStats],
+    tokens: InstructionTokens | None,
+    context: DistributedContext,
+) -> dict[str, Monitor]:
+    """Measures at every validation of the stages that train an action head."""
+    if not config.method.trains_actions:
+        return {}
+    monitors: dict[str, Monitor] = {}
+    if config.monitor.probes:
+        probes = probe_inputs(config, sampler.sources, stats, tokens, context)
+        monitors["grounding"] = GroundingMonitor(probes, config.monitor, seed=config.stage.seed)
+    if config.visual_reliance is not None and sampler.validation:
+        monitors["visual_reliance"] = _visual_reliance_monitor(config, config.visual_reliance, sampler, stats)
+    return monitors
+
+
+def _visual_reliance_monitor(
+    config: RunConfig, reliance: VisualRelianceConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]
+) -> VisualRelianceMonitor:
+    """The initial observations of the first dataset's held-out episodes."""
+    source = sampler.sources[0]
+    statistics = stats[source.dataset.embodiment]
+    dimensions, step = reliance.select(source.dataset.action_names), reliance.step
+
+    def targets(actions: Tensor) -> np.ndarray:
+        narrow = actions[..., : statistics.width("action")].float().cpu().numpy()
+        values = statistics.unnormalize("action", narrow)
+        return values[:, min(step, values.shape[1] - 1), dimensions]
+
+    batch = sampler.first_batch()
+    instructions = [source.dataset.instruction(episode) for episode in source.validation]
+    inputs = observation_inputs(batch, config.method)
+    return VisualRelianceMonitor(inputs, batch.actions, instructions, targets, seed=config.stage.seed)
+
+
+def diagnose(
+    run: str | Path,
+    *,
+    simulator: str,
+    samples: int,
+    seed: int = 0,
+    device: str = "cpu",
+    config: DiagnosisConfig | None = None,
+    teacher: TeacherKind = "own",
+    probes: Path | None = None,
+    masks: Path | None = None,
+) -> Path:
+    """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
+
+    The samples come from `probes`, a folder of `agra probes`, where it is given, and else from the simulator. `masks` are
+    annotations of their frames (`agra.diagnostics.samples.masks`).
+    """
+    policy = load_policy(run, device=device)
+    settings = comparison_teacher(policy.config, teacher)
+    network = None if settings is None else load_teacher(settings).to(policy.device)
+    projectors = trained_projectors(run) if network is not None and teacher == "own" else None
+    if projectors is not None:  # in the type of the hidden states that they read
+        projectors = projectors.to(policy.device, next(policy.method.parameters()).dtype)
+    output = artifact_dir(run) / "diagnosis"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    reliance = policy.config.visual_reliance if probes is None else None
+    initial, action_names = [], ()
+    if probes is not None:
+        moments = load_samples(probes)
+    else:
+        env = make(simulator)
+        try:
+            moments = probe_samples(env, samples, policy.config)
+            if reliance is not None:
+                initial, action_names = initial_observations(env, reliance.step + 1), env.embodiment.action_names
+        finally:
+            env.close()
+    run_diagnosis(
+        policy,
+        moments if masks is None else with_masks(moments, read_masks(masks)),
+        output,
+        teacher=None if network is None else lambda frames: network(frames).cpu().numpy(),
+        teacher_name="" if settings is None else settings.kind,
+        projectors=projectors,
+        seed=seed,
+        config=config,
+    )
+    if reliance is not None:
+        result = measure_visual_reliance(policy, initial, action_names, reliance, seed=seed)
+        result.save(output / VISUAL_RELIANCE)
+    return output
+
+
+def study(
+    config: RunConfig,
+    *,
+    over: Over,
+    output: Path,
+    layers: Sequence[int] | None = None,
+    init_from: str | Path | None = None,
+    simulator: str | None = "tabletop",
+    limit: int | None = None,
+    samples: int = 40,
+    device: str = "cpu",
+) -> Path:
+    """Train, evaluate and diagnose a variant for every layer (`agra.diagnostics.study`). Returns `output`/study.json.
+
+    Every variant starts from `init_from`, a checkpoint of the adapt or the joint stage. Projectors of layers that were not
+    aligned there start fresh. `limit` trials of each regime are played, all by default, and `samples` are diagnosed. Without a
+    `simulator` the losses alone are compared.
+    """
+
+    def judge(run: Path, name: str) -> None:
+        if simulator is None:
+            return
+        env = make(simulator)
+        try:
+            run_evaluation(
+                load_policy(run, name=name, device=device),
+                env,
+                regime_trials(env, limit=limit),
+                output=run / "results.jsonl",
+                protocol=Protocol(),
+                policy_name=name,
+            )
+        finally:
+            env.close()
+        if samples and not (run / "diagnosis" / "diagnosis.json").is_file():
+            settings = DiagnosisConfig(gallery=0)
+            diagnose(run, simulator=simulator, samples=samples, device=device, config=settings)
+
+    def train_variant(variant: RunConfig, run: Path) -> bool:
+        return train(variant, output=run, init_from=init_from, device=device)
+
+    return run_study(config, over=over, output=output, layers=layers, train=train_variant, judge=judge)
+
+
+def report(policies: Sequence[str | Path], *, output: Path, studies: Sequence[Path] = ()) -> Path:
+    """Write an HTML report comparing policies, from the logs, results and diagnoses of each run and its parent stages.
+
+    `studies` are folders of `agra study`.
+    """
+    return build_report([_entry(policy) for policy in policies], output, studies=studies)
+
+
+def record(policies: Sequence[str | Path], *, output: Path) -> Path:
+    """Write the galleries of policies' diagnoses as one recording for the Rerun viewer."""
+    entries = [_entry(policy) for policy in policies]
+    missing = [entry.name for entry in entries if entry.diagnosis is None]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no diagnosis; run `agra diagnose` first")
+    return write_recording([(e.name, read_diagnosis(e.diagnosis)) for e in entries if e.diagnosis is not None], output)
+
+
+def _entry(policy: str | Path) -> PolicyEntry:
+    checkpoint, folder = resolve(policy), artifact_dir(policy)
+    stages = lineage(policy)
+    results, diagnosis = (
+        next((place / name for place in (folder, checkpoint) if (place / name).exists()), None) for name in _RESULTS
+    )
+    return PolicyEntry(
+        name=folder.name,
+        description=describe(stages),
+        training_logs={stage.config.stage.name: stage.metrics for stage in stages if stage.metrics is not None},
+        results=results,
+        diagnosis=diagnosis,
+        config=checkpoint / "config.json",
+    )

@@ -1,0 +1,5 @@
+"""`python -m agra.cli`."""
+
+from agra.cli.main import main
+
+main()

@@ -1,0 +1,117 @@
+"""Command-line parsing: functions and options classes to flags, and the flags of a recipe's config."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from agra.cli.renamed import check_renamed
+
+if TYPE_CHECKING:
+    from agra.config import RunConfig
+
+Command = Callable[[list[str]], None]
+
+
+def command(function: Callable[..., None]) -> Command:
+    """A command whose flags are the function's parameters."""
+    name = function.__name__.replace("_", "-")
+
+    def run(arguments: list[str]) -> None:
+        check_renamed(name, arguments)
+        call = tyro.cli(_deferred(function), args=arguments, prog=f"agra {name}")
+        call()
+
+    run.__doc__ = function.__doc__
+    return run
+
+
+def recipe_arguments(name: str, arguments: list[str], options: type) -> tuple:
+    """Parse RECIPE, --stage NAME, --with PRESET ..., the `options`, and every field of the config as a flag.
+
+    Returns the options and the `RunConfig`.
+    """
+    from agra.recipes import PRESETS, RECIPES, compose
+    from agra.stages import Stage
+
+    if not arguments or arguments[0].startswith("-"):
+        print(
+            f"usage: agra {name} RECIPE [--stage {{{','.join(Stage)}}}] [--with PRESET ...] [flags]; "
+            f"recipes: {', '.join(RECIPES)}; presets: {', '.join(PRESETS)}; "
+            f"`agra {name} RECIPE --help` lists the flags"
+        )
+        raise SystemExit(0 if "-h" in arguments or "--help" in arguments else 2)
+    recipe, *rest = arguments
+    if recipe not in RECIPES:
+        raise ValueError(unknown("recipe", recipe, RECIPES))
+    check_renamed(name, rest)
+    stages, rest = _take("--stage", rest)
+    presets, rest = _take("--with", rest)
+    for kind, given, choices in (("stage", stages, list(Stage)), ("preset", presets, PRESETS)):
+        for value in given:
+            if value not in choices:
+                raise ValueError(unknown(kind, value, choices))
+    config = compose(recipe, Stage(stages[-1]) if stages else Stage.JOINT, presets)
+    return _parse(f"agra {name} {recipe}", config, rest, options)
+
+
+def with_mixture(config: "RunConfig", path: Path | None) -> "RunConfig":
+    """The config with the datasets that a JSON file lists."""
+    if path is None:
+        return config
+    from agra.config import read_mixture
+
+    return replace(config, data=replace(config.data, mixture=read_mixture(path)))
+
+
+def use_threads(threads: int | None) -> None:
+    """Set torch's number of threads. None leaves it alone, and torch unimported."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def unknown(kind: str, name: str, choices: Sequence[str] | dict) -> str:
+    """An error message for a name that is not among the choices."""
+    names = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return f"unknown {kind} {name!r}; did you mean {close[0]!r}? Available: {', '.join(names)}"
+
+
+def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """`function` with the same signature, returning the call to make: a parsing error then never looks like its own."""
+
+    @wraps(function)
+    def later(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return partial(function, *arguments, **options)
+
+    return later
+
+
+def _take(flag: str, arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The values after `flag` up to the next flag, and the arguments without them."""
+    if flag not in arguments:
+        return [], arguments
+    start = arguments.index(flag)
+    end = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("-")), len(arguments))
+    return arguments[start + 1 : end] or [""], arguments[:start] + arguments[end:]
+
+
+def _parse(program: str, config: "RunConfig", rest: list[str], options: type) -> tuple:
+    from agra.config import RunConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class Arguments:
+        run: Annotated[options, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+        config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: config)
+
+    settings = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    parsed = tyro.cli(Arguments, args=rest, prog=program, config=settings)
+    return parsed.run, parsed.config
+
+

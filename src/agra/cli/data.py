@@ -1,0 +1,164 @@
+"""`agra collect`, `doctor`, `convert` and `prepare`: datasets and their frozen features."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from agra.cli.arguments import recipe_arguments, with_mixture
+
+
+def collect(
+    simulator: Annotated[str, tyro.conf.Positional],
+    output: Path,
+    episodes: int | None = None,
+    per_task: int | None = None,
+    tasks: tuple[str, ...] | None = None,
+    noise: dict[str, float] | None = None,
+    noise_correlation: float = 0.8,
+    seed: int = 0,
+    workers: int = 2,
+) -> None:
+    """Record demonstrations of the scripted expert as a LeRobot v3.0 dataset. Resumes after an interruption.
+
+    Args:
+        simulator: a registered simulator, e.g. tabletop.
+        output: folder of the new dataset. Where it holds these very demonstrations, nothing happens.
+        episodes: number of demonstrations, of any task that the simulator's scenes show. 200 without --per-task.
+        per_task: number of demonstrations of each task.
+        tasks: tasks of --per-task. By default all of the simulator.
+        noise: standard deviation of the noise on executed actions, by pattern over their names, e.g. 'hand_d*' 0.25. The
+            dataset keeps the expert's own actions. By default the simulator's usual noise.
+        noise_correlation: correlation of the noise of --noise between neighbouring rows.
+        seed: decides every scene and all noise. The number of workers changes nothing.
+        workers: processes that play episodes side by side.
+    """
+    from agra.evaluation.collect import ActionNoise
+    from agra.evaluation.collect import collect as run
+
+    result = run(
+        simulator,
+        output,
+        episodes=200 if episodes is None and per_task is None else episodes,
+        per_task=per_task,
+        tasks=tasks,
+        seed=seed,
+        workers=workers,
+        noise=None if noise is None else ActionNoise(std=noise, correlation=noise_correlation),
+    )
+    if result.already_there:
+        print(f"{output}: already there")
+    else:
+        print(f"{output}: {result.episodes} demonstrations, {result.frames} rows, {result.attempts} attempts")
+
+
+def doctor(
+    dataset: Annotated[str, tyro.conf.Positional],
+    camera: str | None = None,
+    every_frame: bool = False,
+    seal: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Check a dataset for everything that can silently spoil training. Exit code 1 where it finds an error.
+
+    Args:
+        dataset: a LeRobot dataset of version 2.0, 2.1 or 3.0, a folder or a hub id.
+        camera: check this camera only. By default all.
+        every_frame: decode every episode instead of three.
+        seal: write checksums of all files as they are now. Reading then finds any damage.
+        json: write the findings here, for machines.
+    """
+    from agra.data.doctor.doctor import examine
+    from agra.data.lerobot.checksums import seal as write_checksums
+    from agra.files import write_text
+    from agra.hub import dataset_folder
+
+    if seal:
+        print(write_checksums(dataset_folder(dataset)))
+    diagnosis = examine(dataset, camera=camera, every_frame=every_frame)
+    diagnosis.print()
+    if json is not None:
+        write_text(json, diagnosis.to_json() + "\n")
+    if not diagnosis.healthy:
+        raise SystemExit(1)
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    output: Path,
+    kind: Literal["lerobot", "egodex", "libero", "robomimic"] = "lerobot",
+    version: Literal["v2.0", "v2.1", "v3.0"] = "v3.0",
+    limit: int | None = None,
+    instruction: str | None = None,
+    fps: int | None = None,
+) -> None:
+    """Write a dataset in another format: LeRobot of any version, from LeRobot, EgoDex, or LIBERO's or robomimic's HDF5.
+
+    Args:
+        source: the dataset: a folder or a hub id. For HDF5 a file, or a folder of files.
+        output: folder of the new dataset.
+        kind: the source's format.
+        version: LeRobot version to write, for a LeRobot source. The others become v3.0.
+        limit: convert only this many EgoDex trajectories.
+        instruction: the instruction of HDF5 demonstrations, where the files have none.
+        fps: control rate of HDF5 demonstrations, where the files have none.
+    """
+    if kind != "lerobot" and version != "v3.0":
+        raise ValueError(f"--version {version}: {kind} is written as v3.0; convert the result")
+    if kind == "lerobot":
+        from agra.data.importers.lerobot_versions import convert as run
+
+        run(source, output, version)
+    elif kind == "egodex":
+        from agra.data.importers.egodex import convert_egodex
+
+        convert_egodex(Path(source), output, limit=limit)
+    else:
+        from agra.data.importers.robomimic import convert_hdf5
+
+        path = Path(source)
+        files = sorted(path.glob("*.hdf5")) if path.is_dir() else [path]
+        convert_hdf5(files, output, kind=kind, instruction=instruction, fps=fps)
+    print(output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Options of `agra prepare`."""
+
+    device: str = "cpu"
+    """cpu or cuda. Under torchrun each process takes the GPU of its local rank."""
+    mixture: Path | None = None
+    """JSON list of the datasets to mix, as for `agra train`."""
+    estimate: bool = False
+    """Print the episodes to compute, the size and the time, and the cost of encoding while training instead. Compute
+    nothing."""
+    rank: int = int(os.environ.get("RANK", 0))
+    """Number of this process among several. Each computes its share of the episodes. By default torchrun's."""
+    world_size: int = int(os.environ.get("WORLD_SIZE", 1))
+    """Number of processes. By default torchrun's."""
+
+
+def prepare(arguments: list[str]) -> None:
+    """Cache the frozen features of a recipe: agra prepare RECIPE --data.path DATASET [--stage adapt]"""
+    options, config = recipe_arguments("prepare", arguments, PrepareOptions)
+    config = with_mixture(config, options.mixture)
+    from agra.api import preparation
+    from agra.training.encoding_cost import encoding_costs
+
+    if not 0 <= options.rank < options.world_size:
+        raise ValueError(f"--rank {options.rank}: expected 0 to {options.world_size - 1}, given --world-size")
+    features = preparation(config, device=options.device)
+    if options.estimate:
+        for cost in encoding_costs(config, features.sources):
+            print(cost, file=sys.stderr)
+    for source, expected in features.estimate() if options.rank == 0 else ():
+        print(f"{source.dataset.path}: {expected}", file=sys.stderr)
+        if expected.bytes > expected.free_bytes:
+            raise ValueError(f"{config.data.cache}: {expected}; choose another --data.cache")
+    if not options.estimate:
+        for folder in features.run(rank=options.rank, world_size=options.world_size):
+            print(folder)

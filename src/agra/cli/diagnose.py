@@ -1,0 +1,153 @@
+"""`agra diagnose`, `report`, `probes` and `study`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from agra.cli.arguments import recipe_arguments
+
+
+def diagnose(
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional],
+    simulator: str = "tabletop",
+    samples: int = 40,
+    noise_samples: int = 2,
+    background_sets: int = 2,
+    gallery: int = 6,
+    maps: tuple[Literal["zero", "mean", "shuffle", "swap"], ...] = ("mean", "zero"),
+    layers: tuple[int, ...] | None = None,
+    teacher: Literal["own", "packaged_dinov2_small", "dinov2", "siglip", "none"] = "own",
+    probes: Path | None = None,
+    masks: Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Diagnose policies by attention, interventions and PCA, into the folder `diagnosis` of each run.
+
+    The samples are moments of the scripted expert's episodes on evaluation trials, the same for every policy, with the
+    interaction mask that the simulator renders. With --probes they are those of a folder that `agra probes` wrote.
+
+    Args:
+        policies: checkpoint or run folders, or names of policies that come with agra.
+        simulator: the simulator of the samples.
+        samples: number of samples, spread evenly over the four regimes.
+        noise_samples: samples of video and action noise for each probe sample.
+        background_sets: background sets for each probe sample and noise sample.
+        gallery: samples that get maps and pictures.
+        maps: interventions of the sensitivity maps.
+        layers: layers to measure and picture. By default those that the action head reads.
+        teacher: the visual encoder that hidden states are compared with. `own` is the recipe's, or else the packaged DINOv2.
+        probes: a folder of samples instead of the simulator.
+        masks: annotations of the samples' frames: COCO, CVAT or labelme.
+        seed: decides the noise and the background sets.
+        device: the policies' device.
+    """
+    from agra.api import diagnose as run
+    from agra.diagnostics.instruments.sample import DiagnosisConfig
+
+    config = DiagnosisConfig(
+        noise_samples=noise_samples,
+        background_sets=background_sets,
+        gallery=gallery,
+        map_kinds=maps,
+        layers=layers,
+    )
+    for policy in policies:
+        run(
+            policy,
+            simulator=simulator,
+            samples=samples,
+            seed=seed,
+            device=device,
+            config=config,
+            teacher=teacher,
+            probes=probes,
+            masks=masks,
+        )
+
+
+def report(
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional],
+    output: Path = Path("report.html"),
+    studies: tuple[Path, ...] = (),
+    rerun: Path | None = None,
+) -> None:
+    """Write one HTML page that compares runs: training, evaluation, grounding, pictures.
+
+    Args:
+        policies: run folders or names of policies that come with agra. The report shows their metrics.jsonl, results.jsonl
+            and diagnosis/, as far as they exist, and the metrics of the stages that they started from.
+        output: the page.
+        studies: folders of `agra study`.
+        rerun: write the galleries as a .rrd recording for the Rerun viewer as well.
+    """
+    from agra.api import record
+    from agra.api import report as run
+
+    print(run(policies, output=output, studies=studies))
+    if rerun is not None:
+        print(record(policies, output=rerun))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesOptions:
+    """Options of `agra probes`."""
+
+    output: Path
+    """Folder of the samples."""
+    simulator: str | None = None
+    """Record this simulator's scripted expert, with masks. None takes the recipe's dataset, without masks."""
+    samples: int = 24
+    """Number of samples."""
+
+
+def probes(arguments: list[str]) -> None:
+    """Write probe samples, and their frames as pictures to annotate: agra probes RECIPE --output DIR [--data.path ...]"""
+    options, config = recipe_arguments("probes", arguments, ProbesOptions)
+    from agra.diagnostics.samples.probe_sample import save_samples
+    from agra.diagnostics.samples.sources import dataset_samples, probe_samples, write_pictures
+    from agra.simulators.registry import make
+
+    if options.simulator is None:
+        samples = dataset_samples(config, options.samples)
+    else:
+        env = make(options.simulator)
+        try:
+            samples = probe_samples(env, options.samples, config)
+        finally:
+            env.close()
+    save_samples(samples, options.output)
+    write_pictures(samples, options.output / "pictures")
+    print(options.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Options of `agra study`."""
+
+    output: Path
+    """Folder of the study."""
+    over: Literal["alignment", "bridge"]
+    """Fig. 10: each layer aligned alone. Fig. 11: each layer read alone."""
+    layers: tuple[int, ...] | None = None
+    """By default all that the recipe's action head reads."""
+    init_from: str | None = None
+    """Starting point of every variant, such as a run of the adapt stage."""
+    simulator: str | None = "tabletop"
+    """None leaves evaluation and diagnosis out."""
+    limit: int | None = 10
+    """Trials of each regime."""
+    samples: int = 40
+    """Samples of the diagnosis. 0 leaves it out."""
+    device: str = "cpu"
+    """Device of training and evaluation."""
+
+
+def study(arguments: list[str]) -> None:
+    """Train, evaluate and diagnose one variant for every layer: agra study RECIPE --over alignment --output DIR"""
+    options, config = recipe_arguments("study", arguments, StudyOptions)
+    from agra.api import study as run
+
+    print(run(config, **vars(options)))

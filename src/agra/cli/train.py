@@ -1,0 +1,76 @@
+"""`agra train`, `plan` and `recipes`."""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from agra.cli.arguments import recipe_arguments, use_threads, with_mixture
+
+
+def train(arguments: list[str]) -> None:
+    """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
+    from agra.api import train as run
+    from agra.training.parallelize import ParallelConfig
+    from agra.wam.groot import GR1_ROW
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainOptions:
+        output: Path
+        """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
+        init_from: str | None = None
+        """Checkpoint or run folder of the stage before, or a diffusers model (folder, or hub id with or without
+        @revision) for its transformer."""
+        head: str | None = None
+        """A GR00T-N1.5 model (folder or hub id) for its action head."""
+        head_rows: tuple[int, ...] = (GR1_ROW,)
+        """Its embodiments that ours start from, one for each or one for all. None leaves encoders and decoder fresh."""
+        mixture: Path | None = None
+        """JSON list of the datasets to mix, each with the fields of `--data` that it sets (path, embodiment, weight ...)."""
+        augment: bool = False
+        """GR00T's image augmentation of clips that are decoded while training (--data.cached must be empty)."""
+        parallel: ParallelConfig = field(default_factory=ParallelConfig)
+        device: str = "cpu"
+        """cpu or cuda. Under torchrun each process takes the GPU of its local rank."""
+        threads: int | None = None
+        """Threads of torch. By default OMP_NUM_THREADS, or all cores."""
+
+    options, config = recipe_arguments("train", arguments, TrainOptions)
+    config = with_mixture(config, options.mixture)
+    if options.augment:
+        from agra.data.config import AugmentConfig
+
+        config = replace(config, data=replace(config.data, augment=AugmentConfig()))
+    use_threads(options.threads)
+    finished = run(
+        config,
+        output=options.output,
+        init_from=options.init_from,
+        head=options.head,
+        head_rows=options.head_rows,
+        device=options.device,
+        parallel=options.parallel,
+    )
+    if not finished:
+        print(f"stopped by SIGTERM; the same command resumes from {options.output}", file=sys.stderr)
+
+
+def plan(arguments: list[str]) -> None:
+    """Check before launch what fits: agra plan RECIPE --gpus 8 --gpu-memory 80 [--stage joint] [--with PRESET ...]"""
+    from agra.training.plan import Machines, describe
+    from agra.training.plan import plan as run
+
+    machines, config = recipe_arguments("plan", arguments, Machines)
+    result = run(config, machines)
+    print(describe(result, config, machines))
+    if result.hours == float("inf"):
+        raise SystemExit(1)
+
+
+def recipes() -> None:
+    """List the recipes, a row of the paper each, and the presets that --with adds to any of them."""
+    from agra.recipes import PRESETS, RECIPES
+
+    for title, table in (("recipes", RECIPES), ("presets, for --with", PRESETS)):
+        print(f"# {title}")
+        for name, function in table.items():
+            print(f"{name:28}{(function.__doc__ or '').strip().splitlines()[0]}")

@@ -1,0 +1,170 @@
+"""Settings of the training data: the datasets, how each is read, sampled and augmented. Opens no files."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from agra.data.normalization.normalize import NORMALIZATIONS, Normalization
+
+EGO_VIEW = "observation.images.ego_view"
+PastEnd = Literal["repeat", "mask", "inside"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A LeRobot dataset of any version: the columns and cameras to read, and the windows to draw.
+
+    `state` and `action` list keys of the dataset's `meta/modality.json` in the order that the model sees them, or names
+    of whole columns, each as KEY or KEY:METHOD. Empty means the whole of `observation.state` or `action`.
+    """
+
+    path: str = ""  # a folder, or a hub id OWNER/NAME[/FOLDER]
+    revision: str | None = None  # of a hub id
+    embodiment: str = ""  # instead of the dataset's own `robot_type`
+    camera: str = EGO_VIEW  # a feature, or its name in modality.json
+    extra_cameras: tuple[str, ...] = ()  # set to the right of it and scaled to its height
+    crop_rows: tuple[int, int] | None = None  # [first, end) of the recorded frame, cropped before anything resizes it
+    crop_columns: tuple[int, int] | None = None
+    state: tuple[str, ...] = ()
+    action: tuple[str, ...] = ()
+    relative: tuple[str, ...] = ()  # keys of `action` that are movements: past an episode's end they are 0
+    missing_keys: tuple[str, ...] = ()  # keys of the embodiment that this dataset lacks: zeros, masked out of the loss
+    normalization: Normalization = "min_max"  # of the keys that name no method
+    instruction_key: str = ""  # an annotation column of task numbers instead of `task_index`
+    strip_prefixes: tuple[str, ...] = ()  # what an instruction may begin with and is taken off
+    row_stride: int = 1  # keep every n-th row: a lower control rate, for absolute actions only
+    frame_stride: int = 1  # control steps between a window's frames: 1 in simulation, 3 on the robot
+    horizon: int | None = None  # actions of a window that are learned; None: the model's
+    past_end: PastEnd = "repeat"  # past the episode: repeat the last row, mask those actions, or draw no such window
+    training_episodes: int | None = None  # train on the first so many episodes only
+    weight: float = 1.0  # share of the windows, relative to the other sources
+
+    def __post_init__(self) -> None:
+        for name in ("row_stride", "frame_stride", "horizon", "training_episodes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: expected at least 1, got {value}")
+        for name in ("crop_rows", "crop_columns"):
+            span = getattr(self, name)
+            if span is not None and not 0 <= span[0] < span[1]:
+                raise ValueError(f"data.{name}: expected 0 <= first < end, got {span}")
+        if not self.weight > 0:
+            raise ValueError(f"data.weight: expected a positive share, got {self.weight}")
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"data.normalization: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
+        if self.past_end not in ("repeat", "mask", "inside"):
+            raise ValueError(f"data.past_end: expected repeat, mask or inside, got {self.past_end!r}")
+        for quantity in ("state", "action"):
+            names = [name for name, _ in self.keys(quantity)]
+            if len(set(names)) != len(names):
+                raise ValueError(f"data.{quantity}: expected different keys, got {', '.join(names)}")
+        keys = {name for quantity in ("state", "action") for name, _ in self.keys(quantity)}
+        for name in ("missing_keys", "relative"):
+            unknown = [key for key in getattr(self, name) if key not in keys]
+            if unknown:
+                raise ValueError(f"data.{name}: {unknown[0]!r} is none of the keys of state and action")
+        if self.relative and self.row_stride > 1:
+            raise ValueError(
+                f"data.row_stride: {self.row_stride} would leave out movements of the relative keys {self.relative}"
+            )
+
+    def keys(self, quantity: str) -> tuple[tuple[str, Normalization], ...]:
+        """(key, method) of "state" or "action", in order. Raises ValueError for an unknown method."""
+        keys = []
+        for spelled in getattr(self, quantity):
+            name, _, method = spelled.partition(":")
+            method = method or self.normalization
+            if not name or method not in NORMALIZATIONS:
+                raise ValueError(
+                    f"data.{quantity}: expected KEY or KEY:METHOD with a method of {', '.join(NORMALIZATIONS)}, got {spelled!r}"
+                )
+            keys.append((name, method))
+        return tuple(keys)
+
+    def crop(self, frames: np.ndarray, what: str) -> np.ndarray:
+        """(..., H, W, 3) cut to the source's rows and columns. Raises ValueError naming `what` where they are not there."""
+        for axis, span in ((-3, self.crop_rows), (-2, self.crop_columns)):
+            if span is None:
+                continue
+            if span[1] > frames.shape[axis]:
+                name = "rows" if axis == -3 else "columns"
+                raise ValueError(f"{what}: expected {name} {span[0]} to {span[1]}, but there are {frames.shape[axis]}")
+            frames = frames[..., span[0] : span[1], :, :] if axis == -3 else frames[..., span[0] : span[1], :]
+        return frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Strength of GR00T's image augmentation (`agra.data.sampling.augment`). A value of 0 (a crop of 1) turns that change off."""
+
+    crop: float = 0.95  # fraction of height and width that is kept
+    brightness: float = 0.3
+    contrast: float = 0.4
+    saturation: float = 0.5
+    hue: float = 0.08
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"data.augment.crop: expected a number in (0, 1], got {self.crop}")
+        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"data.augment.{name}: expected 0 to {most}, got {getattr(self, name)}")
+
+
+CachedName = Literal["latents", "frame_latents", "targets", "frames"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """The datasets, the sampling of windows from them, and the cache of their frozen features.
+
+    Its own fields describe the one dataset at `path`. With a `mixture` those of its sources count instead, and `path` is
+    the folder that their paths are relative to: read `sources` or `source`, never the fields. Frame size, number of frames
+    and horizon of a window belong to the method.
+    """
+
+    mixture: tuple[SourceConfig, ...] = ()
+    cache: str = "cache"  # folder of frozen features, shared by all runs
+    cached: tuple[CachedName, ...] = ("latents", "frame_latents", "targets", "frames")  # others are made while training
+    embodiments: tuple[str, ...] = ("tabletop",)  # an embodiment's place is its row in the embodiment banks
+    validation_fraction: float = 0.05  # of each dataset's episodes, the last ones, which training never sees
+    early_window_fraction: float = 0.0  # not in the paper: fraction of the windows that start early in an episode,
+    early_window_steps: int = 10  # within so many control steps
+    # not in the paper: only windows from these first control steps have teacher targets
+    target_steps: int | None = None
+    augment: AugmentConfig | None = None  # of clips that are decoded while training
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_window_steps < 1:
+            raise ValueError(f"data.early_window_steps: expected at least 1, got {self.early_window_steps}")
+        if self.target_steps is not None and self.target_steps < 1:
+            raise ValueError(f"data.target_steps: expected at least 1 or None, got {self.target_steps}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction: expected a number in [0, 1), got {self.validation_fraction}")
+        if not 0 <= self.early_window_fraction <= 1:
+            raise ValueError(
+                f"data.early_window_fraction: expected a number in [0, 1], got {self.early_window_fraction}"
+            )
+        if not self.embodiments or len(set(self.embodiments)) != len(self.embodiments):
+            raise ValueError(f"data.embodiments: expected different names, got {self.embodiments}")
+        if self.augment is not None and self.cached:
+            raise ValueError(f"data.augment: cached features are not augmented; set data.cached to nothing, got {self.cached}")
+        unnamed = [source.path for source in self.mixture if not source.embodiment]
+        if unnamed:
+            raise ValueError(f"data.mixture: name the embodiment of every source, {unnamed[0]!r} has none")
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The datasets that are sampled."""
+        return self.mixture or (self,)
+
+    @property
+    def root(self) -> str:
+        """The folder that the sources' paths are relative to, or empty."""
+        return self.path if self.mixture else ""
+
+    def source(self, embodiment: str) -> SourceConfig:
+        """The way in which an embodiment's observations are seen: that of its first source."""
+        return next((source for source in self.mixture if source.embodiment == embodiment), self)

@@ -1,0 +1,315 @@
+"""`agra doctor`: everything that can silently spoil training on a dataset, found before it does.
+
+An error is what reading would stop at or get wrong, a warning what training would suffer from, a note what one should know.
+The traps are those of docs/paper.md section 3 that lie in data: padding, angles, prefixes, windows past the end.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from agra.data.doctor import checks
+from agra.hub import dataset_folder
+from agra.data.lerobot.checksums import CHECKSUMS, dataset_files
+from agra.data.lerobot.layout import EPISODES_STATS, STATS
+from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.config import SourceConfig
+from agra.data.normalization.statistics import describe_stream
+from agra.data.lerobot.tables import read_json, read_table
+from agra.data.lerobot.video import inspect_video
+
+Level = Literal["error", "warning", "note"]
+_LOOKED_AT = 3  # episodes that are decoded, unless all are asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that the doctor found: how bad, which check, where, and what to do about it."""
+
+    level: Level
+    check: str
+    where: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What is to be said of a dataset."""
+
+    path: str
+    facts: Mapping[str, Any]
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is no error."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def to_json(self) -> str:
+        """The same for machines."""
+        content = {"path": self.path, "healthy": self.healthy, "facts": dict(self.facts)}
+        return json.dumps(content | {"findings": [asdict(f) for f in self.findings]}, indent=2, ensure_ascii=False)
+
+    def print(self) -> None:
+        """The same for people."""
+        console = Console()
+        console.print(
+            f"{self.path}: {', '.join(f'{value} {name}' for name, value in self.facts.items()) or 'unreadable'}"
+        )
+        table = Table("", "check", "where", "what")
+        for finding in self.findings:
+            table.add_row(finding.level, finding.check, finding.where, finding.message)
+        console.print(table if self.findings else "nothing to complain about")
+
+
+def examine(path: str | Path, *, camera: str | None = None, every_frame: bool = False) -> Diagnosis:
+    """Examine a dataset, through all of its cameras or one. Nothing is raised for what is wrong with it: it is found.
+
+    Three episodes are decoded, or with `every_frame` all of them.
+    """
+    try:
+        root = dataset_folder(str(path))
+        first = LeRobotDataset(root, source=SourceConfig(camera=camera or _any_camera(root)))
+    except (ValueError, OSError) as error:
+        return Diagnosis(path=str(path), facts={}, findings=(_error("metadata", str(path), error),))
+    rows, broken = _read_rows(first)
+    found = [
+        *_files(first),
+        *broken,
+        *(_numbers(first, rows) if rows else ()),
+        *_statistics(first, rows),
+        *_instructions(first, rows),
+        *_times(first, rows),
+    ]
+    for name in [camera] if camera else first.layout.names("video", "image"):
+        found += _pictures(first, name, every_frame)
+    order = {"error": 0, "warning": 1, "note": 2}
+    facts = {
+        "episodes": first.num_episodes,
+        "rows": int(first.lengths.sum()),
+        "frames/s": first.fps,
+        "version": first.layout.version,
+    }
+    return Diagnosis(path=str(path), facts=facts, findings=tuple(sorted(found, key=lambda f: order[f.level])))
+
+
+def _any_camera(path: Path) -> str:
+    """A camera to open the dataset with; "" leaves the complaint to the reader."""
+    info = path / "meta/info.json"
+    features = read_json(info).get("features") if info.is_file() else None
+    if not isinstance(features, dict):
+        return ""
+    return next((n for n, f in features.items() if isinstance(f, dict) and f.get("dtype") in ("video", "image")), "")
+
+
+def _error(check: str, where: str, error: Exception) -> Finding:
+    return Finding(level="error", check=check, where=where, message=" ".join(str(error).split()))
+
+
+def _warning(check: str, where: str, message: str) -> Finding:
+    return Finding(level="warning", check=check, where=where, message=message)
+
+
+def _note(check: str, where: str, message: str) -> Finding:
+    return Finding(level="note", check=check, where=where, message=message)
+
+
+def _files(dataset: LeRobotDataset) -> Iterator[Finding]:
+    """Checksums, empty files, files that no episode uses."""
+    layout = dataset.layout
+    used = {e.data for e in layout.entries} | {path for e in layout.entries for path, _ in e.videos.values()}
+    for name in dataset_files(dataset.path):
+        path = dataset.path / name
+        if path.stat().st_size == 0:
+            yield Finding(level="error", check="files", where=name, message="is empty")
+        if not name.startswith("meta/") and path not in used and not name.startswith("videos/"):
+            yield _note("files", name, "no episode's rows lie in it")
+        try:
+            dataset.seal.verify(path)
+        except (ValueError, OSError) as error:
+            yield _error("checksum", name, error)
+    if not dataset.seal.checksums:
+        yield _note("checksum", CHECKSUMS, "there are none: damage that still decodes goes unseen; agra doctor --seal")
+    if not dataset.info.get("robot_type") or dataset.info["robot_type"] == "unknown":
+        yield _note("embodiment", "meta/info.json", "robot_type is not told: name it with data.embodiment")
+
+
+def _read_rows(dataset: LeRobotDataset) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[Finding]]:
+    """(states, actions) of every episode that can be read, and one error for each file that cannot."""
+    rows, broken = {}, {}
+    for index, entry in enumerate(dataset.layout.entries):
+        if entry.data in broken:
+            continue
+        try:
+            rows[index] = dataset.states(index), dataset.actions(index)
+        except (ValueError, OSError) as error:
+            name = entry.data.relative_to(dataset.path).as_posix()
+            broken[entry.data] = _error("rows", name, error)
+    return rows, list(broken.values())
+
+
+def _numbers(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Finding]:
+    names = {"observation.state": dataset.state_names, "action": dataset.action_names}
+    episodes = list(rows)
+    for place, (quantity, called) in enumerate(names.items()):
+        values = [pair[place] for pair in rows.values()]
+        described = describe_stream(lambda values=values: iter(values))
+        still = checks.constant_dimensions(described["min"], described["max"])
+        if still:
+            listed = ", ".join(called[i] for i in still[:8]) + (" ..." if len(still) > 8 else "")
+            message = (
+                f"never change: {listed} ({len(still)} of {len(called)}); leave them out with data.state, data.action"
+            )
+            yield _warning("constant", quantity, message)
+        for jump in checks.jumps(values):
+            advice = "an angle that wraps: normalise it with sin_cos" if checks.is_turn(jump.size) else "look at it"
+            where = f"{quantity} {called[jump.dimension]}, episode {episodes[jump.episode]}, step {jump.step}"
+            yield _warning("jump", where, f"jumps by {jump.size:.3g}, usually by less than {jump.usual:.3g}; {advice}")
+        for dimension in checks.squeezed_dimensions(described):
+            low, high = described["min"][dimension], described["max"][dimension]
+            inner = described["q01"][dimension], described["q99"][dimension]
+            message = (
+                f"98 % lie in [{inner[0]:.3g}, {inner[1]:.3g}] of [{low:.3g}, {high:.3g}]; q01_q99 suits it better"
+            )
+            yield _warning("outliers", f"{quantity} {called[dimension]}", message)
+    ahead = checks.lag([pair[0] for pair in rows.values()], [pair[1] for pair in rows.values()])
+    if ahead is not None and not 1 <= ahead[0] <= 8:
+        kind = "are the states of their own step" if ahead[0] == 0 else f"resemble the states {ahead[0]:+d} steps away"
+        message = f"actions {kind} ({ahead[1]:.3f} of the variance); a command is ahead of what it leads to"
+        yield _warning("alignment", "action", message)
+
+
+def _statistics(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Finding]:
+    """Statistics that the dataset brings along, against the rows."""
+    if len(rows) != dataset.num_episodes or not rows:
+        return
+    if not (dataset.path / STATS).is_file():
+        if not (dataset.path / EPISODES_STATS).is_file():
+            yield _note("statistics", STATS, "there are none; training computes its own")
+        return
+    try:
+        given = dataset.stats
+    except (ValueError, OSError, AttributeError) as error:
+        yield _error("statistics", STATS, error)
+        return
+    for place, quantity in enumerate(("observation.state", "action")):
+        described = describe_stream(lambda place=place: (pair[place] for pair in rows.values()))
+        try:
+            different = checks.disagreement(dict(given.get(quantity, {})), described)
+        except (ValueError, IndexError) as error:  # of another length
+            yield _error("statistics", f"{STATS}, {quantity}", error)
+            continue
+        if different:
+            name, dimension, told, found = different
+            message = f"{name} of dimension {dimension} is said to be {told:.6g}, the rows have {found:.6g}"
+            yield _warning("statistics", f"{STATS}, {quantity}", message)
+
+
+def _instructions(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Finding]:
+    said: dict[str, list[int]] = {}
+    for index in rows:
+        try:
+            said.setdefault(dataset.instruction(index), []).append(index)
+        except (ValueError, OSError) as error:
+            yield _error("instruction", f"episode {index}", error)
+    for text, episodes in said.items():
+        if not text.strip():
+            yield _warning("instruction", _episodes(episodes), "is empty")
+    if len(said) == 1 and len(rows) > 1:
+        text = next(iter(said))
+        yield _warning("instruction", "all episodes", f"one for everything: {text!r}; a policy need not listen to it")
+    prefixes = {text.split(":", 1)[0] + ": " for text in said if ": " in text[:40]}
+    for prefix in sorted(prefixes):
+        yield _warning("instruction", "tasks", f"begin with {prefix!r}; take it off with data.strip-prefixes")
+
+
+def _times(dataset: LeRobotDataset, rows: Mapping[int, Any]) -> Iterator[Finding]:
+    """Timestamps against frame numbers, and the lengths of episodes."""
+    if "timestamp" in dataset.features:
+        fps, worst, where = dataset.info["fps"], 0.0, ""
+        for path in dict.fromkeys(dataset.layout.entries[index].data for index in rows):
+            table = read_table(path, ["timestamp", "episode_index"], most=dataset.layout.rows)
+            times = np.asarray(table["timestamp"].to_numpy(), dtype=np.float64).ravel()
+            owner = table["episode_index"].to_numpy()
+            for episode in np.unique(owner):
+                own = times[owner == episode]
+                drift = np.abs(own - own[0] - np.arange(len(own)) / fps).max()
+                if drift > worst:
+                    worst, where = float(drift), f"episode {episode}"
+        if worst > 0.5 / fps:
+            yield _warning(
+                "timestamps", where, f"are {worst:.3f} s from {fps:g} rows a second: rows are missing or late"
+            )
+        elif worst > 1e-4 + 1e-6 * float(dataset.lengths.max()):
+            yield _note("timestamps", where, f"drift by {worst:.4f} s, less than half a step")
+    short = [int(i) for i in np.flatnonzero(dataset.lengths < 17)]
+    if short:
+        message = "shorter than a window of 17 frames: most of it repeats the last row (data.past-end)"
+        yield _note("length", _episodes(short), message)
+
+
+def _pictures(dataset: LeRobotDataset, camera: str, every_frame: bool) -> Iterator[Finding]:
+    """A camera's files against the rows, and a look at some episodes."""
+    expected: dict[Path, float] = {}
+    for entry in dataset.layout.entries:
+        if camera in entry.videos:
+            path, start = entry.videos[camera]
+            expected[path] = max(expected.get(path, 0), start * dataset.info["fps"] + entry.length)
+    broken = set()
+    for path, count in expected.items():
+        name = path.relative_to(dataset.path).as_posix()
+        try:
+            frames, _, rate = inspect_video(path)
+        except (ValueError, OSError) as error:
+            broken.add(path)
+            yield _error("video", name, error)
+            continue
+        if frames < round(count):
+            yield Finding(level="error", check="video", where=name, message=f"{frames} frames for {count:.0f} rows")
+        elif frames > round(count):
+            yield _note("video", name, f"{frames} frames for {count:.0f} rows: the rest belongs to no episode")
+        if abs(rate - dataset.info["fps"]) > 0.01 * dataset.info["fps"]:
+            yield _warning("video", name, f"{rate:.2f} frames a second, meta/info.json says {dataset.info['fps']:g}")
+    view = LeRobotDataset(dataset.path, source=replace(dataset.source, camera=camera))
+    looked = range(view.num_episodes)
+    if not every_frame:
+        looked = sorted({*np.linspace(0, view.num_episodes - 1, _LOOKED_AT).round().astype(int).tolist()})
+    yield from _looks(view, camera, looked, broken)
+
+
+def _looks(view: LeRobotDataset, camera: str, looked: Sequence[int], broken: set[Path]) -> Iterator[Finding]:
+    rows: set[tuple[int, int]] = set()
+    size = (0, 0)
+    for index in looked:
+        entry = view.layout.entries[index]
+        if camera in entry.videos and entry.videos[camera][0] in broken:
+            continue
+        try:
+            frames = view.frames(index)
+        except (ValueError, OSError) as error:
+            yield _error("frames", f"{camera}, episode {index}", error)
+            continue
+        if checks.frozen(frames):
+            yield _warning("frames", f"{camera}, episode {index}", "all frames are the same picture")
+        rows.add(checks.content_rows(frames))
+        size = frames.shape[1], frames.shape[2]
+    if rows and size[0]:
+        first, end = min(r[0] for r in rows), max(r[1] for r in rows)
+        if first > 2 or end < size[0] - 2:
+            message = f"rows above {first} and from {end} on are padding; crop with data.crop-rows {first} {end}"
+            yield _warning("padding", camera, message)
+        stretch = (size[1] / (end - first)) / (336 / 192)
+        if not 0.77 < stretch < 1.3:
+            message = f"{end - first} x {size[1]} is stretched by {1 / stretch:.2f} in width to fit 192 x 336"
+            yield _note("aspect", camera, message)
+
+
+def _episodes(indices: Sequence[int]) -> str:
+    listed = ", ".join(map(str, indices[:5])) + (" ..." if len(indices) > 5 else "")
+    return f"episode{'s' if len(indices) > 1 else ''} {listed}"

@@ -1,0 +1,63 @@
+"""Features that are not cached, encoded from decoded frames while training."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from agra.alignment.teacher import Teacher
+from agra.data.config import DataConfig
+from agra.data.features.encoders import open_codec, open_teacher
+from agra.data.features.jobs import encode_frames, teacher_grids_of_windows
+from agra.data.source import Source
+from agra.methods.method import MethodConfig
+from agra.wam.codec import Codec, to_video
+
+
+class OnlineEncoder:
+    """The codec and the teacher of a method, in so far as their features are not cached.
+
+    The values equal the cache's, bit for bit on one device: they go through the same networks, and are rounded to float16.
+    """
+
+    def __init__(self, method: MethodConfig, codec: Codec | None, teacher: Teacher | None) -> None:
+        self.codec, self.teacher, self._shapes = codec, teacher, method.shapes
+
+    @classmethod
+    def open(
+        cls,
+        method: MethodConfig,
+        data: DataConfig,
+        sources: Sequence[Source],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Self | None:
+        """The frozen networks of features that are not cached. None where all are, or need no network."""
+        needs = method.needs()
+        codec = teacher = None
+        if (needs.clip and "latents" not in data.cached) or (
+            needs.frame_latents and "frame_latents" not in data.cached
+        ):
+            codec = open_codec(method, data, sources, device=device)
+        if (needs.targets or needs.features) and "targets" not in data.cached:
+            teacher = open_teacher(method, device=device)
+        return None if codec is None and teacher is None else cls(method, codec, teacher)
+
+    def latents(self, clips: Sequence[np.ndarray]) -> Float[Tensor, "B C T h w"]:
+        """Latents of clips (T, H, W, 3) uint8, float16 on the CPU."""
+        assert self.codec is not None
+        videos = torch.cat([to_video(clip, self._shapes.frame_size) for clip in clips])
+        return self.codec.encode(videos).half().cpu()
+
+    def frame_latents(self, windows: Sequence[np.ndarray]) -> Float[Tensor, "B F C h w"]:
+        """Latents of the frames (F, H, W, 3) uint8 of each window, each encoded alone, float16 on the CPU."""
+        assert self.codec is not None
+        return torch.stack([encode_frames(self.codec, window, self._shapes.frame_size) for window in windows])
+
+    def teacher_grids(self, windows: Sequence[np.ndarray]) -> Float[Tensor, "B T h w P"]:
+        """The teacher's grids of the frames (T, H, W, 3) uint8 of each window, float16 on the CPU."""
+        assert self.teacher is not None
+        return teacher_grids_of_windows(self.teacher, windows, self._shapes.feature_grid)

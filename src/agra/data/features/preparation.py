@@ -1,0 +1,266 @@
+"""`agra prepare`: the frozen features that a method needs, computed once for every dataset and found again by training."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from agra import files
+from agra.data.config import DataConfig
+from agra.data.features import cache
+from agra.data.features.cache import CachedFeature
+from agra.data.features.encoders import codec_settings, digest, open_codec, open_teacher, open_text_encoder
+from agra.data.features.instructions import InstructionTokens
+from agra.data.features.jobs import FrameLatents, Frames, Latents, Targets
+from agra.data.lerobot.checksums import dataset_files
+from agra.data.source import Source
+from agra.methods.method import MethodConfig
+from agra.wam.text import TextEncoder
+from agra.weights import write_tensors
+
+_FEW = 16
+"""Instructions for each process up to which the first one encodes them all."""
+MAX_KNOWN = 256
+"""Training instructions up to which a checkpoint carries their tokens: 0.3 GB of Cosmos's."""
+
+
+class Preparation:
+    """The frozen features that a method needs of its data: their cost, and their computation."""
+
+    def __init__(
+        self,
+        method: MethodConfig,
+        data: DataConfig,
+        sources: Sequence[Source],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.method, self.data, self.sources, self.root = method, data, sources, Path(data.cache)
+        self._device = device
+
+    @cached_property
+    def _features(self) -> dict[str, Callable[[Source], cache.Feature]]:
+        """A constructor of each cached feature for a source. The frozen networks are loaded once."""
+        names = needed_features(self.method, self.data)
+        if names:
+            remember_fingerprints(self.data, self.sources)
+        return _constructors(self.method, self.data, self.sources, names, self._device)
+
+    def estimate(self) -> list[tuple[Source, cache.Estimate]]:
+        """The cost of `run` for every source, measured on one episode of each."""
+        sources = self.sources if self._features else ()
+        return [(s, cache.estimate(s.dataset, self._of(s), self.root, episodes=s.used)) for s in sources]
+
+    def run(self, *, rank: int = 0, world_size: int = 1) -> list[Path]:
+        """Compute and cache the missing features of every source. Returns the features' folders.
+
+        Leaves a file beside each folder by which training finds it without loading a frozen network. Each of `world_size`
+        processes, numbered by `rank`, computes its share of the episodes and of the instructions.
+        """
+        folders = [self._write_instructions(rank, world_size)] if self.method.needs().instruction else []
+        for source in self.sources if self._features else ():
+            paths = cache.prepare(
+                source.dataset,
+                self._of(source),
+                self.root,
+                episodes=source.used,
+                rank=rank,
+                world_size=world_size,
+                progress=rank == 0,
+            )
+            for name, path in zip(self._features, paths, strict=True):
+                index = _index(self.method, self.data, self.sources, source, name)
+                files.write_text(index, json.dumps(path.name) + "\n")
+            folders += paths
+        return folders
+
+    def _of(self, source: Source) -> list[cache.Feature]:
+        return [make(source) for make in self._features.values()]
+
+    def _write_instructions(self, rank: int, world_size: int) -> Path:
+        """Encode the instructions that have no tokens yet.
+
+        The first process encodes a few alone, so that the others need no text encoder. Many are shared.
+        """
+        index, texts = _instruction_index(self.method, self.data), _instruction_texts(self.sources)
+        tokens = InstructionTokens(self.root / json.loads(index.read_text())) if index.is_file() else None
+        missing = texts if tokens is None else tokens.missing(texts)
+        share = missing[rank::world_size] if len(missing) > _FEW * world_size else missing if rank == 0 else []
+        if tokens is not None and not share:
+            return tokens.folder
+        if tokens is None and rank > 0 and not share:
+            return index
+        encoder = open_text_encoder(self.method, device=self._device)
+        tokens = InstructionTokens(self.root / f"instructions-{digest({'text': encoder.key})}")
+        _encode_missing(encoder, tokens, tokens.missing(share))
+        files.write_text(index, json.dumps(tokens.folder.name) + "\n")
+        return tokens.folder
+
+
+def needed_features(method: MethodConfig, data: DataConfig) -> tuple[str, ...]:
+    """Names of the features that are cached for a method."""
+    needs = method.needs()
+    read = {
+        "latents": needs.clip > 0,
+        "frame_latents": bool(needs.frame_latents),
+        "targets": bool(needs.targets or needs.features),
+        "frames": bool(needs.frames),
+    }
+    return tuple(name for name, needed in read.items() if needed and name in data.cached)
+
+
+def open_features(
+    method: MethodConfig, data: DataConfig, sources: Sequence[Source]
+) -> list[dict[str, CachedFeature]]:
+    """The cached features of `prepare` for these settings, by source. Raises FileNotFoundError naming the remedy."""
+    opened, names = [], needed_features(method, data)
+    if names:
+        remember_fingerprints(data, sources)
+    for source in sources:
+        features = {}
+        for name in names:
+            path = _index(method, data, sources, source, name)
+            if not path.is_file():
+                raise _unprepared(data, name, str(source.dataset.path))
+            features[name] = CachedFeature.open(path.parent / json.loads(path.read_text()), episodes=source.used)
+        opened.append(features)
+    return opened
+
+
+def open_instructions(
+    method: MethodConfig, data: DataConfig, sources: Sequence[Source]
+) -> InstructionTokens | None:
+    """The instruction tokens of `prepare`. None where the method reads none.
+
+    Raises FileNotFoundError naming the remedy where some are missing.
+    """
+    if not method.needs().instruction:
+        return None
+    index = _instruction_index(method, data)
+    if not index.is_file():
+        raise _unprepared(data, "instruction", "any dataset")
+    tokens = InstructionTokens(index.parent / json.loads(index.read_text()))
+    if missing := tokens.missing(_instruction_texts(sources)):
+        raise _unprepared(data, f"tokens of the instruction {missing[0]!r}", "these datasets")
+    return tokens
+
+
+def write_tokens(
+    method: MethodConfig, tokens: InstructionTokens, texts: Sequence[str], *, device: torch.device | str = "cpu"
+) -> None:
+    """Encode further texts into an open folder. The text encoder is loaded only where some have no tokens."""
+    if missing := tokens.missing(texts):
+        _encode_missing(open_text_encoder(method, device=device), tokens, missing)
+
+
+def write_known_instructions(path: Path, tokens: InstructionTokens, sources: Sequence[Source]) -> None:
+    """Write a checkpoint's file of the tokens of its training instructions.
+
+    Empty where there are more than `MAX_KNOWN`: they are then no fixed set, and the file would grow without bound.
+    """
+    texts = _instruction_texts(sources)
+    known = texts if len(texts) <= MAX_KNOWN else []
+    write_tensors(path, {text: torch.from_numpy(tokens.read(text)) for text in known})
+
+
+def target_limit(method: MethodConfig, data: DataConfig, source: Source) -> int | None:
+    """The number of first frames of an episode that need teacher features. None: all."""
+    needs = method.needs()
+    if data.target_steps is None or needs.features:
+        return None
+    return data.target_steps + max(needs.targets) * source.config.frame_stride
+
+
+def remember_fingerprints(data: DataConfig, sources: Sequence[Source]) -> None:
+    """Take the fingerprints of datasets without checksums from the cache folder while their files stay as they are.
+
+    Otherwise every process would read every video at its start. A file counts as changed where its size or time has.
+    """
+    for dataset in (source.dataset for source in sources):
+        if dataset.seal.checksums:
+            continue
+        stats = {name: (dataset.path / name).stat() for name in dataset_files(dataset.path)}
+        state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        path = Path(data.cache) / f"fingerprint-{digest({'path': str(dataset.path.resolve())})}.json"
+        memory = json.loads(path.read_text()) if path.is_file() else {}
+        if memory.get("files") == state:
+            dataset.fingerprint = memory["fingerprint"]
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_text(path, json.dumps({"files": state, "fingerprint": dataset.fingerprint}) + "\n")
+
+
+def _constructors(
+    method: MethodConfig,
+    data: DataConfig,
+    sources: Sequence[Source],
+    names: Sequence[str],
+    device: torch.device | str,
+) -> dict[str, Callable[[Source], cache.Feature]]:
+    size, grid = method.shapes.frame_size, method.shapes.feature_grid
+    makers: dict[str, Callable[[Source], cache.Feature]] = {}
+    if "latents" in names or "frame_latents" in names:
+        codec = open_codec(method, data, sources, device=device)
+        if "latents" in names:
+            clip = method.needs().clip
+            makers["latents"] = lambda source: Latents(codec, size, clip, source.config.frame_stride)
+        if "frame_latents" in names:
+            makers["frame_latents"] = lambda source: FrameLatents(codec, size)
+    if "targets" in names:
+        teacher = open_teacher(method, device=device)
+        makers["targets"] = lambda source: Targets(teacher, grid, target_limit(method, data, source))
+    if "frames" in names:
+        makers["frames"] = lambda source: Frames(size)
+    return makers
+
+
+def _encode_missing(encoder: TextEncoder, tokens: InstructionTokens, texts: Sequence[str]) -> None:
+    for text in track(texts, "instructions", console=Console(stderr=True), transient=True, disable=len(texts) < 2):
+        tokens.write(text, encoder.encode([text])[0].half().cpu().numpy())
+
+
+def _unprepared(data: DataConfig, what: str, where: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{data.cache}: no {what} prepared for {where} with these settings; run agra prepare with the same recipe,"
+        " stage and flags"
+    )
+
+
+def _instruction_texts(sources: Sequence[Source]) -> list[str]:
+    """The distinct instructions of all training and validation episodes."""
+    return [*dict.fromkeys(source.dataset.instruction(episode) for source in sources for episode in source.used)]
+
+
+def _index(
+    method: MethodConfig, data: DataConfig, sources: Sequence[Source], source: Source, name: str
+) -> Path:
+    """A file that names a feature's folder. Its own name is a digest of the config's settings of the feature."""
+    settings: dict[str, Any] = {"dataset": source.dataset.fingerprint, "view": dict(source.dataset.view)}
+    if name == "targets":
+        assert method.teacher is not None
+        settings |= asdict(method.teacher) | {
+            "grid": method.shapes.feature_grid,
+            "limit": target_limit(method, data, source),
+        }
+    else:
+        settings["frame_size"] = method.shapes.frame_size
+    if name in ("latents", "frame_latents"):
+        assert method.codec is not None
+        fitted = method.codec.kind == "patch_pca"
+        settings |= codec_settings(method, sources) if fitted else {"codec": asdict(method.codec)}
+    if name == "latents":
+        settings |= {"num_frames": method.needs().clip, "stride": source.config.frame_stride}
+    return Path(data.cache) / f"{name}-{digest(settings)}.json"
+
+
+def _instruction_index(method: MethodConfig, data: DataConfig) -> Path:
+    """A file that names the folder of a text encoder's tokens."""
+    assert method.text is not None
+    settings: Mapping[str, Any] = asdict(method.text)
+    return Path(data.cache) / f"instructions-{digest(settings)}.json"

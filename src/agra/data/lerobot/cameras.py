@@ -1,0 +1,108 @@
+"""Frames of an episode, through one camera or several side by side, from mp4 files or pictures in the rows."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from agra.data.lerobot.checksums import Seal
+from agra.data.lerobot.layout import Entry, Layout, is_inside
+from agra.data.lerobot.modality import Modality
+from agra.data.config import SourceConfig
+from agra.data.lerobot.tables import REMEDY, check_rows
+from agra.data.lerobot.video import decode_frames
+
+_PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of damage
+
+
+class Cameras:
+    """What a source shows: one camera, others to the right of it scaled to its height, cropped before anything else."""
+
+    def __init__(
+        self, layout: Layout, modality: Modality, seal: Seal, names: Sequence[str], source: SourceConfig
+    ) -> None:
+        """`names` are features or modality.json's names of them. Raises ValueError for one that is not there."""
+        self.layout, self.source, self._seal = layout, source, seal
+        available = layout.names("video", "image")
+        self.features = tuple(modality.video.get(name, name) for name in names)
+        for feature in self.features:
+            if feature not in available:
+                raise ValueError(
+                    f"{layout.root}: there is no camera {feature!r}; available: {', '.join(available) or 'none'}"
+                )
+
+    def frames(self, entry: Entry, rows: np.ndarray, *, threads: int = 0) -> np.ndarray:
+        """The frames of an episode's `rows` (T,), ascending: (T, H, W, 3) uint8 RGB, tiled and cropped."""
+        views = [self._crop(self._read(entry, feature, rows, threads), feature) for feature in self.features]
+        height = views[0].shape[1]
+        return views[0] if len(views) == 1 else np.concatenate([_scaled(view, height) for view in views], axis=2)
+
+    def _read(self, entry: Entry, feature: str, rows: np.ndarray, threads: int) -> np.ndarray:
+        if feature in entry.videos:
+            path, start = entry.videos[feature]
+            self._seal.verify(path)
+            fps = self.layout.info["fps"]
+            total = entry.length if entry.first_row is None else None
+            frames = decode_frames(path, start + rows / fps, fps=fps, threads=threads, total=total)
+        else:
+            path = entry.data
+            self._seal.verify(path)
+            frames = _pictures(path, feature, entry, rows, self.layout)
+        shape = self.layout.info["features"][feature]["shape"]
+        if sorted(shape) != sorted(frames.shape[1:]):
+            raise ValueError(
+                f"{path}: frames of {frames.shape[1]} x {frames.shape[2]}, meta/info.json announces {shape} for"
+                f" {feature!r}; {REMEDY}"
+            )
+        return frames
+
+    def _crop(self, frames: np.ndarray, feature: str) -> np.ndarray:
+        return self.source.crop(frames, f"{self.layout.root}: {feature}")
+
+
+def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
+    if frames.shape[1] == height:
+        return frames
+    size = round(frames.shape[2] * height / frames.shape[1]), height
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR)) for f in frames])
+
+
+def _pictures(path: Path, feature: str, entry: Entry, rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """Pictures that lie in the rows, as encoded bytes or by the name of their file (datasets' Image feature)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")
+    try:
+        with pq.ParquetFile(path) as file:
+            check_rows(file, path, layout.rows)
+        table = pq.read_table(
+            path,
+            columns=[feature],
+            filters=[("episode_index", "=", entry.index)],
+            page_checksum_verification=True,
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged parquet file ({str(error).splitlines()[0]}); {REMEDY}") from error
+    if table.num_rows != entry.length:
+        raise ValueError(
+            f"{path}: expected {entry.length} pictures of episode {entry.index}, found {table.num_rows}; {REMEDY}"
+        )
+    frames = []
+    for row, cell in zip(rows, table[feature].take(pa.array(rows)).to_pylist(), strict=True):
+        try:
+            content = cell["bytes"]
+            if content is None:
+                if not is_inside(cell["path"]):
+                    raise ValueError(f"it names the file {cell['path']!r} outside the dataset")
+                content = (layout.root / cell["path"]).read_bytes()
+            frames.append(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path}: {feature!r} of row {row} is no picture ({error}); {REMEDY}") from error
+        except _PICTURE_ERRORS as error:
+            raise ValueError(f"{path}: damaged picture {feature!r} in row {row} ({error}); {REMEDY}") from error
+    if len({frame.shape for frame in frames}) > 1:
+        raise ValueError(f"{path}: pictures {feature!r} of episode {entry.index} differ in size; {REMEDY}")
+    return np.stack(frames)

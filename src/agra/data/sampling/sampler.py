@@ -1,0 +1,247 @@
+"""Episodes to batches: the windows of a training step, and their tensors (C.2.1, C.3).
+
+The windows of a step follow from (seed, step) alone, for one dataset or a mixture. A resumed run, and any number of ranks,
+see the windows of an uninterrupted single process.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agra.batch import Batch
+from agra.data.config import DataConfig
+from agra.data.features.cache import CachedFeature
+from agra.data.features.instructions import InstructionTokens
+from agra.data.features.jobs import resize
+from agra.data.features.online import OnlineEncoder
+from agra.data.normalization.normalize import NormStats
+from agra.data.sampling.augment import augment
+from agra.data.source import Source
+from agra.data.sampling.windows import Numbers, Windows
+from agra.methods.method import MethodConfig
+
+Window = tuple[int, int, int]
+"""Source, episode, first control step."""
+
+
+class WindowSampler:
+    """Batches of windows in the shapes that a method needs."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        method: MethodConfig,
+        sources: Sequence[Source],
+        features: Sequence[Mapping[str, CachedFeature]],
+        stats: Mapping[str, NormStats],
+        *,
+        batch_size: int,
+        seed: int,
+        instructions: InstructionTokens | None,
+        online: OnlineEncoder | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """`batch_size` counts all ranks. `features` are each source's cached ones, and `online` makes the others.
+
+        Raises ValueError where the data does not fit the method or the config.
+        """
+        if batch_size % world_size or not 0 <= rank < world_size:
+            raise ValueError(
+                f"batch_size {batch_size} must be a multiple of world_size {world_size}, rank {rank} in it"
+            )
+        self.config, self.method, self.needs = config, method, method.needs()
+        self.sources, self.instructions, self.online = tuple(sources), instructions, online
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self.windows_of = [
+            Windows(source, cached, stats[source.dataset.embodiment], method)
+            for source, cached in zip(sources, features, strict=True)
+        ]
+        self.bank_rows = [config.embodiments.index(source.dataset.embodiment) for source in sources]
+        weights = np.array([source.config.weight for source in sources])
+        self._probabilities = weights / weights.sum()
+        self.validation = [(k, e) for k, source in enumerate(sources) for e in source.validation]
+
+    def windows(self, step: int) -> np.ndarray:
+        """(batch_size, 3) int64: source, episode and first control step of all ranks' windows of training step `step`.
+
+        Sources are drawn by their weight. Control steps are uniform over the training episodes, or, for the early fraction,
+        uniform over the episodes and then over their first steps.
+        """
+        count = self.batch_size
+        # Sources have a stream of their own, so that one dataset is sampled alike alone and as a mixture of one.
+        sources = np.random.default_rng([self.seed, step, 1]).choice(
+            len(self.windows_of), size=count, p=self._probabilities
+        )
+        rng = np.random.default_rng([self.seed, step])
+        rows = rng.integers(np.array([windows.training_ends[-1] for windows in self.windows_of])[sources])
+        early = rng.random(count) < self.config.early_window_fraction
+        early_episodes = rng.integers(np.array([len(w.source.training) for w in self.windows_of])[sources])
+        early_places = rng.random(count)
+        result = np.zeros((count, 3), np.int64)
+        for index, windows in enumerate(self.windows_of):
+            here = sources == index
+            uniform = _at(rows[here], windows.training_ends)
+            first_steps = np.minimum(windows.starts[early_episodes[here]], self.config.early_window_steps)
+            first = np.stack([early_episodes[here], (early_places[here] * first_steps).astype(np.int64)], axis=1)
+            result[here, 0] = index
+            result[here, 1:] = np.where(early[here, None] & (first_steps > 0)[:, None], first, uniform)
+        return result
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of a training step's windows."""
+        rows = slice(self.rank, None, self.world_size)
+        seeds = np.random.SeedSequence([self.seed, step, 2]).spawn(self.batch_size)[rows]
+        return self._assemble(self.windows(step)[rows], seeds)
+
+    def validation_batch(self) -> Batch:
+        """This rank's rows of `batch_size` windows spread evenly over the held-out episodes, always the same ones.
+
+        Where there are fewer, some come more than once, so that they divide over ranks and micro-batches as a step's do.
+        Raises ValueError where nothing is held out.
+        """
+        if not self.validation:
+            raise ValueError("validation needs held-out episodes: set data.validation_fraction above 0")
+        ends = np.cumsum([self.windows_of[k].lengths[e] for k, e in self.validation])
+        rows = np.linspace(0, ends[-1] - 1, self.batch_size).round().astype(np.int64)
+        places = _at(rows, ends)[self.rank :: self.world_size]
+        return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
+
+    def first_batch(self, source: int = 0) -> Batch:
+        """The first window of every held-out episode of a source, in order."""
+        windows = [(k, episode, 0) for k, episode in self.validation if k == source]
+        return self._assemble(np.array(windows, dtype=np.int64).reshape(-1, 3))
+
+    def _assemble(self, windows: np.ndarray, seeds: Sequence[np.random.SeedSequence] | None = None) -> Batch:
+        numbers = [self._numbers(windows, index) for index in range(len(self.windows_of))]
+        order = np.argsort(np.concatenate([np.flatnonzero(windows[:, 0] == k) for k in range(len(self.windows_of))]))
+        state, actions, mask = (np.concatenate(column)[order] for column in zip(*filter(None, numbers), strict=True))
+        triples = [(int(k), int(e), int(s)) for k, e, s in windows]
+        fields: dict[str, Tensor] = self._features(triples, seeds)
+        if self.instructions is not None:
+            tokens = [self.instructions.read(self.sources[k].dataset.instruction(e)) for k, e, _ in triples]
+            fields["instruction"] = torch.from_numpy(np.stack(tokens)).float()
+        return Batch(
+            state=torch.from_numpy(state),
+            actions=torch.from_numpy(actions),
+            action_mask=torch.from_numpy(mask),
+            embodiment=torch.tensor([self.bank_rows[k] for k, _, _ in triples]),
+            **fields,
+        )
+
+    def _numbers(self, windows: np.ndarray, index: int) -> Numbers | None:
+        pairs = [(int(e), int(s)) for k, e, s in windows if k == index]
+        return self.windows_of[index].numbers(pairs) if pairs else None
+
+    # --- frames and frozen features -----------------------------------------------------------------------------------
+
+    def _features(
+        self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None
+    ) -> dict[str, Tensor]:
+        """The fields of `Batch` that come from frames: read from the cache, or encoded from decoded frames."""
+        needs, limit = self.needs, self.config.target_steps
+        targeted = [row for row, (_, _, start) in enumerate(triples) if limit is None or start < limit]
+        decoded = self._decode(triples, seeds, targeted)
+        fields: dict[str, Tensor] = {}
+        if needs.clip:
+            fields["latents"] = self._latents(triples, decoded).float()
+        if needs.frame_latents:
+            fields["frame_latents"] = self._per_frame("frame_latents", triples, needs.frame_latents, decoded).float()
+        if needs.frames:
+            fields["frames"] = self._per_frame("frames", triples, needs.frames, decoded)
+        if needs.features:
+            fields["features"] = self._per_frame("targets", triples, needs.features, decoded).float()
+        if needs.targets:
+            fields["targets"] = self._targets(triples, targeted, decoded).float()
+            if limit is not None:
+                fields["target_rows"] = torch.tensor(targeted, dtype=torch.long)
+        return fields
+
+    def _decode(
+        self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None, targeted: Sequence[int]
+    ) -> "dict[int, _Decoded]":
+        """Decoded frames by row, augmented where `seeds` are given and the config asks for it. Only what is not cached.
+
+        Where targets alone are missing, only the rows in `targeted` are decoded.
+        """
+        needs, cached = self.needs, self.config.cached
+        every_row = {
+            *(range(needs.clip) if "latents" not in cached else ()),
+            *(needs.frame_latents if "frame_latents" not in cached else ()),
+            *(needs.frames if "frames" not in cached else ()),
+            *(needs.features if "targets" not in cached else ()),
+        }
+        of_targets = set(needs.targets) if "targets" not in cached else set()
+        frames = sorted(every_row | of_targets)
+        if not frames:
+            return {}
+        rows = range(len(triples)) if every_row else (targeted or [0])  # one at least, for the shape
+        decoded = {}
+        for row in rows:
+            source, episode, start = triples[row]
+            clip = self.windows_of[source].clip(episode, start, frames)
+            if self.config.augment is not None and seeds is not None:
+                clip = augment(clip, self.config.augment, np.random.default_rng(seeds[row]))
+            decoded[row] = _Decoded(frames, clip)
+        return decoded
+
+    def _latents(self, triples: Sequence[Window], decoded: "Mapping[int, _Decoded]") -> Tensor:
+        if "latents" in self.config.cached:
+            read = [self._cached(k, "latents").read(e, rows=[s])[0] for k, e, s in triples]
+            return torch.from_numpy(np.stack(read))
+        assert self.online is not None
+        return self.online.latents([decoded[row].select(range(self.needs.clip)) for row in range(len(triples))])
+
+    def _per_frame(
+        self, name: str, triples: Sequence[Window], frames: Sequence[int], decoded: "Mapping[int, _Decoded]"
+    ) -> Tensor:
+        """A feature of each of `frames` of every window: (B, F, ...)."""
+        if name in self.config.cached:
+            read = [
+                self._cached(k, name).read(e, rows=self.windows_of[k].frame_steps(e, s, frames)) for k, e, s in triples
+            ]
+            return torch.from_numpy(np.stack(read))
+        selected = [decoded[row].select(frames) for row in range(len(triples))]
+        if name == "frames":
+            return torch.stack([resize(clip, self.method.shapes.frame_size) for clip in selected])
+        assert self.online is not None
+        return self.online.frame_latents(selected) if name == "frame_latents" else self.online.teacher_grids(selected)
+
+    def _targets(self, triples: Sequence[Window], targeted: Sequence[int], decoded: "Mapping[int, _Decoded]") -> Tensor:
+        """The teacher's grids of the windows in `targeted`, and zeros for the others."""
+        frames = self.needs.targets
+        if "targets" in self.config.cached:
+            grids = np.zeros((len(triples), len(frames), *self._cached(0, "targets").shape), np.float32)
+            for row in targeted:
+                source, episode, start = triples[row]
+                steps = self.windows_of[source].frame_steps(episode, start, frames)
+                grids[row] = self._cached(source, "targets").read(episode, rows=steps)
+            return torch.from_numpy(grids)
+        assert self.online is not None
+        encoded = self.online.teacher_grids([decoded[row].select(frames) for row in targeted or [0]])
+        targets = encoded.new_zeros(len(triples), *encoded.shape[1:])
+        if targeted:
+            targets[torch.tensor(targeted)] = encoded
+        return targets
+
+    def _cached(self, source: int, name: str) -> CachedFeature:
+        return self.windows_of[source].features[name]
+
+
+class _Decoded:
+    """Decoded frames of a window by their numbers."""
+
+    def __init__(self, numbers: Sequence[int], frames: np.ndarray) -> None:
+        self._place, self._frames = {number: place for place, number in enumerate(numbers)}, frames
+
+    def select(self, numbers: Sequence[int]) -> np.ndarray:
+        """(len(numbers), H, W, 3) uint8."""
+        return self._frames[[self._place[number] for number in numbers]]
+
+
+def _at(rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Rows counted over episodes that end at `ends` to (episode, step)."""
+    episodes = np.searchsorted(ends, rows, side="right")
+    return np.stack([episodes, rows - np.concatenate([[0], ends])[episodes]], axis=1)

@@ -1,0 +1,125 @@
+"""The report's evaluation section: the four regimes, partial scores, and the paired comparison.                 C.2.2"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from agra.diagnostics.report.figures import Interval, interval_chart
+from agra.diagnostics.report.tables import MISSING, Cell, Row, Table, between, mcnemar_cell, number, percent
+from agra.evaluation.results import Results, TrialResult, summarise
+from agra.evaluation.statistics import mcnemar, wilson_interval
+
+Column = tuple[int, str, Results | None]
+"""A policy's number, name and results."""
+
+Judge = Callable[[TrialResult], bool | None]
+"""Whether a trial counts; None where the question does not arise in its task."""
+
+SAME = ("simulator", "trials_sha256", "protocol", "max_steps")
+
+
+def evaluation_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+    """Tables and charts of the evaluation; None if no policy was evaluated."""
+    known = [(i, name, r) for i, name, r in columns if r is not None]
+    if not known:
+        return None
+    regimes = list(dict.fromkeys(regime for _, _, r in known for regime in r.regimes))
+    groups = [*regimes, "all"] if len(regimes) > 1 else regimes
+    scores = list(dict.fromkeys(s for _, _, r in known for t in r.trials for s in t.progress))
+    progress = [
+        _row(columns, regime, _reached(s), f"{_words(regime)}: {_words(s)}") for regime in groups for s in scores
+    ]
+    return {
+        "intro": _intro(known),
+        "success": Table(corner="success", rows=[_row(columns, r, lambda t: t.success, _words(r)) for r in groups]),
+        "progress": Table(corner="partial score", rows=progress),
+        "chart": interval_chart(
+            [(_words(regime), _dots(known, regime, lambda t: t.success)) for regime in groups],
+            title="Success by regime",
+            limits=(0.0, 1.0),
+            percent=True,
+        ),
+        "progress_chart": interval_chart(
+            [(_words(s), _dots(known, "all", _reached(s))) for s in scores],
+            title="Partial scores",
+            limits=(0.0, 1.0),
+            percent=True,
+        )
+        if scores
+        else None,
+        "note": _note(known),
+    }
+
+
+def _words(name: str) -> str:
+    return "all regimes" if name == "all" else name.replace("_", " ")
+
+
+def _reached(score: str) -> Judge:
+    return lambda trial: trial.progress.get(score)
+
+
+def _outcomes(results: Results, regime: str, judge: Judge) -> dict[str, bool]:
+    """Trial name to outcome, over one regime or all."""
+    trials = results.trials if regime == "all" else results.regime(regime)
+    return {trial.trial: bool(judged) for trial in trials if (judged := judge(trial)) is not None}
+
+
+def _row(columns: Sequence[Column], regime: str, judge: Judge, label: str) -> Row:
+    outcomes = [None if r is None else _outcomes(r, regime, judge) for _, _, r in columns]
+    _, reference_name, reference = columns[0]
+
+    def verdict(place: int) -> Cell:
+        _, name, ours = columns[place]
+        a, b = outcomes[place], outcomes[0]
+        if ours is None or reference is None or a is None or b is None:
+            return Cell(text="not comparable: not evaluated")
+        differing = [key for key in SAME if ours.header.get(key) != reference.header.get(key)]
+        if differing or set(a) != set(b):
+            return Cell(text=f"not comparable: {', '.join(differing) or 'the finished trials'} differ")
+        test = mcnemar([a[key] for key in a], [b[key] for key in a])
+        return mcnemar_cell(test.only_a, test.only_b, test.p_value, len(a), name=name, reference=reference_name)
+
+    return Row(
+        label=label,
+        cells=[_rate(one) for one in outcomes],
+        verdicts=[verdict(place) for place in range(1, len(columns))],
+    )
+
+
+def _rate(outcomes: dict[str, bool] | None) -> Cell:
+    if not outcomes:
+        return MISSING
+    count, total = sum(outcomes.values()), len(outcomes)
+    return Cell(
+        text=f"{percent(count / total)} ({count}/{total})", range=between(*wilson_interval(count, total), percent)
+    )
+
+
+def _dots(known: Sequence[tuple[int, str, Results]], regime: str, judge: Judge) -> list[Interval]:
+    dots = []
+    for index, name, results in known:
+        outcomes = _outcomes(results, regime, judge)
+        if outcomes:
+            count, total = sum(outcomes.values()), len(outcomes)
+            low, high = wilson_interval(count, total)
+            dots.append(
+                Interval(label=f"{name}: {count}/{total}", index=index, value=count / total, low=low, high=high)
+            )
+    return dots
+
+
+def _intro(known: Sequence[tuple[int, str, Results]]) -> str:
+    header = known[0][2].header
+    total = sum(int(regime["full"]) for regime in header["regimes"].values())
+    played = len(known[0][2].trials)
+    part = "" if played == total else f", evenly spread over the {total} of the full lists"
+    return (
+        f"{played} trials in {header['simulator']}{part}; every policy meets the same scenes, instructions and seeds. Intervals are Wilson's. "
+        "Policies are compared on the same trials by McNemar's exact test, which only heeds the trials that exactly one of "
+        "the two solved."
+    )
+
+
+def _note(known: Sequence[tuple[int, str, Results]]) -> str:
+    calls = [f"{name} {number(summarise(results)[-1].median_policy_ms)} ms" for _, name, results in known]
+    return f"Median time of a policy call on the machine of the evaluation: {', '.join(calls)}."

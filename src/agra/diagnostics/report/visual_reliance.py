@@ -1,0 +1,87 @@
+"""The report's section on visual reliance: the target of each policy's first chunk, and the inputs that move it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agra.diagnostics.metrics import Estimate, bootstrap_interval, paired_difference
+from agra.diagnostics.report.tables import Row, Table, difference_cell, estimate_cell, number, percent
+from agra.diagnostics.visual_reliance import VisualReliance
+
+VISUAL_RELIANCE = "visual_reliance.json"
+"""The file in a diagnosis folder."""
+
+Column = tuple[int, str, VisualReliance | None]
+
+
+def _centimetres(metres: float) -> str:
+    return f"{number(100 * metres, 2)}\u00a0cm"
+
+
+ROWS = (
+    ("in_distribution", "error", "Target error, one object", "in distribution; lower is better", _centimetres),
+    ("semantic", "error", "Target error, among others", "semantic; lower is better", _centimetres),
+    ("in_distribution", "image_swap_shift", "Image swapped", "shift of the target", _centimetres),
+    ("in_distribution", "image_mask_shift", "Image masked", "shift of the target", _centimetres),
+    ("semantic", "instruction_swap_shift", "Instruction swapped", "shift of the target", _centimetres),
+    (
+        "semantic",
+        "follows_instruction",
+        "Follows the instruction",
+        "fraction of scenes in which the other instruction brings the target nearer to the other object",
+        percent,
+    ),
+)
+
+
+def read_visual_reliance(diagnosis: Path | None) -> VisualReliance | None:
+    """The visual reliance in a diagnosis folder. None where it was not measured."""
+    path = None if diagnosis is None else diagnosis / VISUAL_RELIANCE
+    return None if path is None or not path.is_file() else VisualReliance.load(path)
+
+
+def visual_reliance_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+    """None where it was measured for no policy."""
+    measured = [reliance for _, _, reliance in columns if reliance is not None]
+    if not measured:
+        return None
+    rows = [_row(columns, *row) for row in ROWS if any(_has(reliance, *row[:2]) for reliance in measured)]
+    count = len(measured[0].trials)
+    return {
+        "table": Table(corner="measure", rows=rows, extra="a constant"),
+        "intro": f"The first observation of {count} trials, where the state is nearly the same. The target is the planar position "
+        "that a policy's first chunk asks for at about the time at which the hand arrives. The demonstrated target is the "
+        "scripted expert's. A policy that does not use the image cannot be nearer to it than a constant, the mean of the "
+        "other trials' targets, and its target does not move when the image is another trial's.",
+    }
+
+
+def _has(reliance: VisualReliance, group: str, measure: str) -> bool:
+    return bool(np.isfinite(reliance.group(group).values[measure]).any())
+
+
+def _row(columns: Sequence[Column], group: str, measure: str, label: str, hint: str, form) -> Row:
+    parts = [(name, None if reliance is None else reliance.group(group)) for _, name, reliance in columns]
+    reference = parts[0][1]
+
+    def estimate(reliance: VisualReliance | None, name: str = measure) -> Estimate | None:
+        return None if reliance is None else bootstrap_interval(reliance.values[name], groups=reliance.trials)
+
+    verdicts = []
+    for name, ours in parts[1:]:
+        difference = None
+        if ours is not None and reference is not None:
+            if ours.trials != reference.trials:
+                raise ValueError(f"{name} and {parts[0][0]}: visual reliance was measured on different trials; diagnose them again")
+            difference = paired_difference(ours.values[measure], reference.values[measure], groups=ours.trials)
+        verdicts.append(difference_cell(difference, name=name, form=form))
+    constant = next((part for _, part in parts if part is not None), None) if measure == "error" else None
+    return Row(
+        label=label,
+        hint=hint,
+        cells=[estimate_cell(estimate(part), form) for _, part in parts],
+        extra=estimate_cell(estimate(constant, "constant_error"), form),
+        verdicts=verdicts,
+    )

@@ -1,0 +1,171 @@
+"""Probe samples: moments of recorded episodes at which a policy is examined, with their interaction masks.   4.2.1
+
+A sample holds what the policy sees at one control step and, for every latent frame, the recorded reference frame and
+its interaction mask. The policy gets the observation only; the later frames come from the recording and serve to say
+where the interaction was. Where they are known, the whole window's frames, the demonstrated actions and the object's
+position come along, to judge the predicted video, the predicted actions and what the hidden states hold. numpy only, and
+stored without pickle.
+"""
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agra import files
+from agra.types import REGIMES, Episode, Observation
+
+ARRAYS = ("state", "frames", "masks")
+OPTIONAL = ("video", "actions", "position")
+TEXTS = ("trial", "step", "regime", "instruction", "embodiment")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbeSample:
+    """One moment of one trial; (trial, step) names it."""
+
+    trial: str
+    step: int  # control step of the observation
+    regime: str
+    instruction: str
+    embodiment: str
+    state: np.ndarray  # (S,) float32, in the robot's units
+    frames: np.ndarray  # (T, H, W, 3) uint8 RGB: the reference frame of every latent frame; 0 is the observation
+    masks: np.ndarray  # (T, H, W) bool: acting hand and target object in those frames
+    video: np.ndarray | None = None  # (F, H, W, 3) uint8 RGB: every frame of the model's window
+    actions: np.ndarray | None = None  # (N, D) float32: what the demonstration did from here, in the robot's units
+    position: np.ndarray | None = None  # (2,) row and column of the target object's middle, as shares of the frame
+
+    def __post_init__(self) -> None:
+        if self.regime not in REGIMES:
+            raise ValueError(f"ProbeSample.regime: expected one of {', '.join(REGIMES)}, got {self.regime!r}")
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[-1] != 3 or not len(self.frames):
+            raise ValueError(
+                f"ProbeSample.frames: expected (T, H, W, 3) uint8, got {self.frames.shape} {self.frames.dtype}"
+            )
+        if self.masks.dtype != np.bool_ or self.masks.shape != self.frames.shape[:-1]:
+            raise ValueError(
+                f"ProbeSample.masks: expected {self.frames.shape[:-1]} bool, got {self.masks.shape} {self.masks.dtype}"
+            )
+        if self.state.ndim != 1:
+            raise ValueError(f"ProbeSample.state: expected one axis, got shape {self.state.shape}")
+        if self.video is not None and (self.video.dtype != np.uint8 or self.video.shape[1:] != self.frames.shape[1:]):
+            raise ValueError(
+                f"ProbeSample.video: expected (F, {', '.join(map(str, self.frames.shape[1:]))}) uint8, got"
+                f" {self.video.shape} {self.video.dtype}"
+            )
+        if self.actions is not None and (self.actions.ndim != 2 or not len(self.actions)):
+            raise ValueError(f"ProbeSample.actions: expected (N, D), got shape {self.actions.shape}")
+        if self.position is not None and self.position.shape != (2,):
+            raise ValueError(f"ProbeSample.position: expected (2,), got shape {self.position.shape}")
+
+    @property
+    def name(self) -> str:
+        """Trial and step in one word, for files."""
+        return f"{self.trial}-step{self.step:05d}".replace("/", "-")
+
+    def image_names(self) -> list[str]:
+        """The file name of every reference frame, by which annotations find it."""
+        return [f"{self.name}-frame{frame}.png" for frame in range(len(self.frames))]
+
+    @property
+    def observation(self) -> Observation:
+        """What the policy is shown."""
+        return Observation(
+            frame=self.frames[0], state=self.state, instruction=self.instruction, embodiment=self.embodiment
+        )
+
+
+def samples_from_episode(
+    episode: Episode,
+    steps: Sequence[int],
+    reference_offsets: Sequence[int],
+    *,
+    trial: str,
+    regime: str,
+    window_offsets: Sequence[int] | None = None,
+    position: np.ndarray | None = None,
+) -> list[ProbeSample]:
+    """The samples of an episode at the control steps `steps`.
+
+    `reference_offsets` are the control steps from the observation to the reference frame of each latent frame, (0, 1,
+    5, 9, 13) times the video stride for five latent frames; `window_offsets`, if given, those to every frame of the
+    window. Past the end of the episode its last frame repeats. An episode without masks gives empty ones, to be drawn.
+    Raises `ValueError` if a step lies outside the episode.
+    """
+    offsets = np.asarray(reference_offsets)
+    if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (offsets < 0).any():
+        raise ValueError(
+            f"reference_offsets: expected 0 first and nothing negative, got {tuple(map(int, offsets.ravel()))}"
+        )
+    for step in steps:
+        if not 0 <= step < len(episode):
+            raise ValueError(f"trial {trial}: step {step} lies outside the episode's {len(episode)} steps")
+
+    def sample(step: int) -> ProbeSample:
+        rows = np.minimum(step + offsets, len(episode) - 1)
+        window = None if window_offsets is None else np.minimum(step + np.asarray(window_offsets), len(episode) - 1)
+        return ProbeSample(
+            trial=trial,
+            step=int(step),
+            regime=regime,
+            instruction=episode.instruction,
+            embodiment=episode.embodiment,
+            state=episode.states[step],
+            frames=episode.frames[rows],
+            masks=np.zeros(episode.frames[rows].shape[:-1], bool) if episode.masks is None else episode.masks[rows],
+            video=None if window is None else episode.frames[window],
+            actions=episode.actions[step:],
+            position=position,
+        )
+
+    return [sample(step) for step in steps]
+
+
+def save_samples(samples: Sequence[ProbeSample], folder: Path) -> None:
+    """Write `samples.npz` (arrays) and `samples.json` (the rest) into `folder`, each by renaming."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{i}/{name}": array
+        for i, sample in enumerate(samples)
+        for name in (*ARRAYS, *OPTIONAL)
+        if (array := getattr(sample, name)) is not None
+    }
+    texts = [{name: getattr(sample, name) for name in TEXTS} for sample in samples]
+    with files.replacing(folder / "samples.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    files.write_text(folder / "samples.json", json.dumps({"samples": texts}, indent=1) + "\n")
+
+
+def load_samples(folder: Path) -> list[ProbeSample]:
+    """The samples that `save_samples` wrote; `ValueError` names what does not fit."""
+    folder = Path(folder)
+    if not (folder / "samples.json").is_file() or not (folder / "samples.npz").is_file():
+        raise FileNotFoundError(f"{folder}: expected samples.json and samples.npz")
+    try:
+        return _load_samples(folder)
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"{folder}: not probe samples ({error})") from error
+    except (LookupError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{folder}: not samples as agra probes writes them ({error!r})") from error
+
+
+def _load_samples(folder: Path) -> list[ProbeSample]:
+    texts = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]
+    with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
+        wanted = {f"{i}/{name}" for i in range(len(texts)) for name in ARRAYS}
+        allowed = wanted | {f"{i}/{name}" for i in range(len(texts)) for name in OPTIONAL}
+        if not wanted <= set(arrays.files) <= allowed:
+            odd = sorted((wanted - set(arrays.files)) | (set(arrays.files) - allowed))
+            raise ValueError(
+                f"{folder}: samples.json lists {len(texts)} samples, and samples.npz does not fit: {odd[:3]}"
+            )
+        present = [[n for n in (*ARRAYS, *OPTIONAL) if f"{i}/{n}" in arrays.files] for i in range(len(texts))]
+        return [
+            ProbeSample(**text, **{n: arrays[f"{i}/{n}"] for n in names})
+            for i, (text, names) in enumerate(zip(texts, present, strict=True))
+        ]

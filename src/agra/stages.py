@@ -1,0 +1,71 @@
+"""The stages of training and the settings of one run. A leaf: what trains, loads and serves reads it."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from agra.lora import LoRAConfig
+from agra.precision import Precision
+
+
+class Stage(StrEnum):
+    """The order of training (C.3). Most methods have the joint stage alone."""
+
+    ADAPT = "adapt"  # representations before actions: a WAM's video DiT on the video loss
+    JOINT = "joint"  # everything, on all losses
+    FINETUNE = "finetune"  # the action head alone, on the action loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One training run. Defaults are the simulation experiments' joint stage (C.3) and, where the paper is silent, the
+    optimiser of the GR00T family (docs/paper.md #26)."""
+
+    name: Stage = Stage.JOINT
+    steps: int = 80_000
+    batch_size: int = 256
+    learning_rate: float = 1e-4
+    learning_rate_by_part: dict[str, float] = field(default_factory=dict)
+    """Rates of parts of the method that differ from `learning_rate`, such as {"video_dit": 1e-5}."""
+    frozen: tuple[str, ...] = ()
+    """Parts of the method that keep their weights."""
+    warmup_ratio: float = 0.05
+    weight_decay: float = 1e-5
+    betas: tuple[float, float] = (0.95, 0.999)
+    clip_norm: float = 1.0
+    ema_decay: float | None = None
+    """Decay of an exponential average of the trained weights, kept beside them; not in the paper (docs/paper.md #26)."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters instead of the weights themselves; not in the paper (docs/paper.md #26)."""
+    precision: Precision = "auto"
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 1_000
+    save_every: int = 1_000
+    keep_checkpoints: int = 2
+    keep_best: str = ""
+    """`min:NAME` or `max:NAME` of a figure logged at validation, such as `min:validation/action_loss` or
+    `max:grounding/in_mask_ratio`. The checkpoint with the best value is saved and kept. RUN/best refers to it."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stage.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.keep_best and not re.fullmatch(r"(min|max):\S+", self.keep_best):
+            raise ValueError(f"stage.keep_best: expected min:NAME or max:NAME, got {self.keep_best!r}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"stage.ema_decay: expected a number in [0, 1) or None, got {self.ema_decay}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"stage.warmup_ratio: expected a number in [0, 1], got {self.warmup_ratio}")
+
+    def rate_of(self, part: str) -> float:
+        """The learning rate of a part before its schedule."""
+        return self.learning_rate_by_part.get(part, self.learning_rate)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to 0 (C.3)."""
+        warmup = max(1, round(self.warmup_ratio * self.steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))

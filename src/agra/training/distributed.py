@@ -1,0 +1,118 @@
+"""The processes of a run: rank, device, mesh, and the few values that they agree on. torchrun starts them."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from agra.precision import local_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedContext:
+    """The processes of a run and the place of this one among them. By default there is one process, on the CPU."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    """None where one process holds everything."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files and shows its progress."""
+        return self.rank == 0
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The mean of every value over processes. All processes must give the same names."""
+        if self.mesh is None:
+            return dict(values)
+        total = torch.tensor([*values.values()], dtype=torch.float64)
+        dist.all_reduce(total)
+        return dict(zip(values, (total / self.world_size).tolist(), strict=True))
+
+    def first_signal(self, received: Sequence[int]) -> int | None:
+        """The signal that stops the run, the same in all processes. Of different signals the highest number wins."""
+        if self.mesh is None:
+            return received[0] if received else None
+        number = torch.tensor(received[0] if received else 0)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number.item()) or None
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.mesh is not None:
+            dist.barrier()
+
+    def gather(self, value: str) -> list[str]:
+        """Every process's `value`, by rank."""
+        if self.mesh is None:
+            return [value]
+        values: list[str] = [""] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def distributed_context(device: str, *, shard_degree: int | None, deterministic: bool) -> Iterator[DistributedContext]:
+    """The context that torchrun's environment variables describe. Without them this process is alone.
+
+    Raises ValueError where processes or GPUs are too few for the mesh.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    with _deterministic_algorithms(deterministic):
+        if world_size == 1:
+            if (shard_degree or 1) > 1:
+                raise ValueError(_too_few(shard_degree, 1))
+            yield DistributedContext(device=local_device(device))
+        else:
+            with _process_group(device, shard_degree, world_size) as context:
+                yield context
+
+
+def make_mesh(device_type: str, shard_degree: int | None, world_size: int) -> DeviceMesh:
+    """A mesh of one dimension, "shard", or of two: "copy" and "shard" (HSDP)."""
+    degree = shard_degree or world_size
+    if degree > world_size:
+        raise ValueError(_too_few(shard_degree, world_size))
+    if world_size % degree:
+        raise ValueError(f"parallel.shard_degree: {world_size} processes do not divide into copies of {degree}")
+    if degree == world_size:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (world_size // degree, degree), mesh_dim_names=("copy", "shard"))
+
+
+@contextmanager
+def _process_group(device: str, shard_degree: int | None, world_size: int) -> Iterator[DistributedContext]:
+    local = local_device(device)
+    if local.type == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo")
+    try:
+        mesh = make_mesh(local.type, shard_degree, world_size)
+        yield DistributedContext(rank=dist.get_rank(), world_size=world_size, device=local, mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _too_few(shard_degree: int | None, world_size: int) -> str:
+    return (
+        f"parallel.shard_degree: {shard_degree} processes are to share the model, but there "
+        f"{'is' if world_size == 1 else 'are'} {world_size}; start more with torchrun --nproc-per-node, or use a lower degree"
+    )

@@ -1,0 +1,64 @@
+"""Initial weights of a fresh stage: those of the stage before, or of a public checkpoint (C.3)."""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from agra.checkpoints.folder import OPTIMIZER, find, resolve, verify
+from agra.checkpoints.read import load_parts, read_config, stored_parts
+from agra.config import RunConfig
+from agra.lora import merged
+from agra.methods.method import Method
+from agra.stages import Stage
+
+
+@runtime_checkable
+class StartsFromPublicModel(Protocol):
+    """A method that can take weights of a public model in its own layout."""
+
+    def load_public(self, source: str | Path) -> None:
+        """Load from a folder or a hub id. Raises FileNotFoundError or ValueError with the remedy."""
+        ...
+
+
+def load_initial_weights(method: Method, source: str | Path, config: RunConfig) -> None:
+    """Start a stage from a checkpoint of an earlier one, or from a public model (C.3).
+
+    From `adapt` the parts that it trained are taken and the rest stays fresh. From `joint` and `finetune` every part is
+    taken that both have and that fits (`Method.shared_parts`). Adapters of the earlier stage
+    are merged. Raises ValueError where the checkpoint does not fit this stage.
+    """
+    folder = find(source)
+    if not folder.is_dir() or not _is_checkpoint(folder):
+        if not isinstance(method, StartsFromPublicModel):
+            raise ValueError(f"{source}: no checkpoint here, and {config.method.kind} starts from no public model")
+        method.load_public(source)
+        return
+    path = resolve(folder)
+    verify(path, without=(OPTIMIZER,))
+    earlier = read_config(path)
+    if earlier.method.kind != config.method.kind:
+        raise ValueError(f"{path}: a checkpoint of {earlier.method.kind} does not start {config.method.kind}")
+    parts, stored = method.parts(), stored_parts(path)
+    if earlier.stage.name is Stage.ADAPT:
+        taken = {part: module for part, module in parts.items() if part not in earlier.stage.frozen and part in stored}
+    elif config.stage.name is Stage.ADAPT:
+        raise ValueError(f"{path}: a {earlier.stage.name} checkpoint does not start an adapt stage")
+    else:
+        _check_embodiments(earlier.data.embodiments, config.data.embodiments, path)
+        taken = {part: module for part, module in parts.items() if part in stored}
+    with merged(taken, earlier.stage.lora, leave_out=method.always_frozen()):
+        load_parts(method.shared_parts(taken, earlier.method), path)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file() or any(folder.glob("step_*/manifest.json")) or folder.name == "best"
+
+
+def _check_embodiments(earlier: tuple[str, ...], present: tuple[str, ...], path: Path) -> None:
+    """An embodiment's place in the list is its row in the embodiment banks: it must not move between stages."""
+    for row, name in enumerate(present):
+        if name in earlier and earlier.index(name) != row:
+            raise ValueError(
+                f"data.embodiments: {name!r} is row {row} here and row {earlier.index(name)} in {path}; list the embodiments"
+                f" in the order of that stage: {' '.join(earlier)}"
+            )

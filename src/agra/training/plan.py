@@ -1,0 +1,281 @@
+"""Memory, FLOPs, time and cost of a run before its launch.
+
+A step and a validation are counted on fake tensors (`agra.training.memory_estimate`) and laid out on the machines. The
+fraction of a GPU's peak that a step reaches and the rate of communication are assumptions, and named as such.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from agra.config import RunConfig
+from agra.training.memory_estimate import StepCost, encoding_flops_per_sample, measure
+
+PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
+"""Dense bfloat16 FLOPs per second, from the makers' data sheets."""
+CHECKPOINTED = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Fractions of the blocks that run again in the backward pass, among which a plan chooses."""
+_PLANNED = 0.92
+"""Fraction of a GPU's memory that a plan fills. The rest is for the allocator, the libraries and NCCL."""
+UTILISATIONS = (0.2, 0.35, 0.5)
+"""Fractions of a GPU's peak for which a plan gives the time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """The machines that a run is planned for."""
+
+    gpus: int
+    gpu_memory: float = 80.0
+    """GB of each GPU."""
+    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
+    shard_degree: int | None = None
+    """GPUs that hold one copy of the model together. By default all."""
+    utilisation: float = 0.35
+    """Fraction of the GPU's peak that a step is assumed to reach. Public runs of video DiTs of this size show up to 0.18.
+    The plan gives the time for 0.2, 0.35 and 0.5 as well."""
+    gather_bfloat16: bool = False
+    """Whether parameters are gathered in bfloat16 (`--parallel.gather-bfloat16`)."""
+    bandwidth: float | None = None
+    """GB per second that a GPU is assumed to receive from the others. By default 450 for up to 8 GPUs (the NVLink of an H100
+    node), and 50 for more (a 400 Gb/s port for each GPU)."""
+    price: float = 0.0
+    """Price of a GPU for an hour."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpu_memory", "utilisation", "rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"plan: {name}: expected more than 0, got {getattr(self, name)}")
+        if self.shard_degree is not None and (self.shard_degree < 1 or self.gpus % self.shard_degree):
+            raise ValueError(f"plan: {self.gpus} GPUs do not divide into copies of {self.shard_degree}")
+
+    @property
+    def rate(self) -> float:
+        """`bandwidth` or its default."""
+        if self.bandwidth is not None:
+            return self.bandwidth
+        return 450.0 if self.gpus <= 8 else 50.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one step lies on the GPUs."""
+
+    activation_checkpointing: float
+    """Fraction of the blocks that run again in the backward pass."""
+    reduce_every_micro_batch: bool
+    """Whether gradients are reduced after every micro-batch, so that no GPU holds them whole."""
+    states: int
+    """Bytes on a GPU, at the fullest moment, that do not depend on the number of samples."""
+    per_sample: int
+    """Bytes on a GPU for each sample in flight, at that moment."""
+    samples: int
+    """Samples in flight that fit; 0 if none does."""
+    accumulate: int
+    """Micro-batches that a GPU's share of the batch needs, so that it fits; 0 if it never does."""
+    compute_seconds: float
+    """Time of a step's products; infinite if it does not fit."""
+    traffic: float
+    """Bytes that a GPU receives from the others in a step."""
+    seconds: float
+    """Time of a step, if all traffic runs beside products: the longer of the two."""
+    validation_seconds: float
+    """Time of a validation, which takes as many windows as a step."""
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `agra train` that choose this layout."""
+        share, count = self.activation_checkpointing, self.accumulate
+        flags = [f"--parallel.activation-checkpointing {share:g}"] if share else []
+        flags += [f"--parallel.gradient-accumulation-steps {count}"] if count > 1 else []
+        return flags + (["--parallel.reduce-every-micro-batch True"] if self.reduce_every_micro_batch else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Result of `plan`."""
+
+    step_cost: StepCost
+    layouts: tuple[Layout, ...]
+    """From no activation checkpointing to all."""
+    encoding: dict[str, float]
+    """FLOPs of encoding a sample while training, by feature; empty where all is cached."""
+    hours: float
+    """Time of all steps and validations."""
+    cost: float
+
+    @property
+    def best(self) -> Layout:
+        """The quickest layout; the first where none fits."""
+        return min(self.layouts, key=lambda layout: layout.seconds)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of the GPU, by its name; None where it isn't known, or for a CPU."""
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+def plan(config: RunConfig, machines: Machines) -> Plan:
+    """Lay a step of a recipe's stage on machines. Raises ValueError where the batch does not divide over them."""
+    fractions = track(CHECKPOINTED, "counting a step", console=Console(stderr=True), transient=True)
+    counted = [
+        measure(config, activation_checkpointing=fraction, gather_bfloat16=machines.gather_bfloat16)
+        for fraction in fractions
+    ]
+    return lay_out(config, machines, counted)
+
+
+def lay_out(config: RunConfig, machines: Machines, counted: Sequence[StepCost]) -> Plan:
+    """`plan` with a step already counted, without activation checkpointing and then with more and more of it."""
+    if config.stage.batch_size % machines.gpus:
+        raise ValueError(f"stage.batch_size: {config.stage.batch_size} does not divide over {machines.gpus} GPUs")
+    local = config.stage.batch_size // machines.gpus
+    all_flops = encoding_flops_per_sample(config.method)
+    encoding = {name: flops for name, flops in all_flops.items() if name not in config.data.cached}
+    layouts = tuple(
+        _layout(step_cost, local=local, machines=machines, encoding=sum(encoding.values())) for step_cost in counted
+    )
+    best = min(layouts, key=lambda layout: layout.seconds)
+    validations = 1 + config.stage.steps // config.stage.validate_every
+    hours = (best.seconds * config.stage.steps + best.validation_seconds * validations) / 3600
+    return Plan(
+        step_cost=counted[0],
+        layouts=layouts,
+        encoding=encoding,
+        hours=hours,
+        cost=hours * machines.gpus * machines.price,
+    )
+
+
+def _layout(step_cost: StepCost, *, local: int, machines: Machines, encoding: float) -> Layout:
+    """The quicker of two layouts: gradients reduced once a step, or after every micro-batch to save memory."""
+    once, every = (
+        _reduced(step_cost, local=local, machines=machines, encoding=encoding, every=every) for every in (False, True)
+    )
+    return every if every.accumulate and every.seconds < once.seconds else once
+
+
+def _reduced(step_cost: StepCost, *, local: int, machines: Machines, encoding: float, every: bool) -> Layout:
+    shards = machines.shard_degree or machines.gpus
+    samples, accumulate, constant = _fit(step_cost, local=local, machines=machines, every=every)
+    fullest = int(np.argmax(constant + max(samples, 1) * step_cost.per_sample))
+    rate = PEAK_FLOPS[machines.gpu] * machines.utilisation
+    compute = local * (step_cost.flops_per_sample + encoding) / rate
+    traffic = _traffic(step_cost, shards, machines.gpus // shards, micro_batches=accumulate, every=every)
+    return Layout(
+        activation_checkpointing=step_cost.checkpointed,
+        reduce_every_micro_batch=every and accumulate > 1,
+        states=int(constant[fullest]),
+        per_sample=int(step_cost.per_sample[fullest]),
+        samples=samples,
+        accumulate=accumulate,
+        compute_seconds=compute if accumulate else float("inf"),
+        traffic=traffic,
+        seconds=max(compute, traffic / (machines.rate * 1e9)) if accumulate else float("inf"),
+        validation_seconds=local * step_cost.validation_flops_per_sample / rate,
+    )
+
+
+def _fit(step_cost: StepCost, *, local: int, machines: Machines, every: bool) -> tuple[int, int, np.ndarray]:
+    """Samples in flight that fit, micro-batches that the GPU's share then needs (0: never), and (moments,) bytes that do
+    not depend on the samples.
+
+    Gradients of one micro-batch come and go with the backward pass. Of several they stay throughout: a process's share, or
+    all of them where they are reduced once.
+    """
+    shards, room = machines.shard_degree or machines.gpus, machines.gpu_memory * 1e9 * _PLANNED
+    whole = 4 * step_cost.trained
+    gathered = np.zeros(())
+    if shards > 1:  # the root with its gradients, a block with its gradients, and the next block on its way
+        gathered = step_cost.weight_bytes * (step_cost.root * 2 + step_cost.largest_block * 3)
+    base = step_cost.states / shards + step_cost.fixed + gathered
+    samples, constant = 0, base
+    for accumulate in (count for count in range(1, local + 1) if local % count == 0):
+        gradients = step_cost.gradients / shards
+        if accumulate > 1:
+            kept = whole / shards if every or shards == 1 else whole
+            gradients = np.maximum(gradients, kept)
+        constant = base + gradients
+        samples = _most_samples(constant, step_cost.per_sample, room)
+        if local // accumulate <= samples:
+            return samples, accumulate, constant
+    return samples, 0, constant
+
+
+def _most_samples(constant: np.ndarray, per_sample: np.ndarray, room: float) -> int:
+    if constant.max() > room:
+        return 0
+    growing = per_sample > 0
+    return max(0, int(((room - constant[growing]) // per_sample[growing]).min()))
+
+
+def _traffic(step_cost: StepCost, shards: int, copies: int, *, micro_batches: int, every: bool) -> float:
+    """Bytes that a process receives in a step: parameters gathered for each micro-batch, float32 gradients reduced over
+    the shards and then over the copies, once or after each micro-batch."""
+    gathered = micro_batches * step_cost.weight_bytes * step_cost.gathered
+    reductions = micro_batches if every else min(micro_batches, 1)
+    reduced = 4 * step_cost.trained * reductions
+    over_copies = 4 * 2 * step_cost.trained / shards * (copies - 1) / copies * reductions
+    return (gathered + reduced) * (shards - 1) / shards + over_copies
+
+
+def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
+    """The plan as text for a terminal."""
+    step_cost, total = result.step_cost, sum(result.step_cost.parameters.values())
+    parts = ", ".join(f"{name} {count:,}" for name, count in step_cost.parameters.items())
+    lines = [
+        f"parameters     {total:,} ({parts}); {step_cost.trained:,} trained in the {config.stage.name} stage",
+        f"work           {step_cost.flops_per_sample / 1e12:.3g} TFLOPs a sample, forward and backward"
+        + _describe_encoding(result),
+        f"on {machines.gpus} GPUs of {machines.gpu_memory:g} GB, batch {config.stage.batch_size} "
+        f"({config.stage.batch_size // machines.gpus} a GPU), validation of as many windows included:",
+    ]
+    for layout in result.layouts:
+        share = layout.activation_checkpointing
+        name = f"{share:.0%} run again" if share else "plain"
+        verdict = f"fits with {' '.join(layout.flags) or 'no flags'}" if layout.accumulate else "does not fit"
+        lines.append(
+            f"  {name:15}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in flight: "
+            f"{layout.samples} fit; the batch {verdict}"
+            + (f", {layout.seconds:.2f} s a step" if layout.accumulate else "")
+        )
+    if result.hours == float("inf"):
+        return "\n".join([*lines, "no layout fits: take more GPUs, more memory, or a smaller model"])
+    best = result.best
+    if machines.gpus > 1:
+        lines.append(
+            f"traffic        {best.traffic / 1e9:.1f} GB to each GPU a step, {best.traffic / machines.rate / 1e9:.2f} s "
+            f"at {machines.rate:g} GB/s, beside {best.compute_seconds:.2f} s of products"
+        )
+    times = ", ".join(
+        f"{_hours(result, config, machines, share):.1f} h at {share:.0%}"
+        for share in sorted({*UTILISATIONS, machines.utilisation})
+    )
+    lines.append(f"time           {config.stage.steps:,} steps and their validations: {times} of the GPUs' peak")
+    if result.cost:
+        lines.append(f"cost           {result.cost:,.0f} in the price's currency, at {machines.utilisation:.0%}")
+    return "\n".join(lines)
+
+
+def _describe_encoding(result: Plan) -> str:
+    if not result.encoding:
+        return ""
+    flops = sum(result.encoding.values())
+    share = flops / (flops + result.step_cost.flops_per_sample)
+    return (
+        f", and {flops / 1e12:.3g} for encoding {' and '.join(result.encoding)} while training: {share:.0%} of a step"
+    )
+
+
+def _hours(result: Plan, config: RunConfig, machines: Machines, utilisation: float) -> float:
+    """Time of the best layout's steps and validations at another utilisation."""
+    best, scale = result.best, machines.utilisation / utilisation
+    step = max(best.compute_seconds * scale, best.traffic / (machines.rate * 1e9))
+    validations = 1 + config.stage.steps // config.stage.validate_every
+    return (step * config.stage.steps + best.validation_seconds * scale * validations) / 3600

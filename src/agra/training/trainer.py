@@ -1,0 +1,346 @@
+"""The training loop. A step is a pure function of (config, step, weights, optimiser), so a resumed run is the same run."""
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from agra import files
+from agra.batch import Batch
+from agra.checkpoints.folder import ADAPTERS, OPTIMIZER, best, newest, note_best, verify
+from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards
+from agra.config import RunConfig, first_difference
+from agra.data.sampling.prefetch import on_device
+from agra.lora import is_adapter
+from agra.methods.method import LossDenominators, Losses, Method
+from agra.precision import autocast
+from agra.rng import sharded_rng
+from agra.training import checkpoint, distributed_checkpoint
+from agra.training.distributed import DistributedContext
+from agra.training.metrics import ThroughputMeter, metrics_log, progress
+from agra.training.nan_check import first_module, suspects
+from agra.training.optimization import freeze, parameter_groups, trained_names
+from agra.training.parallelize import ParallelConfig, gathered
+from agra.training.signals import stop_signals
+from agra.weights import write_tensors
+
+MicroBatch = tuple[Batch, LossDenominators | None]
+"""Samples, and the denominators of their losses where a step has several micro-batches or processes."""
+Monitor = Callable[[Method], Mapping[str, float]]
+"""Figures of a method at the moment of validation, by name."""
+_VALIDATION_STEP = 2**31
+"""The step number of validation's random numbers, which are the same at every step."""
+
+
+class Trainer:
+    """One stage of one run: method, optimiser, data and the output folder.
+
+    `batch(step)` gives this process's rows of a step's batch (rank::world_size) and `sample_names(step)` their names for
+    error messages. `validation()` gives this process's rows of the held-out windows, as many as in a batch. `extra_files`
+    are written into every checkpoint. `monitors` measure at every validation, and their figures are logged under their
+    names. With a mesh in `context` the method must have been built for it (`parallelize.build`).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        *,
+        batch: Callable[[int], Batch],
+        validation: Callable[[], Batch] | None,
+        output: Path,
+        extra_files: checkpoint.Writers,
+        monitors: Mapping[str, Monitor] | None = None,
+        sample_names: Callable[[int], Sequence[str]] | None = None,
+        context: DistributedContext | None = None,
+        parallel: ParallelConfig | None = None,
+        meter: ThroughputMeter | None = None,
+    ) -> None:
+        self.config, self.stage = config, config.stage
+        self.context, self.parallel = context or DistributedContext(), parallel or ParallelConfig()
+        self.method = method if self.context.mesh is not None else method.to(self.context.device)
+        self.batch, self.validation, self.monitors = batch, validation, monitors or {}
+        self.sample_names = sample_names or (lambda step: ())
+        self.output, self.extra_files = output, extra_files
+        self.meter = meter or ThroughputMeter(device=self.context.device)
+        freeze(self.method, self.stage)
+        groups = list(parameter_groups(self.method, self.stage))
+        self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
+        self.names = trained_names(self.method)
+        self.step, self.saved = 0, -1
+        self._held_out: list[MicroBatch] | None = None
+        self.stopped_by: int | None = None
+        """The signal that ended `run` early."""
+        self._pending: distributed_checkpoint.PendingSave | None = None
+        # Checkpoints are saved beside training, so their messages need a group of their own.
+        self._saving: Any = None if self.context.mesh is None else dist.new_group(backend="gloo")
+
+    def run(self) -> bool:
+        """Train to the end, from the newest checkpoint if there is one. Returns False if SIGTERM stopped it early.
+
+        SIGTERM or SIGINT to any process ends the present step and saves. SIGINT then raises KeyboardInterrupt. A loss or
+        gradient that is not finite raises ValueError and leaves the last checkpoint as it is.
+        """
+        self._resume()
+        try:
+            with (
+                stop_signals() as received,
+                progress(self.stage.name, self.stage.steps, self.step, shown=self.context.is_main) as advance,
+                metrics_log(self.output, self.step, enabled=self.context.is_main) as log,
+            ):
+                self.meter.start(self.step)
+                while self.step < self.stage.steps and self.stopped_by is None:
+                    row = self._train_step(self.step, received)
+                    self.step += 1
+                    self._log(row, log)
+                    if self.step % self.stage.save_every == 0 and self.step < self.stage.steps:
+                        self.save()
+                    advance(self.step, row["loss"])
+            if self.saved != self.step:
+                self.save()
+        finally:
+            self._finish_save()
+        done = self.step >= self.stage.steps
+        if self.stopped_by == signal.SIGINT and not done:
+            raise KeyboardInterrupt
+        return done
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step. With a mesh it is written in the background."""
+        self._finish_save()
+        state = json.dumps({"step": self.step}) + "\n"  # now, since the background writes it later
+        writers: dict[str, Callable[[Path], object]] = {
+            "config.json": lambda path: files.write_text(path, self.config.to_json()),
+            "trainer.json": lambda path: files.write_text(path, state),
+            **self.extra_files,
+        }
+        keep = self.stage.keep_checkpoints
+        if self._saving is not None:
+            self._pending = distributed_checkpoint.save(
+                self.output, self.step, self._tensors(), writers, keep=keep, group=self._saving
+            )
+        else:
+            checkpoint.save(self.output, self.step, writers | self._weight_writers(), keep=keep)
+        self.saved = self.step
+
+    def _weight_writers(self) -> dict[str, Callable[[Path], object]]:
+        """Writers of every part's weights, of the adapters, and of the optimiser's moments."""
+        contents: dict[str, dict[str, Tensor]] = {}
+        for name, value in part_tensors(self.method.parts()).items():
+            file = ADAPTERS if is_adapter(name) else f"{name.split('.')[0]}.safetensors"
+            contents.setdefault(file, {})[name] = value
+        contents[OPTIMIZER] = checkpoint.optimizer_tensors(self.optimizer, self.names)
+        return {
+            file: lambda path, tensors=tensors: write_tensors(path, tensors)  # one file in memory at a time
+            for file, tensors in contents.items()
+        }
+
+    def _finish_save(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint keeps, by its name there."""
+        return part_tensors(self.method.parts()) | checkpoint.optimizer_tensors(self.optimizer, self.names)
+
+    def _resume(self) -> None:
+        folder = newest(self.output)
+        if folder is None:
+            return
+        verify(folder, part=self.context.rank, parts=self.context.world_size)
+        saved = read_config(folder)
+        if saved != self.config:
+            raise ValueError(
+                f"{folder}: made by another config ({first_difference(saved, self.config)}); choose another output folder,"
+                " or the same settings to resume"
+            )
+        if self.context.mesh is None and not (folder / "sharded").is_dir():
+            load_parts(self.method.parts(), folder)
+            checkpoint.load_optimizer(self.optimizer, folder / OPTIMIZER, self.names)
+        else:
+            moments = ("exp_avg", "exp_avg_sq", *(() if self.stage.ema_decay is None else ("ema",)))
+            for parameter in self.names:
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),  # fused AdamW reads it on the device
+                    **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments},
+                }
+            stored = folder / "sharded" if (folder / "sharded").is_dir() else folder
+            read_shards(self._tensors(), stored, self._saving)
+        self.step = self.saved = json.loads((folder / "trainer.json").read_text())["step"]
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _train_step(self, step: int, received: Sequence[int]) -> dict[str, float]:
+        stage = self.stage
+        factor = stage.learning_rate_factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.method.train()
+        with self.meter.waiting():
+            micro_batches = self._micro_batches(self.batch(step))
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = []
+        for index, micro_batch in enumerate(self._on_device(micro_batches)):
+            self._reduce_gradients(last=index == len(micro_batches) - 1)
+            losses = self._losses(micro_batch, step, index)
+            (losses.total / len(micro_batches)).backward()
+            rows.append(losses.row)
+        row = self.context.mean(_mean(rows))
+        self.stopped_by = self.context.first_signal(received)
+        if not math.isfinite(row["loss"]):
+            self._report_not_finite(step, micro_batches, f"the loss is {row['loss']}")
+        if (step + 1) % stage.log_every == 0:
+            row |= self._gradient_norms()
+            row["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = _whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
+        if not math.isfinite(norm):
+            parts = [name.split("/")[1] for name, value in self._gradient_norms().items() if not math.isfinite(value)]
+            self._report_not_finite(step, micro_batches, f"the gradient of {', '.join(parts)} is not finite")
+        self.optimizer.step()
+        self._average(trained)
+        return row
+
+    @torch.no_grad()
+    def _average(self, trained: Sequence[Tensor]) -> None:
+        """Update the exponential averages, which are kept in the optimiser's state. The first step starts them."""
+        decay = self.stage.ema_decay
+        if decay is None:
+            return
+        for parameter in trained:
+            state = self.optimizer.state[parameter]
+            if "ema" in state:
+                state["ema"].lerp_(parameter.detach(), 1 - decay)
+            else:
+                state["ema"] = parameter.detach().clone()
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """This process's samples in micro-batches, each with the denominators of its losses."""
+        count = self.parallel.gradient_accumulation_steps
+        if count == 1 and self.context.world_size == 1:
+            return [(batch, None)]
+        total = self.context.mean(self.method.counts(batch))
+        means = {name: torch.tensor(max(v / count, 1e-9), device=self.context.device) for name, v in total.items()}
+        return [(batch.micro_batch(index, count), means) for index in range(count)]
+
+    def _on_device(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches on this process's device, one at a time."""
+        batches = on_device((batch for batch, _ in micro_batches), self.context.device)
+        return zip(batches, (denominators for _, denominators in micro_batches), strict=True)
+
+    def _reduce_gradients(self, *, last: bool) -> None:
+        """Leave the reduction of sharded gradients over processes to a step's last micro-batch.
+
+        Until then a process holds its gradients whole. `reduce_every_micro_batch` saves that memory.
+        """
+        if isinstance(self.method, FSDPModule) and not self.parallel.reduce_every_micro_batch:
+            self.method.set_requires_gradient_sync(last)
+
+    def _losses(self, micro_batch: MicroBatch, step: int, index: int) -> Losses:
+        """A micro-batch's losses. Its samples are every count-th of the step's, and so are their random numbers."""
+        size = self.context.world_size
+        shard = {
+            "index": self.context.rank + size * index,
+            "count": size * self.parallel.gradient_accumulation_steps,
+        }
+        with sharded_rng(self.stage.seed, step, samples=len(micro_batch[0]), **shard), self._autocast():
+            return self.method(*micro_batch)
+
+    def _autocast(self) -> AbstractContextManager:
+        # A bfloat16 copy of the weights would last through the forward pass, whose memory checkpointing keeps small.
+        return autocast(self.context.device, self.stage.precision, cache=not self.parallel.activation_checkpointing)
+
+    def _gradient_norms(self) -> dict[str, float]:
+        norms = {}
+        for name, module in self.method.parts().items():
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            if gradients:
+                norms[f"gradient_norm/{name}"] = _whole(torch.nn.utils.get_total_norm(gradients)).item()
+        return norms
+
+    def _report_not_finite(self, step: int, micro_batches: Sequence[MicroBatch], problem: str) -> NoReturn:
+        """Raise ValueError naming the first module and the samples with values that are not finite, in every process."""
+        names, reports = self.sample_names(step), []
+        for index, micro_batch in enumerate(self._on_device(micro_batches)):
+            module = first_module(self.method, lambda part=micro_batch, index=index: self._losses(part, step, index))
+            reports.append((module, suspects(micro_batch[0], names[index :: len(micro_batches)])))
+        culprits = [report for report in reports if report[0]] or reports
+        text = "; ".join(f"first in {module}, {samples}" if module else samples for module, samples in culprits)
+        texts = self.context.gather(text)
+        located = [text for text in texts if text.startswith("first in")] or texts
+        raise ValueError(
+            f"step {step}: {problem} ({'; '.join(located)}); the last checkpoint in {self.output} is intact. Lower the "
+            "learning rate, or look at these samples"
+        )
+
+    # --- validation and logs ------------------------------------------------------------------------------------------
+
+    def _log(self, row: dict[str, float], log: Callable[[dict[str, float]], None]) -> None:
+        """Log a step's figures, and those of held-out windows, where they are due."""
+        stage = self.stage
+        if self.step % stage.log_every == 0 or self.step == stage.steps:
+            speed = self.meter.read(self.step, stage.batch_size, self.context.world_size)
+            log({"step": self.step, **row, **self.context.mean(speed)})
+        if (self.step % stage.validate_every == 0 or self.step == stage.steps) and (figures := self._validate()):
+            log({"step": self.step, **figures})
+            self._keep_best(figures)
+
+    def _keep_best(self, figures: Mapping[str, float]) -> None:
+        """Save where the chosen figure is the best so far. Raises ValueError where it is not measured."""
+        if not self.stage.keep_best:
+            return
+        direction, name = self.stage.keep_best.split(":", 1)
+        if name not in figures:
+            raise ValueError(f"stage.keep_best: nothing is logged as {name!r}; there are {', '.join(sorted(figures))}")
+        value, before = figures[name], best(self.output)
+        if not math.isfinite(value) or (before and (value >= before[1] if direction == "min" else value <= before[1])):
+            return
+        if self.saved != self.step:
+            self.save()
+        self._finish_save()
+        if self.context.is_main:
+            note_best(self.output, self.step, value)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """The same losses on held-out windows, always under the same noise, and the monitors' figures.
+
+        The windows are spread over processes and micro-batches as a step's are. The values are therefore the same for any
+        spread, and the memory is that of a micro-batch without gradients.
+        """
+        figures: dict[str, float] = {}
+        self.method.eval()
+        if self.validation is not None:
+            if self._held_out is None:
+                self._held_out = self._micro_batches(self.validation())  # kept on the CPU, since encoding is costly
+            rows = [
+                self._losses(micro_batch, _VALIDATION_STEP, index).row
+                for index, micro_batch in enumerate(self._on_device(self._held_out))
+            ]
+            figures = {f"validation/{name}": value for name, value in self.context.mean(_mean(rows)).items()}
+        with gathered(self.method), self._autocast():
+            for name, monitor in self.monitors.items():
+                figures |= {f"{name}/{key}": value for key, value in monitor(self.method).items()}
+        return figures
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The mean of every name over micro-batches, copied to the CPU at once."""
+    stacked = torch.stack([torch.stack([row[name].detach().float() for name in rows[0]]) for row in rows])
+    return dict(zip(rows[0], stacked.double().mean(dim=0).tolist(), strict=True))

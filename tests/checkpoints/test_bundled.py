@@ -1,0 +1,80 @@
+"""The policies that come with agra are what they are said to be."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agra.cli.deploy import _policy_source
+from agra.evaluation.results import read_results, summarise
+from agra.policies.load import load_policy
+from agra.training import checkpoint
+from agra.checkpoints.lineage import lineage
+from agra.stages import Stage
+from agra.types import REGIMES, Observation
+
+NAMES = ("tabletop-wam", "tabletop-agra")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_loads_by_name_and_looks(name, tmp_path, monkeypatch):
+    """The same seed and observation give the same chunk, another picture another one."""
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint.resolve(name)
+    assert folder.parent == checkpoint.SHIPPED
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert weights <= 10e6
+    policy = load_policy(name)
+    generator = np.random.default_rng(0)
+    observation = Observation(
+        frame=generator.integers(0, 256, (128, 224, 3), dtype=np.uint8),
+        state=np.zeros(10, dtype=np.float32),
+        instruction="put the banana on the plate",
+        embodiment="tabletop",
+    )
+    chunks = []
+    for shown in (observation, observation, replace(observation, frame=255 - observation.frame)):
+        policy.reset(3)
+        chunks.append(policy.act(shown).actions)
+    assert np.array_equal(chunks[0], chunks[1])
+    assert np.abs(chunks[2] - chunks[0]).max() > 0.01
+
+
+def test_the_two_differ_in_the_alignment_alone():
+    wam, agra = ([stage.config for stage in lineage(name)] for name in NAMES)
+    assert [config.stage.name for config in agra] == [Stage.ADAPT, Stage.JOINT]
+    assert wam[0] == agra[0]
+    joint = agra[1]
+    assert joint.aligns
+    assert not wam[1].aligns
+    objective = replace(joint.method.objective, alignment_weight=0.0)
+    assert wam[1] == replace(joint, alignment=None, stage=replace(joint.stage, objective=objective))
+    logs = [stage.metrics.read_text().splitlines() for name in NAMES for stage in lineage(name)]
+    assert [max(json.loads(row)["step"] for row in rows) for rows in logs] == [
+        stage.config.stage.steps for name in NAMES for stage in lineage(name)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_evaluation_is_the_whole_one_and_the_card_says_the_same(name):
+    folder = checkpoint.resolve(name)
+    results = read_results(folder / "results.jsonl")
+    assert results.header["policy"] == name
+    assert {regime: len(results.regime(regime)) for regime in REGIMES} == {
+        "in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40,
+    }  # fmt: skip
+    card = (checkpoint.SHIPPED / "README.md").read_text()
+    rows = re.findall(rf"^\| `{name}` \|(.*)\|$", card, re.M)
+    counts = [tuple(map(int, cell)) for cell in re.findall(r"(\d+) of (\d+)", rows[0])]
+    assert counts == [(s.successes, s.trials) for s in summarise(results) if s.regime != "all"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_server_takes_the_path_that_it_is_told(fast):
+    """`agra serve NAME`, with and without --no-fast."""
+    source = _policy_source(Path("tabletop-wam"), device="cpu", fast=fast)
+    assert (source.load()._fast is not None) == fast
+    assert source.stamp() == checkpoint.SHIPPED / "tabletop-wam"

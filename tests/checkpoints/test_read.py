@@ -1,0 +1,152 @@
+"""Sealed checkpoints with odd content end in one line that names the file, and large numbers build nothing."""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from agra import files
+from agra.policies.load import load_policy
+from agra.training import checkpoint
+
+SHIPPED = checkpoint.SHIPPED / "tabletop-agra"
+
+
+def seal(folder):
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    manifest = {name: files.sha256(folder / name) for name in names if name != "manifest.json"}
+    files.write_text(folder / "manifest.json", json.dumps(manifest))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(SHIPPED, tmp_path / "odd")
+
+
+def change_config(copy, name, value):
+    path = copy / "config.json"
+    content = json.loads(path.read_text())
+    *parents, last = name.split(".")
+    place = content
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    path.write_text(json.dumps(content))
+    seal(copy)
+
+
+CONFIGS = {
+    "list": ("[]", r"config\.json: expected a JSON object, got \[\]"),
+    "null": ("null", r"config\.json: expected a JSON object, got None"),
+    "deep": ('{"a":' * 100_000, r"config\.json: not JSON"),
+    "cut": ('{"model"', r"config\.json: not JSON"),
+    "latin": (b"\xe9", r"config\.json: not JSON"),
+    "empty": ("{}", r"config\.json: required field missing @ config\.data"),
+    "model": ('{"model": [1], "data": {}}', r"config\.json: "),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_is_none_is_named(copy, name):
+    content, complaint = CONFIGS[name]
+    (copy / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    seal(copy)
+    with pytest.raises(ValueError, match=complaint):
+        load_policy(copy)
+
+
+NUMBERS = {
+    "model.video_dit.num_layers": 3000,
+    "model.action_dit.num_blocks": 10**6,
+    "model.video_dit.num_heads": 0,
+    "model.video_dit.head_dim": -64,
+    "model.action_dit.hidden_dim": 2**62,
+    "model.action_dit.num_embodiments": 10**9,
+    "model.action_dit.max_horizon": 10**10,
+    "model.action_dit.state_dim": 0,
+    "model.video_dit.latent_channels": 10**30,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_the_weights_do_not_bear_out_build_nothing(copy, name):
+    change_config(copy, name, NUMBERS[name])
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=r"odd[/:]"):
+        load_policy(copy)
+    assert time.monotonic() - begun < 10
+
+
+def test_a_check_of_the_config_gives_its_reason(copy):
+    change_config(copy, "model.action_dit.horizon", 1025)
+    with pytest.raises(ValueError, match=r"config\.json: ActionDiTConfig\.horizon: expected 1\.\.1024, got 1025"):
+        load_policy(copy)
+
+
+def statistics():
+    return json.loads((SHIPPED / "norm_stats.json").read_text())
+
+
+def changed(name, values):
+    content = statistics()
+    content["tabletop"]["state"][name] = values
+    return content
+
+
+STATISTICS = {
+    "none": ({}, "at least one embodiment"),
+    "texts": (changed("mean", ["a"] * 10), "not normalisation statistics"),
+    "scalar": (changed("mean", 3.0), "expected lists of one length"),
+    "short": (changed("mean", [0.0] * 9), "expected lists of one length"),
+    "nan": (changed("std", [float("nan")] * 10), "std is not finite in dimension 0"),
+    "list": ([1], "not normalisation statistics"),
+    "wide": (
+        {
+            "tabletop": {
+                **statistics()["tabletop"],
+                "state": {k: v * 2 for k, v in statistics()["tabletop"]["state"].items()},
+            }
+        },
+        "its state is wider than the model's 16",
+    ),
+    "unknown": ({"other": statistics()["tabletop"]}, "'other': the model does not know it"),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_that_are_none_are_named(copy, name):
+    content, complaint = STATISTICS[name]
+    (copy / "norm_stats.json").write_text(json.dumps(content))
+    seal(copy)
+    with pytest.raises(ValueError, match=rf"norm_stats\.json: .*{complaint}"):
+        load_policy(copy)
+
+
+def test_what_is_read_must_be_listed(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
+    for listed in ({}, {k: v for k, v in manifest.items() if k != "model.safetensors"}):
+        (copy / "manifest.json").write_text(json.dumps(listed))
+        with pytest.raises(ValueError, match=r"manifest\.json: does not list (codec|model)\.safetensors"):
+            load_policy(copy)
+
+
+@pytest.mark.parametrize("manifest", ["[]", "null", '{"a": 1}', '{"../secret": "x"}', '{"/etc/passwd": "x"}', "{"])
+def test_a_manifest_names_files_of_the_checkpoint_alone(copy, manifest):
+    (copy / "manifest.json").write_text(manifest)
+    with pytest.raises(ValueError, match=r"manifest\.json: (expected|not JSON)"):
+        checkpoint.verify(copy)
+
+
+def test_what_torch_raises_names_the_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: cannot be loaded \(RuntimeError: no such size\)"):
+        with checkpoint.reading(tmp_path):
+            raise RuntimeError("no such size")
+
+
+def test_the_weights_of_policies_that_come_with_agra_still_load():
+    assert torch.isfinite(next(load_policy("tabletop-wam").model.parameters())).all()

@@ -1,0 +1,76 @@
+"""Datasets from the command line: conversion, mixtures by file, estimates, and what goes wrong, in one line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.layouts import CAMERAS, write_hdf5, write_v2
+
+from agra.cli.main import main
+from agra.evaluation.collect import collect
+from agra.data.lerobot.dataset import LeRobotDataset
+from tests.support.point_world import demonstrator
+
+SMALL = ["--data.embodiments", "dot", "--alignment.teacher.input-size", "28", "42"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli_data")
+    for name, seed in (("one", 0), ("two", 1)):
+        collect("point", root / name, episodes=4, seed=seed, demonstrator=demonstrator, progress=False)
+    return root
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_convert(tmp_path, capsys):
+    main(["convert", str(write_v2(tmp_path / "set")), "--output", str(tmp_path / "v3")])
+    assert LeRobotDataset(tmp_path / "v3", camera=CAMERAS[0]).layout.version == "v3.0"
+    write_hdf5(tmp_path / "hdf5/a.hdf5", "libero")
+    main(["convert", str(tmp_path / "hdf5"), "--output", str(tmp_path / "libero"), "--kind", "libero"])
+    assert LeRobotDataset(tmp_path / "libero", camera="observation.images.agentview").num_episodes == 2
+    capsys.readouterr()
+    line = fails(capsys, "convert", tmp_path / "set", "--output", tmp_path / "v3")
+    assert "v3: already exists" in line
+    line = fails(capsys, "convert", tmp_path, "--output", tmp_path / "x", "--kind", "egodex")
+    assert "no EgoDex trajectories here" in line or "no group 'transforms'" in line
+
+
+def test_mixture_by_file(folder, tmp_path, capsys):
+    sources = [{"path": "one", "embodiment": "dot"}, {"path": "two", "embodiment": "dot", "weight": 3.0}]
+    (tmp_path / "mix.json").write_text(json.dumps(sources))
+    flags = ["--mixture", str(tmp_path / "mix.json"), "--data.path", str(folder)]
+    flags += ["--data.cache", str(tmp_path / "cache"), *SMALL]
+    main(["prepare", "tiny", *flags, "--estimate", "True"])
+    said = capsys.readouterr().err
+    assert said.count("4 episodes to prepare") == 2
+    assert not list((tmp_path / "cache").glob("latents-*"))
+    main(["prepare", "tiny", *flags])
+    steps = ["--stage.steps", "1", "--stage.batch-size", "2"]
+    main(["train", "tiny", "--output", str(tmp_path / "run"), *flags, *steps])
+    config = json.loads((tmp_path / "run/step_000001/config.json").read_text())
+    assert [source["weight"] for source in config["data"]["mixture"]] == [1.0, 3.0]
+
+
+def test_a_wrong_mixture_is_named(folder, tmp_path, capsys):
+    path = tmp_path / "mix.json"
+    for content, message in (
+        ('[{"path": "one", "wieght": 2.0}]', "the closest known key is 'weight'"),
+        ('[{"path": "one"}]', "name the embodiment of every source, 'one' has none"),
+        ("[", "mix.json: not JSON"),
+        ('[{"path": "none", "embodiment": "dot"}]', "none: no LeRobot dataset here"),
+    ):
+        path.write_text(content)
+        line = fails(capsys, "prepare", "tiny", "--mixture", path, "--data.path", folder, *SMALL)
+        assert message in line
+    line = fails(capsys, "prepare", "tiny", "--data.path", folder / "one", "--rank", "2", "--world-size", "2", *SMALL)
+    assert "--rank 2: expected 0 to 1" in line

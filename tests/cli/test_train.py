@@ -1,0 +1,272 @@
+"""What a user sees: one line that names the problem and the remedy, and an exit code that is not zero."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agra.cli.main import main
+from agra.evaluation.collect import collect
+from agra.policies.load import load_policy
+from agra.recipes import PRESETS, RECIPES
+from agra.training import checkpoint
+from tests.support.point_world import demonstrator
+
+SMALL = ["--data.embodiments", "dot", "--data.frame-stride", "1", "--alignment.teacher.input-size", "28", "42"]
+TRAIN = [
+    "--stage.steps",
+    "9",
+    "--stage.batch-size",
+    "2",
+    "--stage.save-every",
+    "2",
+    "--stage.log-every",
+    "1",
+    "--stage.validate-every",
+    "4",
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Demonstrations and their frozen features."""
+    folder = tmp_path_factory.mktemp("cli")
+    collect("point", folder / "set", episodes=6, seed=0, demonstrator=demonstrator, progress=False)
+    main(["prepare", "tiny", *data(folder), *SMALL])
+    return folder
+
+
+def data(folder):
+    return ["--data.path", str(folder / "set"), "--data.cache", str(folder / "cache")]
+
+
+def train(folder, output):
+    return ["train", "tiny", "--stage", "joint", "--output", str(output), *data(folder), *SMALL, *TRAIN]
+
+
+def fails(capsys, *arguments):
+    """The one line that a failing command prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("agra: error: ")
+    return line.removeprefix("agra: error: ")
+
+
+def test_unknown_names_suggest_the_closest(capsys):
+    assert "unknown command 'trian'; did you mean 'train'?" in fails(capsys, "trian")
+    assert "unknown recipe 'agra_dino_8'; did you mean 'agra_dino_l8'?" in fails(capsys, "train", "agra_dino_8")
+    assert "unknown stage 'jiont'; did you mean 'joint'?" in fails(capsys, "train", "tiny", "--stage", "jiont")
+    assert "unknown preset 'egodx'; did you mean 'egodex'?" in fails(capsys, "train", "wam", "--with", "egodx")
+    assert "did you mean 'tabletop'?" in fails(capsys, "evaluate", "expert", "--simulator", "tabeltop", "--output", "x")
+
+
+def test_what_does_not_fit_the_machine_is_said_before_anything_starts(capsys, prepared, tmp_path):
+    command = train(prepared, tmp_path / "run")
+    assert "batch_size: 2 does not divide into 1 processes times 3" in fails(
+        capsys, *command, "--parallel.gradient_accumulation_steps", "3"
+    )
+    assert "video_batch_fraction: 0.25 of 2 samples does not divide into 1 processes times 2" in fails(
+        capsys, *command, "--parallel.gradient_accumulation_steps", "2"
+    )
+    assert "8 processes are to share the model, but there is 1" in fails(capsys, *command, "--parallel.shards", "8")
+    assert "agra_dino_l8" not in fails(capsys, *command, "--init-from", tmp_path / "nowhere")
+    assert not list((tmp_path / "run").glob("*step*"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "named", "closest"),
+    [
+        (["--stage.step", "3"], "--stage.step", "--stage.steps"),
+        (["--data.pth", "x"], "--data.pth", "--data.path"),
+    ],
+)
+def test_unknown_flag(capsys, tmp_path, flag, named, closest):
+    line = fails(capsys, "train", "tiny", "--output", tmp_path / "run", "--data.path", "x", *flag)
+    assert named in line
+    assert closest in line
+
+
+def test_a_value_of_the_wrong_kind_and_one_out_of_range(capsys, tmp_path):
+    base = ["train", "tiny", "--output", tmp_path / "run", "--data.path", "x"]
+    line = fails(capsys, *base, "--stage.steps", "many")
+    assert "--stage.steps" in line
+    assert "many" in line
+    assert "stage.steps: expected at least 1, got 0" in fails(capsys, *base, "--stage.steps", "0")
+
+
+def test_missing_dataset(capsys, tmp_path):
+    line = fails(capsys, "prepare", "tiny", "--data.path", tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in line
+    assert "LeRobot" in line
+
+
+def test_nothing_prepared(capsys, prepared, tmp_path):
+    line = fails(
+        capsys,
+        "train",
+        "tiny",
+        "--output",
+        tmp_path / "run",
+        "--data.path",
+        prepared / "set",
+        "--data.cache",
+        tmp_path / "cache",
+        *SMALL,
+    )
+    assert "run agra prepare" in line
+
+
+def damaged(prepared, tmp_path, pattern, damage):
+    """A copy of the dataset with one file changed by `damage`."""
+    shutil.copytree(prepared / "set", tmp_path / "set")
+    (path,) = (tmp_path / "set").glob(pattern)
+    path.write_bytes(damage(path.read_bytes()))
+    return path
+
+
+def test_truncated_parquet(capsys, prepared, tmp_path):
+    path = damaged(prepared, tmp_path, "data/*/*.parquet", lambda content: content[: len(content) // 2])
+    line = fails(capsys, "prepare", "tiny", *data(tmp_path), *SMALL)
+    assert str(path) in line
+    assert "again" in line
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:200] + np.random.default_rng(0).bytes(len(content) - 200),
+    ],
+    ids=["truncated", "noise"],
+)
+def test_corrupt_video(capsys, prepared, tmp_path, damage):
+    path = damaged(prepared, tmp_path, "videos/*/*/*.mp4", damage)
+    line = fails(capsys, "prepare", "tiny", *data(tmp_path), *SMALL)
+    assert str(path) in line
+
+
+def test_interrupted_by_kill_resumes_to_the_same_bits(prepared, tmp_path, capsys):
+    """SIGKILL at a random moment, twice; the weights, moments and log are those of a run that nobody touched."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    main(train(prepared, whole))
+    rng = np.random.default_rng()
+    steps = []
+    for least in (2, 5):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "agra.cli", *train(prepared, killed)], stdout=subprocess.DEVNULL
+        )
+        log = killed / "metrics.jsonl"
+        while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > least):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        steps.append(len(log.read_text().splitlines()))
+    assert checkpoint.newest(killed).name != "step_000009", f"killed too late to mean anything: {steps}"
+    main(train(prepared, killed))
+    for name in (
+        "model.safetensors",
+        "optimizer.safetensors",
+        "projectors.safetensors",
+        "norm_stats.json",
+        "config.json",
+    ):
+        assert (killed / "step_000009" / name).read_bytes() == (whole / "step_000009" / name).read_bytes(), (
+            name,
+            steps,
+        )
+    assert rows(killed) == rows(whole)
+
+
+@pytest.mark.slow
+def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys):
+    """Two processes under torchrun: the same losses as one, resumed by one; SIGTERM to a process ends with exit code 0."""
+    eight = ["--stage.batch-size", "8"]
+    main([*train(prepared, tmp_path / "one"), *eight])
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "agra.cli",
+    ]
+    first = [*train(prepared, tmp_path / "two"), *eight, "--parallel.activation-checkpointing", "0.5"]
+    subprocess.run([*torchrun, *first], check=True, stdout=subprocess.DEVNULL)
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert ours["step"] == theirs["step"]
+        for name in ("loss", "video_loss", "action_loss", "alignment_loss"):
+            if name in theirs:
+                # Adam's first steps divide rounding by itself: what starts as 1e-7 grows with every step.
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-6 if ours["step"] == 1 else 2e-3, abs=2e-6)
+    last = tmp_path / "two" / "step_000009"
+    assert (last / "sharded").is_dir()
+    shutil.rmtree(last)  # as if the run had been cut short: one process goes on from step 8
+    main([*train(prepared, tmp_path / "two"), *eight])
+    assert (last / "model.safetensors").is_file()
+    capsys.readouterr()
+    main(["export", str(tmp_path / "two" / "step_000008"), "--output", str(tmp_path / "policy")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy")
+    assert sum(p.numel() for p in policy.model.parameters()) > 1e6
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_with_exit_code_0(prepared, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-m", "agra.cli", *train(prepared, run), "--stage.steps", "5000"])
+    while process.poll() is None and not (run / "step_000002").is_dir():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait() == 0
+    assert checkpoint.newest(run) is not None
+
+
+def rows(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("meter/", "samples_per_second"))} for row in found]
+
+
+def test_a_checkpoint_with_a_flipped_byte(capsys, prepared, tmp_path):
+    run = tmp_path / "run"
+    main([*train(prepared, run), "--stage.steps", "1"])
+    weights = run / "step_000001" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 3] ^= 1
+    weights.write_bytes(content)
+    for arguments in (["evaluate", run], ["diagnose", run], [*train(prepared, tmp_path / "next"), "--init-from", run]):
+        line = fails(capsys, *arguments)
+        assert f"{weights}: checksum differs from manifest.json" in line
+        assert "again" in line
+
+
+def test_resuming_with_other_settings_is_refused(capsys, prepared, tmp_path):
+    main([*train(prepared, tmp_path / "run"), "--stage.steps", "1"])
+    line = fails(capsys, *train(prepared, tmp_path / "run"), "--stage.steps", "1", "--stage.seed", "3")
+    assert "stage.seed is 0 there and 3 here" in line
+
+
+def test_recipes_lists_every_recipe_and_preset(capsys):
+    main(["recipes"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert [line.split()[0] for line in printed] == [*RECIPES, *PRESETS]
+    assert all(len(line.split()) > 3 for line in printed)
+
+
+def test_no_arguments_print_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().out
+    for command in ("collect", "prepare", "train", "evaluate", "compare", "diagnose", "report", "recipes"):
+        assert command in printed

@@ -1,0 +1,203 @@
+"""A healthy dataset has nothing; every fault that is put in is found, by its check and place."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tests.support.layouts import write_gr1, write_v2
+
+from agra.cli.main import main
+from agra.data.doctor.checks import content_rows, jumps, lag
+from agra.data.doctor.doctor import examine
+from agra.data.lerobot.checksums import seal
+from agra.data.lerobot.writer import write_dataset
+from agra.types import Embodiment, Episode
+
+ROBOT = Embodiment(name="bot", state_names=("a", "b"), action_names=("a", "b"))
+
+
+def smooth(seed: int, length: int = 60) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    steps = np.arange(length + 3)[:, None]
+    return np.sin(0.1 * steps + rng.uniform(0, 6, 2)) * [1, 2] + 0.001 * rng.normal(size=(length + 3, 2))
+
+
+def healthy(path, change=lambda index, states, actions: None, *, ahead: int = 2):
+    episodes = []
+    for index in range(4):
+        walk = smooth(index)
+        states, actions = walk[:60].copy(), walk[ahead : ahead + 60].copy()
+        change(index, states, actions)
+        frames = np.random.default_rng(index).integers(0, 255, (60, 32, 56, 3), dtype=np.uint8)
+        episodes.append(
+            Episode(
+                frames=frames,
+                states=states,
+                actions=actions,
+                instruction=f"task {index % 2}",
+                embodiment="bot",
+                fps=10,
+            )
+        )
+    write_dataset(path, episodes, embodiment=ROBOT, fps=10)
+    return path
+
+
+def found(path, **options) -> dict[tuple[str, str], str]:
+    return {(f.level, f.check): f"{f.where}: {f.message}" for f in examine(path, **options).findings}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return healthy(tmp_path_factory.mktemp("doctor") / "set")
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    shutil.copytree(original, tmp_path / "set")
+    (tmp_path / "set/meta/checksums.json").unlink()
+    return tmp_path / "set"
+
+
+def test_nothing_to_complain_about(original):
+    assert found(original, every_frame=True) == {}
+
+
+def test_files(copy):
+    assert set(found(copy)) == {("note", "checksum")}
+    seal(copy)
+    video = next(copy.rglob("*.mp4"))
+    content = bytearray(video.read_bytes())
+    content[-40] ^= 1
+    video.write_bytes(content)
+    assert "file-000.mp4: " in found(copy)["error", "checksum"]
+    (copy / "meta/checksums.json").unlink()
+    video.write_bytes(b"")
+    assert found(copy)["error", "files"].endswith("file-000.mp4: is empty")
+    video.unlink()
+    assert "video file is missing" in found(copy)["error", "video"]
+    next(copy.rglob("data/*/*.parquet")).unlink()
+    assert "file is missing" in found(copy)["error", "rows"]
+    (copy / "meta/info.json").write_text("{}")
+    assert "codebase_version is None" in found(copy)["error", "metadata"]
+
+
+def test_numbers(tmp_path):
+    def spoil(index, states, actions):
+        states[:, 0] = 0.5
+        if index == 2:
+            actions[30:, 1] += 2 * np.pi
+
+    report = found(healthy(tmp_path / "set", spoil))
+    assert report["warning", "constant"] == (
+        "observation.state: never change: a (1 of 2); leave them out with data.state, data.action"
+    )
+    assert report["warning", "jump"].startswith("action b, episode 2, step 30: jumps by 6.")
+    assert "sin_cos" in report["warning", "jump"]
+
+
+def test_outliers(tmp_path):
+    def spoil(index, states, actions):
+        if index == 1:
+            states[30:32, 0] = 80
+
+    assert "observation.state a: 98 % lie in" in found(healthy(tmp_path / "set", spoil))["warning", "outliers"]
+
+
+def test_not_a_number(copy):
+    path = next(copy.rglob("data/*/*.parquet"))
+    table = pq.read_key_mapping(path)
+    rows = table["action"].to_pylist()
+    rows[7][1] = float("nan")
+    place = table.column_names.index("action")
+    pq.write_table(table.set_column(place, "action", pa.array(rows, table["action"].type)), path)
+    assert "'action' is nan in row 7, dimension 1" in found(copy)["error", "rows"]
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(0, "are the states of their own step"), (2, None)])
+def test_alignment(tmp_path, ahead, expected):
+    report = found(healthy(tmp_path / "set", ahead=ahead))
+    assert (expected in report["warning", "alignment"]) if expected else ("warning", "alignment") not in report
+
+
+def test_lag_is_measured():
+    walks = [smooth(i, 80) for i in range(3)]
+    for ahead in (-3, 0, 1, 4):
+        start = max(0, -ahead)
+        states = [w[start : start + 60] for w in walks]
+        actions = [w[start + ahead : start + ahead + 60] for w in walks]
+        assert lag(states, actions)[0] == ahead
+    noise = np.random.default_rng(0)
+    assert lag([noise.normal(size=(50, 2))], [noise.normal(size=(50, 2))]) is None
+    assert lag([walks[0]], [walks[0][:, :1]]) is None
+
+
+def test_statistics(copy):
+    path = copy / "meta/stats.json"
+    stats = json.loads(path.read_text())
+    stats["action"]["max"][1] += 0.1
+    path.write_text(json.dumps(stats))
+    assert found(copy)["warning", "statistics"].startswith("meta/stats.json, action: max of dimension 1 is said to be")
+
+
+def test_instructions(tmp_path):
+    root = write_v2(tmp_path / "set")
+    assert "begin with 'unlocked_waist: '" in found(root)["warning", "instruction"]
+    path = root / "meta/tasks.jsonl"
+    path.write_text('{"task_index": 0, "task": "go"}\n{"task_index": 1, "task": "go"}\n')
+    assert "episode 2 is 'go' by its rows, 'unlocked_waist: pick the apple' by" in found(root)["error", "instruction"]
+    episodes = root / "meta/episodes.jsonl"
+    rows = [json.loads(line) | {"tasks": ["go"]} for line in episodes.read_text().splitlines()]
+    episodes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "one for everything: 'go'" in found(root)["warning", "instruction"]
+
+
+def test_timestamps(copy):
+    path = next(copy.rglob("data/*/*.parquet"))
+    table = pq.read_key_mapping(path)
+    times = table["timestamp"].to_numpy().copy()
+    times[130:180] += 0.3
+    place = table.column_names.index("timestamp")
+    pq.write_table(table.set_column(place, "timestamp", pa.array(times)), path)
+    assert found(copy)["warning", "timestamps"].startswith("episode 2: are 0.300 s from 10 rows a second")
+
+
+def test_frames_and_rows(tmp_path):
+    root = write_v2(tmp_path / "set")
+    videos = sorted((root / "videos/chunk-000/observation.images.front").iterdir())
+    shutil.copy(videos[1], videos[2])
+    report = found(root)
+    assert report["error", "video"].endswith("episode_000002.mp4: 5 frames for 9 rows")
+    assert "has 5 frames, its episode has 9 rows" in report["error", "frames"]
+
+
+def test_gr1_traps(tmp_path):
+    report = found(write_gr1(tmp_path / "set"))
+    assert report["warning", "padding"] == (
+        "observation.images.ego_view: rows above 43 and from 213 on are padding; crop with data.crop-rows 43 213"
+    )
+    assert "shorter than a window" in report["note", "length"]
+
+
+def test_padding_and_jumps_by_themselves():
+    frames = np.zeros((3, 40, 20, 3), np.uint8)
+    assert content_rows(frames) == (0, 40)
+    frames[1, 7:31, 4] = 90
+    assert content_rows(frames) == (7, 31)
+    assert jumps([smooth(0, 200)]) == []
+
+
+def test_command(original, copy, capsys, tmp_path):
+    main(["doctor", str(original)])
+    assert "nothing to complain about" in capsys.readouterr().out
+    next(copy.rglob("*.mp4")).unlink()
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", str(copy), "--json", str(tmp_path / "report.json")])
+    assert stop.value.code == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["healthy"]
+    assert {"level", "check", "where", "message"} == set(report["findings"][0])
+    assert "video file is missing" in " ".join(capsys.readouterr().out.split())

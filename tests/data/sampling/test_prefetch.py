@@ -1,0 +1,45 @@
+import threading
+
+import pytest
+
+from agra.data.sampling.prefetch import Prefetched
+
+
+def test_each_step_gets_its_own_batch_whatever_was_asked_before():
+    made = []
+
+    def batch(step):
+        made.append(step)
+        return step * 10
+
+    with Prefetched(batch, ahead=2) as batches:
+        assert [batches(step) for step in (0, 1, 2)] == [0, 10, 20]
+        assert batches(50) == 500
+        assert batches(3) == 30
+    assert made.count(0) == made.count(1) == made.count(2) == 1
+
+
+def test_the_next_batches_are_begun_before_they_are_asked_for():
+    begun = threading.Event()
+
+    def batch(step):
+        if step == 2:
+            begun.set()
+        return step
+
+    with Prefetched(batch, ahead=2) as batches:
+        batches(0)
+        assert begun.wait(timeout=10)
+
+
+def test_an_error_is_raised_by_its_own_step():
+    def batch(step):
+        if step == 1:
+            raise ValueError("data/file-000.parquet: damaged")
+        return step
+
+    with Prefetched(batch, ahead=3) as batches:
+        assert batches(0) == 0
+        with pytest.raises(ValueError, match=r"file-000\.parquet: damaged"):
+            batches(1)
+        assert batches(2) == 2

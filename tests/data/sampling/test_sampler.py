@@ -1,0 +1,288 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from beartype import beartype
+from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
+from torch import Tensor
+
+from agra.batch import Batch
+from agra.data.features.cache import CachedFeature, folder, prepare
+from agra.data.features.instructions import InstructionTokens
+from agra.data.lerobot.writer import write_dataset
+from agra.data.sampling.sampler import DataConfig, WindowSampler
+from agra.data.source import embodiment_stats, held_out
+from agra.types import Embodiment, Episode
+
+ROBOT = Embodiment(name="bot", state_names=("episode", "step"), action_names=("episode", "step", "none"))
+LENGTHS = (12, 30, 7, 15)
+STRIDE, HORIZON, FRAMES, REFERENCES = 2, 6, 9, (0, 1, 5)
+CONFIG = DataConfig(embodiments=("other", "bot"), frame_stride=STRIDE, validation_fraction=0.25)
+
+
+@jaxtyped(typechecker=beartype)
+def check_shapes(
+    *,
+    latents: Float[Tensor, "B C T h w"],
+    instruction: Float[Tensor, "B L E"],
+    state: Float[Tensor, "B S"],
+    actions: Float[Tensor, "B K D"],
+    action_mask: Bool[Tensor, "B K D"],
+    embodiment: Int[Tensor, "B"],
+    targets: Float[Tensor, "B T H W P"] | None = None,
+    target_rows: Bool[Tensor, "B"] | None = None,
+) -> None:
+    """The fields of a Batch, all letters bound together."""
+
+
+class Labels:
+    """Arrays that carry (episode, step) in every row, in the shapes of the real features."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.key = name, {}
+
+    def compute(self, episode: Episode) -> dict[str, np.ndarray]:
+        count, which = len(episode), episode.states[0, 0]
+        rows = np.zeros((count, 3, 3, 2, 2) if self.name == "latents" else (count, 2, 2, 6), np.float16)
+        rows[:, 0], rows[:, 1] = which, np.arange(count).reshape(-1, *[1] * (rows.ndim - 2))
+        return {self.name: rows}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mixture")
+    episodes = [
+        Episode(
+            frames=np.zeros((n, 16, 16, 3), np.uint8),
+            states=np.stack([np.full(n, i), np.arange(n)], 1),
+            actions=np.stack([np.full(n, i), np.arange(n), np.ones(n)], 1),
+            instruction=f"go {i}",
+            embodiment="bot",
+            fps=10,
+        )
+        for i, n in enumerate(LENGTHS)
+    ]
+    write_dataset(root / "set", episodes, embodiment=ROBOT, fps=10)
+    config = replace(CONFIG, path=str(root / "set"))
+    (source,) = sources = config.open()
+    features = [Labels("latents"), Labels("targets")]
+    prepare(source.dataset, features, root, progress=False)
+    opened = {f.name: CachedFeature.open(folder(source.dataset, f, root)) for f in features}
+    tokens = InstructionTokens(root / "instructions")
+    for i in range(len(LENGTHS)):
+        tokens.write(f"go {i}", np.full((5, 4), i, np.float16))
+    return config, sources, [opened], embodiment_stats(sources), tokens
+
+
+def make(parts, change=None, **changes) -> WindowSampler:
+    """A sampler of the parts; `change` sets fields of the config, and with it which episodes are used."""
+    options = {"horizon": HORIZON, "num_frames": FRAMES, "references": REFERENCES, "batch_size": 8, "seed": 3}
+    options |= {"max_state_dim": 4, "max_action_dim": 5} | changes
+    config, sources, features, stats, tokens = parts
+    if change is not None:
+        config = replace(config, **change)
+        sources = config.open()
+    return WindowSampler(config, sources, features, stats, instructions=tokens, **options)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    pairs = ((getattr(a, name), getattr(b, name)) for name in vars(a))
+    return all(x is y or torch.equal(x, y) for x, y in pairs)
+
+
+def test_shapes(parts):
+    config, sources, (opened,), *rest = parts
+    batch = make(parts).batch(0)
+    check_shapes(**vars(batch))
+    assert batch.latents.shape == (8, 3, 3, 2, 2)
+    assert batch.targets is not None
+    assert batch.targets.shape == (8, 3, 2, 2, 6)
+    assert {batch.latents.dtype, batch.targets.dtype, batch.actions.dtype, batch.state.dtype} == {torch.float32}
+    baseline = make((config, sources, [{"latents": opened["latents"]}], *rest)).batch(0)
+    check_shapes(**vars(baseline))
+    assert baseline.targets is None
+    with pytest.raises(TypeCheckError):  # the check itself can fail
+        check_shapes(**vars(replace(batch, actions=batch.actions[:, 1:])))
+
+
+def test_everything_in_a_sample_belongs_to_its_window(parts):
+    sampler = make(parts)
+    own = parts[3]["bot"]
+    for step in range(5):
+        batch = sampler.batch(step)
+        for row, (_, episode, start) in enumerate(sampler.windows(step)):
+            last = LENGTHS[episode] - 1
+            assert (batch.latents[row, 0] == episode).all()
+            assert (batch.latents[row, 1] == start).all()
+            assert (batch.instruction[row] == episode).all()
+            assert batch.targets is not None
+            assert (batch.targets[row, :, 0] == episode).all()
+            expected = np.minimum(start + STRIDE * np.array(REFERENCES), last)
+            assert batch.targets[row, :, 1, 0, 0].tolist() == expected.tolist()
+            assert np.allclose(own.unnormalize("state", batch.state[row, :2].numpy()), [episode, start], atol=1e-5)
+            actions = own.unnormalize("action", batch.actions[row, :, :3].numpy())
+            steps = np.minimum(start + np.arange(HORIZON), last)
+            assert np.allclose(actions, np.stack([steps * 0 + episode, steps, steps * 0 + 1], 1), atol=1e-5)
+        assert (batch.state[:, 2:] == 0).all()
+        assert (batch.actions[..., 3:] == 0).all()
+        assert batch.action_mask[..., :3].all()
+        assert not batch.action_mask[..., 3:].any()
+        assert (batch.embodiment == 1).all()
+
+
+def test_a_step_s_samples_follow_from_seed_and_step(parts):
+    one, other = make(parts), make(parts)
+    later = one.batch(7)
+    for step in (0, 3, 100):
+        other.batch(step)
+    assert same(later, other.batch(7))
+    assert not same(later, one.batch(8))
+    assert not same(later, make(parts, seed=4).batch(7))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_one_batch(parts, world_size):
+    change = {"target_steps": 5}
+    whole = make(parts, change).batch(5)
+    shares = [make(parts, change, rank=rank, world_size=world_size).batch(5) for rank in range(world_size)]
+    for name in vars(whole):
+        union = torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)
+        assert torch.equal(union, getattr(whole, name)), name
+
+
+def test_windows_are_uniform_over_the_training_steps(parts):
+    windows = np.concatenate([make(parts, batch_size=1000).windows(step) for step in range(40)])
+    assert set(windows[:, 0]) == {0}
+    windows = windows[:, 1:]
+    assert set(windows[:, 0]) == {0, 1, 2}
+    counts = {(e, s): 0 for e in range(3) for s in range(LENGTHS[e])}
+    for episode, start in windows:
+        counts[int(episode), int(start)] += 1
+    expected = len(windows) / sum(LENGTHS[:3])
+    assert np.abs(np.array(list(counts.values())) / expected - 1).max() < 0.2
+
+
+def test_early_windows(parts):
+    always = {"early_window_fraction": 1.0, "early_window_steps": 10}
+    windows = make(parts, always, batch_size=6000).windows(0)[:, 1:]
+    assert [windows[windows[:, 0] == e, 1].max() for e in range(3)] == [9, 9, 6]
+    assert np.abs(np.bincount(windows[:, 0]) / 2000 - 1).max() < 0.1
+    half = make(parts, always | {"early_window_fraction": 0.5}, batch_size=6000).windows(0)[:, 1:]
+    late = (half[:, 1] >= 10).mean()
+    assert abs(late - 0.5 * 22 / 49) < 0.03
+    assert np.array_equal(make(parts, always | {"early_window_fraction": 0.0}).windows(0), make(parts).windows(0))
+
+
+def test_validation_windows(parts):
+    sampler = make(parts)
+    batch = sampler.validation_batch()
+    check_shapes(**vars(batch))
+    assert len(batch) == 8
+    assert (batch.latents[:, 0] == 3).all()
+    assert batch.latents[:, 1, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert same(batch, make(parts, seed=9).validation_batch())
+    starts = make(parts, batch_size=64).validation_batch().latents[:, 1, 0, 0, 0]
+    assert sorted(set(starts.tolist())) == list(range(15))  # fewer windows than samples: some come twice
+    shares = [make(parts, rank=rank, world_size=4).validation_batch() for rank in range(4)]
+    assert torch.equal(torch.stack([share.latents for share in shares], 1).flatten(0, 1), batch.latents)
+    with pytest.raises(ValueError, match="validation needs held-out episodes"):
+        make(parts, {"validation_fraction": 0.0}).validation_batch()
+
+
+def test_held_out():
+    assert list(held_out(40, 0.05)) == [38, 39]
+    assert list(held_out(4, 0.05)) == [3]
+    assert list(held_out(4, 0.0)) == []
+    with pytest.raises(ValueError, match="leaves none of 1 episodes"):
+        held_out(1, 0.05)
+
+
+def test_few_shot_trains_on_the_first_and_validates_on_the_last(parts):
+    sampler = make(parts, {"training_episodes": 2})
+    windows = np.concatenate([sampler.windows(step) for step in range(40)])
+    assert set(windows[:, 1]) == {0, 1}
+    assert sampler.validation == [(0, 3)]
+    (source,) = sampler.sources
+    assert list(source.used) == [0, 1, 3]
+    assert embodiment_stats(sampler.sources)["bot"].state["count"] == [sum(LENGTHS[:2])]
+
+
+def test_past_the_end(parts):
+    """Repeat: learned as they are. Mask: not learned. Inside: no such windows. A shorter horizon of its own: masked."""
+
+    def masks(**change):
+        sampler = make(parts, change, batch_size=400)
+        return sampler, sampler.windows(0), sampler.batch(0).action_mask[..., 0]
+
+    assert masks()[2].all()
+    _, windows, mask = masks(past_end="mask")
+    for (_, episode, start), row in zip(windows, mask, strict=True):
+        assert row.tolist() == [start + k < LENGTHS[episode] for k in range(HORIZON)]
+    assert not mask.all()
+    _, windows, mask = masks(past_end="inside")
+    assert mask.all()
+    span = (FRAMES - 1) * STRIDE + 1
+    assert {int(e) for _, e, _ in windows} == {1}  # 17 control steps fit into the longest episode only
+    assert max(s for _, _, s in windows) == LENGTHS[1] - span
+    _, _, mask = masks(horizon=4)
+    assert mask[:, :4].all()
+    assert not mask[:, 4:].any()
+    with pytest.raises(ValueError, match="no window of 41 control steps fits"):
+        make(parts, {"past_end": "inside", "frame_stride": 5})
+
+
+def test_relative_actions_stop_at_the_end(parts):
+    sampler = make(parts, {"action": ("action",), "relative": ("action",)}, batch_size=200)
+    own, batch = parts[3]["bot"], sampler.batch(0)
+    for row, (_, episode, start) in enumerate(sampler.windows(0)):
+        actions = own.unnormalize("action", batch.actions[row, :, :3].numpy())
+        past = start + np.arange(HORIZON) >= LENGTHS[episode]
+        np.testing.assert_allclose(actions[past][:, :2], 0, atol=1e-5)
+        np.testing.assert_allclose(actions[~past, 1], start + np.arange(HORIZON)[~past], atol=1e-5)
+
+
+def test_every_second_row(parts):
+    sampler = make(parts, {"every": 2, "path": parts[0].path})
+    dataset = sampler.sources[0].dataset
+    assert (dataset.fps, dataset.lengths.tolist()) == (5, [6, 15, 4, 8])
+    assert dataset.states(2)[:, 1].tolist() == [0, 2, 4, 6]
+    assert dataset.frames(2).shape[0] == 4
+
+
+def test_misfits(parts):
+    with pytest.raises(ValueError, match=r"embodiment 'bot' is not in data.embodiments \('other',\)"):
+        make(parts, {"embodiments": ("other",)})
+    with pytest.raises(ValueError, match="action has 3 dimensions, the model takes 2"):
+        make(parts, max_action_dim=2)
+    with pytest.raises(ValueError, match="batch_size 8 must be a multiple of world_size 3"):
+        make(parts, world_size=3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"frame_stride": 0},
+        {"validation_fraction": 1.0},
+        {"early_window_fraction": 1.1},
+        {"early_window_steps": 0},
+        {"normalization": "minmax"},
+        {"embodiments": ("a", "a")},
+    ],
+)
+def test_config_is_checked(change):
+    with pytest.raises(ValueError, match=f"data.{next(iter(change))}"):
+        DataConfig(**change)
+
+
+def test_only_windows_from_the_first_steps_have_targets(parts):
+    sampler = make(parts, {"target_steps": 5}, batch_size=64)
+    windows, batch = sampler.windows(0), sampler.batch(0)
+    assert 0 < batch.target_rows.sum() < 64
+    assert batch.target_rows.tolist() == [start < 5 for _, _, start in windows]
+    whole = make(parts, batch_size=64).batch(0)
+    assert whole.target_rows is None
+    assert torch.equal(batch.targets[batch.target_rows], whole.targets[batch.target_rows])
+    assert not batch.targets[~batch.target_rows].any()
+    with pytest.raises(ValueError, match=r"data\.target_steps: expected at least 1 or None, got 0"):
+        replace(CONFIG, target_steps=0)

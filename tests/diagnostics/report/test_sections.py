@@ -1,0 +1,177 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from agra.diagnostics.visual_reliance import VisualReliance, Swaps
+from agra.diagnostics.metrics import Estimate
+from agra.diagnostics.record import Diagnosis, read_diagnosis, write_diagnosis
+from agra.diagnostics.report.page import PolicyEntry, build_report, read_log
+from agra.diagnostics.report.tables import difference_cell, mcnemar_cell, number, percent
+from agra.types import REGIMES
+
+
+class Page(HTMLParser):
+    """Checks nesting, and gathers text, ids and everything that could load from elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.sources, self.text, self.data = [], set(), [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.sources += [value for name, value in attrs.items() if name in ("src", "href", "srcset", "action")]
+        self.ids.add(attrs.get("id"))
+        if tag not in ("meta", "img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"closed {tag}"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.data = self.data or data
+        elif self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self):
+        return re.sub(r"\s+", " ", " ".join(self.text).replace("\u00a0", " "))
+
+
+def teach(frames):
+    return frames.reshape(len(frames), 4, 4, 5, 4, 3).mean(axis=(2, 4))
+
+
+def test_the_report_holds_everything_and_loads_nothing(run, tmp_path):
+    entries = [run("baseline"), run("aligned", wins=8, teacher=teach), run("third")]
+    output = build_report(entries, tmp_path / "site" / "report.html", notes=["A note of the caller."])
+    text = output.read_text()
+    page = Page(text)
+    for name in ("baseline", "aligned", "third"):
+        assert f"The arm {name} <b>" in page.words  # escaped, not markup
+    for regime in REGIMES:
+        assert regime.replace("_", " ") in page.words
+    assert "A note of the caller." in page.words
+    assert "patch PCA" in page.words
+    assert {"summary", "training", "evaluation", "grounding", "gallery", "settings"} <= page.ids
+    assert all(source.startswith(("#", "data:image/jpeg;base64,")) for source in page.sources)
+    assert "http" not in text.replace("http-equiv", "")
+    assert "url(" not in text
+    assert len(text) < 2_000_000
+    data = json.loads(page.data)
+    assert len(data["samples"]) == 2
+    assert len(data["samples"][0]["arms"]) == 3
+    assert [name for name, _ in data["samples"][0]["teachers"]] == ["pixels"]  # of the one policy that has it
+    assert not list(output.parent.glob("*.tmp"))
+
+
+def test_verdicts_in_the_report(run, tmp_path):
+    words = Page(build_report([run("baseline"), run("aligned", wins=8)], tmp_path / "r.html").read_text()).words
+    # 5 more of 10 in each regime: McNemar p = .0625 in one, far below in all
+    assert "30 % (3/10)" in words
+    assert "of 10 trials aligned alone succeeded in 5, baseline alone in 0; p = 0.062" in words
+    assert "aligned succeeds more often of 40 trials aligned alone succeeded in 20" in words
+    assert "no difference shown difference 0 [0, 0]" in words  # the same weights, so the same grounding
+
+
+def test_one_policy_and_missing_parts(run, tmp_path):
+    whole = run("alone")
+    bare = PolicyEntry(name="bare", description="nothing was measured")
+    words = Page(build_report([whole], tmp_path / "a.html").read_text()).words
+    assert "against" not in words.split("Evaluation")[0]
+    page = Page(build_report([whole, bare], tmp_path / "b.html").read_text())
+    assert "not comparable" in page.words
+    page = Page(build_report([bare], tmp_path / "c.html").read_text())
+    assert not {"training", "evaluation", "grounding", "gallery"} & page.ids
+
+
+def test_different_trials_are_not_compared(run, tmp_path):
+    one, two = run("one"), run("two")
+    lines = two.results.read_text().replace('"trials_sha256": "x"', '"trials_sha256": "y"')
+    two.results.write_text(lines)
+    assert (
+        "not comparable: trials_sha256 differ" in Page(build_report([one, two], tmp_path / "r.html").read_text()).words
+    )
+
+
+def test_samples_are_paired_by_name(run, tmp_path):
+    one, two = run("one"), run("two")
+    read = read_diagnosis(two.diagnosis)
+    rows = [{**row, "trial": row["trial"] if i < 2 else f"other-{i}"} for i, row in enumerate(read.rows)]
+    write_diagnosis(Diagnosis(header=read.header, rows=rows, arrays=read.arrays), two.diagnosis)
+    assert "n = 2" in Page(build_report([one, two], tmp_path / "r.html").read_text()).words
+
+
+def test_a_cut_log_is_read_and_a_broken_one_is_not(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    assert read_log(path) == [{"step": 1, "loss": 2}]
+    path.write_text('{"step": 1\n{"step": 2, "loss": 1}\n')
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_log(path)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="no policies"):
+        build_report([], tmp_path / "r.html")
+    entry = PolicyEntry(name="a", description="", diagnosis=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="must differ"):
+        build_report([entry, entry], tmp_path / "r.html")
+    with pytest.raises(FileNotFoundError, match=r"diagnosis\.json|metrics\.jsonl"):
+        build_report([entry], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def estimate(value, low, high):
+    return Estimate(value=value, low=low, high=high, count=9, groups=9)
+
+
+def test_wording_follows_the_interval():
+    assert difference_cell(estimate(0.2, -0.1, 0.5), name="b").text == "no difference shown"
+    assert difference_cell(estimate(0.2, 0.1, 0.5), name="b").text == "b higher"
+    assert difference_cell(estimate(-0.2, -0.4, -0.1), name="b").text == "b lower"
+    assert "too few" in difference_cell(estimate(0.2, np.nan, np.nan), name="b").text
+    assert mcnemar_cell(5, 0, 0.0625, 10, name="b", reference="a").text == "no difference shown"
+    assert mcnemar_cell(0, 9, 0.004, 10, name="b", reference="a").text == "b succeeds less often"
+
+
+def test_numbers_read_well():
+    assert [number(v) for v in (0, 1.2345, -0.0466, 12.0, 1234.0, np.inf, np.nan)] == [
+        "0", "1.23", "−0.0466", "12.0", "1234", "∞", "–"
+    ]  # fmt: skip
+    assert [percent(v) for v in (0, 0.3, 0.052, 1)] == ["0\u00a0%", "30\u00a0%", "5.2\u00a0%", "100\u00a0%"]
+
+
+def looking(error, shift, trials):
+    """Looks in two groups whose error and shift are known."""
+    wanted = np.random.default_rng(0).uniform(-0.1, 0.1, (len(trials), 2))
+    seen = wanted + np.array([error, 0])
+    moved = seen + np.array([0, shift])
+    targets = {"seen": seen, "image_swapped": moved, "image_masked": moved, "instruction_swapped": seen}
+    groups = ["in_distribution" if i % 2 else "semantic" for i in range(len(trials))]
+    swaps = Swaps.of(groups, [f"take {i}" for i in range(len(trials))], {0: 2, 2: 0})
+    return VisualReliance.of(targets, wanted, swaps, trials=trials, groups=groups)
+
+
+def test_looking_is_compared_on_the_same_trials(run, tmp_path):
+    entries = [run("wam"), run("agra")]
+    trials = [f"trial {i}" for i in range(24)]
+    looking(0.06, 0.004, trials).save(tmp_path / "wam" / "diagnosis" / "visual_reliance.json")
+    looking(0.02, 0.05, trials).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
+    page = Page(build_report(entries, tmp_path / "report.html").read_text())
+    assert "looking" in page.ids
+    assert "Target error, one thing in distribution; lower is better 6.0 cm [6.0 cm, 6.0 cm] 2.0 cm" in page.words
+    assert "agra lower difference −4.0 cm" in page.words
+    assert "agra higher difference +4.6 cm" in page.words
+    assert page.words.count("Image swapped") == 2  # in the summary as well
+    looking(0.02, 0.05, trials[::-1]).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
+    with pytest.raises(ValueError, match="agra and wam were shown different trials; diagnose them again"):
+        build_report(entries, tmp_path / "report.html")

@@ -1,0 +1,115 @@
+"""Layer studies and probe samples, on a world without a renderer."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agra import run
+from agra.cli.main import main
+from agra.evaluation.collect import collect
+from agra.diagnostics.samples.probe_sample import load_samples, save_samples
+from agra.diagnostics.report.page import build_report
+from agra.diagnostics.samples.sources import dataset_samples, write_pictures
+from agra.recipes import agra_dino_l8, tiny
+from agra.diagnostics.study import Judgement, study, variants
+from agra.training import checkpoint
+from agra.wam.bridge import bridged_layers
+from tests.support.point_world import demonstrator
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """tiny() made smaller, with prepared demonstrations of the point world."""
+    folder = tmp_path_factory.mktemp("study")
+    collect("point", folder / "demonstrations", episodes=8, seed=0, demonstrator=demonstrator, progress=False)
+    small = tiny()
+    model = replace(
+        small.model,
+        frame_size=(32, 48),
+        video_dit=replace(small.model.video_dit, num_layers=3, head_dim=16),
+        bridge=replace(small.model.bridge, layers=bridged_layers(3, 2), head_dim=16, position_grid=(2, 2, 3)),
+        action_dit=replace(small.model.action_dit, num_blocks=2, horizon=8, head_dim=16, guidance_dim=32),
+    )
+    teacher = replace(small.alignment.teacher, input_size=(28, 42))
+    found = replace(
+        small,
+        model=model,
+        alignment=replace(small.alignment, layers=(1,), hidden_dim=16, teacher=teacher),
+        data=replace(
+            small.data, path=str(folder / "demonstrations"), cache=str(folder / "cache"), embodiments=("dot",),
+            frame_stride=1,
+        ),
+        stage=replace(small.stage, steps=2, batch_size=4, save_every=2, validate_every=1, log_every=1),
+    )  # fmt: skip
+    run.prepare(found)
+    return found
+
+
+def test_variants_change_one_thing():
+    config = agra_dino_l8()
+    found = variants(config, "alignment")
+    assert list(found) == ["without", *(f"layer_{layer}" for layer in bridged_layers(28, 8))]
+    assert found["layer_8"] == config
+    assert found["without"] == replace(config, alignment=None)
+    assert found["layer_15"] == replace(config, alignment=replace(config.method.alignment, layers=(15,)))
+    bridges = variants(config, "bridge", layers=[4])
+    assert list(bridges) == ["all_layers", "layer_4"]
+    assert bridges["layer_4"].model.bridge.layers == (4,) * 8
+    assert bridges["layer_4"].stage == config.stage
+    with pytest.raises(ValueError, match="a recipe and a stage that align"):
+        variants(replace(config, alignment=None), "alignment")
+
+
+def test_a_study_trains_every_variant_and_reaches_the_report(config, tmp_path):
+    judgement = Judgement(simulator=None)
+    path = study(config, over="alignment", output=tmp_path / "study", layers=(0, 2), judgement=judgement)
+    content = json.loads(path.read_text())
+    assert [(v["name"], v["layers"]) for v in content["variants"]] == [
+        ("without", []),
+        ("layer_0", [0]),
+        ("layer_2", [2]),
+    ]
+    for name, layers in (("layer_0", (0,)), ("layer_2", (2,))):
+        assert checkpoint.read_config(checkpoint.resolve(tmp_path / "study" / name)).alignment.layers == layers
+    page = build_report([run._entry(tmp_path / "study" / "layer_2")], tmp_path / "r.html", studies=[tmp_path / "study"])
+    text = page.read_text()
+    assert 'id="figure-10"' in text
+    assert "layer 0" in text
+    with pytest.raises(FileNotFoundError, match="`agra study` writes it"):
+        build_report([run._entry(tmp_path / "study" / "layer_2")], tmp_path / "r.html", studies=[tmp_path])
+
+
+def test_a_dataset_gives_samples_to_annotate_and_a_training_run_that_watches_them(config, tmp_path, capsys):
+    samples = dataset_samples(config, 3)
+    assert len({sample.name for sample in samples}) == 3
+    assert all(not sample.masks.any() and len(sample.video) == 5 for sample in samples)
+    save_samples(samples, tmp_path / "probes")
+    write_pictures(samples, tmp_path / "probes" / "pictures")
+    picture = tmp_path / "probes" / "pictures" / samples[1].image_names()[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(picture)), samples[1].frames[0])
+    read = load_samples(tmp_path / "probes")
+    np.testing.assert_array_equal(read[2].actions, samples[2].actions)
+    watched = replace(config, monitor=replace(config.monitor, probes=str(tmp_path / "probes")))
+    with pytest.raises(ValueError, match="no probe sample has a mask"):
+        run.train(watched, output=tmp_path / "run")
+
+    masks = np.zeros_like(samples[0].masks)
+    masks[:, :16, :16] = True
+    save_samples([replace(sample, masks=masks) for sample in samples], tmp_path / "probes")
+    watched = replace(watched, stage=replace(watched.stage, keep_best="max:grounding/in_mask_ratio"))
+    assert run.train(watched, output=tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [row["grounding/in_mask_ratio"] for row in rows if "grounding/in_mask_ratio" in row]
+    assert len(logged) == 2
+    assert checkpoint.best(tmp_path / "run")[1] == max(logged)
+
+    run.diagnose(tmp_path / "run", simulator="none", samples=0, probes=tmp_path / "probes", teacher="none")
+    assert (tmp_path / "run" / "diagnosis" / "diagnosis.json").is_file()
+    with pytest.raises(SystemExit):
+        main(["study", "tiny", "--over", "depth", "--output", str(tmp_path / "x")])
+    assert "depth" in capsys.readouterr().err

@@ -1,0 +1,161 @@
+"""MethodPolicy for several robots at once: the same answers as alone, on the fast path and the plain one, and continued."""
+
+import numpy as np
+import pytest
+import torch
+
+from agra.data.normalization.normalize import NormStats
+from agra.policies.instructions import Instructions
+from agra.policies.policy import MethodPolicy
+from agra.types import BatchPolicy, Continuation, ImaginingPolicy, Observation, PolicyRequest
+from agra.wam.codec import to_frames
+
+
+class Codec:
+    """Latents of noise that only the frame decides."""
+
+    def encode(self, video):
+        rows = [torch.Generator().manual_seed(int(abs(one).sum() * 1000)) for one in video]
+        return torch.stack([torch.randn(4, 1, 4, 6, generator=row) for row in rows])
+
+
+class Text:
+    def __init__(self):
+        self.encoded = []
+
+    def encode(self, instructions):
+        if any(len(one) > 20 for one in instructions):
+            raise ValueError("instruction: too long")
+        self.encoded += instructions
+        return torch.stack([torch.full((5, 12), float(len(one))) for one in instructions])
+
+
+@pytest.fixture
+def make_policy(small_config):
+    torch.manual_seed(0)
+    method = small_config.method.to_act().build()
+    for parameter in method.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    rng = np.random.default_rng(0)
+
+    class Rows:
+        missing_keys, episodes = (), (0,)
+
+        def states(self, _):
+            return rng.normal(size=(50, 4))
+
+        def actions(self, _):
+            return rng.normal(size=(50, 3))
+
+    stats = {name: NormStats.of([Rows()], "min_max") for name in small_config.data.embodiments}
+
+    def make(**options):
+        instructions = Instructions(Text)
+        parts = {"codec": Codec(), "instructions": instructions, "stats": stats}
+        return MethodPolicy(name="small", config=small_config, method=method, **parts, **options)
+
+    return make
+
+
+def see(policy, seed=0, instruction="go"):
+    rng = np.random.default_rng(seed)
+    return Observation(
+        frame=rng.integers(0, 256, (40, 60, 3), dtype=np.uint8),
+        state=rng.normal(size=4).astype(np.float32),
+        instruction=instruction,
+        embodiment=next(iter(policy.stats)),
+    )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_robots_in_one_batch_get_what_they_would_get_alone(make_policy, fast):
+    policy = make_policy(fast=fast)
+    assert isinstance(policy, BatchPolicy)
+    seen = [see(policy, seed, instruction) for seed, instruction in enumerate(("go", "stop", "go"))]
+    requests = [PolicyRequest(observation=one, episode=policy.episode(seed)) for seed, one in enumerate(seen)]
+    together = policy.act_batch(requests)
+    for seed, (one, chunk) in enumerate(zip(seen, together, strict=True)):
+        policy.reset(seed)
+        alone = policy.act(one)
+        np.testing.assert_allclose(chunk.actions, alone.actions, atol=1e-5)
+        assert list(chunk.timings) == ["text", "codec", "video", "bridge", "action"]
+    assert not np.allclose(together[0].actions, together[2].actions, atol=1e-2)
+
+
+def test_the_fast_path_answers_as_the_plain_one(make_policy):
+    fast, plain = make_policy(), make_policy(fast=False)
+    for step in range(3):
+        chunks = [policy.act(see(policy, step)) for policy in (fast, plain)]
+        np.testing.assert_allclose(chunks[0].actions, chunks[1].actions, atol=1e-5)
+    continuation = Continuation(actions=chunks[0].actions[1:], delay=1)
+    held = [policy.act(see(policy, 5), continuation=continuation).actions for policy in (fast, plain)]
+    np.testing.assert_allclose(held[0], held[1], atol=1e-5)
+
+
+def test_a_continued_chunk_is_nearer_to_the_old_one_and_its_neighbours_are_left_alone(make_policy):
+    policy = make_policy(action_steps=10)
+    first = policy.act(see(policy)).actions + np.float32(0.5)  # somewhere else, in the robot's units
+    continuation = Continuation(actions=first, delay=2)
+
+    def ask(given):
+        pair = (given, None)
+        return policy.act_batch(
+            [
+                PolicyRequest(observation=see(policy, 9 + row), episode=policy.episode(row), continuation=one)
+                for row, one in enumerate(pair)
+            ]
+        )
+
+    held, plain = ask(continuation), ask(None)
+    far, near = (np.abs(one[0].actions - first)[:2].mean() for one in (plain, held))
+    assert near < 0.7 * far
+    np.testing.assert_allclose(held[1].actions, plain[1].actions, atol=1e-5)
+
+
+def test_instructions_are_encoded_once_and_not_kept_without_end(make_policy):
+    policy = make_policy()
+    for _ in range(3):
+        policy.act(see(policy, instruction="go"))
+    assert policy.instructions.encoder.encoded == ["go"]
+    for number in range(100):
+        policy.act(see(policy, instruction=str(number)))
+    assert policy.instructions.tokens.cache_info().currsize == 64
+    assert policy._prepared.cache_info().currsize == 8
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(make_policy):
+    policy = make_policy()
+    policy.reset(3)
+    with pytest.raises(ValueError, match="too long"):
+        policy.act(see(policy, instruction="x" * 30))
+    after = policy.act(see(policy)).actions
+    policy.reset(3)
+    np.testing.assert_array_equal(after, policy.act(see(policy)).actions)
+
+
+def test_the_spec_is_what_the_checkpoint_knows(make_policy):
+    spec = make_policy().spec
+    robot = next(iter(spec.embodiments.values()))
+    assert (spec.name, spec.horizon, spec.frame_size) == ("small", 4, (32, 48))
+    assert (robot.state_dim, robot.action_dim) == (4, 3)
+    assert dict(robot.action) == {"action": (0, 3)}
+
+
+def test_imagining_changes_no_action_and_starts_from_what_was_seen(make_policy):
+    policy = make_policy()
+    policy.codec.decode = lambda latents: latents[:, :3].clamp(-1, 1)
+    assert isinstance(policy, ImaginingPolicy)
+    chunks = []
+    for act in (policy.act, policy.act_and_imagine):
+        policy.reset(3)
+        chunks.append([act(see(policy, step)) for step in range(2)])
+    for plain, imagining in zip(*chunks, strict=True):
+        assert np.array_equal(plain.actions, imagining.actions)
+        assert plain.imagined is None
+        assert imagining.imagined.dtype == np.uint8
+        assert list(imagining.timings)[-1] == "imagine"
+    observed = policy.encode([see(policy, 1)]).latents
+    assert np.array_equal(chunks[1][1].imagined[0], to_frames(observed[:, :3].clamp(-1, 1))[0, 0])
+    policy.imagines = False
+    assert policy.act_and_imagine(see(policy)).imagined is None
+    assert not policy.spec.imagines

@@ -1,0 +1,357 @@
+"""The control loop with a robot that notes everything; and the cable pulled, the server restarted, the policy swapped."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agra.data.lerobot.dataset import LeRobotDataset
+from agra.serving.server.app import Source, reload
+from agra.serving.client import PolicyClient, ServerRefused
+from agra.serving.robot.control import ActionLimits, Watchdog, control
+from agra.serving.robot.executors import Asynchronous, DelayedInference, Synchronous, ThreadedInference
+from agra.serving.robot.recorder import DatasetRecorder
+from agra.serving.robot.robots import LeRobotArm
+from agra.types import ActionChunk, Embodiment, Observation
+
+from .echo import Echo, running, spec
+
+NAMES = tuple("abcd")
+
+
+class Robot:
+    embodiment = Embodiment(name="robot", state_names=NAMES, action_names=NAMES)
+
+    def __init__(self):
+        self.told, self.stops = [], 0
+        self.at = np.zeros(4, np.float32)
+
+    def connect(self): ...
+
+    def observe(self):
+        frame = np.full((32, 48, 3), len(self.told) % 256, np.uint8)
+        return Observation(frame=frame, state=self.at.copy(), instruction="go", embodiment="robot")
+
+    def pose(self, observation):
+        return observation.state
+
+    def command(self, action):
+        self.told.append(action)
+        self.at = action
+
+    def hold(self):
+        self.told.append(None)
+
+    def stop(self):
+        self.stops += 1
+
+    def disconnect(self): ...
+
+
+class Planned:
+    def __init__(self, actions):
+        self.actions = np.array(actions, np.float32)
+
+    def reset(self, seed): ...
+
+    def act(self, observation, *, continuation=None):
+        return ActionChunk(actions=self.actions)
+
+
+def run(robot, actions, *, steps=4, delay=0, fps=10, real_time=False, **options):
+    executor = Synchronous(DelayedInference(Planned(actions), delay), execute_steps=len(actions))
+    return control(robot, executor, fps=fps, steps=steps, real_time=real_time, **options)
+
+
+def test_actions_are_limited_in_size_and_change():
+    robot = Robot()
+    limits = ActionLimits(low=-1.0, high=[1, 1, 1, 0.1], max_step=0.5)
+    report = run(robot, [[9, -9, 0.2, 9]] * 4, limits=limits)
+    np.testing.assert_allclose(robot.told[0], [0.5, -0.5, 0.2, 0.1])
+    np.testing.assert_allclose(robot.told[3], [1, -1, 0.2, 0.1])
+    assert (report.steps, report.clipped, report.held, robot.stops) == (4, 4, 0, 1)
+
+
+def test_what_is_not_finite_is_never_sent():
+    robot = Robot()
+    report = run(robot, [[0, 0, 0, 0], [np.nan, 0, 0, 0], [np.inf, 0, 0, 0], [1, 1, 1, 1]])
+    assert [told is None for told in robot.told] == [False, True, True, False]
+    assert report.held == 2
+
+
+def test_old_plans_are_not_executed():
+    robot = Robot()
+    report = run(robot, [[1, 1, 1, 1]] * 10, steps=10, watchdog=Watchdog(max_age=0.4))
+    assert report.held == 5
+    assert robot.told[-1] is None
+
+
+class Stalling(Robot):
+    """Its camera hangs once."""
+
+    def __init__(self, step, seconds):
+        super().__init__()
+        self.step, self.seconds, self.times = step, seconds, []
+
+    def observe(self):
+        if len(self.told) == self.step:
+            time.sleep(self.seconds)
+        return super().observe()
+
+    def command(self, action):
+        super().command(action)
+        self.times.append(time.perf_counter())
+
+
+def test_a_stall_is_not_made_up_for_in_a_burst():
+    robot = Stalling(step=3, seconds=0.3)
+    start = time.perf_counter()
+    report = run(robot, [[1, 1, 1, 1]] * 12, fps=50, steps=12, real_time=True)
+    assert report.overruns >= 1
+    assert np.diff(robot.times).min() > 0.5 / 50
+    assert time.perf_counter() - start > 0.3 + 9.5 / 50
+
+
+def test_a_plan_grows_old_by_the_clock():
+    robot = Stalling(step=3, seconds=0.5)
+    run(robot, [[1, 1, 1, 1]] * 6, fps=50, steps=7, real_time=True, watchdog=Watchdog(max_age=0.45))
+    # After the stall what is left of the plan is too old, though it is few control steps; the next one is not.
+    assert [told is None for told in robot.told[3:]] == [True, True, True, False]
+
+
+def test_a_dry_run_commands_nothing():
+    robot = Robot()
+    report = run(robot, [[1, 1, 1, 1]] * 4, dry_run=True)
+    assert robot.told == [None] * 4
+    assert report.held == 0
+
+
+def test_holding_for_too_long_ends_the_run_at_rest():
+    robot = Robot()
+    report = run(robot, [[1, 1, 1, 1]], steps=100, delay=50, watchdog=Watchdog(stop_after=1.0))
+    assert report.steps == 10
+    assert "held for 1 s" in report.stopped
+    assert robot.stops == 1
+
+
+def test_whatever_goes_wrong_the_robot_is_stopped():
+    class Broken(Robot):
+        def command(self, action):
+            raise RuntimeError("motor 3")
+
+    robot = Broken()
+    with pytest.raises(RuntimeError, match="motor 3"):
+        run(robot, [[1, 1, 1, 1]])
+    assert robot.stops == 1
+
+
+def test_wrong_settings_are_named():
+    with pytest.raises(ValueError, match="above high"):
+        ActionLimits(low=1.0, high=0.0)
+    with pytest.raises(ValueError, match="max_step"):
+        ActionLimits(max_step=0.0)
+    with pytest.raises(ValueError, match="max_age"):
+        Watchdog(max_age=0)
+    with pytest.raises(ValueError, match="positive rate"):
+        control(Robot(), Synchronous(DelayedInference(Planned([[0] * 4]), 0), execute_steps=1), fps=0, steps=1)
+
+
+def test_everything_is_recorded_as_a_dataset(tmp_path):
+    robot = Robot()
+    with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        for _ in range(2):
+            run(robot, [[1, 2, 3, 4]] * 3, steps=8, delay=1, recorder=recorder)
+            recorder.end_episode()
+    dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
+    assert dataset.num_episodes == 2
+    actions = dataset.actions(0)
+    assert actions.shape == (8, 4)
+    np.testing.assert_allclose(actions[1], [1, 2, 3, 4])
+    np.testing.assert_allclose(actions[0], dataset.states(0)[0])  # held where it stood
+
+
+def test_a_log_holds_little_in_memory_and_outlives_a_failure(tmp_path):
+    class Failing(Robot):
+        def observe(self):
+            if len(self.told) == 30:
+                raise OSError("camera")
+            seen = super().observe()
+            self.shared[:] = seen.frame  # one buffer for all frames, as drivers have it
+            return replace(seen, frame=self.shared)
+
+        shared = np.zeros((32, 48, 3), np.uint8)
+
+    robot = Failing()
+    with pytest.raises(OSError, match="camera"), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=100, recorder=recorder)
+    assert not any(row.observation.frame.size for row in recorder._rows)
+    dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
+    assert len(dataset.actions(0)) == 30
+    shades = dataset.frames(0)[[0, 10, 29]].mean((1, 2, 3))
+    np.testing.assert_allclose(shades, [0, 10, 29], atol=2)
+
+
+def test_a_camera_that_changes_its_size_ends_the_run_and_keeps_the_log(tmp_path):
+    class Changing(Robot):
+        def observe(self):
+            seen = super().observe()
+            return replace(seen, frame=np.zeros((32, 64, 3), np.uint8)) if len(self.told) == 5 else seen
+
+    robot = Changing()
+    message = r"frames were \(32, 48, 3\) and are \(32, 64, 3\)"
+    with pytest.raises(ValueError, match=message), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=10, recorder=recorder)
+    dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
+    assert len(dataset.actions(0)) == len(dataset.frames(0)) == 5
+    assert robot.stops == 1
+
+
+def test_a_run_that_fails_at_once_leaves_no_log(tmp_path):
+    class Broken(Robot):
+        def observe(self):
+            raise OSError("camera")
+
+    robot = Broken()
+    with pytest.raises(OSError, match="camera"), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]], recorder=recorder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_without_a_known_action_are_not_logged(tmp_path):
+    class Unknowing(Robot):
+        def pose(self, observation):
+            return None
+
+    robot = Unknowing()
+    with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=6, delay=2, recorder=recorder)
+    assert len(LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view").actions(0)) == 4
+
+
+class Driver:
+    """What LeRobot's drivers do."""
+
+    action_features = {"pan.pos": float, "grip.pos": float}  # noqa: RUF012
+    observation_features = {"pan.pos": float, "grip.pos": float, "front": (32, 48, 3)}  # noqa: RUF012
+
+    def __init__(self):
+        self.positions = {"pan.pos": 1.0, "grip.pos": 50.0}
+        self.sent, self.is_connected = [], False
+
+    def connect(self, calibrate=True):
+        self.is_connected = True
+
+    def disconnect(self):
+        self.is_connected = False
+
+    def get_observation(self):
+        return {**self.positions, "front": np.zeros((32, 48, 3), np.uint8)}
+
+    def send_action(self, action):
+        self.sent.append(action)
+        self.positions = {name: (self.positions[name] + value) / 2 for name, value in action.items()}
+        return action
+
+
+def test_an_arm_behind_lerobots_driver():
+    driver = Driver()
+    arm = LeRobotArm(driver, camera="front", instruction="go", embodiment="so101", joints=("grip.pos", "pan.pos"))
+    arm.connect()
+    seen = arm.observe()
+    assert seen.state.tolist() == [50.0, 1.0]
+    assert seen.frame.shape == (32, 48, 3)
+    run(arm, [[40, 2]] * 3, steps=3)
+    assert driver.sent[0] == {"grip.pos": 40.0, "pan.pos": 2.0}
+    assert driver.sent[-1] == pytest.approx(driver.positions, abs=2)  # at rest where it was
+    assert len(driver.sent) == 4
+    arm.disconnect()
+    assert not driver.is_connected
+    with pytest.raises(ValueError, match="no 'elbow'"):
+        LeRobotArm(driver, camera="front", instruction="go", embodiment="x", joints=("elbow",))
+    with pytest.raises(ValueError, match="lacks 'wrist'"):
+        LeRobotArm(driver, camera="wrist", instruction="go", embodiment="x").observe()
+
+
+class Watched(Robot):
+    """Looks at what it was told so far, before every observation."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def observe(self):
+        self.look([None if action is None else float(action[0]) for action in self.told])
+        return super().observe()
+
+
+def test_cable_pulled_server_restarted_policy_swapped():
+    """The robot holds while the server is away, goes on when it is back, and follows the new policy after a swap."""
+    four = spec(action=4)
+    first, second = Echo4(four, value=1.0), Echo4(four, value=2.0)
+    servers, happened = [], []
+
+    def start(port=0):
+        context = running(first, port=port)
+        servers.append((context, context.__enter__()))
+
+    start()
+    port = servers[0][1].server.port
+
+    def pull():  # mid-chunk: the connection dies without a goodbye, and the server with it
+        for connection in list(servers[0][1].server.clients):
+            servers[0][1].loop.call_soon_threadsafe(connection.transport.abort)
+        servers[0][0].__exit__(None, None, None)
+
+    def swap():
+        server = servers[-1][1]
+        source = Source(load=lambda: second, stamp=lambda: 0)
+        assert server.call(reload(server.service, server.server, source))
+
+    def look(told):
+        since = told[happened[-1][1] if happened else 0 :]
+        turns = (
+            ("pulled", lambda: since.count(1.0) >= 3, pull),
+            ("restarted", lambda: since[-10:] == [None] * 10, lambda: start(port)),
+            ("swapped", lambda: since.count(1.0) >= 3, swap),
+            ("followed", lambda: since.count(2.0) >= 3, lambda: None),
+        )
+        if len(happened) < len(turns):
+            name, reached, act = turns[len(happened)]
+            if reached():
+                act()
+                happened.append((name, len(told)))
+
+    robot = Watched(look)
+    client = PolicyClient(f"ws://127.0.0.1:{port}", timeout=5)
+    inference = ThreadedInference(client)
+    executor = Asynchronous(inference, execute_steps=2)
+    report = control(robot, executor, fps=50, steps=3000, until=lambda: len(happened) == 4)
+    at = dict(happened)
+    assert list(at) == ["pulled", "restarted", "swapped", "followed"]
+    away = [action is not None for action in robot.told[at["pulled"] : at["restarted"]]]
+    assert sum(away) <= 5, "nothing is executed beyond the chunk that was there"
+    assert report.errors > 0
+    assert robot.stops == 1
+    inference.close()
+    client.close()
+    servers[-1][0].__exit__(None, None, None)
+
+
+class Echo4(Echo):
+    def __init__(self, given, *, value):
+        super().__init__(given)
+        self.value = value
+
+    def act_batch(self, requests):
+        return [ActionChunk(actions=np.full((5, 4), self.value, np.float32)) for _ in requests]
+
+
+def test_a_refused_observation_stops_the_robot():
+    with running(Echo(spec(state=9))) as server:
+        robot = Robot()
+        inference = ThreadedInference(PolicyClient(server.address))
+        with pytest.raises(ServerRefused, match=r"expected \(9,\) float"):
+            control(robot, Asynchronous(inference, execute_steps=2), fps=50, steps=200)
+        assert robot.stops == 1
+        inference.close()

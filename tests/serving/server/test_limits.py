@@ -1,0 +1,501 @@
+"""Memory, ranges, draining and reloading of the server: what a client may cost, and what a new checkpoint must show."""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import websockets.sync.client
+from websockets.exceptions import ConnectionClosed
+
+from agra.serving.server.app import Source, reload, run, watch
+from agra.serving.client import PolicyClient, ServerLost, ServerRefused
+from agra.serving.protocol.messages import Question, WireKeys, ask
+from agra.serving.server.websocket import SLACK, WebsocketServer
+from agra.serving.server.service import Limits, PolicyService, check_key
+from agra.serving.protocol.wire import pack, unpack
+from agra.types import ActionChunk, Continuation
+
+from .echo import ACTION, HORIZON, STATE, Echo, expected, observation, running, spec, wait_for
+from .test_groot import Both, Client, flat
+from .test_server import connect, get
+
+MIB = 2**20
+BIG = (1024, 512)
+"""A frame of 1.5 MiB."""
+TIGHT = Limits(max_message=2 * MIB, max_pending=4 * MIB, max_connections=4)
+"""A share of 256 KiB each, and one larger request at a time."""
+
+
+def request(seed=0, size=(32, 48)):
+    return pack(ask(Question(observation=observation(seed, size=size)), WireKeys(), spec()))
+
+
+class Gated(Echo):
+    """Answers when it may."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.gate = threading.Event()
+
+    def act_batch(self, requests):
+        assert self.gate.wait(20)
+        return super().act_batch(requests)
+
+
+def test_large_requests_wait_for_room_and_small_ones_do_not():
+    policy = Gated()
+    with running(policy, TIGHT) as server:
+        clients = [connect(server) for _ in range(3)]
+        senders = []
+        for number, client in enumerate(clients):
+            client.recv()
+            senders.append(threading.Thread(target=client.send, args=(request(number, BIG),), daemon=True))
+            senders[-1].start()
+        small = connect(server)
+        small.recv()
+        small.send(request(9))
+        wait_for(lambda: server.service.room.taken)
+        wait_for(lambda: server.service._active == 2)  # the small one was read although there is no room
+        time.sleep(0.3)
+        *waiting, read = sorted(one.unread for one in server.server.clients)
+        assert read >= 1_500_000
+        assert max(waiting) <= TIGHT.share + SLACK
+        policy.gate.set()
+        assert np.array_equal(unpack(small.recv(timeout=10))["actions"], expected(observation(9)))
+        for number, client in enumerate(clients):
+            answer = unpack(client.recv(timeout=10))["actions"]
+            assert np.array_equal(answer, expected(observation(number, size=BIG)))
+        wait_for(lambda: not server.service.room.taken)
+        for client in (*clients, small):
+            client.close()
+
+
+def test_requests_behind_each_other_are_read_one_at_a_time():
+    policy = Gated()
+    with running(policy, TIGHT) as server, connect(server) as client:
+        client.recv()
+        data = [request(number, BIG) for number in range(4)]
+        threading.Thread(target=lambda: [client.send(one) for one in data], daemon=True).start()
+        wait_for(lambda: server.service._active)
+        time.sleep(0.3)
+        (there,) = server.server.clients
+        assert there.unread <= 2 * MIB + SLACK
+        policy.gate.set()
+        for number in range(4):
+            assert np.array_equal(unpack(client.recv(timeout=10))["actions"], expected(observation(number, size=BIG)))
+        wait_for(lambda: not server.service.room.taken)
+
+
+@pytest.mark.parametrize("wire", ["openpi", "groot"])
+def test_a_large_request_that_does_not_come_gives_its_room_back(wire):
+    with Both(Echo(), replace(TIGHT, receive_timeout=0.3)) as both:
+        port = both.server.server.port if wire == "openpi" else both.groot.port
+        if wire == "openpi":
+            slow = connect(both.server)
+            slow.recv()
+            slow.socket.sendall(b"\x82\xff" + (1_500_000).to_bytes(8, "big") + bytes(4) + bytes(600_000))
+        else:
+            from .test_zmtp import MORE, header, knock
+
+            slow = knock(both)
+            slow.sendall(header(MORE, 0) + header(0, 1_500_000) + bytes(600_000))
+        assert port
+        wait_for(lambda: both.server.service.room.taken)
+        wait_for(lambda: not both.server.service.room.taken)
+        client = PolicyClient(both.server.address)
+        seen = observation(2, size=BIG)
+        assert np.array_equal(client.act(seen).actions, expected(seen))
+
+
+def test_connections_without_a_handshake_are_bounded(monkeypatch):
+    monkeypatch.setattr("agra.serving.server.websocket.MAX_HANDSHAKES", 3)
+    with running(Echo(), Limits(max_connections=1)) as server:
+        import socket
+
+        knocking = [socket.create_connection(("127.0.0.1", server.server.port)) for _ in range(4)]
+        wait_for(lambda: len(server.server.sockets) == 4)
+        with socket.create_connection(("127.0.0.1", server.server.port)) as fifth:
+            fifth.settimeout(5)
+            assert fifth.recv(1) == b""
+        for one in knocking:
+            one.close()
+        assert np.array_equal(PolicyClient(server.address).act(observation()).actions, expected(observation()))
+
+
+# --- ranges and finite numbers -----------------------------------------------------------------------------------------
+
+
+class Statistics:
+    def __init__(self):
+        self.state = {"min": np.array([-1.0, -1, 0, 5]), "max": np.array([1.0, 1, 1, 5])}
+        self.action = {"min": np.zeros(ACTION), "max": np.full(ACTION, 255.0)}
+
+
+class Trained(Echo):
+    """Knows its training data: the last state never changed there."""
+
+    stats = {"robot": Statistics()}  # noqa: RUF012
+
+
+def seen(*state):
+    return replace(observation(), state=np.array(state, np.float32))
+
+
+def test_states_far_outside_the_training_data_are_refused_on_both_wires():
+    with Both(Trained(), Limits(input_stretch=10)) as both:
+        client = PolicyClient(both.server.address)
+        for state in ((0, 0, 0, 5), (-21, 21, 11, 5), (0, 0, 0, 1e6)):  # ten widths outside; the constant is free
+            client.act(seen(*state))
+        for state in ((1e20, 0, 0, 5), (0, -21.1, 0, 5), (0, 0, 11.1, 5)):
+            with pytest.raises(ServerRefused, match="more than 10 widths outside the range of the training data"):
+                client.act(seen(*state))
+        actions = np.array([[1, 3e38, 1]], np.float32)
+        with pytest.raises(ServerRefused, match=r"continuation: 3e\+38 in dimension 1"):
+            client.act(seen(0, 0, 0, 5), continuation=Continuation(actions=actions, delay=0))
+        asked = flat(1)
+        asked["state.arm"] = np.array([[0, 1e20, 0]], np.float32)
+        assert "state: 1e+20 in dimension 1" in Client(both.groot.port).call("get_action", asked)["error"]
+
+
+class NotANumber(Echo):
+    def act_batch(self, requests):
+        chunks = super().act_batch(requests)
+        broken = np.full((HORIZON, ACTION), np.nan, np.float32)
+        return [ActionChunk(actions=broken) if r.observation.instruction == "nan" else c
+                for r, c in zip(requests, chunks, strict=True)]  # fmt: skip
+
+
+def test_answers_that_are_not_finite_are_never_sent():
+    with Both(NotANumber()) as both, connect(both.server) as connection:
+        connection.recv()
+        connection.send(pack(ask(Question(observation=observation(instruction="nan")), WireKeys(), spec())))
+        assert "the answer is nan in step 0" in connection.recv()
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=5)
+        assert connection.close_code == 1011
+        asked = flat(1) | {"annotation.human.action.task_description": ["nan"]}
+        assert "the answer is nan" in Client(both.groot.port).call("get_action", asked)["error"]
+        assert b'outcome="failed",wire="openpi"} 1.0' in both.server.service.metrics()
+
+
+# --- stopping ----------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_under_load_answers_what_was_read_and_ends_at_once():
+    policy = Echo(seconds=0.1)
+    ended, wrong = [], []
+
+    def hammer(server, number):
+        with connect(server) as connection:
+            connection.recv()
+            for index in range(10**6):
+                try:
+                    connection.send(request(number + index))
+                    answer = unpack(connection.recv(timeout=10))["actions"]
+                except ConnectionClosed:
+                    ended.append(connection.close_code)
+                    return
+                if not np.array_equal(answer, expected(observation(number + index))):
+                    wrong.append(index)
+
+    with running(policy) as server:
+        threads = [threading.Thread(target=hammer, args=(server, 1000 * n), daemon=True) for n in range(12)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: sum(policy.batches) > 24)
+        begun = time.monotonic()
+        server.call(server.server.stop(10))
+        assert time.monotonic() - begun < 4
+        for thread in threads:
+            thread.join(10)
+    assert ended == [1001] * 12
+    assert not wrong
+
+
+def test_sigterm_of_the_whole_server(caplog):
+    """In this thread, which signals reach; clients of both wires ask without pause from others."""
+    caplog.set_level(logging.INFO, logger="agra.serving")
+    policy, results = Echo(seconds=0.05), []
+
+    def ask_on(port):
+        client = PolicyClient(f"ws://127.0.0.1:{port}")
+        try:
+            while np.array_equal(client.act(observation(3)).actions, expected(observation(3))):
+                pass
+        except ServerLost:
+            results.append("lost, after right answers")
+
+    async def serve():
+        service = PolicyService(policy, Limits())
+        server = WebsocketServer(service, port=0)
+
+        def started():
+            for _ in range(4):
+                threading.Thread(target=ask_on, args=(server.port,), daemon=True).start()
+            asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGTERM)
+
+        source = Source(load=lambda: policy, stamp=lambda: 0)
+        await run(service, server, source, watch_every=0.1, grace=10, started=started)
+
+    begun = time.monotonic()
+    asyncio.run(serve())
+    assert time.monotonic() - begun < 8
+    wait_for(lambda: len(results) == 4)
+    assert "still running" not in caplog.text
+
+
+# --- a new checkpoint --------------------------------------------------------------------------------------------------
+
+
+class Wrong(Echo):
+    """Loads, and does not serve."""
+
+    def __init__(self, act, given=None):
+        super().__init__(given)
+        self.act = act
+
+    def act_batch(self, requests):
+        return [self.act() for _ in requests]
+
+
+def fail(error):
+    raise error
+
+
+CANDIDATES = {
+    "no embodiment": lambda: Echo(replace(spec(), embodiments={})),
+    "not finite": lambda: Wrong(lambda: ActionChunk(actions=np.full((HORIZON, ACTION), np.inf, np.float32))),
+    "another shape": lambda: Wrong(lambda: ActionChunk(actions=np.zeros((HORIZON, ACTION + 1), np.float32))),
+    "TypeError": lambda: Wrong(lambda: fail(TypeError("a scalar"))),
+    "ValueError": lambda: Wrong(lambda: fail(ValueError("too small"))),
+    "does not load": lambda: fail(AttributeError("a list")),
+    "RuntimeError": lambda: fail(RuntimeError("out of memory")),
+}
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_candidate_that_fails_changes_nothing_and_is_logged(name, caplog):
+    with running(Echo()) as server:
+        client = PolicyClient(server.address)
+        source = Source(load=CANDIDATES[name], stamp=lambda: 0)
+        assert not server.call(reload(server.service, server.server, source))
+        assert "kept the policy that serves" in caplog.text
+        assert "Traceback" in caplog.text
+        assert np.array_equal(client.act(observation()).actions, expected(observation()))
+        assert server.service.generation == 0
+
+
+def test_a_candidate_that_takes_too_long_changes_nothing():
+    slow = Echo(seconds=1)
+    with running(Echo(), Limits(check_timeout=0.2)) as server:
+        assert not server.call(reload(server.service, server.server, Source(load=lambda: slow, stamp=lambda: 0)))
+
+
+def test_the_watch_goes_on_whatever_fails(caplog):
+    stamps = iter([1, RuntimeError("the folder is gone"), 2, 3, 4, *[4] * 10**6])
+    policies = iter([*(make for name, make in CANDIDATES.items() if name in ("no embodiment", "RuntimeError"))])
+
+    def stamp():
+        found = next(stamps)
+        return fail(found) if isinstance(found, Exception) else found
+
+    def load():
+        make = next(policies, None)
+        return Echo(spec("good")) if make is None else make()
+
+    with running(Echo()) as server:
+
+        async def look():
+            source = Source(load=load, stamp=stamp)
+            task = asyncio.create_task(watch(server.service, server.server, source, row_stride=0.01))
+            while server.service.generation == 0:
+                await asyncio.sleep(0.01)
+            task.cancel()
+
+        server.call(look())
+        assert server.service.spec.name == "good"
+    assert "cannot look for a newer checkpoint" in caplog.text
+    assert caplog.text.count("kept the policy that serves") == 2
+
+
+def test_a_policy_that_does_not_answer_is_not_served():
+    async def serve():
+        service = PolicyService(Wrong(lambda: ActionChunk(actions=np.full((HORIZON, ACTION), np.nan, np.float32))))
+        try:
+            await service.start()
+        finally:
+            await service.close()
+
+    with pytest.raises(ValueError, match="policy echo, embodiment robot: the answer is nan"):
+        asyncio.run(serve())
+
+
+def test_a_policy_that_crops_is_tried_out_with_a_larger_frame():
+    class Cropped(Echo):
+        def act_batch(self, requests):
+            if any(r.observation.frame.shape[0] < 100 for r in requests):
+                raise ValueError("rows 0 to 100 were asked for")
+            return super().act_batch(requests)
+
+    with running(Echo()) as server:
+        server.call(server.service.check(Cropped()))
+
+
+class Compiled(Echo):
+    """A policy that warms up; notes in which thread, and takes over weights where it may."""
+
+    def __init__(self, name="compiled", *, adopts=True, offset=0.0):
+        super().__init__(spec(name), offset=offset)
+        self.adopts, self.warmed, self.threads, self.recompiles = adopts, [], set(), 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def warm_up(self, max_batch):
+        assert self.gate.wait(20)
+        self.warmed.append((max_batch, threading.current_thread().name))
+
+    def adopt(self, other):
+        if self.adopts:
+            self.offset = other.offset
+        return self.adopts
+
+    def act_batch(self, requests):
+        self.threads.add(threading.current_thread().name)
+        return super().act_batch(requests)
+
+
+def test_a_policy_is_warmed_up_in_its_own_thread_before_the_service_is_ready():
+    policy = Compiled()
+    policy.gate.clear()
+    with running(policy, Limits(max_batch=3)) as server:
+        starting = asyncio.run_coroutine_threadsafe(server.service.start(), server.loop)
+        assert get(server, "/readyz")[0] == 503
+        assert get(server, "/healthz")[0] == 200
+        with pytest.raises(ServerLost, match="503"):
+            PolicyClient(server.address).act(observation())
+        policy.gate.set()
+        starting.result(10)
+        assert get(server, "/readyz")[0] == 200
+        policy.threads.clear()
+        PolicyClient(server.address).act(observation())
+        assert policy.warmed == [(3, *policy.threads)]
+        policy.recompiles = 2
+        assert "agra_policy_recompiles 2.0" in get(server, "/metrics")[1]
+
+
+def test_weights_are_adopted_in_place_or_the_candidate_is_warmed_up_first():
+    first, second = Compiled(), Compiled("second", offset=1000)
+    with running(first, Limits(max_batch=2)) as server:
+        server.call(server.service.start())
+        client = PolicyClient(server.address)
+        assert server.call(reload(server.service, server.server, Source(load=lambda: second, stamp=lambda: 0)))
+        assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
+        assert not second.warmed, "its weights moved, it does not serve"
+        assert server.service.spec.name == "second"
+        first.adopts = False
+        third = Compiled("third", offset=3000, adopts=False)
+        assert server.call(reload(server.service, server.server, Source(load=lambda: third, stamp=lambda: 0)))
+        third.threads.clear()
+        assert np.array_equal(client.act(observation()).actions, expected(observation()) + 3000)
+        assert third.warmed == [(2, *third.threads)]
+        assert server.service.ready
+
+        class Broken(Compiled):
+            def warm_up(self, max_batch):
+                raise RuntimeError("cannot compile")
+
+        assert not server.call(reload(server.service, server.server, Source(load=Broken, stamp=lambda: 0)))
+        assert server.service.ready
+        assert np.array_equal(client.act(observation()).actions, expected(observation()) + 3000)
+
+
+# --- who gets in -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/healthz"])
+def test_web_pages_reach_no_path(path):
+    with running(Echo()) as server:
+        assert get(server, path, {"Origin": "http://evil.example"})[0] == 403
+        assert get(server, path, {"Host": "evil.example"})[0] == 403  # a name that was rebound to this machine
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "192.0.2.7"):
+            assert get(server, path, {"Host": host})[0] == 200
+
+
+def test_keys_are_ascii_stripped_and_come_once():
+    with running(Echo(), api_key=" right\n") as server:
+        assert get(server, "/metrics", {"Authorization": "Api-Key right"})[0] == 200
+        assert get(server, "/metrics", {"Authorization": "Api-Key s\xe9same"})[0] == 401
+        with websockets.sync.client.connect(
+            server.address, compression=None, additional_headers=[("Authorization", "Api-Key right")]
+        ) as connection:
+            connection.recv()
+        import http.client
+
+        twice = http.client.HTTPConnection("127.0.0.1", server.server.port, timeout=10)
+        twice.putrequest("GET", "/metrics")
+        twice.putheader("Authorization", "Api-Key right")
+        twice.putheader("Authorization", "Api-Key right")
+        twice.endheaders()
+        assert twice.getresponse().status == 401
+    for wrong in ("s\xe9same", " \n", "a\x00b"):
+        with pytest.raises(ValueError, match="API key: expected"):
+            check_key(wrong)
+
+
+def test_limits_are_checked():
+    with pytest.raises(ValueError, match="max_pending: expected at least twice max_message"):
+        Limits(max_message=MIB, max_pending=MIB)
+    assert (Limits().share, Limits().large_requests) == (MIB, 16)
+    assert STATE == 4
+
+
+def test_a_small_frame_does_not_wait_for_all_large_ones():
+    policy = Gated()
+    limits = Limits(max_message=2 * MIB, max_pending=64 * MIB, max_connections=64)
+    with running(policy, limits) as server:
+        first = connect(server)
+        first.recv()
+        first.send(request(99))
+        wait_for(lambda: server.service._active == 1)
+        large = [connect(server) for _ in range(6)]
+        for number, client in enumerate(large):
+            client.recv()
+            client.send(request(number, BIG))
+        wait_for(lambda: server.service._active == 7)
+        small = connect(server)
+        small.recv()
+        small.send(request(50))
+        wait_for(lambda: server.service._active == 8)
+        policy.gate.set()
+        for number, client in enumerate(large):
+            assert np.array_equal(unpack(client.recv(timeout=10))["actions"], expected(observation(number, size=BIG)))
+        assert np.array_equal(unpack(small.recv(timeout=10))["actions"], expected(observation(50)))
+        assert policy.batches == [1, 3, 2, 2]  # the small one came last and is in the first batch after the running one
+        for client in (first, small, *large):
+            client.close()
+
+
+def test_answered_requests_are_not_kept():
+    with running(Echo(), replace(TIGHT, max_connections=8)) as server:
+        clients = [connect(server) for _ in range(6)]
+        for client in clients:
+            client.recv()
+        tracemalloc.start()
+        try:
+            for number, client in enumerate(clients):
+                client.send(request(number, BIG))
+                client.recv(timeout=20)
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 3 * MIB  # six open connections, 1.5 MiB read on each
+        finally:
+            tracemalloc.stop()
+        for client in clients:
+            client.close()

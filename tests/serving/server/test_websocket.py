@@ -1,0 +1,418 @@
+"""The server under ordinary, wrong and hostile clients, with a policy whose answers prove whose they are."""
+
+import asyncio
+import gc
+import http.client
+import socket
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import websockets.sync.client
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from agra.serving.server.app import Source, reload, watch
+from agra.serving.client import PolicyClient, ServerLost, ServerRefused
+from agra.serving.protocol.messages import Question, WireKeys, ask
+from agra.serving.server.service import Limits
+from agra.serving.protocol.wire import pack, unpack
+from agra.types import Continuation
+
+from .echo import Echo, expected, observation, running, spec, wait_for
+
+
+def connect(server, **options):
+    return websockets.sync.client.connect(server.address, compression=None, max_size=None, **options)
+
+
+def request(seed=0, **changes):
+    return pack({**ask(Question(observation=observation(seed)), WireKeys(), spec()), **changes})
+
+
+def get(server, path, headers=None):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server.port, timeout=10)
+    connection.request("GET", path, headers=headers or {})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def test_the_client_gets_the_policys_answer():
+    with running(Echo()) as server:
+        client = PolicyClient(server.address)
+        assert client.spec == spec()
+        client.reset(11)
+        for seed in range(3):
+            chunk = client.act(observation(seed))
+            assert np.array_equal(chunk.actions, expected(observation(seed)))
+            assert {"decode", "queue", "action", "total", "round_trip"} <= set(chunk.timings)
+        assert server.policy.seeds == [11]
+        client.reset(12)
+        client.act(observation(), continuation=Continuation(actions=np.ones((2, 3), np.float32), delay=1))
+        assert server.policy.seeds == [11, 12]
+        assert server.policy.continuations[-1].delay == 1
+        assert client.act_and_imagine(observation()).imagined is None  # not allowed: not asked for
+        client.close()
+
+
+def test_the_client_gets_the_imagined_video_where_the_server_gives_it():
+    with running(Echo(replace(spec(), imagines=True))) as server:
+        client = PolicyClient(server.address)
+        chunk = client.act_and_imagine(observation())
+        assert np.array_equal(chunk.actions, expected(observation()))
+        assert chunk.imagined.shape == (3, 32, 48, 3)
+        assert client.act(observation()).imagined is None
+        client.close()
+
+
+def test_a_bad_request_is_explained_and_the_connection_lives():
+    with running(Echo()) as server, connect(server) as connection:
+        connection.recv()
+        for wrong in (request(prompt=3), request(prompt="impossible"), pack([1])):
+            connection.send(wrong)
+            assert connection.recv().startswith("agra: ")
+        connection.send(request(5))
+        assert np.array_equal(unpack(connection.recv())["actions"], expected(observation(5)))
+        client = PolicyClient(server.address)
+        with pytest.raises(ServerRefused, match="nobody can do this"):
+            client.act(observation(instruction="impossible"))
+        assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
+
+
+@pytest.mark.parametrize("data", [b"\xc1", "text", b"", b"\x81\xa1a"], ids=repr)
+def test_what_is_no_message_ends_the_connection(data):
+    with running(Echo()) as server, connect(server) as connection:
+        connection.recv()
+        connection.send(data)
+        assert connection.recv().startswith("agra: ")
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=5)
+        assert connection.close_code == 1007
+
+
+def test_a_failing_policy_tells_no_secrets_and_serves_the_others():
+    with running(Echo()) as server, connect(server) as connection, connect(server) as other:
+        connection.recv()
+        other.recv()
+        connection.send(request(prompt="crash"))
+        told = connection.recv()
+        assert "failed" in told
+        assert "secret" not in told
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=5)
+        assert connection.close_code == 1011
+        other.send(request(1))
+        assert np.array_equal(unpack(other.recv())["actions"], expected(observation(1)))
+
+
+def test_bad_requests_without_end_close_the_connection():
+    with running(Echo(), Limits(max_bad_requests=3)) as server, connect(server) as connection:
+        connection.recv()
+        for _ in range(3):
+            connection.send(pack({}))
+            connection.recv()
+        with pytest.raises(ConnectionClosed):
+            connection.recv(timeout=5)
+        assert connection.close_code == 1008
+
+
+def test_bad_requests_take_turns_and_good_ones_do_not():
+    with running(Echo(), Limits(bad_request_rate=0.5)) as server, connect(server) as one, connect(server) as other:
+        client = PolicyClient(server.address)
+        for connection in (one, other):
+            connection.recv()
+            connection.send(pack({}))
+        asked = time.perf_counter()
+        told = {connection: [] for connection in (one, other)}
+
+        def listen(connection):
+            told[connection].append((connection.recv(timeout=10), time.perf_counter()))
+
+        with ThreadPoolExecutor(2) as threads:
+            threads.map(listen, (one, other))
+            wait_for(lambda: told[one] or told[other])
+            assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
+            assert not (told[one] and told[other])  # the second of them has its turn after two seconds
+        assert [text[:6] for text, _ in (*told[one], *told[other])] == ["agra: "] * 2
+        assert max(when for _, when in (*told[one], *told[other])) - asked > 1.5
+
+
+def test_a_bad_request_is_told_between_two_forwards():
+    class Gated(Echo):
+        def act_batch(self, requests):
+            entered.set()
+            assert leave.wait(10)
+            return super().act_batch(requests)
+
+    entered, leave = threading.Event(), threading.Event()
+    with running(Gated()) as server, connect(server) as bad, connect(server) as good:
+        for connection in (bad, good):
+            connection.recv()
+        good.send(request(1))
+        assert entered.wait(10)
+        bad.send(pack({}))
+        with pytest.raises(TimeoutError):
+            bad.recv(timeout=0.2)
+        leave.set()
+        assert bad.recv(timeout=10).startswith("agra: ")
+        assert np.array_equal(unpack(good.recv())["actions"], expected(observation(1)))
+        # A forward that does not end does not make it wait for ever.
+        entered.clear()
+        leave.clear()
+        good.send(request(2))
+        assert entered.wait(10)
+        bad.send(pack({}))
+        assert bad.recv(timeout=10).startswith("agra: ")
+        leave.set()
+        assert np.array_equal(unpack(good.recv())["actions"], expected(observation(2)))
+
+
+def test_size_fragments_and_idleness_are_limited():
+    with running(Echo(), Limits(max_message=10_000, idle_timeout=0.3)) as server:
+        with connect(server) as connection:
+            connection.recv()
+            connection.send(bytes(10_001))
+            with pytest.raises(ConnectionClosed):
+                connection.recv(timeout=5)
+            assert connection.close_code == 1009
+        with connect(server) as connection:
+            connection.recv()
+            with pytest.raises(ConnectionClosed):
+                connection.recv(timeout=5)
+            assert connection.close_code == 1008
+    with running(Echo()) as server, connect(server) as connection:
+        connection.recv()
+        with pytest.raises(ConnectionClosed):
+            connection.send(b"" for _ in range(10**9))
+        assert connection.close_code == 1008
+
+
+def test_a_client_that_never_reads_is_cut_off():
+    with running(Echo()) as server, socket.create_connection(("127.0.0.1", server.server.port)) as stranger:
+        stranger.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        stranger.settimeout(60)
+        pings = (b"\x89\xfd" + bytes(4) + bytes(125)) * 100_000
+        with pytest.raises(OSError, match=r"reset|pipe|abort"):
+            stranger.sendall(pings * 10)
+        client = PolicyClient(server.address)
+        assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
+
+
+def test_a_slow_client_is_slowed_down_alone():
+    with running(Echo(), Limits(request_rate=20)) as server:
+        client, other = PolicyClient(server.address), PolicyClient(server.address)
+        start = time.perf_counter()
+        for seed in range(5):
+            client.act(observation(seed))
+        assert time.perf_counter() - start > 4 / 20
+        assert np.array_equal(other.act(observation()).actions, expected(observation()))
+
+
+def test_without_the_key_there_is_nothing():
+    with running(Echo(), api_key="right") as server:
+        for headers in ({}, {"Authorization": "Api-Key wrong"}, {"Authorization": "right"}):
+            with pytest.raises(InvalidStatus) as refused:
+                connect(server, additional_headers=headers)
+            assert refused.value.response.status_code == 401
+            assert get(server, "/metrics", headers)[0] == 401
+            assert get(server, "/readyz", headers)[0] == 401
+        with pytest.raises(ServerLost, match="401"):
+            PolicyClient(server.address, api_key="wrong").act(observation())
+        assert np.array_equal(
+            PolicyClient(server.address, api_key="right").act(observation()).actions, expected(observation())
+        )
+        assert get(server, "/metrics", {"Authorization": "Bearer right"})[0] == 200
+        assert get(server, "/healthz")[0] == 200
+
+
+def test_browsers_are_refused():
+    with running(Echo()) as server:
+        with pytest.raises(InvalidStatus) as refused:
+            connect(server, origin="http://evil.example")
+        assert refused.value.response.status_code == 403
+
+
+def test_health_readiness_and_metrics():
+    with running(Echo(), Limits(max_connections=2)) as server:
+        client = PolicyClient(server.address)
+        client.act(observation())
+        with pytest.raises(ServerRefused):
+            client.act(observation(instruction="impossible"))
+        assert get(server, "/healthz") == (200, "OK\n")
+        assert get(server, "/readyz") == (200, "ready\n")
+        status, metrics = get(server, "/metrics")
+        assert status == 200
+        assert 'agra_requests_total{outcome="answered",wire="openpi"} 1.0' in metrics
+        assert 'agra_requests_total{outcome="refused",wire="openpi"} 1.0' in metrics
+        assert "agra_connections 1.0" in metrics
+        with connect(server), pytest.raises(InvalidStatus):
+            connect(server)
+        server.service.draining = True
+        assert get(server, "/readyz")[0] == 503
+        server.service.draining = False
+
+
+def test_requests_are_batched_and_every_answer_is_its_own():
+    policy = Echo(seconds=0.02)
+    with running(policy, Limits(max_batch=8)) as server:
+
+        def one(number):
+            client = PolicyClient(server.address)
+            for index in range(10):
+                seen = observation(100 * number + index)
+                assert np.array_equal(client.act(seen).actions, expected(seen))
+            return 10
+
+        with ThreadPoolExecutor(12) as threads:
+            assert sum(threads.map(one, range(12))) == 120
+    assert sum(policy.batches) == 120
+    assert max(policy.batches) > 3
+    assert max(policy.batches) <= 8
+
+
+def test_one_bad_request_does_not_spoil_its_batch():
+    policy = Echo(seconds=0.05)
+    with running(policy) as server:
+
+        def one(number):
+            seen = observation(number, instruction="impossible" if number == 3 else "go")
+            client = PolicyClient(server.address)
+            if number == 3:
+                with pytest.raises(ServerRefused, match="nobody"):
+                    client.act(seen)
+            else:
+                assert np.array_equal(client.act(seen).actions, expected(seen))
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(one, range(8)))
+
+
+def test_a_busy_policy_says_so_and_who_left_is_not_computed():
+    policy = Echo(seconds=0.5)
+    with running(policy, Limits(request_timeout=0.2, stuck_after=0.1)) as server:
+        client = PolicyClient(server.address)
+        with pytest.raises(ServerRefused, match="busy"):
+            client.act(observation())
+        wait_for(lambda: get(server, "/readyz")[0] == 200)
+        assert policy.batches == [1]
+
+
+def test_stopping_finishes_what_is_running():
+    policy = Echo(seconds=0.4)
+    answers = []
+    with running(policy) as server:
+        client = PolicyClient(server.address)
+        client.spec  # noqa: B018  connects
+        asking = threading.Thread(target=lambda: answers.append(client.act(observation(4)).actions))
+        asking.start()
+        wait_for(lambda: policy.batches)
+        server.call(server.server.stop(5))
+        asking.join()
+        assert np.array_equal(answers[0], expected(observation(4)))
+        with pytest.raises(ServerLost):
+            client.act(observation())
+
+
+def test_a_swap_between_two_requests():
+    with running(Echo()) as server:
+        client = PolicyClient(server.address)
+        client.reset(5)
+        client.act(observation())
+        newer = Echo(spec("newer"), offset=1000)
+        source = Source(load=lambda: newer, stamp=lambda: 0)
+        assert server.call(reload(server.service, server.server, source))
+        assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
+        assert newer.seeds == [0, 5], "it was tried out, and the episode goes on with its seed"
+
+        def broken():
+            raise ValueError("damaged")
+
+        assert not server.call(reload(server.service, server.server, Source(load=broken, stamp=lambda: 0)))
+        assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
+        other = Echo(spec("wider", state=6))
+        assert server.call(reload(server.service, server.server, Source(load=lambda: other, stamp=lambda: 0)))
+        with pytest.raises(ServerLost):
+            client.act(observation())
+        with pytest.raises(ServerRefused, match=r"expected \(6,\) float"):
+            client.act(observation())
+
+
+def test_what_is_loaded_is_hidden_from_the_garbage_collector_until_it_gives_way():
+    loaded = []
+
+    def load():
+        policy = Echo()
+        policy.itself = policy  # garbage that only the collector finds
+        loaded.append(weakref.ref(policy))
+        return policy
+
+    try:
+        with running(Echo()) as server:
+            client = PolicyClient(server.address)
+            for number in range(2):
+                assert server.call(reload(server.service, server.server, Source(load=load, stamp=lambda: 0)))
+                assert gc.get_freeze_count() > 0
+                assert np.array_equal(client.act(observation(number)).actions, expected(observation(number)))
+            assert [policy() is None for policy in loaded] == [True, False]
+    finally:
+        gc.unfreeze()
+
+
+def test_newer_checkpoints_are_found():
+    found = [1]
+    with running(Echo()) as server:
+        source = Source(load=lambda: Echo(spec("newer")), stamp=lambda: found[0])
+
+        async def look():
+            task = asyncio.create_task(watch(server.service, server.server, source, row_stride=0.01))
+            await asyncio.sleep(0.1)
+            before = server.service.generation
+            found[0] = 2
+            while server.service.generation == before:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            return before, server.service.spec.name
+
+        assert server.call(look()) == (0, "newer")
+
+
+def test_the_client_comes_back_after_a_loss():
+    client = None
+    with running(Echo()) as server:
+        port = server.server.port
+        client = PolicyClient(server.address)
+        client.reset(9)
+        client.act(observation())
+    with pytest.raises(ServerLost):
+        client.act(observation())
+    with pytest.raises(ServerLost, match="no policy server"):
+        client.act(observation())
+    with running(Echo(), port=port) as server:
+        assert np.array_equal(client.act(observation(1)).actions, expected(observation(1)))
+        assert server.policy.seeds == [9]
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_another():
+    with running(Echo(seconds=0.3)) as server:
+        client = PolicyClient(server.address, timeout=0.1)
+        client.spec  # noqa: B018
+        with pytest.raises(ServerLost, match=r"within 0.1 s"):
+            client.act(observation(1))
+        client.timeout = 5
+        assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
+
+
+def test_wrong_settings_are_named():
+    for wrong in ("http://x", "127.0.0.1:8000"):
+        with pytest.raises(ValueError, match="expected ws://"):
+            PolicyClient(wrong)
+    with pytest.raises(ValueError, match="max_message"):
+        Limits(max_message=0)
+    with pytest.raises(ServerLost):
+        PolicyClient("ws://127.0.0.1:9", timeout=1).act(observation())

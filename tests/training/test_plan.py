@@ -1,0 +1,202 @@
+"""The planner's counts against arithmetic and against a step that really runs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from agra.cli.main import main
+from agra.training.memory_estimate import count_flops, fake_batch, fake_objective, flops_per_sample, measure
+from agra.training.plan import Machines, lay_out, plan
+from agra.recipes import at_stage, tiny
+from agra.training.metrics import ThroughputMeter
+from agra.training.parallelize import ParallelConfig, apply, shard
+from agra.training.optimization import Stage, parameter_groups
+
+
+def test_flops_are_those_of_the_products(small_config):
+    """The adapt stage: every product of the video DiT forward, and twice that backward."""
+    config = at_stage(replace(small_config, alignment=None), Stage.ADAPT)
+    config = replace(config, stage=replace(config.stage, objective=replace(config.method.objective, video_batch_fraction=1.0)))
+    model, video = config.method.model, config.method.model.video_dit
+    frames, rows, columns = model.token_grid
+    n, w, t = frames * rows * columns, video.width, model.text.length
+    block = 2 * n * w * w * (4 + 2 + 8)  # projections of both attentions and the feed-forward
+    block += 2 * 2 * t * video.text_dim * w + 2 * 2 * n * n * w + 2 * 2 * n * t * w  # text keys and values, attention
+    block += 3 * 2 * frames * video.adaln_lora_dim * (w + 3 * w)  # modulations, a frame each
+    ends = 2 * n * w * (4 * (video.latent_channels + 2) + 4 * video.latent_channels)
+    time = 2 * frames * (w * w + 3 * w * w) + 2 * frames * video.adaln_lora_dim * (w + 2 * w)
+    expected = 3 * (video.num_layers * block + ends + time)
+    assert flops_per_sample(config) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_flops_of_a_call_are_those_of_its_products(mode):
+    layer, x = torch.nn.Linear(5, 7), torch.randn(3, 2, 5)
+    with mode():
+        assert count_flops(lambda: layer(x) @ torch.ones(7, 4)) == 2 * 6 * 5 * 7 + 2 * 6 * 7 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [0, 0.5, 1])
+@pytest.mark.parametrize("samples", [16, 64])
+def test_peak_memory_is_foreseen(checkpointed, samples):
+    """torch's own count of allocations in a step of tiny: what is planned, but for what kernels work with inside."""
+    config = tiny()
+    found = measure(config, activation_checkpointing=checkpointed)
+    planned = found.peak(samples)
+    objective, width, _ = fake_objective(config)
+    apply(objective, ParallelConfig(activation_checkpointing=checkpointed))
+    optimizer = torch.optim.AdamW(list(parameter_groups(objective, config.stage)))
+    batch = fake_batch(config, width, samples)
+
+    def step():
+        objective(batch).total.backward()
+        optimizer.step()
+
+    step()
+    optimizer.zero_grad()  # before the profile begins, which does not see the end of what it has not seen begin
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    inputs = sum(value.nbytes for value in vars(batch).values() if value is not None)
+    level = peak = found.states + inputs
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    assert peak == pytest.approx(planned, rel=0.02)
+
+
+def test_checkpointing_keeps_less(small_config):
+    config = replace(small_config, stage=replace(small_config.stage, batch_size=8))
+    config = replace(config, alignment=replace(config.method.alignment, teacher=replace(tiny().alignment.teacher)))
+    found = plan(config, Machines(gpus=2, price=2))
+    memory = [layout.per_sample for layout in found.layouts]
+    assert memory == sorted(memory, reverse=True)
+    assert [layout.activation_checkpointing for layout in found.layouts] == [0, 0.25, 0.5, 0.75, 1]
+    plain, *_, checkpointed = found.layouts
+    assert checkpointed.per_sample < plain.per_sample
+    assert (plain.accumulate, checkpointed.accumulate) == (1, 1)
+    assert plain.samples < checkpointed.samples
+    steps, validations = config.stage.steps, 1 + config.stage.steps // config.stage.validate_every
+    seconds = found.best.seconds * steps + found.best.validation_seconds * validations
+    assert found.hours == pytest.approx(seconds / 3600)
+    assert 0 < found.best.validation_seconds < found.best.seconds
+    assert found.cost == pytest.approx(found.hours * 4)
+    with pytest.raises(ValueError, match="3 GPUs"):
+        lay_out(config, Machines(gpus=3), [found.footprint])
+    with pytest.raises(ValueError, match="copies of 3"):
+        Machines(gpus=8, shards=3)
+    with pytest.raises(ValueError, match="rate: expected more than 0, got 0"):
+        Machines(gpus=8, bandwidth=0)
+
+
+class Received(TorchDispatchMode):
+    """Adds up the bytes that collectives put together."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).split(".")[1]
+        if name in self.bytes:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.bytes[name] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("checkpointed", "half"), [(0, False), (0.5, False), (1, False), (0, True)])
+def test_traffic_is_what_fsdp_sends(small_config, checkpointed, half):
+    """Against the collectives of a real step of one process among eight that are not there."""
+    config = replace(small_config, alignment=replace(small_config.alignment, teacher=tiny().alignment.teacher))
+    found = measure(config, activation_checkpointing=checkpointed, gather_bfloat16=half)
+    objective, width, least = fake_objective(config)
+    apply(objective, ParallelConfig(activation_checkpointing=checkpointed))
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (8,), mesh_dim_names=("shard",))
+        shard(objective, mesh, ParallelConfig(gather_bfloat16=half))
+        with Received() as received, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            objective(fake_batch(config, width, 4 * least)).total.backward()
+    finally:
+        dist.destroy_process_group()
+    # Shards are as long as the longest, so that a little more is sent.
+    sent = found.weight_bytes * found.gathered
+    assert sent <= received.bytes["_allgather_base_"] < 1.05 * sent
+    assert 4 * found.trained <= received.bytes["_reduce_scatter_base_"] < 4.2 * found.trained
+
+
+def test_traffic_grows_with_shards_and_copies(small_config):
+    config = replace(small_config, stage=replace(small_config.stage, batch_size=16))
+    config = replace(config, alignment=replace(config.method.alignment, teacher=tiny().alignment.teacher))
+    counted = (measure(config), measure(config, activation_checkpointing=1))
+
+    def best(**machines):
+        return lay_out(config, Machines(**machines), counted).best
+
+    whole = 4 * (counted[0].gathered + counted[0].trained)
+    assert best(gpus=1).traffic == 0
+    assert best(gpus=8).traffic == pytest.approx(whole * 7 / 8)
+    assert best(gpus=16, shards=8).traffic == pytest.approx(whole * 7 / 8 + 4 * counted[0].trained / 8)
+    slow, quick = best(gpus=8, bandwidth=1e-6), best(gpus=8, bandwidth=1e6)
+    assert slow.seconds == pytest.approx(slow.traffic / 1e3)
+    assert quick.seconds == quick.compute_seconds
+
+
+def test_gradients_of_several_micro_batches_are_reduced_once_or_held_by_no_process(small_config):
+    """Once where a process has room for all of them, after every micro-batch where it has not."""
+    config = replace(small_config, stage=replace(small_config.stage, batch_size=64))
+    config = replace(config, alignment=replace(config.method.alignment, teacher=tiny().alignment.teacher))
+    footprint = measure(config)
+
+    def layout(gigabytes):
+        (one,) = lay_out(config, Machines(gpus=8, gpu_memory=gigabytes), [footprint]).layouts
+        return one
+
+    sizes = np.geomspace(1e-4, 1, 200)
+    layouts = [layout(size) for size in sizes]
+    several = [one for one in layouts if one.accumulate > 1]
+    assert {one.reduce_every_micro_batch for one in several} == {True, False}
+    for one in several:
+        reductions = one.accumulate if one.reduce_every_micro_batch else 1
+        expected = 4 * (one.accumulate * footprint.gathered + reductions * footprint.trained) * 7 / 8
+        assert one.traffic == pytest.approx(expected)
+        assert ("--parallel.reduce-every-micro-batch True" in one.flags) == one.reduce_every_micro_batch
+    assert not layouts[-1].flags
+
+
+@pytest.mark.slow
+def test_the_papers_model_is_planned_from_the_command_line(capsys):
+    main(["plan", "agra_dino_l8", "--gpus", "8", "--gpu-memory", "80", "--price", "2"])
+    printed = capsys.readouterr().out
+    assert "video_dit 2,059,174,912" in printed
+    assert "--parallel.activation-checkpointing 1" in printed
+    with pytest.raises(SystemExit):
+        main(["plan", "agra_dino_l8", "--gpus", "1", "--gpu-memory", "16"])
+    assert "no layout fits" in capsys.readouterr().out
+
+
+def test_a_meter_counts_what_it_is_told(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    meter = ThroughputMeter(flops_per_sample=2e12, peak_flops=1e14)
+    meter.start(10)
+    with meter.waiting():
+        now[0] += 1
+    now[0] += 3
+    found = meter.read(14, batch_size=32, devices=4)
+    assert found["samples_per_second"] == pytest.approx(32)
+    assert found["meter/samples_per_second_per_device"] == pytest.approx(8)
+    assert found["meter/data_wait_share"] == pytest.approx(0.25)
+    assert found["meter/mfu"] == pytest.approx(8 * 2e12 / 1e14)
+    assert found["meter/peak_memory_bytes"] > 1e6
+    plain = ThroughputMeter()
+    plain.start(0)
+    assert "meter/mfu" not in plain.read(1, batch_size=1, devices=1)

@@ -1,0 +1,254 @@
+"""A run is the same run however often it is stopped."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agra.checkpoints.folder import artifact_dir, best, newest, resolve, verify
+from agra.config import RunConfig
+from agra.recipes import at_stage
+from agra.rng import seed_everything
+from agra.stages import Stage
+from agra.training.initialization import load_initial_weights
+from agra.training.trainer import Trainer
+from tests.support.small import with_model
+
+
+def make_trainer(config, output, make_batch, *, on_step=None, validation=True):
+    seed_everything(config.stage.seed, 2**31 + 1)
+    method = config.method.build()
+
+    def batch(step):
+        if on_step is not None:
+            on_step(step)
+        return make_batch(config, seed=step)
+
+    held_out = (lambda: make_batch(config, seed=10_000)) if validation else None
+    return Trainer(config, method, batch=batch, validation=held_out, output=output, extra_files={})
+
+
+def _weights(folder):
+    return {path.name: load_file(path) for path in newest(folder).glob("*.safetensors")}
+
+
+def _assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert {"video_dit.safetensors", "projectors.safetensors", "optimizer.safetensors"} <= a.keys()
+    for name in a:
+        assert a[name].keys() == b[name].keys()
+        for key in a[name]:
+            assert torch.equal(a[name][key], b[name][key]), (name, key)
+
+
+def _rows(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("meter/", "samples_per_second"))} for row in rows]
+
+
+@pytest.mark.parametrize("stop_before", [1, 3, 4, 5])
+def test_resumed_run_equals_uninterrupted_bit_for_bit(small_config, make_batch, tmp_path, stop_before):
+    """An exception in the middle of a step stands for a kill: nothing after the last checkpoint survives it."""
+    assert make_trainer(small_config, tmp_path / "whole", make_batch).run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(step):
+        if step == stop_before:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make_trainer(small_config, tmp_path / "cut", make_batch, on_step=kill).run()
+    started = []
+    assert make_trainer(small_config, tmp_path / "cut", make_batch, on_step=started.append).run()
+    assert started[0] == stop_before // small_config.stage.save_every * small_config.stage.save_every
+    _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
+    assert _rows(tmp_path / "whole") == _rows(tmp_path / "cut")
+
+
+def test_sigterm_saves_and_the_rest_follows(small_config, make_batch, tmp_path):
+    make_trainer(small_config, tmp_path / "whole", make_batch).run()
+    stopped = make_trainer(
+        small_config,
+        tmp_path / "cut",
+        make_batch,
+        on_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None,
+    ).run()
+    assert stopped is False
+    assert newest(tmp_path / "cut").name == "step_000003"
+    assert make_trainer(small_config, tmp_path / "cut", make_batch).run()
+    _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
+
+
+def test_training_lowers_the_loss(small_config, make_batch, tmp_path):
+    config = replace(small_config, stage=replace(small_config.stage, steps=60, learning_rate=3e-3))
+    trainer = make_trainer(config, tmp_path, lambda config, seed: make_batch(config, seed=0), validation=False)
+    trainer.run()
+    rows = _rows(tmp_path)
+    for name in ("action_loss", "alignment_loss"):
+        first, last = (sum(row[name] for row in part) / 10 for part in (rows[:10], rows[-10:]))
+        assert last < first - 0.1, name
+
+
+def test_metrics_name_what_the_stage_computes(small_config, make_batch, tmp_path):
+    make_trainer(small_config, tmp_path / "joint", make_batch).run()
+    row = _rows(tmp_path / "joint")[0]
+    assert {
+        "step",
+        "loss",
+        "video_loss",
+        "action_loss",
+        "alignment_loss",
+        "alignment_cosine_gain",
+        "learning_rate",
+    } <= row.keys()
+    assert {f"gradient_norm/{name}" for name in ("video_dit", "bridge", "action_dit", "projectors")} <= row.keys()
+    adapt = at_stage(small_config, Stage.ADAPT)
+    make_trainer(adapt, tmp_path / "adapt", make_batch).run()
+    row = _rows(tmp_path / "adapt")[0]
+    assert "action_loss" not in row
+    assert "gradient_norm/video_dit" in row
+    assert "gradient_norm/action_dit" not in row
+
+
+def test_stages_hand_over_what_c3_says(small_config, make_batch, tmp_path):
+    adapt = at_stage(small_config, Stage.ADAPT)
+    make_trainer(adapt, tmp_path / "adapt", make_batch).run()
+    joint = make_trainer(small_config, tmp_path / "joint", make_batch)
+    fresh = {k: v.clone() for k, v in joint.method.wam.state_dict().items()}
+    load_initial_weights(joint.method, resolve(tmp_path / "adapt"), small_config)
+    adapted = load_file(newest(tmp_path / "adapt") / "video_dit.safetensors")
+    for name, value in joint.method.wam.state_dict().items():
+        assert torch.equal(value, adapted[name] if name.startswith("video_dit.") else fresh[name]), name
+    joint.run()
+    finetune = make_trainer(at_stage(small_config, Stage.FINETUNE), tmp_path / "finetune", make_batch)
+    load_initial_weights(finetune.method, resolve(tmp_path / "joint"), at_stage(small_config, Stage.FINETUNE))
+    finetune.run()
+    for part in ("video_dit", "bridge", "action_dit"):
+        before, after = (load_file(newest(tmp_path / run) / f"{part}.safetensors") for run in ("joint", "finetune"))
+        for name, value in after.items():
+            assert torch.equal(value, before[name]) == (part == "video_dit"), name
+    with pytest.raises(ValueError, match="a joint checkpoint does not start an adapt stage"):
+        load_initial_weights(joint.method, resolve(tmp_path / "joint"), adapt)
+
+
+def test_embodiments_keep_their_rows_between_stages(small_config, make_batch, tmp_path):
+    def config(*names):
+        return replace(small_config, data=replace(small_config.data, embodiments=names))
+
+    make_trainer(config("robot", "human"), tmp_path / "joint", make_batch).run()
+    method = make_trainer(config("human", "robot"), tmp_path / "other", make_batch).method
+    with pytest.raises(
+        ValueError, match=r"'human' is row 0 here and row 1 in .*; list the embodiments .*: robot human"
+    ):
+        load_initial_weights(method, tmp_path / "joint", config("human", "robot"))
+    load_initial_weights(method, tmp_path / "joint", config("robot", "third"))  # a new robot starts from a row's weights
+
+
+def test_projectors_of_other_layers_begin_fresh(small_config, make_batch, tmp_path):
+    """A study starts every aligned layer from one joint run: what that run did not align has no projector there."""
+    make_trainer(small_config, tmp_path / "joint", make_batch).run()
+    method = small_config.method
+    config = replace(
+        small_config, method=replace(method, alignment=replace(method.alignment, layers=(1, 2)))
+    )
+    method = make_trainer(config, tmp_path / "other", make_batch).method
+    fresh = {name: value.clone() for name, value in method.projectors.state_dict().items()}
+    load_initial_weights(method, tmp_path / "joint", config)
+    trained = load_file(newest(tmp_path / "joint") / "projectors.safetensors")
+    for name, value in method.projectors.state_dict().items():
+        assert torch.equal(value, trained[f"projectors.{name}"] if name.startswith("1.") else fresh[name]), name
+
+
+def test_other_settings_do_not_resume_silently(small_config, make_batch, tmp_path):
+    make_trainer(small_config, tmp_path, make_batch).run()
+    other = replace(small_config, stage=replace(small_config.stage, learning_rate=0.5))
+    with pytest.raises(ValueError, match=r"made by another config \(stage.learning_rate is 0.0015 there and 0.5 here\)"):
+        make_trainer(other, tmp_path, make_batch).run()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_config, make_batch, tmp_path):
+    def poisoned(config, seed):
+        batch = make_batch(config, seed=seed)
+        return replace(batch, actions=batch.actions * float("nan")) if seed == 3 else batch
+
+    with pytest.raises(ValueError, match="step 3: the loss is nan"):
+        make_trainer(small_config, tmp_path, poisoned, validation=False).run()
+    verify(newest(tmp_path))
+    assert newest(tmp_path).name == "step_000002"
+
+
+def test_config_json_round_trip(small_config, tmp_path):
+    assert RunConfig.from_json(small_config.to_json()) == small_config
+    text = small_config.to_json().replace('"clip_norm"', '"clipnorm"')
+    with pytest.raises(ValueError, match=r"here.json: .*clipnorm.*closest known key is 'clip_norm'"):
+        RunConfig.from_json(text, "here.json")
+    with pytest.raises(ValueError, match=r"here.json: not JSON"):
+        RunConfig.from_json("{", "here.json")
+
+
+def test_a_revision_that_contradicts_the_condition_level_is_refused(small_config, make_batch, tmp_path):
+    method = make_trainer(small_config, tmp_path, make_batch).method
+    with pytest.raises(ValueError, match=r"pre-trained needs method\.model\.condition_noise_level None, got 0\.0001"):
+        load_initial_weights(method, "nvidia/Cosmos-Predict2.5-2B@diffusers/base/pre-trained", small_config)
+    config = with_model(small_config, condition_noise_level=None)
+    method = make_trainer(config, tmp_path, make_batch).method
+    with pytest.raises(ValueError, match=r"post-trained needs method\.model\.condition_noise_level 0\.0001, got None"):
+        load_initial_weights(method, "nvidia/Cosmos-Predict2.5-2B", config)
+
+
+def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch, tmp_path):
+    trainer = make_trainer(small_config, tmp_path, make_batch, validation=False)
+    handle = trainer.method.wam.bridge.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(ValueError, match=r"step 0: the gradient of bridge is not finite \(one of row 0, row 1"):
+        trainer.run()
+    handle.remove()
+    assert newest(tmp_path) is None
+
+
+def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
+    """Six steps, validated at 2, 4 and 6, keeping one checkpoint: the best figure comes at step 2."""
+    figures = {2: 5.0, 4: 1.0, 6: 3.0}
+    stage = replace(small_config.stage, validate_every=2, keep_checkpoints=1, keep_best="max:probe/score")
+    config = replace(small_config, stage=stage)
+    trainer = make_trainer(config, tmp_path, make_batch)
+    trainer.monitors = {"probe": lambda method: {"score": figures[trainer.step]}}
+    assert trainer.run()
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000002", "step_000006"]
+    assert best(tmp_path) == (tmp_path / "step_000002", 5.0)
+    assert resolve(tmp_path / "best") == tmp_path / "step_000002"
+    assert artifact_dir(tmp_path / "best") == tmp_path
+    assert resolve(tmp_path) == tmp_path / "step_000006"
+
+
+def test_the_least_is_best_where_that_is_asked(small_config, make_batch, tmp_path):
+    figures = {2: 5.0, 4: 1.0, 6: 3.0}
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/score"))
+    trainer = make_trainer(config, tmp_path, make_batch)
+    trainer.monitors = {"probe": lambda method: {"score": figures[trainer.step]}}
+    assert trainer.run()
+    assert best(tmp_path) == (tmp_path / "step_000004", 1.0)
+
+
+def test_a_figure_that_nobody_measures_is_named(small_config, make_batch, tmp_path):
+    config = replace(small_config, stage=replace(small_config.stage, keep_best="min:validation/score"))
+    with pytest.raises(ValueError, match=r"nothing is logged as 'validation/score'; there are validation/action_loss"):
+        make_trainer(config, tmp_path, make_batch).run()
+    with pytest.raises(ValueError, match="expected min:NAME or max:NAME"):
+        replace(small_config.stage, keep_best="validation/loss")
+
+
+def test_a_checkpoint_written_late_still_names_its_own_step(small_config, make_batch, tmp_path, monkeypatch):
+    """With a mesh the files are written in the background, when training may be a step further."""
+    trainer, asked = make_trainer(small_config, tmp_path, make_batch), {}
+    monkeypatch.setattr("agra.training.trainer.distributed_checkpoint.save", lambda run, step, tensors, files, **_: asked.update(files))
+    trainer._saving, trainer.step = object(), 3
+    trainer.save()
+    trainer.step = 4
+    asked["trainer.json"](tmp_path / "trainer.json")
+    assert json.loads((tmp_path / "trainer.json").read_text()) == {"step": 3}
