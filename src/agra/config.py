@@ -12,7 +12,8 @@ import cattrs
 from cattrs.preconf.json import make_converter
 
 from agra.data.config import DataConfig, SourceConfig
-from agra.methods.table import METHODS, AnyMethodConfig
+from agra.methods.method import MethodConfig
+from agra.methods.table import METHODS
 from agra.methods.wam import WAMMethodConfig
 from agra.stages import StageConfig
 
@@ -65,7 +66,8 @@ class MonitorConfig:
 class RunConfig:
     """Method, data and stage. A recipe makes one, the command line changes it, a checkpoint keeps it."""
 
-    method: AnyMethodConfig = field(default_factory=WAMMethodConfig)
+    method: MethodConfig = field(default_factory=WAMMethodConfig)
+    """Of the class that `agra.methods.table` lists for its `kind`."""
     data: DataConfig
     stage: StageConfig = field(default_factory=StageConfig)
     visual_reliance: VisualRelianceConfig | None = None
@@ -148,7 +150,7 @@ def read_mixture(path: Path) -> tuple[SourceConfig, ...]:
         raise ValueError(f"{path}: {problem}{_suggestion(error)}") from error
 
 
-def _structure_method(value: Any, _: Any) -> AnyMethodConfig:
+def _structure_method(value: Any, _: Any) -> MethodConfig:
     """The method's config by its `kind`."""
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in METHODS:
@@ -157,7 +159,10 @@ def _structure_method(value: Any, _: Any) -> AnyMethodConfig:
 
 
 _converter = make_converter(forbid_extra_keys=True, detailed_validation=True)
-_converter.register_structure_hook_func(lambda kind: kind is AnyMethodConfig and len(METHODS) > 1, _structure_method)
+_converter.register_structure_hook_func(lambda kind: kind is MethodConfig, _structure_method)
+_converter.register_unstructure_hook_func(
+    lambda kind: kind is MethodConfig, lambda value: _converter.unstructure(value, unstructure_as=type(value))
+)
 
 
 def _reason(error: BaseException, kind: type | None) -> str:

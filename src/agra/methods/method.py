@@ -72,95 +72,107 @@ class Shapes:
     """(H, W) to which the teacher's features are interpolated."""
 
 
-class MethodConfig(Protocol):
-    """Settings of a method. A frozen dataclass with a field `kind`, which names it in `agra.methods.table`."""
+class MethodConfig(ABC):
+    """Settings of a method: the base of a frozen dataclass with a field `kind`, its name in `agra.methods.table`.
+
+    A method must have the abstract ones. The others have the answers of a method without stages, frozen networks or token
+    grids.
+    """
+
+    kind: str
+    """The method's name."""
+
+    # --- data ---------------------------------------------------------------------------------------------------------
 
     @property
-    def kind(self) -> str:
-        """The method's name."""
-        ...
-
-    @property
+    @abstractmethod
     def shapes(self) -> Shapes:
         """Sizes of its inputs and actions."""
-        ...
 
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """Names of `Method.parts`."""
-        ...
+    @abstractmethod
+    def needs(self) -> Needs:
+        """Content of a training sample."""
+
+    @abstractmethod
+    def needs_to_act(self) -> Needs:
+        """Content of an observation."""
 
     @property
     def codec(self) -> CodecConfig | None:
-        """The frozen video codec that it reads latents of."""
-        ...
+        """The frozen video codec whose latents it reads."""
+        return None
 
     @property
     def text(self) -> TextConfig | None:
-        """The frozen text encoder that it reads tokens of."""
-        ...
+        """The frozen text encoder whose tokens it reads."""
+        return None
 
     @property
     def text_projection(self) -> VideoDiTConfig | None:
         """The video DiT whose frozen text projection is applied to the tokens before they are cached."""
-        ...
+        return None
 
     @property
     def teacher(self) -> TeacherConfig | None:
         """The frozen visual encoder whose features it reads or is aligned with, at any stage."""
-        ...
+        return None
+
+    # --- training -----------------------------------------------------------------------------------------------------
 
     @property
-    def aligned_layers(self) -> tuple[int, ...]:
-        """Numbers of the token grids that training aligns with the teacher."""
-        ...
+    @abstractmethod
+    def part_names(self) -> tuple[str, ...]:
+        """Names of `Method.parts`."""
 
-    @property
-    def grid_frames(self) -> tuple[int, ...]:
-        """The frame that stands for each time position of a token grid; (0,) where grids show the observation alone."""
-        ...
+    @abstractmethod
+    def build(self) -> "Method":
+        """The method with fresh weights."""
+
+    def at_stage(self, stage: Stage) -> Self:
+        """The same method with a stage's losses. Raises ValueError for a stage that the method does not have."""
+        if stage is not Stage.JOINT:
+            raise ValueError(f"{self.kind}: has the joint stage alone, not {stage}")
+        return self
+
+    def frozen_at(self, stage: Stage) -> tuple[str, ...]:
+        """Parts that keep their weights in a stage by default."""
+        return ()
+
+    def check(self, stage: Stage, frozen: Sequence[str]) -> None:
+        """Raise ValueError where the losses do not belong to a stage with these frozen parts."""
+        self.at_stage(stage)
 
     @property
     def trains_actions(self) -> bool:
         """Whether the stage's losses train an action head."""
-        ...
+        return True
 
     @property
     def batch_multiple(self) -> int:
-        """Every micro-batch must hold a multiple of so many samples."""
-        ...
+        """Divisor of the size of every micro-batch."""
+        return 1
 
-    def needs(self) -> Needs:
-        """Content of a training sample."""
-        ...
+    # --- token grids --------------------------------------------------------------------------------------------------
 
-    def needs_to_act(self) -> Needs:
-        """Content of an observation."""
-        ...
+    @property
+    def aligned_layers(self) -> tuple[int, ...]:
+        """Numbers of the token grids that training aligns with the teacher."""
+        return ()
 
-    def at_stage(self, stage: Stage) -> Self:
-        """The same method with a stage's losses. Raises ValueError where the method has no such stage."""
-        ...
+    @property
+    def grid_frames(self) -> tuple[int, ...]:
+        """The frame that stands for each time position of a token grid; (0,) where grids show the observation alone."""
+        return (0,)
 
-    def frozen_at(self, stage: Stage) -> tuple[str, ...]:
-        """Parts that a stage leaves alone by default."""
-        ...
-
-    def check(self, stage: Stage, frozen: Sequence[str]) -> None:
-        """Raise ValueError where the losses do not belong to a stage with these frozen parts."""
-        ...
-
-    def build(self) -> "Method":
-        """The method with fresh weights."""
-        ...
+    # --- acting -------------------------------------------------------------------------------------------------------
 
     def to_act(self) -> Self:
         """The same method without the parts that training alone needs."""
-        ...
+        return self
 
     def describe(self) -> str:
         """A phrase for model cards and reports."""
-        ...
+        return self.kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The methods by `kind`: the only list of them."""
 
+from agra.methods.method import MethodConfig
 from agra.methods.wam import WAMMethodConfig
 
-AnyMethodConfig = WAMMethodConfig
-METHODS: dict[str, type] = {"wam": WAMMethodConfig}
-"""`kind` to the class of a method's config."""
+METHODS: dict[str, type[MethodConfig]] = {"wam": WAMMethodConfig}
+"""`kind` to the class of a method's config. A method outside the package adds itself before its first config is read."""

@@ -20,7 +20,17 @@ from agra.alignment.loss import AlignmentConfig, Projectors, alignment_loss, cos
 from agra.alignment.teacher import TeacherConfig, reference_frames, teacher_shape
 from agra.batch import Batch, PolicyInputs
 from agra.flow import beta_levels, euler, interpolate, logit_normal_levels, uniform_levels, velocity
-from agra.methods.method import Actor, Continuation, LossDenominators, Losses, Method, Needs, Noise, Shapes
+from agra.methods.method import (
+    Actor,
+    Continuation,
+    LossDenominators,
+    Losses,
+    Method,
+    MethodConfig,
+    Needs,
+    Noise,
+    Shapes,
+)
 from agra.rng import noise_like
 from agra.stages import Stage
 from agra.wam.codec import CodecConfig
@@ -82,7 +92,7 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WAMMethodConfig:
+class WAMMethodConfig(MethodConfig):
     """A WAM with its alignment and its losses; the defaults are AGRA-DinoL8."""
 
     kind: Literal["wam"] = "wam"
