@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 
 Precision = Literal["auto", "bfloat16", "float32"]
-"""Precision of matrix products under autocast. `auto` is bfloat16 on devices with instructions for it, else float32."""
+"""Precision of matrix products under autocast. `auto` is bfloat16 on GPUs with instructions for it, else float32, so that a
+CPU's figures do not depend on its model."""
 
 
 def local_device(name: str | torch.device) -> torch.device:
@@ -31,10 +32,8 @@ def local_device(name: str | torch.device) -> torch.device:
 
 
 def bfloat16_helps(device: torch.device) -> bool:
-    """Whether `device` multiplies in bfloat16 natively. A CPU without the instructions emulates it, tens of times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Whether `device` is a GPU that multiplies in bfloat16 natively."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:

@@ -318,8 +318,10 @@ class PlainActor:
         continuation: Continuation | None = None,
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
-        """`Method.act`."""
-        actions = self.method.act(inputs, noise, steps=self.steps, continuation=continuation)
+        """`Method.act`, under autocast where the weights are bfloat16."""
+        weight = next(self.method.parameters())
+        with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype is torch.bfloat16):
+            actions = self.method.act(inputs, noise, steps=self.steps, continuation=continuation)
         lap("action")
         return actions
 

@@ -22,7 +22,9 @@ def make_actor(
 ) -> Actor:
     """Raises ValueError where an option of the fast path is given without it."""
     if fast:
-        return FastActor(FastWAM(method.wam, action_steps=action_steps or 4, pool_future=pool_future, compiled=compiled))
+        return FastActor(
+            FastWAM(method.wam, action_steps=action_steps or 4, pool_future=pool_future, compiled=compiled)
+        )
     if compiled or pool_future != 1:
         raise ValueError("compiled and pool_future belong to the fast path")
     return TrainingActor(method, action_steps or 4)
