@@ -22,11 +22,11 @@ import torch
 from agra.batch import Batch
 from agra.data.features.cache import CachedFeature, folder, prepare
 from agra.data.lerobot.writer import write_dataset
-from agra.data.sampling.sampler import DataConfig, WindowSampler
 from agra.data.sampling.prefetch import Prefetched
+from agra.data.sampling.sampler import DataConfig, WindowSampler
 from agra.data.source import Source, embodiment_stats
-from agra.recipes import tiny
 from agra.methods.wam import Objective
+from agra.recipes import tiny
 from agra.types import Embodiment, Episode
 from agra.wam.model import WAM
 from benchmarks.side_by_side import compare, finish

@@ -1,29 +1,27 @@
 """Robot hands, human hands and EgoDex, three embodiments in one run: through all stages to a policy for each."""
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
 from tests.support.layouts import write_egodex
 
 from agra import prepare as frozen
 from agra import run
 from agra.alignment.teacher import reference_frames
+from agra.data.config import SourceConfig
 from agra.data.importers.egodex import convert_egodex, egodex_source
 from agra.data.lerobot.writer import write_dataset
-from agra.data.sampling.sampler import DataConfig, WindowSampler
 from agra.data.normalization.normalize import NormStats
-from agra.data.config import SourceConfig
+from agra.data.sampling.sampler import DataConfig, WindowSampler
 from agra.data.source import embodiment_stats
 from agra.policies.load import load_policy
 from agra.recipes import at_stage, tiny
-from agra.training import checkpoint
 from agra.stages import Stage
+from agra.training import checkpoint
 from agra.types import Embodiment, Episode, Observation
 from agra.wam.bridge import bridged_layers
 
@@ -65,7 +63,9 @@ def world(tmp_path_factory):
             config.method.model.action_dit, num_blocks=2, horizon=8, num_embodiments=3, state_dim=20, action_dim=20
         ),
     )
-    alignment = replace(config.method.alignment, layers=(1,), teacher=replace(config.method.alignment.teacher, input_size=(28, 42)))
+    alignment = replace(
+        config.method.alignment, layers=(1,), teacher=replace(config.method.alignment.teacher, input_size=(28, 42))
+    )
     data = DataConfig(
         path=str(folder),
         cache=str(folder / "cache"),

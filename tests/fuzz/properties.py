@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import struct
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,26 +21,25 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-
 from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
 from tests.support.small import make_small_config
 
 from agra import files
 from agra.checkpoints.folder import verify
 from agra.checkpoints.read import check_statistics, part_tensors, read_config, reading
-from agra.data.doctor.doctor import examine
-from agra.data.lerobot.gr1 import gr1_source
-from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.normalization.normalize import NormStats
 from agra.data.config import SourceConfig
+from agra.data.doctor.doctor import examine
+from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.lerobot.gr1 import gr1_source
+from agra.data.normalization.normalize import NormStats
 from agra.data.normalization.statistics import describe
 from agra.diagnostics.samples.masks import read_masks
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, save_samples
-from agra.serving.server.groot import GrootNames, flatten, read_observation
+from agra.policies.load import load_method
 from agra.serving.protocol.messages import Question, RequestError, WireKeys, ask, parse, read_description
 from agra.serving.protocol.wire import WireError, pack, pack_groot, unpack, unpack_groot
 from agra.serving.protocol.zmtp import COMMAND, GREETING, LONG, MORE, Peer, ProtocolError
-from agra.policies.load import load_method
+from agra.serving.server.groot import GrootNames, flatten, read_observation
 from agra.types import EmbodimentSpec, Observation, PolicySpec
 from agra.weights import write_tensors
 

@@ -52,7 +52,9 @@ class SourceConfig:
         if not self.weight > 0:
             raise ValueError(f"data.weight: expected a positive share, got {self.weight}")
         if self.normalization not in NORMALIZATIONS:
-            raise ValueError(f"data.normalization: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}")
+            raise ValueError(
+                f"data.normalization: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}"
+            )
         if self.past_end not in ("repeat", "mask", "inside"):
             raise ValueError(f"data.past_end: expected repeat, mask or inside, got {self.past_end!r}")
         for quantity in ("state", "action"):
@@ -150,7 +152,9 @@ class DataConfig(SourceConfig):
         if not self.embodiments or len(set(self.embodiments)) != len(self.embodiments):
             raise ValueError(f"data.embodiments: expected different names, got {self.embodiments}")
         if self.augment is not None and self.cached:
-            raise ValueError(f"data.augment: cached features are not augmented; set data.cached to nothing, got {self.cached}")
+            raise ValueError(
+                f"data.augment: cached features are not augmented; set data.cached to nothing, got {self.cached}"
+            )
         unnamed = [source.path for source in self.mixture if not source.embodiment]
         if unnamed:
             raise ValueError(f"data.mixture: name the embodiment of every source, {unnamed[0]!r} has none")

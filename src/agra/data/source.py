@@ -74,9 +74,7 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
             raise ValueError(
                 f"{dataset.path}: embodiment {dataset.embodiment!r} is not in data.embodiments {config.embodiments}"
             )
-        dataset.fill(
-            [s.dataset for s in sources if s is not source and s.dataset.embodiment == dataset.embodiment]
-        )
+        dataset.fill([s.dataset for s in sources if s is not source and s.dataset.embodiment == dataset.embodiment])
     return sources
 
 

@@ -109,7 +109,7 @@ def test_outliers(tmp_path):
 
 def test_not_a_number(copy):
     path = next(copy.rglob("data/*/*.parquet"))
-    table = pq.read_key_mapping(path)
+    table = pq.read_table(path)
     rows = table["action"].to_pylist()
     rows[7][1] = float("nan")
     place = table.column_names.index("action")
@@ -157,7 +157,7 @@ def test_instructions(tmp_path):
 
 def test_timestamps(copy):
     path = next(copy.rglob("data/*/*.parquet"))
-    table = pq.read_key_mapping(path)
+    table = pq.read_table(path)
     times = table["timestamp"].to_numpy().copy()
     times[130:180] += 0.3
     place = table.column_names.index("timestamp")

@@ -7,11 +7,11 @@ import textwrap
 import numpy as np
 import pytest
 
+from agra.data.config import SourceConfig
 from agra.data.features.cache import CachedFeature, estimate, folder, prepare
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import write_dataset
-from agra.data.config import SourceConfig
 from agra.types import Embodiment, Episode
 
 ROBOT = Embodiment(name="bot", state_names=("a",), action_names=("u",))
@@ -96,7 +96,7 @@ def test_key_camera_and_contents_decide(dataset, tmp_path):
     first = folder(dataset, Brightness(), root)
     assert folder(dataset, Brightness(2.0), root) != first
     assert folder(dataset, Words(), root) != first
-    for change in ({"crop_rows": (2, 10)}, {"every": 2}, {"strip_prefixes": ("put ",)}):
+    for change in ({"crop_rows": (2, 10)}, {"row_stride": 2}, {"strip_prefixes": ("put ",)}):
         other = LeRobotDataset(dataset.path, source=SourceConfig(**change))
         assert folder(other, Brightness(), root) != first, change
     stats = dataset.path / "meta/stats.json"

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 from tests.support.layouts import demonstration, write_egodex, write_hdf5
 
-from agra.data.importers.egodex import KEYS, choose_instruction, convert_egodex, egodex_source, read_trajectory, wrist_pose
+from agra.data.config import SourceConfig
+from agra.data.importers.egodex import (
+    KEYS,
+    choose_instruction,
+    convert_egodex,
+    egodex_source,
+    read_trajectory,
+    wrist_pose,
+)
+from agra.data.importers.robomimic import convert_hdf5
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.sampling.sampler import DataConfig
-from agra.data.importers.robomimic import convert_hdf5
-from agra.data.config import SourceConfig
-from agra.data.source import embodiment_stats
+from agra.data.source import embodiment_stats, open_sources
 
 SIZE = (54, 96)
 
@@ -67,7 +74,7 @@ def test_converted_and_normalised(egodex, tmp_path):
     convert_egodex(egodex, tmp_path / "human", size=SIZE)
     settings = egodex_source("human", crop_rows=(16, 54))
     config = DataConfig(path=str(tmp_path), mixture=(settings,), embodiments=("human_egodex",), validation_fraction=0)
-    (source,) = config.open()
+    (source,) = open_sources(config)
     assert source.dataset.frames(0).shape == (5, 38, 96, 3)
     assert source.dataset.instruction(1) == "take the cup off the plate"
     stats = embodiment_stats([source])["human_egodex"]
@@ -92,17 +99,17 @@ def test_what_a_human_lacks_is_masked(egodex, tmp_path):
     path.write_text(path.read_text().replace("right_wrist_position", "joints"))
     human = SourceConfig(path="human", embodiment="shared", state=(KEYS[0],), action=keys, missing_keys=("joints",))
     config = DataConfig(path=str(tmp_path), mixture=(human, robot), embodiments=("shared",), validation_fraction=0)
-    sources = config.open()
+    sources = open_sources(config)
     assert sources[0].dataset.actions(0).shape == sources[1].dataset.actions(0).shape == (5, 6)
     assert (sources[0].dataset.actions(0)[:, 3:] == 0).all()
     stats = embodiment_stats(sources)["shared"]
-    assert stats.mask("action", human.lacks).tolist() == [True] * 3 + [False] * 3
+    assert stats.mask("action", human.missing_keys).tolist() == [True] * 3 + [False] * 3
     joints = np.concatenate([sources[1].dataset.actions(i)[:, 3:] for i in (0, 1)]).astype(float)
     np.testing.assert_allclose(stats.action["max"][3:], joints.max(0))
     np.testing.assert_allclose(stats.action["min"][3:], joints.min(0))
     lonely = DataConfig(path=str(tmp_path), mixture=(human,), embodiments=("shared",), validation_fraction=0)
     with pytest.raises(ValueError, match="human: lacks 'joints', and no other dataset of embodiment 'shared' has it"):
-        lonely.open()
+        open_sources(lonely)
 
 
 def test_damaged_trajectories_are_named(egodex, tmp_path):

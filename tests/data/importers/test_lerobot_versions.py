@@ -50,7 +50,7 @@ def test_v21_as_lerobot_lays_it_out(root, tmp_path):
     stats = [json.loads(line) for line in (tmp_path / "out/meta/episodes_stats.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(stats[2]["stats"]["action"]["max"], STORY[2].actions.max(0))
     assert set(stats[0]["stats"]) == set(info["features"])
-    table = pq.read_key_mapping(tmp_path / "out/data/chunk-000/episode_000001.parquet")
+    table = pq.read_table(tmp_path / "out/data/chunk-000/episode_000001.parquet")
     assert table["frame_index"].to_pylist() == list(range(LENGTHS[1]))
     assert table["index"].to_pylist() == list(range(LENGTHS[0], LENGTHS[0] + LENGTHS[1]))
 

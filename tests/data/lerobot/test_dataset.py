@@ -158,7 +158,7 @@ def test_other_version_and_broken_json(copy):
 
 
 def edit(path: Path, column: str, change) -> None:
-    table = pq.read_key_mapping(path)
+    table = pq.read_table(path)
     values = table[column].to_pylist()
     change(values)
     place = table.column_names.index(column)
@@ -207,7 +207,7 @@ def test_announced_episodes_that_are_missing(copy):
 def test_columns_and_episodes_that_do_not_exist(copy):
     with pytest.raises(ValueError, match="episode 3 does not exist, there are 3"):
         LeRobotDataset(copy).actions(3)
-    pq.write_table(pq.read_key_mapping(copy / DATA).drop_columns(["action"]), copy / DATA)
+    pq.write_table(pq.read_table(copy / DATA).drop_columns(["action"]), copy / DATA)
     with pytest.raises(ValueError, match=r"file-000\.parquet: column 'action' is missing, there are observation.state"):
         LeRobotDataset(copy).actions(0)
 

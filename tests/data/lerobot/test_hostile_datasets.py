@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from tests.support.layouts import CAMERAS, write_v2, write_v3
 
+from agra.data.config import SourceConfig
 from agra.data.doctor.doctor import examine
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.config import SourceConfig
 
 CAMERA = CAMERAS[0]
 
@@ -31,7 +31,7 @@ def test_rows_are_counted_before_they_are_read(tmp_path, name):
     root = tmp_path / "bomb"
     write_v3(root, "video" if name == "data" else "image")
     path = next((root / "data").rglob("*.parquet"))
-    table = pq.read_key_mapping(path)
+    table = pq.read_table(path)
     pq.write_table(pa.concat_tables([table] * 40).combine_chunks(), path)
     with pytest.raises(ValueError, match=r"\.parquet: holds \d+ rows, the dataset's metadata allows at most \d+"):
         open_all(root)
@@ -47,7 +47,7 @@ def test_a_small_file_of_millions_of_rows_costs_nothing(tmp_path):
     root = tmp_path / "bomb"
     write_v3(root)
     path = next((root / "data").rglob("*.parquet"))
-    table = pq.read_key_mapping(path)
+    table = pq.read_table(path)
     columns = {name: pa.repeat(table[name][0], 3_000_000) for name in ("index", "episode_index")}
     pq.write_table(pa.table(columns), path)
     assert path.stat().st_size < 100_000
@@ -55,7 +55,7 @@ def test_a_small_file_of_millions_of_rows_costs_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"column .* is missing|holds 3000000 rows"):
         open_all(root)
     episodes = next((root / "meta/episodes").rglob("*.parquet"))
-    rows = pq.read_key_mapping(episodes)
+    rows = pq.read_table(episodes)
     pq.write_table(pa.table({n: pa.repeat(rows[n][0], 1_000_000) for n in ("episode_index", "length")}), episodes)
     with pytest.raises(ValueError, match=r"holds 1000000 rows, .* at most"):
         LeRobotDataset(root, source=SourceConfig(camera=CAMERA))
@@ -100,7 +100,7 @@ def test_pictures_outside_the_dataset_are_not_read(tmp_path):
     root = tmp_path / "dataset"
     write_v3(root, "image")
     path = next((root / "data").rglob("*.parquet"))
-    table = pq.read_key_mapping(path)
+    table = pq.read_table(path)
     shutil.copy(path, tmp_path / "secret.png")
     cells = pa.array([{"bytes": None, "path": "../secret.png"}] * table.num_rows, table[CAMERA].type)
     pq.write_table(table.set_column(table.column_names.index(CAMERA), CAMERA, cells), path)

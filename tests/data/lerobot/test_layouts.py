@@ -17,17 +17,17 @@ from tests.support.layouts import (
     write_gr1,
 )
 
-from agra.cli.main import _recipe_arguments
+from agra.cli.arguments import recipe_arguments
 from agra.config import RunConfig
+from agra.data.config import SourceConfig
+from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.gr1 import KEYS, REPOSITORY, folder, gr1_mixture, gr1_source
 from agra.data.lerobot.gr1 import TASKS as GR1_TASKS
-from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.sampling.sampler import DataConfig
-from agra.data.config import SourceConfig
-from agra.data.source import embodiment_stats
-from agra.training.plan import Machines
+from agra.data.source import embodiment_stats, open_sources
 from agra.recipes import compose
 from agra.stages import Stage
+from agra.training.plan import Machines
 
 
 @pytest.fixture(scope="module", params=LEROBOT_WRITERS)
@@ -70,7 +70,7 @@ def test_cameras_side_by_side_and_cropped(root):
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 30), crop_columns=(10, 48))
     assert close(LeRobotDataset(root, source=source).frames(1), STORY[1].frames[CAMERAS[0]][:, 4:30, 10:48])
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 33))
-    with pytest.raises(ValueError, match="front: rows 4 to 33 were asked for, it has 32"):
+    with pytest.raises(ValueError, match="front: expected rows 4 to 33, but there are 32"):
         LeRobotDataset(root, source=source).frames(1)
 
 
@@ -96,7 +96,7 @@ def test_gr1_numbers(gr1):
     config = DataConfig(
         path=str(gr1.parent), mixture=(gr1_source(gr1.name),), embodiments=("gr1",), validation_fraction=0
     )
-    (source,) = config.open()
+    (source,) = open_sources(config)
     dataset, stats = source.dataset, embodiment_stats([source])["gr1"]
     order = [*range(7), *range(22, 29), *range(7, 13), *range(29, 35), *range(41, 44)]
     assert len(order) == 29
@@ -144,7 +144,7 @@ def test_a_gr1_run_is_named_by_its_preset(gr1, tmp_path, monkeypatch, preset, st
         (tmp_path / folder(task)).symlink_to(gr1)
     monkeypatch.setattr("agra.data.lerobot.gr1.FEW_SHOT", 1)
     flags = ["agra_dino_l8", "--with", preset, "--data.path", str(tmp_path), "--gpus", "8"]
-    _, config = _recipe_arguments("plan", flags, Machines)
+    _, config = recipe_arguments("plan", flags, Machines)
     assert RunConfig.from_json(config.to_json()) == config
     assert config.stage.steps == steps
     sources = open_sources(config.data)

@@ -6,8 +6,8 @@ Runs where the package `lerobot` (0.4, whose datasets are v3.0) and torchvision 
 import numpy as np
 import pytest
 
-from agra.evaluation.collect import collect
 from agra.data.lerobot.dataset import LeRobotDataset
+from agra.evaluation.collect import collect
 
 theirs_module = pytest.importorskip(
     "lerobot.datasets.lerobot_dataset", reason="LeRobot's own reader is not installed: pip install lerobot==0.4.4"

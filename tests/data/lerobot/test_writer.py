@@ -110,7 +110,7 @@ def test_rows(written):
 
 
 def test_tasks_are_a_pandas_frame_indexed_by_text(written):
-    table = pq.read_key_mapping(written / "meta/tasks.parquet")
+    table = pq.read_table(written / "meta/tasks.parquet")
     assert table.to_pydict() == {"task_index": [0, 1], "task": ["task 0", "task 1"]}
     pandas = table.schema.pandas_metadata
     reference = pq.read_schema(REFERENCE / "meta/tasks.parquet").pandas_metadata
@@ -120,7 +120,7 @@ def test_tasks_are_a_pandas_frame_indexed_by_text(written):
 
 
 def test_episode_list(written):
-    table = pq.read_key_mapping(written / "meta/episodes/chunk-000/file-000.parquet")
+    table = pq.read_table(written / "meta/episodes/chunk-000/file-000.parquet")
     reference = pq.read_schema(REFERENCE / "meta/episodes/chunk-000/file-000.parquet")
     ours = {f.name: f.type for f in table.schema if "next.done" not in f.name}
     assert set(ours) == set(reference.names)
@@ -153,7 +153,7 @@ def test_statistics(written):
     assert np.allclose(stats[CAMERA]["mean"], shades.mean())
     assert np.allclose(stats[CAMERA]["std"], shades.std())
     assert np.allclose(stats[CAMERA]["q50"], 60 / 255)
-    row = pq.read_key_mapping(written / "meta/episodes/chunk-000/file-000.parquet").to_pylist()[1]
+    row = pq.read_table(written / "meta/episodes/chunk-000/file-000.parquet").to_pylist()[1]
     assert np.allclose(row["stats/action/q10"], np.quantile(EPISODES[1].actions.astype(float), 0.1, axis=0))
     assert np.allclose(row[f"stats/{CAMERA}/max"], np.full((3, 1, 1), 60 / 255))
 
@@ -178,7 +178,7 @@ def test_size_limits_and_chunks(tmp_path):
     rows = [
         row
         for path in sorted((tmp_path / "set/meta/episodes").rglob("*.parquet"))
-        for row in pq.read_key_mapping(path).to_pylist()
+        for row in pq.read_table(path).to_pylist()
     ]
     assert [(r["data/chunk_index"], r["data/file_index"]) for r in rows] == [(0, 0), (0, 1), (1, 0)]
     assert [r[f"videos/{CAMERA}/from_timestamp"] for r in rows] == [0, 0, 0]

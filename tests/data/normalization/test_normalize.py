@@ -12,7 +12,7 @@ from agra.data.normalization.normalize import AFFINE, NormStats, Part
 class Rows:
     """Two episodes of a robot whose second state dimension never changes."""
 
-    episodes, lacks = range(2), ()
+    episodes, missing_keys = range(2), ()
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
@@ -114,9 +114,9 @@ class Poses:
 
     episodes = range(2)
 
-    def __init__(self, rotation: str, lacks: tuple[str, ...] = (), seed: int = 3) -> None:
+    def __init__(self, rotation: str, missing_keys: tuple[str, ...] = (), seed: int = 3) -> None:
         rng = np.random.default_rng(seed)
-        self.lacks = lacks
+        self.missing_keys = missing_keys
         self.rows = []
         for count in (30, 21):
             turned = Rotation.random(count, rng=rng)
@@ -186,18 +186,18 @@ def test_gram_schmidt_takes_what_is_no_rotation():
     np.testing.assert_allclose(found, np.eye(3), atol=1e-6)
 
 
-def test_a_lacking_part_enters_no_statistics():
-    whole, lacking = Poses("axis_angle"), Poses("axis_angle", missing_keys=("length",), seed=4)
-    for rows in lacking.rows:
+def test_a_missing_part_enters_no_statistics():
+    whole, incomplete = Poses("axis_angle"), Poses("axis_angle", missing_keys=("length",), seed=4)
+    for rows in incomplete.rows:
         rows[:, 5] = 0
     parts = pose_parts("axis_angle", 3)
-    stats = NormStats.of([whole, lacking], "min_max", state_parts=parts, action_parts=parts)
+    stats = NormStats.of([whole, incomplete], "min_max", state_parts=parts, action_parts=parts)
     alone = np.concatenate(whole.rows).astype(float)[:, 5]
     np.testing.assert_allclose([stats.action["mean"][5], stats.action["std"][5]], [alone.mean(), alone.std()])
-    assert stats.action["min"][0] == min(rows[:, 0].min() for rows in whole.rows + lacking.rows)
-    assert stats.mask("action", lacking.lacks).tolist() == [True] * 10 + [False]
+    assert stats.action["min"][0] == min(rows[:, 0].min() for rows in whole.rows + incomplete.rows)
+    assert stats.mask("action", incomplete.missing_keys).tolist() == [True] * 10 + [False]
     with pytest.raises(ValueError, match="every dataset lacks 'length'"):
-        NormStats.of([lacking], "min_max", state_parts=parts, action_parts=parts)
+        NormStats.of([incomplete], "min_max", state_parts=parts, action_parts=parts)
 
 
 def test_parts_are_checked():

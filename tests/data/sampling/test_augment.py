@@ -62,12 +62,13 @@ def test_a_crop_is_a_smaller_part_made_larger():
 
 
 def test_settings_are_checked_and_caches_are_not_augmented():
-    with pytest.raises(ValueError, match=r"data\.augment\.crop: expected a share in \(0, 1\], got 0"):
+    with pytest.raises(ValueError, match=r"data\.augment\.crop: expected a number in \(0, 1\], got 0"):
         AugmentConfig(crop=0)
     with pytest.raises(ValueError, match=r"data\.augment\.hue: expected 0 to 0\.5, got 0\.6"):
         AugmentConfig(hue=0.6)
     with pytest.raises(
-        ValueError, match=r"data\.augment: what is cached is not augmented; got data.cached \('targets',\)"
+        ValueError,
+        match=r"data\.augment: cached features are not augmented; set data\.cached to nothing, got \('targets',\)",
     ):
         DataConfig(cached=("targets",), augment=AugmentConfig())
     assert DataConfig(cached=(), augment=AugmentConfig()).augment == AugmentConfig()

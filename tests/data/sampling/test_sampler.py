@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,11 +8,13 @@ from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 from torch import Tensor
 
 from agra.batch import Batch
+from agra.data.config import DataConfig
 from agra.data.features.cache import CachedFeature, folder, prepare
 from agra.data.features.instructions import InstructionTokens
 from agra.data.lerobot.writer import write_dataset
-from agra.data.sampling.sampler import DataConfig, WindowSampler
-from agra.data.source import embodiment_stats, held_out
+from agra.data.sampling.sampler import WindowSampler
+from agra.data.source import embodiment_stats, held_out, open_sources
+from agra.methods.method import Needs, Shapes
 from agra.types import Embodiment, Episode
 
 ROBOT = Embodiment(name="bot", state_names=("episode", "step"), action_names=("episode", "step", "none"))
@@ -31,9 +33,24 @@ def check_shapes(
     action_mask: Bool[Tensor, "B K D"],
     embodiment: Int[Tensor, "B"],
     targets: Float[Tensor, "B T H W P"] | None = None,
-    target_rows: Bool[Tensor, "B"] | None = None,
+    target_rows: Int[Tensor, "R"] | None = None,
 ) -> None:
     """The fields of a Batch, all letters bound together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The settings of a method that the sampler reads."""
+
+    targets: tuple[int, ...] = REFERENCES
+    action_dim: int = 5
+
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes(frame_size=(16, 16), horizon=HORIZON, state_dim=4, action_dim=self.action_dim, num_embodiments=2)
+
+    def needs(self) -> Needs:
+        return Needs(clip=FRAMES, targets=self.targets)
 
 
 class Labels:
@@ -65,7 +82,7 @@ def parts(tmp_path_factory):
     ]
     write_dataset(root / "set", episodes, embodiment=ROBOT, fps=10)
     config = replace(CONFIG, path=str(root / "set"))
-    (source,) = sources = config.open()
+    (source,) = sources = open_sources(config)
     features = [Labels("latents"), Labels("targets")]
     prepare(source.dataset, features, root, progress=False)
     opened = {f.name: CachedFeature.open(folder(source.dataset, f, root)) for f in features}
@@ -75,35 +92,33 @@ def parts(tmp_path_factory):
     return config, sources, [opened], embodiment_stats(sources), tokens
 
 
-def make(parts, change=None, **changes) -> WindowSampler:
-    """A sampler of the parts; `change` sets fields of the config, and with it which episodes are used."""
-    options = {"horizon": HORIZON, "num_frames": FRAMES, "references": REFERENCES, "batch_size": 8, "seed": 3}
-    options |= {"max_state_dim": 4, "max_action_dim": 5} | changes
+def make(parts, change=None, method=None, **changes) -> WindowSampler:
+    """A sampler of the parts. `change` sets fields of the config, and with it which episodes are used."""
+    options = {"batch_size": 8, "seed": 3} | changes
     config, sources, features, stats, tokens = parts
     if change is not None:
         config = replace(config, **change)
-        sources = config.open()
-    return WindowSampler(config, sources, features, stats, instructions=tokens, **options)
+        sources = open_sources(config)
+    return WindowSampler(config, method or Method(), sources, features, stats, instructions=tokens, **options)
 
 
 def same(a: Batch, b: Batch) -> bool:
-    pairs = ((getattr(a, name), getattr(b, name)) for name in vars(a))
-    return all(x is y or torch.equal(x, y) for x, y in pairs)
+    return a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
 
 
 def test_shapes(parts):
     config, sources, (opened,), *rest = parts
     batch = make(parts).batch(0)
-    check_shapes(**vars(batch))
+    check_shapes(**batch.tensors)
     assert batch.latents.shape == (8, 3, 3, 2, 2)
     assert batch.targets is not None
     assert batch.targets.shape == (8, 3, 2, 2, 6)
     assert {batch.latents.dtype, batch.targets.dtype, batch.actions.dtype, batch.state.dtype} == {torch.float32}
-    baseline = make((config, sources, [{"latents": opened["latents"]}], *rest)).batch(0)
-    check_shapes(**vars(baseline))
+    baseline = make((config, sources, [{"latents": opened["latents"]}], *rest), method=Method(targets=())).batch(0)
+    check_shapes(**baseline.tensors)
     assert baseline.targets is None
     with pytest.raises(TypeCheckError):  # the check itself can fail
-        check_shapes(**vars(replace(batch, actions=batch.actions[:, 1:])))
+        check_shapes(**replace(batch, actions=batch.actions[:, 1:]).tensors)
 
 
 def test_everything_in_a_sample_belongs_to_its_window(parts):
@@ -146,7 +161,9 @@ def test_ranks_share_one_batch(parts, world_size):
     change = {"target_steps": 5}
     whole = make(parts, change).batch(5)
     shares = [make(parts, change, rank=rank, world_size=world_size).batch(5) for rank in range(world_size)]
-    for name in vars(whole):
+    targeted = torch.cat([share.target_rows * world_size + rank for rank, share in enumerate(shares)])
+    assert torch.equal(targeted.sort().values, whole.target_rows)
+    for name in whole.tensors.keys() - {"target_rows"}:
         union = torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)
         assert torch.equal(union, getattr(whole, name)), name
 
@@ -177,7 +194,7 @@ def test_early_windows(parts):
 def test_validation_windows(parts):
     sampler = make(parts)
     batch = sampler.validation_batch()
-    check_shapes(**vars(batch))
+    check_shapes(**batch.tensors)
     assert len(batch) == 8
     assert (batch.latents[:, 0] == 3).all()
     assert batch.latents[:, 1, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
@@ -243,7 +260,7 @@ def test_relative_actions_stop_at_the_end(parts):
 
 
 def test_every_second_row(parts):
-    sampler = make(parts, {"every": 2, "path": parts[0].path})
+    sampler = make(parts, {"row_stride": 2})
     dataset = sampler.sources[0].dataset
     assert (dataset.fps, dataset.lengths.tolist()) == (5, [6, 15, 4, 8])
     assert dataset.states(2)[:, 1].tolist() == [0, 2, 4, 6]
@@ -253,8 +270,8 @@ def test_every_second_row(parts):
 def test_misfits(parts):
     with pytest.raises(ValueError, match=r"embodiment 'bot' is not in data.embodiments \('other',\)"):
         make(parts, {"embodiments": ("other",)})
-    with pytest.raises(ValueError, match="action has 3 dimensions, the model takes 2"):
-        make(parts, max_action_dim=2)
+    with pytest.raises(ValueError, match="action has 3 dimensions, the method takes 2"):
+        make(parts, method=Method(action_dim=2))
     with pytest.raises(ValueError, match="batch_size 8 must be a multiple of world_size 3"):
         make(parts, world_size=3)
 
@@ -278,11 +295,12 @@ def test_config_is_checked(change):
 def test_only_windows_from_the_first_steps_have_targets(parts):
     sampler = make(parts, {"target_steps": 5}, batch_size=64)
     windows, batch = sampler.windows(0), sampler.batch(0)
-    assert 0 < batch.target_rows.sum() < 64
-    assert batch.target_rows.tolist() == [start < 5 for _, _, start in windows]
+    assert 0 < len(batch.target_rows) < 64
+    assert batch.target_rows.tolist() == [row for row, (_, _, start) in enumerate(windows) if start < 5]
     whole = make(parts, batch_size=64).batch(0)
     assert whole.target_rows is None
     assert torch.equal(batch.targets[batch.target_rows], whole.targets[batch.target_rows])
-    assert not batch.targets[~batch.target_rows].any()
+    others = torch.tensor([start >= 5 for _, _, start in windows])
+    assert not batch.targets[others].any()
     with pytest.raises(ValueError, match=r"data\.target_steps: expected at least 1 or None, got 0"):
         replace(CONFIG, target_steps=0)

@@ -14,15 +14,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from agra.data.doctor import checks
-from agra.hub import dataset_folder
-from agra.data.lerobot.checksums import CHECKSUMS, dataset_files
-from agra.data.lerobot.layout import EPISODES_STATS, STATS
-from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.config import SourceConfig
-from agra.data.normalization.statistics import describe_stream
+from agra.data.doctor import checks
+from agra.data.lerobot.checksums import CHECKSUMS, dataset_files
+from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.lerobot.layout import EPISODES_STATS, STATS
 from agra.data.lerobot.tables import read_json, read_table
 from agra.data.lerobot.video import inspect_video
+from agra.data.normalization.statistics import describe_stream
+from agra.hub import dataset_folder
 
 Level = Literal["error", "warning", "note"]
 _LOOKED_AT = 3  # episodes that are decoded, unless all are asked for

@@ -115,9 +115,7 @@ def needed_features(method: MethodConfig, data: DataConfig) -> tuple[str, ...]:
     return tuple(name for name, needed in read.items() if needed and name in data.cached)
 
 
-def open_features(
-    method: MethodConfig, data: DataConfig, sources: Sequence[Source]
-) -> list[dict[str, CachedFeature]]:
+def open_features(method: MethodConfig, data: DataConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:
     """The cached features of `prepare` for these settings, by source. Raises FileNotFoundError naming the remedy."""
     opened, names = [], needed_features(method, data)
     if names:
@@ -133,9 +131,7 @@ def open_features(
     return opened
 
 
-def open_instructions(
-    method: MethodConfig, data: DataConfig, sources: Sequence[Source]
-) -> InstructionTokens | None:
+def open_instructions(method: MethodConfig, data: DataConfig, sources: Sequence[Source]) -> InstructionTokens | None:
     """The instruction tokens of `prepare`. None where the method reads none.
 
     Raises FileNotFoundError naming the remedy where some are missing.
@@ -237,9 +233,7 @@ def _instruction_texts(sources: Sequence[Source]) -> list[str]:
     return [*dict.fromkeys(source.dataset.instruction(episode) for source in sources for episode in source.used)]
 
 
-def _index(
-    method: MethodConfig, data: DataConfig, sources: Sequence[Source], source: Source, name: str
-) -> Path:
+def _index(method: MethodConfig, data: DataConfig, sources: Sequence[Source], source: Source, name: str) -> Path:
     """A file that names a feature's folder. Its own name is a digest of the config's settings of the feature."""
     settings: dict[str, Any] = {"dataset": source.dataset.fingerprint, "view": dict(source.dataset.view)}
     if name == "targets":

@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from agra.data.lerobot import layout as places
-from agra.data.lerobot.files_v3 import DATA_FILE_MIB, FILES_PER_CHUNK, VIDEO_FILE_MIB, FilesV3, info_v3
-from agra.hub import dataset_folder
 from agra.data.lerobot.checksums import CHECKSUMS, Seal, dataset_files, seal
-from agra.data.lerobot.layout import EPISODES, EPISODES_STATS, INFO, STATS, TASKS_V2, V2, V3, Layout
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.normalization.statistics import Statistics, describe_pictures, describe_stream, picture_histogram
 from agra.data.lerobot.episode_files import JsonStatistics, StoredEpisode, as_lists, is_number, numbers, read_stored
+from agra.data.lerobot.files_v3 import DATA_FILE_MIB, FILES_PER_CHUNK, VIDEO_FILE_MIB, FilesV3, info_v3
+from agra.data.lerobot.layout import EPISODES, EPISODES_STATS, INFO, STATS, TASKS_V2, V2, V3, Layout
 from agra.data.lerobot.tables import read_json, read_table, write_json, write_json_lines
+from agra.data.normalization.statistics import Statistics, describe_pictures, describe_stream, picture_histogram
+from agra.hub import dataset_folder
 
 VERSIONS = (*V2, V3)
 

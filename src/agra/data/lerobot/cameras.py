@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from agra.data.config import SourceConfig
 from agra.data.lerobot.checksums import Seal
 from agra.data.lerobot.layout import Entry, Layout, is_inside
 from agra.data.lerobot.modality import Modality
-from agra.data.config import SourceConfig
 from agra.data.lerobot.tables import REMEDY, check_rows
 from agra.data.lerobot.video import decode_frames
 

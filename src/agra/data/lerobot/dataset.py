@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from agra.data.config import SourceConfig
 from agra.data.lerobot.cameras import Cameras
-from agra.hub import dataset_folder
 from agra.data.lerobot.checksums import Seal, dataset_files
 from agra.data.lerobot.layout import INFO, STATS, Entry, Layout
 from agra.data.lerobot.modality import ACTION, STATE, Key, Modality, size
-from agra.data.normalization.normalize import Part, Quantity
-from agra.data.config import SourceConfig
 from agra.data.lerobot.tables import REMEDY, integers, matrix, read_json, read_table
+from agra.data.normalization.normalize import Part, Quantity
+from agra.hub import dataset_folder
 from agra.types import Episode
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from agra.data.lerobot.layout import EPISODES_STATS, V3, Layout
-from agra.data.normalization.statistics import describe
 from agra.data.lerobot.tables import REMEDY, matrix, read_json_lines, read_table
 from agra.data.lerobot.video import cut_video
+from agra.data.normalization.statistics import describe
 
 JsonStatistics = Mapping[str, Mapping[str, Any]]
 """Feature -> statistic -> nested lists, as JSON and parquet hold them."""

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agra.data.lerobot.layout import DATA_PATH, EPISODES_PATH, TASKS, VIDEO_PATH
-from agra.data.normalization.statistics import describe_stream
 from agra.data.lerobot.episode_files import JsonStatistics, StoredEpisode, as_lists, is_number, numbers
+from agra.data.lerobot.layout import DATA_PATH, EPISODES_PATH, TASKS, VIDEO_PATH
 from agra.data.lerobot.video import VideoFile
+from agra.data.normalization.statistics import describe_stream
 
 DATA_FILE_MIB, VIDEO_FILE_MIB, FILES_PER_CHUNK = 100, 200, 1000
 """LeRobot's defaults: a file is closed before the episode that would make it exceed its size."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agra.data.normalization import rotations
 from agra.data.lerobot.tables import read_json
+from agra.data.normalization import rotations
 
 MODALITY = "meta/modality.json"
 STATE, ACTION = "observation.state", "action"

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from agra.data.lerobot.files_v3 import DATA_FILE_MIB, FILES_PER_CHUNK, VIDEO_FILE_MIB, FilesV3, info_v3
+from agra.data.config import EGO_VIEW
 from agra.data.lerobot.checksums import seal
+from agra.data.lerobot.episode_files import StoredEpisode, as_lists
+from agra.data.lerobot.files_v3 import DATA_FILE_MIB, FILES_PER_CHUNK, VIDEO_FILE_MIB, FilesV3, info_v3
 from agra.data.lerobot.layout import INFO, STATS
 from agra.data.lerobot.modality import ACTION, MODALITY, STATE
-from agra.data.config import EGO_VIEW
-from agra.data.normalization.statistics import describe_pictures, picture_histogram
-from agra.data.lerobot.episode_files import StoredEpisode, as_lists
 from agra.data.lerobot.tables import write_json
 from agra.data.lerobot.video import GROUP_OF_PICTURES, OPTIONS, FrameEncoder, encode_frames
+from agra.data.normalization.statistics import describe_pictures, picture_histogram
 from agra.types import Embodiment, Episode
 
 DEFAULT_COLUMNS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64"}

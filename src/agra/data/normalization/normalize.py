@@ -63,7 +63,9 @@ class Part:
 
     def __post_init__(self) -> None:
         if self.method not in NORMALIZATIONS:
-            raise ValueError(f"normalisation of {self.name}: expected one of {', '.join(NORMALIZATIONS)}, got {self.method!r}")
+            raise ValueError(
+                f"normalisation of {self.name}: expected one of {', '.join(NORMALIZATIONS)}, got {self.method!r}"
+            )
         if self.method == "rot6d" and not self.rotation:
             raise ValueError(f"normalisation of {self.name}: rot6d needs a rotation_type in meta/modality.json")
         if self.rotation and rotations.width(rotations.check_type(self.rotation)) != self.end - self.start:

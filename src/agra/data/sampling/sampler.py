@@ -18,8 +18,8 @@ from agra.data.features.jobs import resize
 from agra.data.features.online import OnlineEncoder
 from agra.data.normalization.normalize import NormStats
 from agra.data.sampling.augment import augment
-from agra.data.source import Source
 from agra.data.sampling.windows import Numbers, Windows
+from agra.data.source import Source
 from agra.methods.method import MethodConfig
 
 Window = tuple[int, int, int]
@@ -137,9 +137,7 @@ class WindowSampler:
 
     # --- frames and frozen features -----------------------------------------------------------------------------------
 
-    def _features(
-        self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None
-    ) -> dict[str, Tensor]:
+    def _features(self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None) -> dict[str, Tensor]:
         """The fields of `Batch` that come from frames: read from the cache, or encoded from decoded frames."""
         needs, limit = self.needs, self.config.target_steps
         targeted = [row for row, (_, _, start) in enumerate(triples) if limit is None or start < limit]
