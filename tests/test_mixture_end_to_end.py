@@ -9,19 +9,20 @@ import pytest
 import torch
 from tests.support.layouts import write_egodex
 
-from agra import prepare as frozen
-from agra import run
-from agra.alignment.teacher import reference_frames
-from agra.data.config import SourceConfig
+from agra import api
+from agra.checkpoints.folder import newest
+from agra.data.config import DataConfig, SourceConfig
+from agra.data.features.online import OnlineEncoder
+from agra.data.features.preparation import open_instructions
 from agra.data.importers.egodex import convert_egodex, egodex_source
 from agra.data.lerobot.writer import write_dataset
 from agra.data.normalization.normalize import NormStats
-from agra.data.sampling.sampler import DataConfig, WindowSampler
-from agra.data.source import embodiment_stats
+from agra.data.sampling.sampler import WindowSampler
+from agra.data.source import embodiment_stats, open_sources
 from agra.policies.load import load_policy
 from agra.recipes import at_stage, tiny
 from agra.stages import Stage
-from agra.training import checkpoint
+from agra.training.distributed import DistributedContext
 from agra.types import Embodiment, Episode, Observation
 from agra.wam.bridge import bridged_layers
 
@@ -48,7 +49,7 @@ def write_hands(path: Path, name: str, dimensions: int, seed: int, size: tuple[i
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixture")
     write_hands(folder / "robot", "tabletop", 12, 1, (32, 48))
     write_hands(folder / "human", "tabletop_human", 12, 2, (48, 64))
@@ -78,57 +79,46 @@ def world(tmp_path_factory):
         ),
     )
     stage = replace(config.stage, steps=4, batch_size=8, save_every=2, validate_every=4, log_every=1)
-    config = replace(config, model=model, alignment=alignment, data=data, stage=stage, looking=None)
-    run.prepare(config)
+    method = replace(config.method, model=model, alignment=alignment)
+    config = replace(config, method=method, data=data, stage=stage, visual_reliance=None)
+    api.prepare(config)
     return folder, config
 
 
 @pytest.fixture(scope="module")
-def trained(world):
-    folder, config = world
+def trained(prepared):
+    folder, config = prepared
     previous = None
     for stage in Stage:
-        assert run.train(at_stage(config, stage), output=folder / stage, init_from=previous)
+        assert api.train(at_stage(config, stage), output=folder / stage, init_from=previous)
         previous = folder / stage
     return folder, config
 
 
-def make_sampler(config, **changes) -> WindowSampler:
+def make_sampler(config, *, rank: int = 0, world_size: int = 1) -> WindowSampler:
     sources = open_sources(config.data)
-    head = config.method.model.action_dit
-    return WindowSampler(
-        config.data,
-        sources,
-        frozen.open_features(config, sources),
-        embodiment_stats(sources),
-        horizon=head.horizon,
-        num_frames=config.method.model.num_frames,
-        references=reference_frames(config.method.model.latent_shape[1]),
-        batch_size=config.stage.batch_size,
-        seed=config.stage.seed,
-        max_state_dim=head.state_dim,
-        max_action_dim=head.action_dim,
-        instructions=frozen.open_instructions(config, sources),
-        **changes,
-    )
+    tokens = open_instructions(config.method, config.data, sources)
+    online = OnlineEncoder.open(config.method, config.data, sources)
+    context = DistributedContext(rank=rank, world_size=world_size)
+    return api.make_sampler(config, sources, embodiment_stats(sources), tokens, online, context)
 
 
-def test_every_embodiment_acts_in_its_own_units(trained):
+def test_actions_are_in_each_embodiment_s_units(trained):
     folder, _ = trained
     for stage in (Stage.JOINT, Stage.FINETUNE):
         policy = load_policy(folder / stage)
         assert set(policy.stats) == set(EMBODIMENTS)
         for name in EMBODIMENTS:
-            seen = np.full((60, 96, 3), 90, np.uint8)
+            frame = np.full((60, 96, 3), 90, np.uint8)
             state = np.zeros(DIMENSIONS[name], np.float32)
             policy.reset(0)
-            chunk = policy.act(Observation(frame=seen, state=state, instruction="move 0", embodiment=name))
+            chunk = policy.act(Observation(frame=frame, state=state, instruction="move 0", embodiment=name))
             assert chunk.actions.shape == (8, DIMENSIONS[name])
             assert np.isfinite(chunk.actions).all()
 
 
 def test_a_policy_crops_as_training_did(trained):
-    """What lies outside the embodiment's rows changes nothing; what lies inside does."""
+    """Pixels outside the embodiment's rows change nothing. Pixels inside change the actions."""
     folder, _ = trained
     policy = load_policy(folder / Stage.JOINT)
 
@@ -144,16 +134,16 @@ def test_a_policy_crops_as_training_did(trained):
     assert not np.array_equal(act(inside), act(frame))
 
 
-def test_statistics_are_saved_with_the_parts(trained):
+def test_a_checkpoint_holds_the_statistics_of_every_part(trained):
     folder, _ = trained
-    stats = NormStats.load_all(checkpoint.newest(folder / Stage.JOINT) / "norm_stats.json")
+    stats = NormStats.load_all(newest(folder / Stage.JOINT) / "norm_stats.json")
     assert [part.method for part in stats["human_egodex"].action_parts] == ["mean_std", "rot6d"] * 2
     assert stats["tabletop"].action_parts == ()
 
 
-def test_samples_belong_to_their_sources(world):
-    """Weights 2:1:1; masks show each source's horizon and end; widths its embodiment's."""
-    _, config = world
+def test_samples_belong_to_their_sources(prepared):
+    """Weights are 2:1:1. Masks follow each source's horizon and episode end, widths the embodiment."""
+    _, config = prepared
     sampler = make_sampler(config)
     drawn = np.concatenate([sampler.windows(step)[:, 0] for step in range(400)])
     assert np.abs(np.bincount(drawn) / len(drawn) - [0.5, 0.25, 0.25]).max() < 0.03
@@ -162,7 +152,7 @@ def test_samples_belong_to_their_sources(world):
     for row, (source, episode, start) in enumerate(windows):
         mask = batch.action_mask[row].numpy()
         dimensions = DIMENSIONS[EMBODIMENTS[source]]
-        length = sampler.parts[source].lengths[episode]
+        length = sampler.windows_of[source].lengths[episode]
         learned = {0: 8, 1: min(6, length - start), 2: 4}[int(source)]
         assert mask[:learned, :dimensions].all()
         assert mask.sum() == learned * dimensions
@@ -171,40 +161,36 @@ def test_samples_belong_to_their_sources(world):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_see_one_process_s_samples(world, world_size):
-    _, config = world
+def test_ranks_share_the_samples_of_one_process(prepared, world_size):
+    _, config = prepared
     for step in (0, 7):
         whole = make_sampler(config).batch(step)
         shares = [make_sampler(config, rank=r, world_size=world_size).batch(step) for r in range(world_size)]
-        for name in vars(whole):
-            if getattr(whole, name) is not None:
-                union = torch.stack([getattr(share, name) for share in shares], 1).flatten(0, 1)
-                assert torch.equal(union, getattr(whole, name)), name
+        for name, values in whole.tensors.items():
+            union = torch.stack([share.tensors[name] for share in shares], 1).flatten(0, 1)
+            assert torch.equal(union, values), name
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
-    """Cut the joint run back to its second step and let it go on: the same weights, byte for byte."""
+def test_a_resumed_run_equals_the_uninterrupted_run(trained, tmp_path):
+    """The joint run, cut back to its second step and resumed, ends with the same weights, byte for byte."""
     folder, config = trained
     whole = folder / Stage.JOINT
     shutil.copytree(whole, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/step_000004")
-    assert run.train(at_stage(config, Stage.JOINT), output=tmp_path / "cut", init_from=folder / Stage.ADAPT)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (tmp_path / "cut/step_000004" / name).read_bytes() == (whole / "step_000004" / name).read_bytes()
+    assert api.train(at_stage(config, Stage.JOINT), output=tmp_path / "cut", init_from=folder / Stage.ADAPT)
+    names = {path.name for path in (whole / "step_000004").glob("*.safetensors")}
+    assert {"video_dit.safetensors", "bridge.safetensors", "action_dit.safetensors", "optimizer.safetensors"} <= names
+    for name in names:
+        assert (tmp_path / "cut/step_000004" / name).read_bytes() == (whole / "step_000004" / name).read_bytes(), name
 
 
-def test_what_is_not_cached_is_computed_the_same(world):
-    """Latents and targets of decoded clips equal the cached ones, so that a run may do without the cache."""
-    _, config = world
+def test_uncached_features_equal_the_cached_ones(prepared):
+    """Latents and targets of decoded clips equal the cached ones, so a run can train without the cache."""
+    _, config = prepared
     cached = make_sampler(config).batch(2)
     for names in ((), ("latents",), ("targets",)):
         without = replace(config, data=replace(config.data, cached=names))
-        encoder = frozen.OnlineEncoder.open(without, open_sources(without.data))
-        encode = {
-            "encode_latents": encoder.latents if encoder.codec is not None else None,
-            "encode_targets": encoder.targets if encoder.teacher is not None else None,
-        }
-        online = make_sampler(without, **encode).batch(2)
+        online = make_sampler(without).batch(2)
         assert torch.equal(online.latents, cached.latents)
         assert torch.equal(online.targets, cached.targets)
         assert torch.equal(online.actions, cached.actions)
