@@ -21,8 +21,8 @@ import torch
 
 from agra.batch import Batch
 from agra.data.config import DataConfig
-from agra.data.features.cache import CachedFeature, folder, prepare
-from agra.data.features.instructions import InstructionTokens
+from agra.data.features.cache import CachedFeature, cache_features, feature_folder
+from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.lerobot.writer import write_dataset
 from agra.data.sampling.prefetch import Prefetched
 from agra.data.sampling.sampler import WindowSampler
@@ -135,8 +135,8 @@ def _cached_sampler(data: DataConfig, source: Source, root: Path) -> WindowSampl
         Zeros("latents", method.model.latent_shape),
         Zeros("targets", (*method.shapes.feature_grid, TEACHER_WIDTH)),
     ]
-    prepare(source.dataset, features, root, progress=False)
-    cached = {f.name: CachedFeature.open(folder(source.dataset, f, root), memory_limit=0) for f in features}
+    cache_features(source.dataset, features, root, progress=False)
+    cached = {f.name: CachedFeature.open(feature_folder(source.dataset, f, root), memory_limit=0) for f in features}
     tokens = InstructionTokens(root / "instructions")
     tokens.write(INSTRUCTION, np.zeros(method.shapes.instruction, np.float16))
     stats = embodiment_stats([source])

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.support.layouts import write_egodex
 
 from agra import api
 from agra.checkpoints.folder import newest
@@ -25,6 +24,7 @@ from agra.stages import Stage
 from agra.training.distributed import DistributedContext
 from agra.types import Embodiment, Episode, Observation
 from agra.wam.bridge import bridged_layers
+from tests.support.layouts import write_egodex
 
 EMBODIMENTS = ("tabletop", "tabletop_human", "human_egodex")
 DIMENSIONS = {"tabletop": 12, "tabletop_human": 12, "human_egodex": 18}

@@ -18,7 +18,7 @@ from agra.checkpoints.folder import artifact_dir, newest, resolve
 from agra.checkpoints.lineage import describe, lineage, record_origin
 from agra.config import RunConfig, VisualRelianceConfig
 from agra.data.features.encoders import codec_file
-from agra.data.features.instructions import InstructionTokens
+from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.online import OnlineEncoder
 from agra.data.features.preparation import (
     Preparation,

@@ -21,18 +21,16 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
-from tests.support.small import make_small_config
 
 from agra import files
 from agra.checkpoints.folder import verify
 from agra.checkpoints.read import check_statistics, part_tensors, read_config, reading
 from agra.data.config import SourceConfig
-from agra.data.doctor.doctor import examine
+from agra.data.doctor.doctor import check_dataset
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.gr1 import gr1_source
+from agra.data.normalization.dataset_statistics import describe
 from agra.data.normalization.normalize import NormStats
-from agra.data.normalization.statistics import describe
 from agra.diagnostics.samples.masks import read_masks
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, save_samples
 from agra.policies.load import load_method
@@ -42,6 +40,8 @@ from agra.serving.protocol.zmtp import COMMAND, GREETING, LONG, MORE, Peer, Prot
 from agra.serving.server.groot import GrootNames, flatten, read_observation
 from agra.types import EmbodimentSpec, Observation, PolicySpec
 from agra.weights import write_tensors
+from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
+from tests.support.small import make_small_config
 
 COMPLAINTS = (ValueError, OSError)
 """What the command line turns into one line."""
@@ -359,7 +359,7 @@ def changed_dataset(draw: Any) -> tuple[str, str, bytes]:
     return kind, name, "\n".join(lines).encode()
 
 
-def check_dataset(drawn: tuple[str, str, bytes]) -> None:
+def check_dataset_metadata(drawn: tuple[str, str, bytes]) -> None:
     """Read, or a complaint; the doctor raises nothing at all."""
     kind, name, content = drawn
     root = dataset(kind)
@@ -374,7 +374,7 @@ def check_dataset(drawn: tuple[str, str, bytes]) -> None:
                 opened.instruction(index)
         except COMPLAINTS as error:
             _says(error)
-        examine(root)
+        check_dataset(root)
     finally:
         (root / name).write_bytes(original)
 
@@ -462,7 +462,7 @@ PROPERTIES = {
     ),
     "ZeroMQ's frames": Property(damaged(TALK) | st.binary(max_size=300).map(lambda b: HELLO + b), check_zmtp),
     "checkpoint files": Property(checkpoints, _load_changed),
-    "dataset metadata": Property(changed_dataset(), check_dataset),
+    "dataset metadata": Property(changed_dataset(), check_dataset_metadata),
     "annotations": Property(annotations, check_annotations),
     "probe samples": Property(changed(SAMPLES), check_samples),
 }

@@ -71,18 +71,18 @@ def doctor(
         seal: write checksums of all files as they are now. Reading then finds any damage.
         json: write the findings here, for machines.
     """
-    from agra.data.doctor.doctor import examine
+    from agra.data.doctor.doctor import check_dataset
     from agra.data.lerobot.checksums import seal as write_checksums
     from agra.files import write_text
     from agra.hub import dataset_folder
 
     if seal:
         print(write_checksums(dataset_folder(dataset)))
-    diagnosis = examine(dataset, camera=camera, every_frame=every_frame)
-    diagnosis.print()
+    report = check_dataset(dataset, camera=camera, every_frame=every_frame)
+    report.print()
     if json is not None:
-        write_text(json, diagnosis.to_json() + "\n")
-    if not diagnosis.healthy:
+        write_text(json, report.to_json() + "\n")
+    if not report.healthy:
         raise SystemExit(1)
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from agra.data.lerobot.writer import EncodedEpisode, EncodedVideo
 from agra.data.config import EGO_VIEW
-from agra.data.lerobot.tables import read_json, write_json
+from agra.data.lerobot.json_parquet import read_json, write_json
 
 MANIFEST = "collection.json"
 

@@ -27,7 +27,7 @@ from rich.progress import (
 
 from agra.data.lerobot.layout import INFO
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
-from agra.data.lerobot.tables import read_json, write_json
+from agra.data.lerobot.json_parquet import read_json, write_json
 from agra.evaluation.rollout import run_episode
 from agra.evaluation.attempts import MANIFEST, Staging, check_same, lock, naming
 from agra.types import Embodiment, Policy, Simulator, Trial

@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.support.layouts import write_gr1, write_v2
 
 from agra.cli.main import main
-from agra.data.doctor.checks import content_rows, jumps, lag
-from agra.data.doctor.doctor import examine
+from agra.data.doctor.array_checks import content_rows, jumps, lag
+from agra.data.doctor.doctor import check_dataset
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.writer import write_dataset
 from agra.types import Embodiment, Episode
+from tests.support.layouts import write_gr1, write_v2
 
 ROBOT = Embodiment(name="bot", state_names=("a", "b"), action_names=("a", "b"))
 
@@ -47,7 +47,7 @@ def healthy(path, change=lambda index, states, actions: None, *, ahead: int = 2)
 
 
 def found(path, **options) -> dict[tuple[str, str], str]:
-    return {(f.level, f.check): f"{f.where}: {f.message}" for f in examine(path, **options).findings}
+    return {(f.level, f.check): f"{f.where}: {f.message}" for f in check_dataset(path, **options).findings}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from agra.data.config import SourceConfig
-from agra.data.features.cache import CachedFeature, estimate, folder, prepare
+from agra.data.features.cache import CachedFeature, cache_features, estimate_cost, feature_folder
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import write_dataset
@@ -64,10 +64,10 @@ def dataset(tmp_path) -> LeRobotDataset:
 
 def test_values_and_partial_reads(dataset, tmp_path):
     feature = Brightness()
-    (path,) = prepare(dataset, [feature], tmp_path / "cache", progress=False)
-    assert path == folder(dataset, feature, tmp_path / "cache")
+    (path,) = cache_features(dataset, [feature], tmp_path / "cache", progress=False)
+    assert path == feature_folder(dataset, feature, tmp_path / "cache")
     for limit in (0, 10**9):
-        cached = CachedFeature.open(folder(dataset, feature, tmp_path / "cache"), memory_limit=limit)
+        cached = CachedFeature.open(feature_folder(dataset, feature, tmp_path / "cache"), memory_limit=limit)
         assert (cached._memory is None) == (limit == 0)
         assert cached.shape == (16,)
         for index, length in enumerate(LENGTHS):
@@ -84,31 +84,31 @@ def test_prepared_once_and_decoded_once(dataset, tmp_path, monkeypatch):
     frames = LeRobotDataset.frames
     monkeypatch.setattr(LeRobotDataset, "frames", lambda self, i: decoded.append(i) or frames(self, i))
     features = [Brightness(), Words()]
-    prepare(dataset, features, tmp_path / "cache", progress=False)
+    cache_features(dataset, features, tmp_path / "cache", progress=False)
     assert decoded == [0, 1, 2]
-    prepare(dataset, features, tmp_path / "cache", progress=False)
+    cache_features(dataset, features, tmp_path / "cache", progress=False)
     assert decoded == [0, 1, 2]
     assert [feature.computed for feature in features] == [3, 3]
 
 
 def test_key_camera_and_contents_decide(dataset, tmp_path):
     root = tmp_path / "cache"
-    first = folder(dataset, Brightness(), root)
-    assert folder(dataset, Brightness(2.0), root) != first
-    assert folder(dataset, Words(), root) != first
+    first = feature_folder(dataset, Brightness(), root)
+    assert feature_folder(dataset, Brightness(2.0), root) != first
+    assert feature_folder(dataset, Words(), root) != first
     for change in ({"crop_rows": (2, 10)}, {"row_stride": 2}, {"strip_prefixes": ("put ",)}):
         other = LeRobotDataset(dataset.path, source=SourceConfig(**change))
-        assert folder(other, Brightness(), root) != first, change
+        assert feature_folder(other, Brightness(), root) != first, change
     stats = dataset.path / "meta/stats.json"
     stats.write_text(stats.read_text() + " ")
     seal(dataset.path)
-    assert folder(LeRobotDataset(dataset.path), Brightness(), root) != first
+    assert feature_folder(LeRobotDataset(dataset.path), Brightness(), root) != first
 
 
 def test_missing_and_unfinished(dataset, tmp_path):
     root = tmp_path / "cache"
     with pytest.raises(FileNotFoundError, match=r"brightness-[0-9a-f]+: not prepared; run agra prepare"):
-        CachedFeature.open(folder(dataset, Brightness(), root))
+        CachedFeature.open(feature_folder(dataset, Brightness(), root))
 
     class Fails(Brightness):
         def compute(self, episode: Episode) -> dict[str, np.ndarray]:
@@ -117,15 +117,15 @@ def test_missing_and_unfinished(dataset, tmp_path):
             return super().compute(episode)
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(dataset, [Fails()], root, progress=False)
+        cache_features(dataset, [Fails()], root, progress=False)
     with pytest.raises(FileNotFoundError, match="only 2 episodes are prepared; run agra prepare"):
-        CachedFeature.open(folder(dataset, Brightness(), root))
+        CachedFeature.open(feature_folder(dataset, Brightness(), root))
     feature = Brightness()
-    (path,) = prepare(dataset, [feature], root, progress=False)
+    (path,) = cache_features(dataset, [feature], root, progress=False)
     assert feature.computed == 1
     (path / "episode-000001.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"episode-000001\.safetensors: prepared file is missing"):
-        CachedFeature.open(folder(dataset, feature, root))
+        CachedFeature.open(feature_folder(dataset, feature, root))
 
 
 def test_kill_leaves_nothing_half(dataset, tmp_path):
@@ -144,25 +144,25 @@ def test_kill_leaves_nothing_half(dataset, tmp_path):
                     file.truncate(40)
                 os.kill(os.getpid(), signal.SIGKILL)
         cache.save_file = half
-        cache.prepare(LeRobotDataset({str(dataset.path)!r}), [Brightness()], __import__("pathlib").Path({str(tmp_path)!r}))
+        cache.cache_features(LeRobotDataset({str(dataset.path)!r}), [Brightness()], __import__("pathlib").Path({str(tmp_path)!r}))
     """)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
     feature = Brightness()
-    prepare(dataset, [feature], tmp_path, progress=False)
+    cache_features(dataset, [feature], tmp_path, progress=False)
     assert feature.computed == 2
-    cached = CachedFeature.open(folder(dataset, feature, tmp_path))
+    cached = CachedFeature.open(feature_folder(dataset, feature, tmp_path))
     assert np.array_equal(cached.read(1), Brightness().compute(dataset.episode(1))["brightness"])
 
 
 def test_damage_is_named(dataset, tmp_path):
-    (path,) = prepare(dataset, [Brightness()], tmp_path, progress=False)
+    (path,) = cache_features(dataset, [Brightness()], tmp_path, progress=False)
     file = path / "episode-000002.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"episode-000002\.safetensors: damaged .* run agra prepare"):
-        CachedFeature.open(folder(dataset, Brightness(), tmp_path))
+        CachedFeature.open(feature_folder(dataset, Brightness(), tmp_path))
     with pytest.raises(ValueError, match=r"episode-000002\.safetensors: damaged"):
-        CachedFeature.open(folder(dataset, Brightness(), tmp_path), memory_limit=0).read(2, rows=[1])
+        CachedFeature.open(feature_folder(dataset, Brightness(), tmp_path), memory_limit=0).read(2, rows=[1])
 
 
 def test_episodes_that_disagree_are_refused(dataset, tmp_path):
@@ -171,15 +171,15 @@ def test_episodes_that_disagree_are_refused(dataset, tmp_path):
             return {"brightness": np.zeros((len(episode), len(episode)), np.float16)}
 
     with pytest.raises(ValueError, match=r"episode-000001\.safetensors: expected rows of"):
-        prepare(dataset, [Ragged()], tmp_path, progress=False)
+        cache_features(dataset, [Ragged()], tmp_path, progress=False)
 
 
 def test_shares_of_several_processes_make_one_folder(dataset, tmp_path):
     feature = [Brightness() for _ in range(2)]
-    (path,) = prepare(dataset, [feature[1]], tmp_path, rank=1, world_size=2, progress=False)
+    (path,) = cache_features(dataset, [feature[1]], tmp_path, rank=1, world_size=2, progress=False)
     with pytest.raises(FileNotFoundError, match="only 1 episodes are prepared"):
         CachedFeature.open(path)
-    prepare(dataset, [feature[0]], tmp_path, rank=0, world_size=2, progress=False)
+    cache_features(dataset, [feature[0]], tmp_path, rank=0, world_size=2, progress=False)
     assert [f.computed for f in feature] == [2, 1]
     whole = CachedFeature.open(path)
     for index in range(3):
@@ -188,11 +188,11 @@ def test_shares_of_several_processes_make_one_folder(dataset, tmp_path):
 
 def test_only_the_episodes_that_are_wanted(dataset, tmp_path):
     feature = Brightness()
-    (path,) = prepare(dataset, [feature], tmp_path, episodes=[0, 2], progress=False)
+    (path,) = cache_features(dataset, [feature], tmp_path, episodes=[0, 2], progress=False)
     assert CachedFeature.open(path, episodes=[2, 0]).episodes == (0, 2)
     with pytest.raises(FileNotFoundError, match="episode 1 is not prepared; run agra prepare"):
         CachedFeature.open(path, episodes=[0, 1])
-    prepare(dataset, [feature], tmp_path, episodes=[1], progress=False)
+    cache_features(dataset, [feature], tmp_path, episodes=[1], progress=False)
     assert CachedFeature.open(path, episodes=[0, 1, 2]).episodes == (0, 1, 2)
     assert feature.computed == 3
 
@@ -200,7 +200,7 @@ def test_only_the_episodes_that_are_wanted(dataset, tmp_path):
 @pytest.mark.parametrize("limit", [0, 10**9])
 def test_a_flipped_bit_is_found_where_it_is_read(dataset, tmp_path, limit):
     """Every row has its checksum; rows beside the damaged one read right."""
-    (path,) = prepare(dataset, [Brightness()], tmp_path, progress=False)
+    (path,) = cache_features(dataset, [Brightness()], tmp_path, progress=False)
     file = path / "episode-000001.safetensors"
     expected = Brightness().compute(dataset.episode(1))["brightness"]
     content = bytearray(file.read_bytes())
@@ -217,7 +217,7 @@ def test_a_flipped_bit_is_found_where_it_is_read(dataset, tmp_path, limit):
 
 
 def test_files_that_changed_places(dataset, tmp_path):
-    (path,) = prepare(dataset, [Brightness()], tmp_path, progress=False)
+    (path,) = cache_features(dataset, [Brightness()], tmp_path, progress=False)
     one, other = (path / f"episode-{i:06d}.safetensors" for i in (0, 1))
     os.rename(one, path / "spare")
     os.rename(other, one)
@@ -228,12 +228,12 @@ def test_files_that_changed_places(dataset, tmp_path):
 
 def test_estimate(dataset, tmp_path):
     """Sizes are exact for features with a row a step; nothing is left once all is prepared."""
-    expected = estimate(dataset, [Brightness(), Words()], tmp_path)
+    expected = estimate_cost(dataset, [Brightness(), Words()], tmp_path)
     assert expected.episodes == 3
     rows = sum(LENGTHS) * (16 * 2 + 4) + 3 * 3 * 2  # brightness and whole, and three words an episode
     assert expected.bytes == rows
     assert expected.free_bytes > 0
     assert str(expected).startswith("3 episodes to prepare, about 0.0 MiB")
     assert list(tmp_path.glob("brightness*")) == []
-    prepare(dataset, [Brightness(), Words()], tmp_path, progress=False)
-    assert estimate(dataset, [Brightness(), Words()], tmp_path).bytes == 0
+    cache_features(dataset, [Brightness(), Words()], tmp_path, progress=False)
+    assert estimate_cost(dataset, [Brightness(), Words()], tmp_path).bytes == 0

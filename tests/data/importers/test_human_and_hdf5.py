@@ -5,7 +5,6 @@ import shutil
 import h5py
 import numpy as np
 import pytest
-from tests.support.layouts import demonstration, write_egodex, write_hdf5
 
 from agra.data.config import SourceConfig
 from agra.data.importers.egodex import (
@@ -20,6 +19,7 @@ from agra.data.importers.robomimic import convert_hdf5
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.sampling.sampler import DataConfig
 from agra.data.source import embodiment_stats, open_sources
+from tests.support.layouts import demonstration, write_egodex, write_hdf5
 
 SIZE = (54, 96)
 

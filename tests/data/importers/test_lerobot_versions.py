@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.support.layouts import CAMERAS, LENGTHS, LEROBOT_WRITERS, STORY, TASKS, write_gr1
 
 from agra.data.importers.lerobot_versions import convert
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
 from agra.types import Embodiment, Episode
+from tests.support.layouts import CAMERAS, LENGTHS, LEROBOT_WRITERS, STORY, TASKS, write_gr1
 
 
 @pytest.fixture(scope="module", params=LEROBOT_WRITERS)

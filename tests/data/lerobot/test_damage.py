@@ -12,12 +12,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
 
 from agra.data.config import SourceConfig
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.gr1 import gr1_source
+from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
 
 WRITERS = {
     "v2.0": lambda root: write_v2(root, "v2.0"),

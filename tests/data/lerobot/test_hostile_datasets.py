@@ -7,11 +7,11 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.support.layouts import CAMERAS, write_v2, write_v3
 
 from agra.data.config import SourceConfig
-from agra.data.doctor.doctor import examine
+from agra.data.doctor.doctor import check_dataset
 from agra.data.lerobot.dataset import LeRobotDataset
+from tests.support.layouts import CAMERAS, write_v2, write_v3
 
 CAMERA = CAMERAS[0]
 
@@ -36,7 +36,7 @@ def test_rows_are_counted_before_they_are_read(tmp_path, name):
     with pytest.raises(ValueError, match=r"\.parquet: holds \d+ rows, the dataset's metadata allows at most \d+"):
         open_all(root)
     if name == "data":
-        assert "the dataset's metadata allows at most" in " ".join(f.message for f in examine(root).findings)
+        assert "the dataset's metadata allows at most" in " ".join(f.message for f in check_dataset(root).findings)
     else:
         dataset = LeRobotDataset(root, source=SourceConfig(camera=CAMERA))
         with pytest.raises(ValueError, match="the dataset's metadata allows at most"):
@@ -83,7 +83,7 @@ def test_files_outside_the_dataset_are_not_read(tmp_path, name, key):
     change(root, **{key: template})
     with pytest.raises(ValueError, match=r"info\.json: (names the file|data_path|video_path)"):
         open_all(root)
-    assert not examine(root).healthy
+    assert not check_dataset(root).healthy
 
 
 def test_a_camera_with_dots_in_its_name_stays_inside(tmp_path):
@@ -126,7 +126,7 @@ def test_numbers_beyond_every_machine_are_one_line(tmp_path, name):
     with pytest.raises(ValueError, match=r"info\.json") as told:
         LeRobotDataset(root, source=SourceConfig(camera=CAMERA))
     assert len(str(told.value)) < 500
-    assert [f.level for f in examine(root).findings] == ["error"]
+    assert [f.level for f in check_dataset(root).findings] == ["error"]
 
 
 def test_lengths_beyond_every_machine_are_one_line(tmp_path):
@@ -146,4 +146,4 @@ def test_deep_nesting_is_one_line(tmp_path):
     (root / "meta/info.json").write_text('{"a":' * 200_000)
     with pytest.raises(ValueError, match=r"info\.json: not valid JSON"):
         LeRobotDataset(root, source=SourceConfig(camera=CAMERA))
-    assert not examine(root).healthy
+    assert not check_dataset(root).healthy

@@ -5,6 +5,18 @@ import shutil
 
 import numpy as np
 import pytest
+
+from agra.cli.arguments import recipe_arguments
+from agra.config import RunConfig
+from agra.data.config import SourceConfig
+from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.lerobot.gr1 import KEYS, REPOSITORY, gr1_mixture, gr1_source, task_folder
+from agra.data.lerobot.gr1 import TASKS as GR1_TASKS
+from agra.data.sampling.sampler import DataConfig
+from agra.data.source import embodiment_stats, open_sources
+from agra.recipes import compose
+from agra.stages import Stage
+from agra.training.plan import Machines
 from tests.support.layouts import (
     CAMERAS,
     FPS,
@@ -16,18 +28,6 @@ from tests.support.layouts import (
     gr1_states,
     write_gr1,
 )
-
-from agra.cli.arguments import recipe_arguments
-from agra.config import RunConfig
-from agra.data.config import SourceConfig
-from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.lerobot.gr1 import KEYS, REPOSITORY, folder, gr1_mixture, gr1_source
-from agra.data.lerobot.gr1 import TASKS as GR1_TASKS
-from agra.data.sampling.sampler import DataConfig
-from agra.data.source import embodiment_stats, open_sources
-from agra.recipes import compose
-from agra.stages import Stage
-from agra.training.plan import Machines
 
 
 @pytest.fixture(scope="module", params=LEROBOT_WRITERS)
@@ -141,14 +141,14 @@ def test_gr1_mixture():
 def test_a_gr1_run_is_named_by_its_preset(gr1, tmp_path, monkeypatch, preset, steps):
     """From the command line to windows' statistics, on a stand-in for each of the 24 folders."""
     for task in GR1_TASKS:
-        (tmp_path / folder(task)).symlink_to(gr1)
+        (tmp_path / task_folder(task)).symlink_to(gr1)
     monkeypatch.setattr("agra.data.lerobot.gr1.FEW_SHOT", 1)
     flags = ["agra_dino_l8", "--with", preset, "--data.path", str(tmp_path), "--gpus", "8"]
     _, config = recipe_arguments("plan", flags, Machines)
     assert RunConfig.from_json(config.to_json()) == config
     assert config.stage.steps == steps
     sources = open_sources(config.data)
-    assert [source.dataset.path.name for source in sources] == [folder(task) for task in GR1_TASKS]
+    assert [source.dataset.path.name for source in sources] == [task_folder(task) for task in GR1_TASKS]
     trained = {"gr1": range(len(GR1_LENGTHS) - 1), "gr1_few_shot": range(1)}[preset]
     assert {source.training for source in sources} == {trained}
     stats, head = embodiment_stats(sources)["gr1"], config.method.model.action_dit

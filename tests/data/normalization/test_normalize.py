@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from agra.data.normalization.normalize import AFFINE, NormStats, Part
+from agra.data.normalization.normalize import AFFINE, NormalizedPart, NormStats
 
 
 class Rows:
@@ -136,11 +136,11 @@ class Poses:
     actions = states
 
 
-def pose_parts(rotation: str, size: int) -> tuple[Part, ...]:
+def pose_parts(rotation: str, size: int) -> tuple[NormalizedPart, ...]:
     return (
-        Part(name="joints", start=0, end=2, method="sin_cos"),
-        Part(name="wrist", start=2, end=2 + size, method="rot6d", rotation=rotation),
-        Part(name="length", start=2 + size, end=3 + size, method="mean_std"),
+        NormalizedPart(name="joints", start=0, end=2, method="sin_cos"),
+        NormalizedPart(name="wrist", start=2, end=2 + size, method="rot6d", rotation=rotation),
+        NormalizedPart(name="length", start=2 + size, end=3 + size, method="mean_std"),
     )
 
 
@@ -171,17 +171,17 @@ def test_angles_and_rotations_come_back(rotation, size, tmp_path):
 
 def test_a_rotation_is_the_first_two_columns_of_its_matrix():
     """A quarter turn about z, by hand: x goes to y, y to -x."""
-    part = Part(name="r", start=0, end=3, method="rot6d", rotation="axis_angle")
+    part = NormalizedPart(name="r", start=0, end=3, method="rot6d", rotation="axis_angle")
     found = part.encode(np.array([[0, 0, np.pi / 2]]), {})
     np.testing.assert_allclose(found, [[0, 1, 0, -1, 0, 0]], atol=1e-7)
-    euler = Part(name="r", start=0, end=3, method="rot6d", rotation="euler_angles_rpy")
+    euler = NormalizedPart(name="r", start=0, end=3, method="rot6d", rotation="euler_angles_rpy")
     roll, yaw = 0.3, 0.5  # Rx(roll) @ Rz(yaw): its first column is (cos yaw, cos roll sin yaw, sin roll sin yaw)
     expected = [np.cos(yaw), np.cos(roll) * np.sin(yaw), np.sin(roll) * np.sin(yaw)]
     np.testing.assert_allclose(euler.encode(np.array([[roll, 0, yaw]]), {})[0, :3], expected, atol=1e-6)
 
 
 def test_gram_schmidt_takes_what_is_no_rotation():
-    part = Part(name="r", start=0, end=9, method="rot6d", rotation="matrix")
+    part = NormalizedPart(name="r", start=0, end=9, method="rot6d", rotation="matrix")
     found = part.decode(np.array([[2.0, 0, 0, 1, 3, 0]]), {}).reshape(3, 3)
     np.testing.assert_allclose(found, np.eye(3), atol=1e-6)
 
@@ -202,11 +202,11 @@ def test_a_missing_part_enters_no_statistics():
 
 def test_parts_are_checked():
     with pytest.raises(ValueError, match="rot6d needs a rotation_type"):
-        Part(name="wrist", start=0, end=3, method="rot6d")
+        NormalizedPart(name="wrist", start=0, end=3, method="rot6d")
     with pytest.raises(ValueError, match="a quaternion of 3 dimensions"):
-        Part(name="wrist", start=0, end=3, method="rot6d", rotation="quaternion")
+        NormalizedPart(name="wrist", start=0, end=3, method="rot6d", rotation="quaternion")
     with pytest.raises(ValueError, match="rotation type: expected one of"):
-        Part(name="wrist", start=0, end=3, method="rot6d", rotation="euler_angles_xyw")
+        NormalizedPart(name="wrist", start=0, end=3, method="rot6d", rotation="euler_angles_xyw")
 
 
 def test_imports_no_torch():

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from agra.batch import Batch
 from agra.data.config import DataConfig
-from agra.data.features.cache import CachedFeature, folder, prepare
-from agra.data.features.instructions import InstructionTokens
+from agra.data.features.cache import CachedFeature, cache_features, feature_folder
+from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.lerobot.writer import write_dataset
 from agra.data.sampling.sampler import WindowSampler
 from agra.data.source import embodiment_stats, held_out, open_sources
@@ -84,8 +84,8 @@ def parts(tmp_path_factory):
     config = replace(CONFIG, path=str(root / "set"))
     (source,) = sources = open_sources(config)
     features = [Labels("latents"), Labels("targets")]
-    prepare(source.dataset, features, root, progress=False)
-    opened = {f.name: CachedFeature.open(folder(source.dataset, f, root)) for f in features}
+    cache_features(source.dataset, features, root, progress=False)
+    opened = {f.name: CachedFeature.open(feature_folder(source.dataset, f, root)) for f in features}
     tokens = InstructionTokens(root / "instructions")
     for i in range(len(LENGTHS)):
         tokens.write(f"go {i}", np.full((5, 4), i, np.float16))

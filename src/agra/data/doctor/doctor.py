@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from agra.data.config import SourceConfig
-from agra.data.doctor import checks
+from agra.data.doctor import array_checks
 from agra.data.lerobot.checksums import CHECKSUMS, dataset_files
 from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.lerobot.json_parquet import read_json, read_table
 from agra.data.lerobot.layout import EPISODES_STATS, STATS
-from agra.data.lerobot.tables import read_json, read_table
 from agra.data.lerobot.video import inspect_video
-from agra.data.normalization.statistics import describe_stream
+from agra.data.normalization.dataset_statistics import describe_stream
 from agra.hub import dataset_folder
 
 Level = Literal["error", "warning", "note"]
@@ -39,7 +39,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+class HealthReport:
     """What is to be said of a dataset."""
 
     path: str
@@ -68,7 +68,7 @@ class Diagnosis:
         console.print(table if self.findings else "nothing to complain about")
 
 
-def examine(path: str | Path, *, camera: str | None = None, every_frame: bool = False) -> Diagnosis:
+def check_dataset(path: str | Path, *, camera: str | None = None, every_frame: bool = False) -> HealthReport:
     """Examine a dataset, through all of its cameras or one. Nothing is raised for what is wrong with it: it is found.
 
     Three episodes are decoded, or with `every_frame` all of them.
@@ -77,7 +77,7 @@ def examine(path: str | Path, *, camera: str | None = None, every_frame: bool = 
         root = dataset_folder(str(path))
         first = LeRobotDataset(root, source=SourceConfig(camera=camera or _any_camera(root)))
     except (ValueError, OSError) as error:
-        return Diagnosis(path=str(path), facts={}, findings=(_error("metadata", str(path), error),))
+        return HealthReport(path=str(path), facts={}, findings=(_error("metadata", str(path), error),))
     rows, broken = _read_rows(first)
     found = [
         *_files(first),
@@ -96,7 +96,7 @@ def examine(path: str | Path, *, camera: str | None = None, every_frame: bool = 
         "frames/s": first.fps,
         "version": first.layout.version,
     }
-    return Diagnosis(path=str(path), facts=facts, findings=tuple(sorted(found, key=lambda f: order[f.level])))
+    return HealthReport(path=str(path), facts=facts, findings=tuple(sorted(found, key=lambda f: order[f.level])))
 
 
 def _any_camera(path: Path) -> str:
@@ -160,25 +160,27 @@ def _numbers(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.nd
     for place, (quantity, called) in enumerate(names.items()):
         values = [pair[place] for pair in rows.values()]
         described = describe_stream(lambda values=values: iter(values))
-        still = checks.constant_dimensions(described["min"], described["max"])
+        still = array_checks.constant_dimensions(described["min"], described["max"])
         if still:
             listed = ", ".join(called[i] for i in still[:8]) + (" ..." if len(still) > 8 else "")
             message = (
                 f"never change: {listed} ({len(still)} of {len(called)}); leave them out with data.state, data.action"
             )
             yield _warning("constant", quantity, message)
-        for jump in checks.jumps(values):
-            advice = "an angle that wraps: normalise it with sin_cos" if checks.is_turn(jump.size) else "look at it"
+        for jump in array_checks.jumps(values):
+            advice = (
+                "an angle that wraps: normalise it with sin_cos" if array_checks.is_turn(jump.size) else "look at it"
+            )
             where = f"{quantity} {called[jump.dimension]}, episode {episodes[jump.episode]}, step {jump.step}"
             yield _warning("jump", where, f"jumps by {jump.size:.3g}, usually by less than {jump.usual:.3g}; {advice}")
-        for dimension in checks.squeezed_dimensions(described):
+        for dimension in array_checks.squeezed_dimensions(described):
             low, high = described["min"][dimension], described["max"][dimension]
             inner = described["q01"][dimension], described["q99"][dimension]
             message = (
                 f"98 % lie in [{inner[0]:.3g}, {inner[1]:.3g}] of [{low:.3g}, {high:.3g}]; q01_q99 suits it better"
             )
             yield _warning("outliers", f"{quantity} {called[dimension]}", message)
-    ahead = checks.lag([pair[0] for pair in rows.values()], [pair[1] for pair in rows.values()])
+    ahead = array_checks.lag([pair[0] for pair in rows.values()], [pair[1] for pair in rows.values()])
     if ahead is not None and not 1 <= ahead[0] <= 8:
         kind = "are the states of their own step" if ahead[0] == 0 else f"resemble the states {ahead[0]:+d} steps away"
         message = f"actions {kind} ({ahead[1]:.3f} of the variance); a command is ahead of what it leads to"
@@ -201,7 +203,7 @@ def _statistics(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np
     for place, quantity in enumerate(("observation.state", "action")):
         described = describe_stream(lambda place=place: (pair[place] for pair in rows.values()))
         try:
-            different = checks.disagreement(dict(given.get(quantity, {})), described)
+            different = array_checks.disagreement(dict(given.get(quantity, {})), described)
         except (ValueError, IndexError) as error:  # of another length
             yield _error("statistics", f"{STATS}, {quantity}", error)
             continue
@@ -295,9 +297,9 @@ def _looks(view: LeRobotDataset, camera: str, looked: Sequence[int], broken: set
         except (ValueError, OSError) as error:
             yield _error("frames", f"{camera}, episode {index}", error)
             continue
-        if checks.frozen(frames):
+        if array_checks.frozen(frames):
             yield _warning("frames", f"{camera}, episode {index}", "all frames are the same picture")
-        rows.add(checks.content_rows(frames))
+        rows.add(array_checks.content_rows(frames))
         size = frames.shape[1], frames.shape[2]
     if rows and size[0]:
         first, end = min(r[0] for r in rows), max(r[1] for r in rows)

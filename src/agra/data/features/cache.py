@@ -46,7 +46,7 @@ class Feature(Protocol):
         ...
 
 
-def folder(dataset: LeRobotDataset, feature: Feature, root: Path) -> Path:
+def feature_folder(dataset: LeRobotDataset, feature: Feature, root: Path) -> Path:
     """Where a feature of a dataset, seen as its source says, is kept under `root`."""
     decides = {"key": dict(feature.key), "dataset": dataset.fingerprint, "view": dict(dataset.view)}
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -54,7 +54,7 @@ def folder(dataset: LeRobotDataset, feature: Feature, root: Path) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class CacheEstimate:
     """What preparing will take, measured on one episode and scaled by control steps."""
 
     episodes: int  # still to be computed
@@ -70,16 +70,18 @@ class Estimate:
         )
 
 
-def estimate(
+def estimate_cost(
     dataset: LeRobotDataset, features: Sequence[Feature], root: Path, *, episodes: Sequence[int] | None = None
-) -> Estimate:
+) -> CacheEstimate:
     """Measure one episode of median length, in memory, and scale. Nothing is written but the folder `root`."""
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     wanted = range(dataset.num_episodes) if episodes is None else episodes
-    lacking = [(i, f) for f in features for i in wanted if not episode_file(folder(dataset, f, root), i).is_file()]
+    lacking = [
+        (i, f) for f in features for i in wanted if not episode_file(feature_folder(dataset, f, root), i).is_file()
+    ]
     if not lacking:
-        return Estimate(episodes=0, bytes=0, seconds=0.0, free_bytes=free)
+        return CacheEstimate(episodes=0, bytes=0, seconds=0.0, free_bytes=free)
     steps = {feature.name: int(dataset.lengths[[i for i, f in lacking if f is feature]].sum()) for feature in features}
     left = sorted({i for i, _ in lacking}, key=lambda i: dataset.lengths[i])
     sample = left[len(left) // 2]
@@ -96,10 +98,10 @@ def estimate(
             fixed = sum(a.nbytes for a in arrays.values()) - rowwise
             count = sum(f is feature for _, f in lacking)
             size += rowwise / len(episode) * steps[feature.name] + fixed * count
-    return Estimate(episodes=len(left), bytes=round(size), seconds=seconds, free_bytes=free)
+    return CacheEstimate(episodes=len(left), bytes=round(size), seconds=seconds, free_bytes=free)
 
 
-def prepare(
+def cache_features(
     dataset: LeRobotDataset,
     features: Sequence[Feature],
     root: Path,
@@ -116,7 +118,7 @@ def prepare(
     episodes; whichever finishes last completes the folders.
     """
     wanted = list(range(dataset.num_episodes) if episodes is None else episodes)
-    folders = [folder(dataset, feature, root) for feature in features]
+    folders = [feature_folder(dataset, feature, root) for feature in features]
     for path in folders:
         path.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

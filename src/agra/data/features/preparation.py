@@ -16,7 +16,7 @@ from agra.data.config import DataConfig
 from agra.data.features import cache
 from agra.data.features.cache import CachedFeature
 from agra.data.features.encoders import codec_settings, digest, open_codec, open_teacher, open_text_encoder
-from agra.data.features.instructions import InstructionTokens
+from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.jobs import FrameLatents, Frames, Latents, Targets
 from agra.data.lerobot.checksums import dataset_files
 from agra.data.source import Source
@@ -52,10 +52,10 @@ class Preparation:
             remember_fingerprints(self.data, self.sources)
         return _constructors(self.method, self.data, self.sources, names, self._device)
 
-    def estimate(self) -> list[tuple[Source, cache.Estimate]]:
+    def estimate(self) -> list[tuple[Source, cache.CacheEstimate]]:
         """The cost of `run` for every source, measured on one episode of each."""
         sources = self.sources if self._features else ()
-        return [(s, cache.estimate(s.dataset, self._of(s), self.root, episodes=s.used)) for s in sources]
+        return [(s, cache.estimate_cost(s.dataset, self._of(s), self.root, episodes=s.used)) for s in sources]
 
     def run(self, *, rank: int = 0, world_size: int = 1) -> list[Path]:
         """Compute and cache the missing features of every source. Returns the features' folders.
@@ -65,7 +65,7 @@ class Preparation:
         """
         folders = [self._write_instructions(rank, world_size)] if self.method.needs().instruction else []
         for source in self.sources if self._features else ():
-            paths = cache.prepare(
+            paths = cache.cache_features(
                 source.dataset,
                 self._of(source),
                 self.root,

@@ -8,7 +8,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from agra.data.lerobot.tables import REMEDY
+from agra.data.lerobot.json_parquet import REMEDY
 
 
 @contextmanager

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from agra.data.lerobot import layout as places
 from agra.data.lerobot.checksums import CHECKSUMS, Seal, dataset_files, seal
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.lerobot.episode_files import JsonStatistics, StoredEpisode, as_lists, is_number, numbers, read_stored
+from agra.data.lerobot.episode_files import JsonStatistics, RawEpisode, as_lists, is_number, numbers, read_episodes
 from agra.data.lerobot.files_v3 import DATA_FILE_MIB, FILES_PER_CHUNK, VIDEO_FILE_MIB, FilesV3, info_v3
-from agra.data.lerobot.layout import EPISODES, EPISODES_STATS, INFO, STATS, TASKS_V2, V2, V3, Layout
-from agra.data.lerobot.tables import read_json, read_table, write_json, write_json_lines
-from agra.data.normalization.statistics import Statistics, describe_pictures, describe_stream, picture_histogram
+from agra.data.lerobot.json_parquet import read_json, read_table, write_json, write_json_lines
+from agra.data.lerobot.layout import EPISODES, EPISODES_STATS, INFO, STATS, TASKS_V2, V2, V3, DatasetLayout
+from agra.data.normalization.dataset_statistics import Statistics, describe_pictures, describe_stream, picture_histogram
 from agra.hub import dataset_folder
 
 VERSIONS = (*V2, V3)
@@ -36,7 +36,7 @@ def convert(source: str | Path, output: Path, version: str) -> Path:
     if output.exists():
         raise ValueError(f"{output}: already exists; choose another output or remove it")
     path = dataset_folder(str(source))
-    found, sealed = Layout.read(path), Seal(path)
+    found, sealed = DatasetLayout.read(path), Seal(path)
     for name in dataset_files(path):
         sealed.verify(path / name)
     partial = output.with_name(output.name + ".partial")
@@ -52,7 +52,7 @@ def convert(source: str | Path, output: Path, version: str) -> Path:
     return output
 
 
-def _to_v3(found: Layout, root: Path, version: str) -> None:
+def _to_v3(found: DatasetLayout, root: Path, version: str) -> None:
     info, features = found.info, found.info["features"]
     files = FilesV3(
         root,
@@ -62,7 +62,7 @@ def _to_v3(found: Layout, root: Path, version: str) -> None:
         files_per_chunk=info.get("chunks_size", FILES_PER_CHUNK),
     )
     pictures = _Pictures(found)
-    for index, episode in enumerate(read_stored(found)):
+    for index, episode in enumerate(read_episodes(found)):
         files.add(pictures.complete(index, episode), features)
     files.finish({text: index for index, text in found.tasks.items()})
     _write_stats(found, root, files.statistics(features), pictures)
@@ -71,11 +71,11 @@ def _to_v3(found: Layout, root: Path, version: str) -> None:
     write_json(root / INFO, info_v3(kept, files=files, tasks=len(found.tasks), features=features, splits=_splits(info)))
 
 
-def _to_v2(found: Layout, root: Path, version: str) -> None:
+def _to_v2(found: DatasetLayout, root: Path, version: str) -> None:
     info, features = found.info, found.info["features"]
     chunk_size, pictures = info.get("chunks_size", FILES_PER_CHUNK), _Pictures(found)
     statistics, rows = [], []
-    for index, episode in enumerate(read_stored(found)):
+    for index, episode in enumerate(read_episodes(found)):
         episode = pictures.complete(index, episode)
         names = {"episode_index": index, "episode_chunk": index // chunk_size}
         _write_bytes_by(root / places.DATA_PATH_V2.format(**names), lambda p, e=episode: pq.write_table(e.table, p))
@@ -114,7 +114,7 @@ def _splits(info: Mapping[str, Any]) -> Mapping[str, str]:
 class _Pictures:
     """Statistics of pictures, computed by decoding where the source has none."""
 
-    def __init__(self, found: Layout) -> None:
+    def __init__(self, found: DatasetLayout) -> None:
         self.found = found
         self.cameras = found.names("video", "image")
         self.histograms: dict[str, np.ndarray] = {}
@@ -122,7 +122,7 @@ class _Pictures:
         stats = found.root / STATS
         self.known = {c: s for c, s in read_json(stats).items() if c in self.cameras} if stats.is_file() else {}
 
-    def complete(self, index: int, episode: StoredEpisode) -> StoredEpisode:
+    def complete(self, index: int, episode: RawEpisode) -> RawEpisode:
         """The episode with the statistics that it lacks; also collects what the whole dataset's need."""
         own = dict(episode.picture_statistics)
         for camera in self.cameras:
@@ -133,7 +133,7 @@ class _Pictures:
             histogram = picture_histogram(self._datasets[camera].frames(index))
             self.histograms[camera] = self.histograms.get(camera, 0) + histogram
             own.setdefault(camera, as_lists(describe_pictures(histogram, count=len(episode))))
-        return StoredEpisode(table=episode.table, tasks=episode.tasks, videos=episode.videos, picture_statistics=own)
+        return RawEpisode(table=episode.table, tasks=episode.tasks, videos=episode.videos, picture_statistics=own)
 
     def all(self) -> dict[str, Any]:
         """Statistics over the whole dataset, by camera."""
@@ -142,7 +142,7 @@ class _Pictures:
         return computed | self.known
 
 
-def _write_stats(found: Layout, root: Path, rows: JsonStatistics, pictures: _Pictures) -> None:
+def _write_stats(found: DatasetLayout, root: Path, rows: JsonStatistics, pictures: _Pictures) -> None:
     statistics = pictures.all() | dict(rows)
     write_json(root / STATS, {name: statistics[name] for name in found.info["features"] if name in statistics})
 
@@ -157,7 +157,7 @@ def _row_statistics(root: Path, episodes: int, chunk_size: int, features: Mappin
     return {name: as_lists(described(name)) for name, feature in features.items() if is_number(feature)}
 
 
-def _copy_the_rest(found: Layout, root: Path) -> None:
+def _copy_the_rest(found: DatasetLayout, root: Path) -> None:
     """Files under meta that belong to no version, as they are."""
     known = {INFO, STATS, places.TASKS, TASKS_V2, EPISODES, EPISODES_STATS, CHECKSUMS}
     for name in dataset_files(found.root):

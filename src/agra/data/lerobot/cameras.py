@@ -11,9 +11,9 @@ from PIL import Image
 
 from agra.data.config import SourceConfig
 from agra.data.lerobot.checksums import Seal
-from agra.data.lerobot.layout import Entry, Layout, is_inside
+from agra.data.lerobot.json_parquet import REMEDY, check_rows
+from agra.data.lerobot.layout import DatasetLayout, EpisodeEntry, is_inside
 from agra.data.lerobot.modality import Modality
-from agra.data.lerobot.tables import REMEDY, check_rows
 from agra.data.lerobot.video import decode_frames
 
 _PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of damage
@@ -23,7 +23,7 @@ class Cameras:
     """What a source shows: one camera, others to the right of it scaled to its height, cropped before anything else."""
 
     def __init__(
-        self, layout: Layout, modality: Modality, seal: Seal, names: Sequence[str], source: SourceConfig
+        self, layout: DatasetLayout, modality: Modality, seal: Seal, names: Sequence[str], source: SourceConfig
     ) -> None:
         """`names` are features or modality.json's names of them. Raises ValueError for one that is not there."""
         self.layout, self.source, self._seal = layout, source, seal
@@ -35,13 +35,13 @@ class Cameras:
                     f"{layout.root}: there is no camera {feature!r}; available: {', '.join(available) or 'none'}"
                 )
 
-    def frames(self, entry: Entry, rows: np.ndarray, *, threads: int = 0) -> np.ndarray:
+    def frames(self, entry: EpisodeEntry, rows: np.ndarray, *, threads: int = 0) -> np.ndarray:
         """The frames of an episode's `rows` (T,), ascending: (T, H, W, 3) uint8 RGB, tiled and cropped."""
         views = [self._crop(self._read(entry, feature, rows, threads), feature) for feature in self.features]
         height = views[0].shape[1]
         return views[0] if len(views) == 1 else np.concatenate([_scaled(view, height) for view in views], axis=2)
 
-    def _read(self, entry: Entry, feature: str, rows: np.ndarray, threads: int) -> np.ndarray:
+    def _read(self, entry: EpisodeEntry, feature: str, rows: np.ndarray, threads: int) -> np.ndarray:
         if feature in entry.videos:
             path, start = entry.videos[feature]
             self._seal.verify(path)
@@ -71,7 +71,7 @@ def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR)) for f in frames])
 
 
-def _pictures(path: Path, feature: str, entry: Entry, rows: np.ndarray, layout: Layout) -> np.ndarray:
+def _pictures(path: Path, feature: str, entry: EpisodeEntry, rows: np.ndarray, layout: DatasetLayout) -> np.ndarray:
     """Pictures that lie in the rows, as encoded bytes or by the name of their file (datasets' Image feature)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")

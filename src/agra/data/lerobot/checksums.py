@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from agra import files
-from agra.data.lerobot.tables import REMEDY, read_json, write_json
+from agra.data.lerobot.json_parquet import REMEDY, read_json, write_json
 
 CHECKSUMS = "meta/checksums.json"
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 from agra.data.config import SourceConfig
 from agra.data.lerobot.cameras import Cameras
 from agra.data.lerobot.checksums import Seal, dataset_files
-from agra.data.lerobot.layout import INFO, STATS, Entry, Layout
+from agra.data.lerobot.json_parquet import REMEDY, integers, matrix, read_json, read_table
+from agra.data.lerobot.layout import INFO, STATS, DatasetLayout, EpisodeEntry
 from agra.data.lerobot.modality import ACTION, STATE, Key, Modality, size
-from agra.data.lerobot.tables import REMEDY, integers, matrix, read_json, read_table
-from agra.data.normalization.normalize import Part, Quantity
+from agra.data.normalization.normalize import NormalizedPart, Quantity
 from agra.hub import dataset_folder
 from agra.types import Episode
 
@@ -52,7 +52,7 @@ class LeRobotDataset:
         for name in dataset_files(self.path):
             if name.startswith("meta/"):
                 self.seal.verify(self.path / name)
-        self.layout = Layout.read(self.path)
+        self.layout = DatasetLayout.read(self.path)
         self.info = self.layout.info
         self.features: Mapping[str, Mapping[str, Any]] = self.info["features"]
         self.modality = Modality.read(self.path, self.features)
@@ -126,14 +126,14 @@ class LeRobotDataset:
             "instruction": [self._task_column, *source.strip_prefixes],
         }
 
-    def parts(self, quantity: Quantity) -> tuple[Part, ...]:
+    def parts(self, quantity: Quantity) -> tuple[NormalizedPart, ...]:
         """How the keys of a quantity are normalised, each at its place in `states` or `actions`; none without keys."""
         if not self.source.keys(quantity):
             return ()
         parts, start = [], 0
         for key, (_, method) in zip(self.keys[quantity], self.source.keys(quantity), strict=True):
             end = start + key.size
-            parts.append(Part(name=key.name, start=start, end=end, method=method, rotation=key.rotation))
+            parts.append(NormalizedPart(name=key.name, start=start, end=end, method=method, rotation=key.rotation))
             start = end
         return tuple(parts)
 
@@ -193,7 +193,7 @@ class LeRobotDataset:
             success=bool(rows.success[where].any()),
         )
 
-    def _entry(self, episode: int) -> Entry:
+    def _entry(self, episode: int) -> EpisodeEntry:
         if not 0 <= episode < self.num_episodes:
             raise ValueError(f"{self.path}: episode {episode} does not exist, there are {self.num_episodes}")
         return self.layout.entries[episode]
@@ -218,7 +218,7 @@ class LeRobotDataset:
             raise ValueError(f"{rows.path}: frame_index of episode {episode} does not count from 0; {REMEDY}")
         return rows, slice(start, stop, self.source.row_stride)
 
-    def _read_rows(self, entry: Entry) -> _Rows:
+    def _read_rows(self, entry: EpisodeEntry) -> _Rows:
         path = entry.data
         keys = {quantity: [key for key in keys if key.column] for quantity, keys in self.keys.items()}
         wanted = {key.column for group in keys.values() for key in group} | {self._task_column, "episode_index"}

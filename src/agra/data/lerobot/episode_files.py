@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from agra.data.lerobot.layout import EPISODES_STATS, V3, Layout
-from agra.data.lerobot.tables import REMEDY, matrix, read_json_lines, read_table
+from agra.data.lerobot.json_parquet import REMEDY, matrix, read_json_lines, read_table
+from agra.data.lerobot.layout import EPISODES_STATS, V3, DatasetLayout
 from agra.data.lerobot.video import cut_video
-from agra.data.normalization.statistics import describe
+from agra.data.normalization.dataset_statistics import describe
 
 JsonStatistics = Mapping[str, Mapping[str, Any]]
 """Feature -> statistic -> nested lists, as JSON and parquet hold them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StoredEpisode:
+class RawEpisode:
     """One episode's rows and its videos, each an mp4 of its own."""
 
     table: pa.Table
@@ -54,7 +54,7 @@ def as_lists(statistics: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: np.asarray(value).tolist() for name, value in statistics.items()}
 
 
-def read_stored(layout: Layout) -> Iterator[StoredEpisode]:
+def read_episodes(layout: DatasetLayout) -> Iterator[RawEpisode]:
     """Every episode of a dataset of any version, in order. Videos are cut at packets, not encoded again."""
     known = _picture_statistics(layout)
     shared: tuple[Path, pa.Table] | None = None
@@ -71,7 +71,7 @@ def read_stored(layout: Layout) -> Iterator[StoredEpisode]:
                 f" {layout.root / 'meta'} announces; {REMEDY}"
             )
         fps = layout.info["fps"]
-        yield StoredEpisode(
+        yield RawEpisode(
             table=table,
             tasks=entry.tasks,
             videos={c: cut_video(p, start=s, count=entry.length, fps=fps) for c, (p, s) in entry.videos.items()},
@@ -79,7 +79,7 @@ def read_stored(layout: Layout) -> Iterator[StoredEpisode]:
         )
 
 
-def _picture_statistics(layout: Layout) -> Mapping[int, JsonStatistics]:
+def _picture_statistics(layout: DatasetLayout) -> Mapping[int, JsonStatistics]:
     """Per episode, the statistics of cameras that the dataset brings along; they would take decoding to compute."""
     cameras = layout.names("video", "image")
     if layout.version == V3:
@@ -91,7 +91,7 @@ def _picture_statistics(layout: Layout) -> Mapping[int, JsonStatistics]:
     return {i: {c: stats[c] for c in cameras if c in stats} for i, stats in rows.items()}
 
 
-def _picture_statistics_v3(layout: Layout, cameras: Sequence[str]) -> Mapping[int, JsonStatistics]:
+def _picture_statistics_v3(layout: DatasetLayout, cameras: Sequence[str]) -> Mapping[int, JsonStatistics]:
     found: dict[int, dict[str, dict[str, Any]]] = {}
     for path in sorted((layout.root / "meta/episodes").glob("chunk-*/file-*.parquet")):
         table = read_table(path)

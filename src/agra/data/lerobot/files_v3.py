@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agra.data.lerobot.episode_files import JsonStatistics, StoredEpisode, as_lists, is_number, numbers
+from agra.data.lerobot.episode_files import JsonStatistics, RawEpisode, as_lists, is_number, numbers
 from agra.data.lerobot.layout import DATA_PATH, EPISODES_PATH, TASKS, VIDEO_PATH
 from agra.data.lerobot.video import VideoFile
-from agra.data.normalization.statistics import describe_stream
+from agra.data.normalization.dataset_statistics import describe_stream
 
 DATA_FILE_MIB, VIDEO_FILE_MIB, FILES_PER_CHUNK = 100, 200, 1000
 """LeRobot's defaults: a file is closed before the episode that would make it exceed its size."""
@@ -63,7 +63,7 @@ class FilesV3:
         """Episodes so far."""
         return len(self._entries)
 
-    def add(self, episode: StoredEpisode, features: Mapping[str, Mapping[str, Any]]) -> None:
+    def add(self, episode: RawEpisode, features: Mapping[str, Mapping[str, Any]]) -> None:
         """Append one episode. Raises ValueError where its columns differ from the first episode's."""
         statistics = episode.statistics(features)
         entry = {

@@ -33,7 +33,7 @@ FEW_SHOT = 100
 """Trajectories a task of the few-shot setting, 2,400 in all; the full setting has 1,000."""
 
 
-def folder(task: str) -> str:
+def task_folder(task: str) -> str:
     """A task's folder in the repository."""
     return f"gr1_unified.{task}_GR1ArmsAndWaistFourierHands_1000"
 
@@ -57,4 +57,4 @@ def gr1_source(path: str, *, training_episodes: int | None = None) -> SourceConf
 def gr1_mixture(*, few_shot: bool = False) -> tuple[SourceConfig, ...]:
     """All 24 tasks with equal weight, as paths relative to the folder (or hub id) that holds them."""
     episodes = FEW_SHOT if few_shot else None
-    return tuple(gr1_source(folder(task), training_episodes=episodes) for task in TASKS)
+    return tuple(gr1_source(task_folder(task), training_episodes=episodes) for task in TASKS)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from agra.data.lerobot.tables import REMEDY, read_json, read_json_lines, read_table
+from agra.data.lerobot.json_parquet import REMEDY, read_json, read_json_lines, read_table
 
 V2, V3 = ("v2.0", "v2.1"), "v3.0"
 INFO, STATS = "meta/info.json", "meta/stats.json"
@@ -32,7 +32,7 @@ _LARGEST = 2**53  # of any number in the metadata
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class EpisodeEntry:
     """Where an episode's rows and frames lie. In v2 its rows are all those of its file, and `first_row` is None."""
 
     index: int
@@ -44,17 +44,17 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class DatasetLayout:
     """A dataset's metadata, whatever its version."""
 
     root: Path
     version: str
     info: Mapping[str, Any]
-    entries: tuple[Entry, ...]
+    entries: tuple[EpisodeEntry, ...]
     tasks: Mapping[int, str]
 
     @classmethod
-    def read(cls, root: Path) -> "Layout":
+    def read(cls, root: Path) -> "DatasetLayout":
         """Read the metadata of the dataset in `root`.
 
         Raises FileNotFoundError for a missing dataset or file and ValueError for a damaged or foreign one, each with
@@ -91,7 +91,7 @@ class Layout:
         return [name for name, feature in self.info["features"].items() if feature["dtype"] in kinds]
 
 
-def _entries_v2(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
+def _entries_v2(root: Path, info: Mapping[str, Any]) -> tuple[EpisodeEntry, ...]:
     path = root / EPISODES
     cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
     entries = []
@@ -100,7 +100,7 @@ def _entries_v2(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
         names = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", 1000)}
         videos = {c: (_inside(root, info["video_path"], video_key=c, **names), 0.0) for c in cameras}
         entries.append(
-            Entry(
+            EpisodeEntry(
                 index=index,
                 length=length,
                 tasks=_texts(row.get("tasks", ()), path),
@@ -112,7 +112,7 @@ def _entries_v2(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
     return tuple(sorted(entries, key=lambda entry: entry.index))
 
 
-def _entries_v3(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
+def _entries_v3(root: Path, info: Mapping[str, Any]) -> tuple[EpisodeEntry, ...]:
     files = sorted((root / "meta/episodes").glob("chunk-*/file-*.parquet"))
     if not files:
         raise FileNotFoundError(f"{root / 'meta/episodes'}: no episode list here; {REMEDY}")
@@ -131,7 +131,7 @@ def _entries_v3(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
                 )
             place = {n: _whole(row, f"data/{n}", path) for n in ("chunk_index", "file_index")}
             entries.append(
-                Entry(
+                EpisodeEntry(
                     index=_whole(row, "episode_index", path),
                     length=length,
                     tasks=_texts(row["tasks"], path),
@@ -144,7 +144,7 @@ def _entries_v3(root: Path, info: Mapping[str, Any]) -> tuple[Entry, ...]:
     return tuple(sorted(entries, key=lambda entry: entry.index))
 
 
-def _check_overlap(entries: Iterable[Entry], info: Mapping[str, Any]) -> None:
+def _check_overlap(entries: Iterable[EpisodeEntry], info: Mapping[str, Any]) -> None:
     """No two episodes may share frames of a file."""
     spans = [(p, s, e) for e in entries for p, s in e.videos.values()]
     spans.sort(key=lambda span: span[:2])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agra.data.lerobot.tables import read_json
+from agra.data.lerobot.json_parquet import read_json
 from agra.data.normalization import rotations
 
 MODALITY = "meta/modality.json"

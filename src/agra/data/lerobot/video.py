@@ -17,7 +17,7 @@ import av.error
 import numpy as np
 
 from agra import files
-from agra.data.lerobot.tables import REMEDY
+from agra.data.lerobot.json_parquet import REMEDY
 
 GROUP_OF_PICTURES = 8
 """Frames between key frames: the most that is decoded in vain when a reader seeks."""

@@ -17,13 +17,13 @@ import pyarrow as pa
 
 from agra.data.config import EGO_VIEW
 from agra.data.lerobot.checksums import seal
-from agra.data.lerobot.episode_files import StoredEpisode, as_lists
+from agra.data.lerobot.episode_files import RawEpisode, as_lists
 from agra.data.lerobot.files_v3 import DATA_FILE_MIB, FILES_PER_CHUNK, VIDEO_FILE_MIB, FilesV3, info_v3
+from agra.data.lerobot.json_parquet import write_json
 from agra.data.lerobot.layout import INFO, STATS
 from agra.data.lerobot.modality import ACTION, MODALITY, STATE
-from agra.data.lerobot.tables import write_json
 from agra.data.lerobot.video import GROUP_OF_PICTURES, OPTIONS, FrameEncoder, encode_frames
-from agra.data.normalization.statistics import describe_pictures, picture_histogram
+from agra.data.normalization.dataset_statistics import describe_pictures, picture_histogram
 from agra.types import Embodiment, Episode
 
 DEFAULT_COLUMNS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64"}
@@ -156,7 +156,7 @@ class LeRobotWriter:
             raise ValueError(f"{self.path}: episode {index} differs from episode 0 in {different[0]!r}")
         columns = self._columns(episode)
         pictures = {c: describe_pictures(v.histogram, count=len(episode)) for c, v in episode.videos.items()}
-        stored = StoredEpisode(
+        stored = RawEpisode(
             table=pa.table({name: _arrow(values, features[name]) for name, values in columns.items()}),
             tasks=[episode.instruction],
             videos={camera: video.video for camera, video in episode.videos.items()},

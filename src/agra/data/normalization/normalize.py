@@ -15,7 +15,7 @@ import numpy as np
 
 from agra import files
 from agra.data.normalization import rotations
-from agra.data.normalization.statistics import Statistics, describe_stream
+from agra.data.normalization.dataset_statistics import Statistics, describe_stream
 
 Normalization = Literal["min_max", "mean_std", "q01_q99", "sin_cos", "rot6d", "none"]
 Quantity = Literal["state", "action"]
@@ -49,7 +49,7 @@ AFFINE: Mapping[Normalization, Callable[[Statistics], tuple[np.ndarray, np.ndarr
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class NormalizedPart:
     """Dimensions [start, end) of a state or an action, and how they go to the model's range.
 
     `rotation` is GR00T's rotation_type of these dimensions, "" where they are no rotation; "rot6d" needs it.
@@ -131,8 +131,8 @@ class NormStats:
     method: Normalization
     state: Statistics  # each (S,) float64
     action: Statistics  # each (D,) float64
-    state_parts: tuple[Part, ...] = ()
-    action_parts: tuple[Part, ...] = ()
+    state_parts: tuple[NormalizedPart, ...] = ()
+    action_parts: tuple[NormalizedPart, ...] = ()
 
     def __post_init__(self) -> None:
         if self.method not in NORMALIZATIONS:
@@ -144,8 +144,8 @@ class NormStats:
         datasets: Sequence[Rows],
         method: Normalization,
         *,
-        state_parts: tuple[Part, ...] = (),
-        action_parts: tuple[Part, ...] = (),
+        state_parts: tuple[NormalizedPart, ...] = (),
+        action_parts: tuple[NormalizedPart, ...] = (),
     ) -> "NormStats":
         """Exact statistics over the rows of all `datasets` together, read as a stream.
 
@@ -173,11 +173,11 @@ class NormStats:
         """How many numbers the model sees of a quantity."""
         return sum(part.width for part in self.parts(quantity))
 
-    def parts(self, quantity: Quantity) -> tuple[Part, ...]:
+    def parts(self, quantity: Quantity) -> tuple[NormalizedPart, ...]:
         """What a quantity consists of, in order."""
         given = self.state_parts if quantity == "state" else self.action_parts
         size = self.state_dim if quantity == "state" else self.action_dim
-        return given or (Part(name=quantity, start=0, end=size, method=self.method),)
+        return given or (NormalizedPart(name=quantity, start=0, end=size, method=self.method),)
 
     def mask(self, quantity: Quantity, lacks: Sequence[str] = ()) -> np.ndarray:
         """(width,) bool: False for the numbers of parts that are lacking."""
@@ -233,7 +233,9 @@ class NormStats:
     def _parse(cls, entry: Mapping[str, Any]) -> "NormStats":
         state, action = (_read_statistics(q, entry[q]) for q in QUANTITIES)
         # Checkpoints from before there were parts have none.
-        parts = {f"{q}_parts": tuple(Part(**part) for part in entry.get(f"{q}_parts", ())) for q in QUANTITIES}
+        parts = {
+            f"{q}_parts": tuple(NormalizedPart(**part) for part in entry.get(f"{q}_parts", ())) for q in QUANTITIES
+        }
         for name, size in (("state_parts", len(state["mean"])), ("action_parts", len(action["mean"]))):
             spans = [(part.start, part.end) for part in parts[name]]
             ends = [0, *(end for _, end in spans)]
@@ -254,7 +256,7 @@ def _read_statistics(quantity: str, entry: Mapping[str, Any]) -> Statistics:
     return found | {"count": np.array(entry["count"], dtype=np.int64)}
 
 
-def _describe_parts(datasets: Sequence[Rows], quantity: Quantity, parts: tuple[Part, ...]) -> Statistics:
+def _describe_parts(datasets: Sequence[Rows], quantity: Quantity, parts: tuple[NormalizedPart, ...]) -> Statistics:
     """Statistics of a quantity, each part over the datasets that have it."""
     described = [_describe_part(datasets, quantity, part) for part in parts or (None,)]
     counts = np.max([one["count"] for one in described], axis=0)
@@ -263,7 +265,7 @@ def _describe_parts(datasets: Sequence[Rows], quantity: Quantity, parts: tuple[P
     }
 
 
-def _describe_part(datasets: Sequence[Rows], quantity: Quantity, part: Part | None) -> Statistics:
+def _describe_part(datasets: Sequence[Rows], quantity: Quantity, part: NormalizedPart | None) -> Statistics:
     having = [rows for rows in datasets if part is None or part.name not in rows.missing_keys]
     if not having:
         raise ValueError(

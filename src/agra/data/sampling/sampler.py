@@ -13,7 +13,7 @@ from torch import Tensor
 from agra.batch import Batch
 from agra.data.config import DataConfig
 from agra.data.features.cache import CachedFeature
-from agra.data.features.instructions import InstructionTokens
+from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.jobs import resize
 from agra.data.features.online import OnlineEncoder
 from agra.data.normalization.normalize import NormStats

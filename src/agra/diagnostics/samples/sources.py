@@ -17,7 +17,7 @@ from agra.checkpoints.lineage import lineage
 from agra.checkpoints.read import load_parts, stored_parts
 from agra.config import RunConfig
 from agra.data.features.encoders import open_codec, open_teacher
-from agra.data.features.instructions import InstructionTokens
+from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.preparation import write_tokens
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.normalization.normalize import NormStats

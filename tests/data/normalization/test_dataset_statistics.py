@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agra.data.normalization.statistics import describe, describe_stream
+from agra.data.normalization.dataset_statistics import describe, describe_stream
 
 LENGTHS = (3, 40, 1, 7, 200, 13)
 
