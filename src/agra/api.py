@@ -58,7 +58,8 @@ from agra.policies.instructions import FILE as INSTRUCTIONS
 from agra.policies.load import load_policy
 from agra.precision import allow_tensor_cores, local_device
 from agra.rng import seed_everything
-from agra.simulators.registry import make
+from agra.simulation import evaluate as evaluate
+from agra.simulation import make_simulator
 from agra.training.distributed import DistributedContext, distributed_context
 from agra.training.initialization import load_initial_weights
 from agra.training.memory_estimate import flops_per_sample
@@ -284,7 +285,7 @@ def diagnose(
     if probes is not None:
         moments = load_samples(probes)
     else:
-        env = make(simulator)
+        env = make_simulator(simulator)
         try:
             moments = probe_samples(env, samples, policy.config)
             if reliance is not None:
@@ -329,7 +330,7 @@ def study(
     def judge(run: Path, name: str) -> None:
         if simulator is None:
             return
-        env = make(simulator)
+        env = make_simulator(simulator)
         try:
             run_evaluation(
                 load_policy(run, name=name, device=device),

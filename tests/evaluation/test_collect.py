@@ -5,20 +5,20 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
 
 import numpy as np
 import pytest
 
+from agra import files
 from agra.cli.main import main
-from agra.evaluation.collect import ActionNoise, collect, scripted_demonstrator
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.evaluation.attempts import lock
-from agra.types import Embodiment
-from tests.support.point_world import PointWorld, demonstrator, training_trials
+from agra.evaluation.collect import ActionNoise, collect, scripted_demonstrator
+from agra.types import Embodiment, SimulatorFailed
+from tests.support.point_world import Expert, PointWorld, demonstrator, training_trials
 
-TESTS = str(Path(__file__).parent)
+ROOT = str(Path(__file__).parents[2])
 
 NOISE = ActionNoise(std={"a_*": 0.02})
 
@@ -75,18 +75,18 @@ def test_noise_moves_the_states(tmp_path):
 
 
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path):
-    run(tmp_path / "one")
-    run(tmp_path / "two", workers=2)
+    run(tmp_path / "one", episodes=6)
+    run(tmp_path / "two", episodes=6, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    run(tmp_path / "other", seed=2)
+    run(tmp_path / "other", episodes=6, seed=2)
     assert contents(tmp_path / "one") != contents(tmp_path / "other")
 
 
 def test_killed_collection_goes_on(tmp_path):
     run(tmp_path / "whole")
     script = textwrap.dedent(f"""
-        import sys, time; sys.path.insert(0, {TESTS!r})
-        from test_collect import run
+        import sys, time; sys.path.insert(0, {ROOT!r})
+        from tests.evaluation.test_collect import run
         from agra.evaluation.attempts import Staging
         save = Staging.save
         Staging.save = staticmethod(lambda *a: (save(*a), time.sleep(0.1)))
@@ -114,9 +114,11 @@ def test_killed_collection_goes_on(tmp_path):
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="episodes: expected at least 1"):
         run(tmp_path / "none", episodes=0)
-    with pytest.raises(ValueError, match="the expert succeeded in only 10 of 12 trials, 12 demonstrations"):
+    with pytest.raises(
+        ValueError, match=r"demonstrations are missing: all tasks: 10 of 12 \(12 attempts\); lower the noise"
+    ):
         run(tmp_path / "spare", spare=0.0)
-    with pytest.raises(ValueError, match=r"noise: 'right_\*' names no action of dot: a_x, a_y"):
+    with pytest.raises(ValueError, match=r"noise: 'right_\*' matches no action of dot: a_x, a_y"):
         run(tmp_path / "noise", noise=ActionNoise(std={"right_*": 0.1}))
     with pytest.raises(ValueError, match="unknown simulator 'tabeltop'; did you mean 'tabletop'"):
         collect("tabeltop", tmp_path / "misspelt", episodes=1, seed=0)
@@ -137,12 +139,56 @@ def test_chosen_tasks(tmp_path):
     assert (collected.episodes, collected.attempts_by_task) == (3, {"right": 4})
     with pytest.raises(ValueError, match="unknown task 'rihgt'; did you mean 'right'"):
         run_tasks(tmp_path / "misspelt", tasks=("rihgt",))
-    with pytest.raises(ValueError, match="tasks: also say per_task"):
+    with pytest.raises(ValueError, match="tasks: give per_task too"):
         run(tmp_path / "episodes", tasks=("right",))
     with pytest.raises(ValueError, match="either episodes or per_task, got 3 and 4"):
         run_tasks(tmp_path / "both", episodes=3)
-    with pytest.raises(ValueError, match="right: the expert succeeded in only 3 of 4 trials, 4 demonstrations"):
+    with pytest.raises(ValueError, match=r"right: 3 of 4 \(4 attempts\)"):
         run_tasks(tmp_path / "spare", tasks=("right",), spare=0.0)
+
+
+def test_every_task_without_enough_demonstrations_is_listed(tmp_path):
+    """The other task is complete by then, so that a second call with more spare trials plays few."""
+    with pytest.raises(ValueError, match=r"missing: left: 3 of 4 \(4 attempts\), right: 3 of 4 \(4 attempts\); lower"):
+        run_tasks(tmp_path / "set", spare=0.0)
+    assert len(list((tmp_path / "set.staging").glob("*.safetensors"))) == 8
+    assert run_tasks(tmp_path / "set").attempts_by_task == {"left": 5, "right": 5}
+
+
+class Diverges(PointWorld):
+    """A simulator that fails in two of the scenes."""
+
+    def reset(self, trial):
+        if trial.name in ("train/2", "train/6"):
+            raise SimulatorFailed("physics diverged")
+        return super().reset(trial)
+
+
+def diverging_demonstrator(name):
+    env = Diverges()
+    return replace(demonstrator(name), simulator=env, expert=Expert(env))
+
+
+def test_failed_episodes_are_listed_with_exit_code_1(tmp_path, monkeypatch, capsys):
+    """All other episodes are played first and kept. With a sound simulator, the same command completes the dataset."""
+    arguments = ["collect", "point", "--output", str(tmp_path / "set"), "--episodes", "12", "--seed", "1"]
+    arguments += ["--workers", "1", "--noise", "a_*", "0.02"]
+    for maker, code in ((diverging_demonstrator, 1), (demonstrator, None)):
+        monkeypatch.setattr("agra.evaluation.collect.collect", partial(collect, demonstrator=maker))
+        if code is None:
+            main(arguments)
+            break
+        with pytest.raises(SystemExit, match="1"):
+            main(arguments)
+        error = capsys.readouterr().err
+        assert error == (
+            "agra: error: the simulator failed 3 times in each of 2 of 12 episodes: train/2 (physics diverged), train/6 "
+            "(physics diverged); run the same command again to retry them\n"
+        )
+        assert not (tmp_path / "set").exists()
+        assert len(list((tmp_path / "set.staging").glob("*.safetensors"))) == 10
+    run(tmp_path / "whole")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_finished_collection_is_left_alone(tmp_path):
@@ -192,7 +238,7 @@ def test_killed_before_the_record_is_written(tmp_path, monkeypatch):
 
 def test_attempts_of_unknown_settings_are_dropped(tmp_path):
     run(tmp_path / "whole")
-    with pytest.raises(ValueError, match="only 10 of 12"):
+    with pytest.raises(ValueError, match="all tasks: 10 of 12"):
         run(tmp_path / "set", spare=0.0, seed=2)
     (tmp_path / "set.staging/collection.json").unlink()  # as an interrupted removal may leave it
     run(tmp_path / "set")
@@ -200,18 +246,18 @@ def test_attempts_of_unknown_settings_are_dropped(tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    with lock(tmp_path / "set.staging"):
+    with files.lock(tmp_path / "set.staging"):
         with pytest.raises(ValueError, match=rf"set\.staging: another process \(pid {os.getpid()}\) writes here"):
             run(tmp_path / "set")
     assert run(tmp_path / "set").episodes == 12
 
 
-@pytest.mark.parametrize(("limit", "file"), [(1500, "set.staging/000000.tmp"), (12000, "set")])
-def test_no_room_left_names_the_file(tmp_path, limit, file):
+@pytest.mark.parametrize(("limit", "file"), [(1500, "set.staging/000000.safetensors"), (12000, "set")])
+def test_a_full_disk_names_the_file_and_leaves_no_temporary_one(tmp_path, limit, file):
     """A limit on the size of files stands for a full disk: in an attempt, and in the dataset's own files."""
     script = textwrap.dedent(f"""
-        import resource, sys; sys.path.insert(0, {TESTS!r})
-        from test_collect import run
+        import resource, sys; sys.path.insert(0, {ROOT!r})
+        from tests.evaluation.test_collect import run
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         try:
             run({str(tmp_path / "set")!r})
@@ -220,6 +266,7 @@ def test_no_room_left_names_the_file(tmp_path, limit, file):
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"[Errno 27] File too large: '{tmp_path / file}'"
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".partial")]
     assert run(tmp_path / "set").episodes == 12
 
 
@@ -241,7 +288,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_damaged_staging_is_named(tmp_path):
-    with pytest.raises(ValueError, match="only 10 of 12"):
+    with pytest.raises(ValueError, match="all tasks: 10 of 12"):
         run(tmp_path / "set", spare=0.0)
     file = tmp_path / "set.staging/000001.safetensors"
     file.write_bytes(file.read_bytes()[:50])

@@ -1,11 +1,8 @@
-import sys
 from dataclasses import replace
-from pathlib import Path
-
 
 import pytest
 
-from agra.evaluation.protocols import TRIALS_PER_REGIME, Protocol, regime_trials
+from agra.evaluation.protocols import TRIALS_PER_REGIME, Protocol, default_execute_steps, regime_trials
 from agra.types import REGIMES
 from tests.support.point_world import COUNTS, PointWorld
 
@@ -25,7 +22,7 @@ def test_a_limit_is_spread_evenly_and_always_the_same():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown regime 'unseen'; there are in_distribution, semantic"):
+    with pytest.raises(ValueError, match="unknown regime 'unseen'; available: in_distribution, semantic"):
         regime_trials(PointWorld(), ["unseen"])
     with pytest.raises(ValueError, match="limit: expected at least 1"):
         regime_trials(PointWorld(), limit=0)
@@ -36,6 +33,10 @@ def test_errors():
 
     with pytest.raises(ValueError, match="'same' occurs more than once"):
         regime_trials(Twice())
+
+
+def test_robocasa_executes_16_actions():
+    assert [default_execute_steps(name) for name in ("robocasa_gr1", "tabletop", "metaworld")] == [16, 8, 8]
 
 
 @pytest.mark.parametrize("change", [{"execute_steps": 0}, {"max_steps": 0}, {"termination": "end"}])

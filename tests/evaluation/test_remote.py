@@ -6,58 +6,77 @@ from contextlib import suppress
 import pytest
 
 from agra.evaluation.remote import evaluate_in_subprocess, served
+from agra.types import SimulatorFailed
 
 SERVER = """
     #!{python}
-    import sys, time
-    open({told!r}, "w").write(" ".join(sys.argv[1:]))
-    print("serving policy on ws://127.0.0.1:4321", flush=True)
+    import json, os, sys, time
+    open({log!r}, "w").write(f"{{os.getpid()}} " + " ".join(sys.argv[1:]))
+    ready = sys.argv[sys.argv.index("--ready-file") + 1]
+    with open(ready + ".part", "w") as file:
+        json.dump(dict(address="ws://127.0.0.1:4321"), file)
+    os.rename(ready + ".part", ready)
     time.sleep(60)
 """
 SIMULATOR = """
     #!{python}
     import os, sys
-    open({told!r}, "w").write(" ".join([os.environ.get("PYTHONHASHSEED", "random"), *sys.argv[1:]]))
+    open({log!r}, "w").write(" ".join([os.environ.get("PYTHONHASHSEED", "random"), *sys.argv[1:]]))
     sys.exit(3)
+"""
+CRASHES = """
+    #!{python}
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def script(path, source):
-    """A stand-in for an interpreter, which writes down how it was called."""
-    told = path.with_suffix(".txt")
-    path.write_text(textwrap.dedent(source.format(python=sys.executable, told=str(told))).lstrip())
+    """A stand-in for an interpreter that logs its arguments."""
+    log = path.with_suffix(".txt")
+    path.write_text(textwrap.dedent(source.format(python=sys.executable, log=str(log))).lstrip())
     path.chmod(0o755)
-    return path, told
+    return path, log
 
 
 def test_server_and_simulator_start_and_end_together(tmp_path, monkeypatch):
-    server, asked = script(tmp_path / "server", SERVER)
-    simulator, told = script(tmp_path / "simulator", SIMULATOR)
+    server, server_log = script(tmp_path / "server", SERVER)
+    simulator, simulator_log = script(tmp_path / "simulator", SIMULATOR)
     monkeypatch.setattr(sys, "executable", str(server))
     code = evaluate_in_subprocess("runs/mine", simulator, ["--limit", "2"], serve=["--device", "cpu"])
     assert code == 3
-    assert asked.read_text() == "-m agra.cli serve runs/mine --port 0 --max-batch 1 --device cpu"
-    assert told.read_text() == "0 -m agra.cli evaluate ws://127.0.0.1:4321 --limit 2"
+    pid, *arguments = server_log.read_text().split()
+    assert arguments[:8] == ["-m", "agra.cli", "serve", "runs/mine", "--port", "0", "--max-batch", "1"]
+    assert arguments[-2:] == ["--device", "cpu"]
+    assert simulator_log.read_text() == "0 -m agra.cli evaluate ws://127.0.0.1:4321 --limit 2"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
 
 
-def test_the_server_is_ended_whatever_happens(tmp_path, monkeypatch):
-    server, asked = script(
-        tmp_path / "server", SERVER.replace('" ".join(sys.argv[1:])', "str(os.getpid())").replace("sys, t", "os, t")
-    )
+def test_a_killed_simulator_is_reported(tmp_path, monkeypatch):
+    server, _ = script(tmp_path / "server", SERVER)
+    simulator, _ = script(tmp_path / "simulator", CRASHES)
+    monkeypatch.setattr(sys, "executable", str(server))
+    with pytest.raises(SimulatorFailed, match="the simulator's process was ended by SIGKILL; finished trials are kept"):
+        evaluate_in_subprocess("runs/mine", simulator, [])
+
+
+def test_the_server_ends_with_an_error(tmp_path, monkeypatch):
+    server, log = script(tmp_path / "server", SERVER)
     monkeypatch.setattr(sys, "executable", str(server))
     with suppress(RuntimeError), served("p") as address:
         assert address == "ws://127.0.0.1:4321"
         raise RuntimeError("simulator broke")
     with pytest.raises(ProcessLookupError):
-        os.kill(int(asked.read_text()), 0)
+        os.kill(int(log.read_text().split()[0]), 0)
 
 
-def test_what_does_not_start_is_said(tmp_path, monkeypatch):
+def test_a_failed_start_is_reported(tmp_path, monkeypatch):
     with pytest.raises(
-        FileNotFoundError, match="no such interpreter; simulators' environments are made by make env-NAME"
+        FileNotFoundError, match="no such interpreter; make env-NAME installs a simulator's environment"
     ):
         evaluate_in_subprocess("p", tmp_path / "python", [])
-    silent, _ = script(tmp_path / "silent", SIMULATOR)
-    monkeypatch.setattr(sys, "executable", str(silent))
+    failing, _ = script(tmp_path / "failing", SIMULATOR)
+    monkeypatch.setattr(sys, "executable", str(failing))
     with pytest.raises(ValueError, match="p: its server did not start"), served("p"):
         pass

@@ -12,7 +12,15 @@ from agra.evaluation.results import (
     summarise,
     wilson_interval,
 )
-from agra.evaluation.tables import comparison_table, leaderboard_table, print_table, summary_table, task_table
+from agra.evaluation.tables import (
+    comparison_table,
+    group_table,
+    leaderboard_table,
+    print_table,
+    summary_table,
+    task_table,
+)
+from agra.evaluation.task_groups import TASK_GROUPS
 
 
 def make_results(policy: str, successes: dict[str, str], **header) -> Results:
@@ -74,7 +82,7 @@ def test_compare_refuses_what_is_not_comparable():
         with pytest.raises(ValueError, match=f"cannot compare a with b: {key} differs"):
             compare(A, other)
     compare(A, replace(B, header={**B.header, "protocol": {"execute_steps": 8}}), across_protocols=True)
-    with pytest.raises(ValueError, match="finished different trials"):
+    with pytest.raises(ValueError, match="their finished trials differ"):
         compare(A, replace(B, trials=B.trials[1:]))
 
 
@@ -110,10 +118,50 @@ def test_leaderboard():
     assert "66.4 % (64-69)" in table  # the paper's average, 24 x 50
     assert table.index("* ours") < table.index("66.3 %")  # 75 % is above Table 2's best in its regime
     assert "4 of the 40 trials" in " ".join(table.split())
-    with pytest.raises(ValueError, match="results of point, the leaderboard is robocasa_gr1's"):
+    with pytest.raises(ValueError, match="these are results of point, not of robocasa_gr1"):
         leaderboard_table([A], "robocasa_gr1")
-    with pytest.raises(ValueError, match="no published results of 'tabletop' are known"):
+    with pytest.raises(ValueError, match="no published results of 'tabletop'; available: robocasa_gr1"):
         leaderboard_table([], "tabletop")
+
+
+def metaworld_results(solved, *, tasks=None) -> Results:
+    """Two trials of each task, both solved in the groups `solved`."""
+    group_of = {task: group for group, members in TASK_GROUPS["metaworld"].items() for task in members}
+    outcomes = {task: "11" if group_of[task] in solved else "00" for task in tasks or group_of}
+    results = make_results("ours", {"in_distribution": "".join(outcomes.values())}, simulator="metaworld")
+    named = zip(results.trials, [task for task in outcomes for _ in range(2)], strict=True)
+    return replace(results, trials=tuple(replace(trial, task=task) for trial, task in named))
+
+
+def test_averages_over_groups_of_tasks():
+    """28 easy tasks solved of 50: 56 % of the tasks, a quarter of the groups."""
+    results = metaworld_results({"easy"})
+    (summary,) = summarise(results)
+    assert [(group.group, group.tasks, group.rate) for group in summary.groups] == [
+        ("easy", 28, 1),
+        ("medium", 11, 0),
+        ("hard", 6, 0),
+        ("very hard", 5, 0),
+    ]
+    assert (summary.average.value, summary.group_average.value) == (pytest.approx(0.56), 0.25)
+    assert "25% (25-25)" in text(summary_table(results))
+    assert "100% (100-100)" in text(group_table(results))
+    assert group_table(A) is None
+    few = metaworld_results({"easy"}, tasks=["reach-v3", "drawer-open-v3", "push-v3"])
+    (summary,) = summarise(few)
+    assert (len(summary.groups), summary.group_average) == (2, None)
+
+
+def test_leaderboard_of_metaworld():
+    results = metaworld_results({"easy", "hard"})
+    results.header["protocol"].update(termination="step")
+    lines = text(leaderboard_table([results], "metaworld"))
+    table = " ".join(lines.replace("│", " ").split())
+    assert table.index("pi0 3.5B, from PaliGemma") < table.index("* ours") < table.index("pi0 3.5B, robot-pretrained")
+    assert "* ours 50% (50-50)" in table
+    assert all(part in table for part in ("easy 100.0%", "very hard 0.0%", "68.0% over tasks"))
+    assert "57.3 % 50 x 10" in table  # an average over groups has no interval of pooled episodes
+    assert "reproductions print 75.8 and 76.2" in table
 
 
 def text(table) -> str:
@@ -127,14 +175,16 @@ def test_tables():
     assert "4 of 40" in shown
     assert "60% (31-83)" in shown
     assert "100% (61-100)" in shown
-    assert "another policy on 10 other trials would have to be no difference better" not in shown
+    assert "an improvement of 40 points is detectable with 10 other trials (80 % power, 5 % level)" in " ".join(
+        shown.split()
+    )
     assert "…" not in shown
 
 
 def test_read(tmp_path):
     write(tmp_path / "r.jsonl", A)
     assert read_results(tmp_path / "r.jsonl") == A
-    with pytest.raises(FileNotFoundError, match=r"x\.jsonl: no results here; make them with: agra evaluate"):
+    with pytest.raises(FileNotFoundError, match=r"x\.jsonl: no results file; write it with: agra evaluate"):
         read_results(tmp_path / "x.jsonl")
 
 

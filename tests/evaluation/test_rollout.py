@@ -6,7 +6,6 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-
 import av
 import numpy as np
 import pytest
@@ -14,42 +13,42 @@ import pytest
 from agra import files
 from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.results import read_results
-from agra.evaluation.rollout import WatchedPolicy, beside_imagined, evaluate, run_episode
+from agra.evaluation.rollout import RecordedPolicy, evaluate, run_episode, side_by_side
 from agra.types import ActionChunk, Policy, SimulatorFailed
 from tests.support.point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
 
-TESTS = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 
 TRIAL = make_trial("t", "semantic", 5)
 PROTOCOL = Protocol(execute_steps=4)
 
 
 class Scripted:
-    """Answers chunks of given targets and keeps what it saw."""
+    """A policy with given chunks of targets that keeps its observations."""
 
     def __init__(self, *chunks: list[tuple[float, float]]) -> None:
         self.chunks = [np.array(chunk, dtype=np.float32) for chunk in chunks]
 
     def reset(self, seed: int) -> None:
-        self.seed, self.seen = seed, []
+        self.seed, self.observations = seed, []
 
     def act(self, observation) -> ActionChunk:
-        self.seen.append(observation)
-        return ActionChunk(actions=self.chunks[min(len(self.seen), len(self.chunks)) - 1])
+        self.observations.append(observation)
+        return ActionChunk(actions=self.chunks[min(len(self.observations), len(self.chunks)) - 1])
 
 
-def world_at(dot, square) -> tuple[PointWorld, object]:
+def env_at(dot, square) -> tuple[PointWorld, object]:
     return PointWorld(), replace(TRIAL, scene={"dot": dot, "square": square, "reachable": True})
 
 
-def test_rows_are_what_was_seen_before_each_action():
-    world, trial = world_at([0.1, 0.1], [0.9, 0.9])
+def test_rows_hold_the_observation_before_each_action():
+    env, trial = env_at([0.1, 0.1], [0.9, 0.9])
     policy = Scripted([(0.2, 0.1), (0.3, 0.1), (0.4, 0.1)], [(0.4, 0.2), (0.4, 0.3), (0.4, 0.4)])
-    episode = run_episode(policy, world, trial, execute_steps=2, max_steps=5, masks=True)
+    episode = run_episode(policy, env, trial, execute_steps=2, max_steps=5, masks=True)
     assert policy.seed == trial.seed
     assert np.allclose(episode.actions, [(0.2, 0.1), (0.3, 0.1), (0.4, 0.2), (0.4, 0.3), (0.4, 0.2)])
     assert np.allclose(episode.states, [(0.1, 0.1), (0.2, 0.1), (0.3, 0.1), (0.4, 0.2), (0.4, 0.3)])
-    assert [float(o.state[0]) for o in policy.seen] == pytest.approx([0.1, 0.3, 0.4])
+    assert [float(o.state[0]) for o in policy.observations] == pytest.approx([0.1, 0.3, 0.4])
     assert (episode.success, episode.progress, len(episode)) == (False, {"near": False}, 5)
     assert episode.frames.shape == (5, 32, 48, 3)
     assert episode.masks is not None
@@ -59,37 +58,35 @@ def test_rows_are_what_was_seen_before_each_action():
 
 
 def test_stops_at_the_first_success_and_at_the_simulator_s_limit():
-    world, trial = world_at([0.1, 0.5], [0.3, 0.5])
-    episode = run_episode(Scripted([(0.9, 0.5)] * 8), world, trial, execute_steps=8)
+    env, trial = env_at([0.1, 0.5], [0.3, 0.5])
+    episode = run_episode(Scripted([(0.9, 0.5)] * 8), env, trial, execute_steps=8)
     assert (len(episode), episode.success, episode.progress) == (2, True, {"near": True})
-    assert len(run_episode(Scripted([(0.1, 0.5)]), world, trial, execute_steps=8)) == world.max_steps
+    assert len(run_episode(Scripted([(0.1, 0.5)]), env, trial, execute_steps=8)) == env.max_steps
 
 
-def test_chunk_termination_looks_only_after_the_chunk():
+def test_chunk_termination_checks_only_after_the_chunk():
     """The dot runs through the square within a chunk: a success by the step, none by the chunk."""
-    world, trial = world_at([0.1, 0.5], [0.3, 0.5])
+    env, trial = env_at([0.1, 0.5], [0.3, 0.5])
     through = Scripted([(0.9, 0.5)] * 8)
-    assert run_episode(through, world, trial, execute_steps=4, termination="step", max_steps=8).success
-    assert not run_episode(through, world, trial, execute_steps=4, termination="chunk", max_steps=8).success
-    assert run_episode(through, world, trial, execute_steps=2, termination="chunk", max_steps=8).success
-    assert run_episode(through, world, trial, execute_steps=4, termination="chunk", max_steps=2).success
+    assert run_episode(through, env, trial, execute_steps=4, termination="step", max_steps=8).success
+    assert not run_episode(through, env, trial, execute_steps=4, termination="chunk", max_steps=8).success
+    assert run_episode(through, env, trial, execute_steps=2, termination="chunk", max_steps=8).success
+    assert run_episode(through, env, trial, execute_steps=4, termination="chunk", max_steps=2).success
 
 
 def test_noise_is_executed_and_the_clean_action_recorded():
-    world, trial = world_at([0.1, 0.1], [0.9, 0.9])
-    episode = run_episode(
-        Scripted([(0.15, 0.1)]), world, trial, execute_steps=1, max_steps=3, perturb=lambda a: a + 0.03
-    )
+    env, trial = env_at([0.1, 0.1], [0.9, 0.9])
+    episode = run_episode(Scripted([(0.15, 0.1)]), env, trial, execute_steps=1, max_steps=3, perturb=lambda a: a + 0.03)
     assert np.allclose(episode.actions, (0.15, 0.1))
     assert np.allclose(episode.states[1], (0.18, 0.13))
 
 
 def test_without_record_there_are_no_pixels():
-    episode = run_episode(Wanderer(world := PointWorld()), world, TRIAL, execute_steps=4, record=False)
+    episode = run_episode(Wanderer(env := PointWorld()), env, TRIAL, execute_steps=4, record=False)
     assert episode.frames.shape == (len(episode), 0, 0, 3)
 
 
-def test_only_what_is_looked_at_is_rendered():
+def test_only_frames_that_the_policy_receives_are_rendered():
     class Counting(PointWorld):
         rendered = 0
 
@@ -98,28 +95,28 @@ def test_only_what_is_looked_at_is_rendered():
             return super()._observe(render)
 
     counts, digests = [], []
-    _, trial = world_at([0.1, 0.1], [0.9, 0.9])
+    _, trial = env_at([0.1, 0.1], [0.9, 0.9])
     for record in (True, False):
-        policy, world = WatchedPolicy(Scripted([(0.2, 0.3)] * 8)), Counting()
-        digests.append(policy.digest(run_episode(policy, world, trial, execute_steps=4, max_steps=14, record=record)))
-        counts.append(world.rendered)
+        policy, env = RecordedPolicy(Scripted([(0.2, 0.3)] * 8)), Counting()
+        digests.append(policy.digest(run_episode(policy, env, trial, execute_steps=4, max_steps=14, record=record)))
+        counts.append(env.rendered)
     assert counts == [15, 5]  # with the reset's; of the short last chunk too
     assert digests[0] == digests[1]
 
 
 def test_same_trial_same_episode():
-    policy, world = wanderer()
-    first = run_episode(policy, world, TRIAL, execute_steps=4)
-    run_episode(policy, world, make_trial("u", "semantic", 6), execute_steps=4)
-    again = run_episode(policy, world, TRIAL, execute_steps=4)
+    policy, env = wanderer()
+    first = run_episode(policy, env, TRIAL, execute_steps=4)
+    run_episode(policy, env, make_trial("u", "semantic", 6), execute_steps=4)
+    again = run_episode(policy, env, TRIAL, execute_steps=4)
     for name in ("frames", "states", "actions"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
     with pytest.raises(ValueError, match="execute_steps and max_steps must be at least 1"):
-        run_episode(policy, world, TRIAL, execute_steps=0)
+        run_episode(policy, env, TRIAL, execute_steps=0)
 
 
-def test_watched_policy():
-    policy = WatchedPolicy(Scripted([(0.0, 0.0)]))
+def test_recorded_policy():
+    policy = RecordedPolicy(Scripted([(0.0, 0.0)]))
     assert isinstance(policy, Policy)
     run_episode(policy, PointWorld(), TRIAL, execute_steps=1, max_steps=7)
     assert len(policy.seconds) == 7
@@ -128,10 +125,10 @@ def test_watched_policy():
     assert policy.seconds == []
 
 
-def test_the_digest_is_of_every_bit():
-    def digest(world=None, **changes):
-        policy = WatchedPolicy(Scripted([(0.9, 0.9)]))
-        return policy.digest(run_episode(policy, world or PointWorld(), replace(TRIAL, **changes), execute_steps=1))
+def test_the_digest_depends_on_every_bit():
+    def digest(env=None, **changes):
+        policy = RecordedPolicy(Scripted([(0.9, 0.9)]))
+        return policy.digest(run_episode(policy, env or PointWorld(), replace(TRIAL, **changes), execute_steps=1))
 
     class Brighter(PointWorld):
         def _observe(self, render=True):
@@ -143,7 +140,7 @@ def test_the_digest_is_of_every_bit():
 
 
 class Dreamer(Wanderer):
-    """Expects frames of grey 0, 1, 2 ... times a hundred, of another size than the world's."""
+    """Predicts frames of grey 0, 100, 200, of another size than the simulator's."""
 
     def act_and_imagine(self, observation) -> ActionChunk:
         chunk = self.act(observation)
@@ -151,30 +148,30 @@ class Dreamer(Wanderer):
         return replace(chunk, imagined=frames, timings={"imagine": 0.0})
 
 
-def test_the_imagined_video_stands_beside_what_happened(tmp_path):
+def test_the_predicted_video_is_beside_the_recorded_one(tmp_path):
     frames = np.full((7, 32, 48, 3), 7, np.uint8)
     chunk = ActionChunk(
         actions=np.zeros((8, 2), np.float32),
         imagined=np.arange(5, dtype=np.uint8)[:, None, None, None] + np.zeros((4, 6, 3), np.uint8),
     )
-    both = beside_imagined(frames, [chunk, chunk], 4)
+    both = side_by_side(frames, [chunk, chunk], 4)
     assert both.shape == (7, 32, 96, 3)
     assert (both[:, :, :48] == 7).all()
     assert [row.max() for row in both[:, :, 48:]] == [0, 0, 1, 2, 0, 0, 1]  # eight steps are five frames
-    assert beside_imagined(frames, [ActionChunk(actions=np.zeros((8, 2)))], 4) is frames
-    seen = play(tmp_path / "seen.jsonl", videos=1, limit=1, world=(world := PointWorld()), policy=Dreamer(world))
+    assert side_by_side(frames, [ActionChunk(actions=np.zeros((8, 2)))], 4) is frames
+    seen = play(tmp_path / "seen.jsonl", videos=1, limit=1, env=(env := PointWorld()), policy=Dreamer(env))
     plain = play(tmp_path / "plain.jsonl", videos=0, limit=1)
     assert [trial.digest for trial in seen.trials] == [trial.digest for trial in plain.trials]
     with av.open(str(tmp_path / seen.trials[0].video)) as video:
         assert (video.streams.video[0].width, video.streams.video[0].height) == (48 + 40, 32)
 
 
-def play(output, *, world=None, limit=6, **changes):
-    world = world or PointWorld()
+def play(output, *, env=None, limit=6, **changes):
+    env = env or PointWorld()
     options = {"policy_name": "wanderer", "protocol": PROTOCOL, "output": output, "progress": False} | changes
-    policy = options.pop("policy", Wanderer(world))
-    trials = options.pop("trials", regime_trials(world, limit=limit))
-    return evaluate(policy, world, trials, **options)
+    policy = options.pop("policy", Wanderer(env))
+    trials = options.pop("trials", regime_trials(env, limit=limit))
+    return evaluate(policy, env, trials, **options)
 
 
 def outcomes(path):
@@ -205,16 +202,15 @@ def test_evaluation_writes_header_lines_and_videos(tmp_path):
 
 def test_episodes_do_not_depend_on_the_workers(tmp_path):
     play(tmp_path / "one.jsonl", limit=1)
-    for workers in (2, 4):
-        play(tmp_path / f"{workers}.jsonl", limit=1, policy=None, workers=workers, make_player=wanderer)
-        assert outcomes(tmp_path / "one.jsonl") == outcomes(tmp_path / f"{workers}.jsonl")
+    play(tmp_path / "two.jsonl", limit=1, policy=None, workers=2, make_player=wanderer)
+    assert outcomes(tmp_path / "one.jsonl") == outcomes(tmp_path / "two.jsonl")
     assert len({trial["digest"] for trial in outcomes(tmp_path / "one.jsonl")}) == 4
     with pytest.raises(ValueError, match="more than one worker needs make_player"):
         play(tmp_path / "three.jsonl", policy=None, workers=2)
 
 
 class Breaks(PointWorld):
-    """Breaks down in the fifth step of every second attempt; one trial never gets further."""
+    """Fails in the third step of every second attempt, and of every attempt of one trial."""
 
     attempts = 0
 
@@ -231,12 +227,14 @@ class Breaks(PointWorld):
 
 
 def test_a_failed_simulator_is_tried_again_and_reported(tmp_path):
-    """The episode is the one that an unbroken simulator gives; what cannot be played is missing and is tried later."""
+    """The episode equals that of a sound simulator. Trials that cannot be played are missing and retried by the next call."""
     play(tmp_path / "whole.jsonl", limit=2)
     path = tmp_path / "r.jsonl"
-    world = Breaks()
-    with pytest.raises(SimulatorFailed, match=r"1 of 8 could not be played in 3 attempts each.*semantic/00"):
-        play(path, world=world, limit=2)
+    env = Breaks()
+    with pytest.raises(
+        SimulatorFailed, match=r"failed 3 times in each of 1 of 8 episodes: semantic/00 .physics diverged"
+    ):
+        play(path, env=env, limit=2)
     done = read_results(path, partial=True)
     assert len(done.trials) == 7
     assert {trial.failures for trial in done.trials} == {(), ("physics diverged",)}
@@ -248,28 +246,28 @@ def test_a_failed_simulator_is_tried_again_and_reported(tmp_path):
 
 
 class Broken(PointWorld):
-    """Fails whatever it is asked to play."""
+    """Fails in every trial."""
 
     def reset(self, trial):
         raise SimulatorFailed("the renderer is gone")
 
 
 def test_a_fresh_simulator_takes_the_place_of_a_broken_one(tmp_path):
-    """In this process too, where a player can be made; the first trial's line says why."""
+    """In this process too, if a player can be made. The first trial's line gives the reason."""
 
     def fresh():
-        world = PointWorld()
-        return Wanderer(world), world
+        env = PointWorld()
+        return Wanderer(env), env
 
     whole = play(tmp_path / "whole.jsonl", limit=2)
-    found = play(tmp_path / "r.jsonl", world=Broken(), limit=2, make_player=fresh)
+    results = play(tmp_path / "r.jsonl", env=Broken(), limit=2, make_player=fresh)
     assert outcomes(tmp_path / "r.jsonl") == outcomes(tmp_path / "whole.jsonl")
-    assert sorted(trial.failures for trial in found.trials)[-2:] == [(), ("the renderer is gone",)]
-    assert len(found.trials) == len(whole.trials)
+    assert sorted(trial.failures for trial in results.trials)[-2:] == [(), ("the renderer is gone",)]
+    assert len(results.trials) == len(whole.trials)
 
 
 class Dies(Wanderer):
-    """Fails in its 60th call."""
+    """Interrupts the process in its 60th call."""
 
     calls = 0
 
@@ -282,16 +280,16 @@ class Dies(Wanderer):
 
 def test_an_interrupted_evaluation_goes_on(tmp_path):
     play(tmp_path / "whole.jsonl")
-    world = PointWorld()
+    env = PointWorld()
     path = tmp_path / "r.jsonl"
     Dies.calls = 0
     options = {"policy_name": "wanderer", "protocol": PROTOCOL, "output": path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Dies(world), world, regime_trials(world, limit=6), **options)
+        evaluate(Dies(env), env, regime_trials(env, limit=6), **options)
     finished = read_results(path, partial=True).trials
     assert 3 < len(finished) < 24
     with path.open("a") as file:
-        file.write('{"trial": "attribute/0')  # what a kill within a write leaves
+        file.write('{"trial": "attribute/0')  # a kill during a write leaves half a line
     play(path)
     assert outcomes(path) == outcomes(tmp_path / "whole.jsonl")
     kept = {trial.trial: trial for trial in read_results(path).trials}
@@ -299,11 +297,11 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
 
 
 def test_a_killed_evaluation_goes_on(tmp_path):
-    """SIGKILL from outside after some lines; at most the running trial is lost."""
+    """SIGKILL from outside after some lines. At most the running trial is lost."""
     play(tmp_path / "whole.jsonl")
     path = tmp_path / "r.jsonl"
     script = textwrap.dedent(f"""
-        import sys, time; sys.path.insert(0, {TESTS!r})
+        import sys, time; sys.path.insert(0, {ROOT!r})
         from tests.support.point_world import PointWorld, Wanderer
         from agra.evaluation.protocols import Protocol, regime_trials
         from agra.evaluation.rollout import evaluate
@@ -311,8 +309,8 @@ def test_a_killed_evaluation_goes_on(tmp_path):
             def reset(self, trial):
                 time.sleep(0.05)
                 return super().reset(trial)
-        world = Slow()
-        evaluate(Wanderer(world), world, regime_trials(world, limit=6), policy_name="wanderer",
+        env = Slow()
+        evaluate(Wanderer(env), env, regime_trials(env, limit=6), policy_name="wanderer",
                  protocol=Protocol(execute_steps=4), output={str(path)!r}, progress=False)
     """)
     process = subprocess.Popen([sys.executable, "-c", script])
@@ -346,11 +344,11 @@ def test_another_header_is_refused(tmp_path):
 
 
 def test_expert_is_a_policy(tmp_path):
-    world = PointWorld()
+    env = PointWorld()
     results = evaluate(
-        Expert(world),
-        world,
-        regime_trials(world, ["instance"]),
+        Expert(env),
+        env,
+        regime_trials(env, ["instance"]),
         policy_name="expert",
         protocol=Protocol(execute_steps=1),
         output=tmp_path / "expert.jsonl",
@@ -365,26 +363,24 @@ def test_imports_no_torch():
 
 
 def test_a_second_evaluation_into_the_same_file_is_refused(tmp_path):
-    world = PointWorld()
-    trials = regime_trials(world, limit=2)
+    env = PointWorld()
+    trials = regime_trials(env, limit=2)
     settings = {"policy_name": "expert", "protocol": PROTOCOL, "progress": False}
     with files.lock(tmp_path, ".results.jsonl.lock"):
         with pytest.raises(ValueError, match=rf"another process \(pid {os.getpid()}\) writes here"):
-            evaluate(Expert(world), world, trials, output=tmp_path / "results.jsonl", **settings)
-        evaluate(Expert(world), world, trials, output=tmp_path / "others.jsonl", **settings)
-    assert len(evaluate(Expert(world), world, trials, output=tmp_path / "results.jsonl", **settings).trials) == len(
-        trials
-    )
+            evaluate(Expert(env), env, trials, output=tmp_path / "results.jsonl", **settings)
+        evaluate(Expert(env), env, trials, output=tmp_path / "others.jsonl", **settings)
+    assert len(evaluate(Expert(env), env, trials, output=tmp_path / "results.jsonl", **settings).trials) == len(trials)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, monkeypatch):
     """A results file on a device without room: the error names it."""
-    world = PointWorld()
+    env = PointWorld()
     monkeypatch.setattr("agra.evaluation.rollout._open_results", lambda path, header: {})
     (tmp_path / "results.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: .*results\.jsonl"):
         evaluate(
-            Expert(world), world, regime_trials(world, limit=2), policy_name="expert", protocol=PROTOCOL,
+            Expert(env), env, regime_trials(env, limit=2), policy_name="expert", protocol=PROTOCOL,
             output=tmp_path / "results.jsonl", progress=False,
         )  # fmt: skip

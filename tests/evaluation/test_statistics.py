@@ -10,6 +10,7 @@ from agra.evaluation.statistics import (
     minimum_detectable_effect,
     paired_bootstrap,
     paired_minimum_detectable_effect,
+    stratified_average,
     wilson_interval,
 )
 
@@ -41,7 +42,7 @@ def test_mcnemar():
     assert mcnemar(b, a).p_value == test.p_value
     assert mcnemar([True, False], [True, False]).p_value == 1
     assert mcnemar([True] * 3, [False] * 3).p_value == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="equally long"):
+    with pytest.raises(ValueError, match="of equal length"):
         mcnemar([True], [True, False])
 
 
@@ -80,7 +81,7 @@ def test_bootstrap_is_the_mean_over_tasks():
     assert clustered_bootstrap([1, 1, 1, 1], "aabb") == (1, 1, 1, 2)
     with pytest.raises(ValueError, match="at least two clusters, got 1"):
         clustered_bootstrap([1, 0], "aa")
-    with pytest.raises(ValueError, match="3 labels do not fit values of shape"):
+    with pytest.raises(ValueError, match="3 cluster labels do not fit values of shape"):
         clustered_bootstrap([1, 0], "aab")
 
 
@@ -90,6 +91,36 @@ def test_bootstrap_against_student():
     average = clustered_bootstrap(rates, range(24))
     student = stats.t.interval(0.95, 23, rates.mean(), stats.sem(rates))
     assert (average.low, average.high) == pytest.approx(student, abs=0.006)
+
+
+def test_stratified_average():
+    """Groups weigh the same whatever their number of tasks. For groups of one size it is Welch's test of a difference."""
+    strata = dict.fromkeys("abcd", "easy") | dict.fromkeys("efgh", "hard")
+    a, b = [0.9, 0.7, 0.8, 0.95], [0.2, 0.5, 0.1, 0.3]
+    average = stratified_average([*a, *b], "abcdefgh", strata)
+    welch = stats.ttest_ind(a, [-value for value in b], equal_var=False)
+    interval = welch.confidence_interval()
+    assert average == pytest.approx((np.mean(a + b), interval.low / 2, interval.high / 2, 8))
+    unequal = stratified_average([1, 1, 1, 0, 1, 0, 0, 0], "aabbcdef", {**strata, "d": "hard"})
+    assert unequal.value == pytest.approx(((1 + 0.5 + 1) / 3 + 0) / 2)
+    assert stratified_average([1, 1, 0, 0], "abef", strata) == (0.5, 0.5, 0.5, 4)
+    with pytest.raises(ValueError, match="at least two clusters in every stratum"):
+        stratified_average([1, 0, 1], "abe", strata)
+
+
+def test_stratified_average_covers():
+    """Groups of the sizes of Meta-World's with 10 episodes a task: the interval covers the mean of the groups' means."""
+    rng = np.random.default_rng(5)
+    sizes, shapes = (28, 11, 6, 5), ((6, 2), (2, 2), (2, 4), (1, 3))
+    strata = dict(enumerate(np.repeat(range(4), sizes)))
+    labels = np.repeat(np.arange(50), 10)
+    truth = np.mean([a / (a + b) for a, b in shapes])
+    covered = []
+    for _ in range(500):
+        rates = np.concatenate([rng.beta(*shape, size) for shape, size in zip(shapes, sizes, strict=True)])
+        average = stratified_average(rng.random(500) < np.repeat(rates, 10), labels.tolist(), strata)
+        covered.append(average.low <= truth <= average.high)
+    assert 0.92 <= np.mean(covered) <= 0.975
 
 
 @pytest.mark.parametrize(("tasks", "episodes"), [(6, 50), (24, 50), (50, 10)])
@@ -144,5 +175,5 @@ def test_paired_minimum_detectable_effect_is_seen_in_four_of_five():
     assert 0.74 <= np.mean(seen) <= 0.84  # the exact test is a little conservative
     assert effect < minimum_detectable_effect(trials, 0.5)
     assert paired_minimum_detectable_effect(10, 0.1) == math.inf
-    with pytest.raises(ValueError, match=r"discordant: expected a share in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"discordant: expected a fraction in \[0, 1\]"):
         paired_minimum_detectable_effect(10, 1.2)

@@ -11,7 +11,6 @@ from agra.cli.arguments import use_threads
 
 if TYPE_CHECKING:
     from agra.serving.server.app import PolicySource
-    from agra.types import Policy, Simulator
 
 
 def serve(
@@ -84,11 +83,11 @@ def serve(
     import ssl
 
     from agra.files import write_text
+    from agra.serving.protocol.messages import WireKeys
     from agra.serving.server.app import run
     from agra.serving.server.groot import GrootNames, GrootServer
-    from agra.serving.protocol.messages import WireKeys
-    from agra.serving.server.websocket import LOOPBACK, WebsocketServer
     from agra.serving.server.service import Limits, PolicyService, check_key
+    from agra.serving.server.websocket import LOOPBACK, WebsocketServer
 
     key = os.environ.get("AGRA_API_KEY")
     check_key(key)
@@ -195,14 +194,14 @@ def control(
     from agra.serving.robot.executors import DelayedInference, ThreadedInference, make_executor
     from agra.serving.robot.recorder import DatasetRecorder
     from agra.serving.robot.robots import SimulatedRobot
-    from agra.simulators.registry import make
+    from agra.simulation import make_simulator, open_policy
 
-    env = make(simulator)
+    env = make_simulator(simulator)
     try:
         trials = env.trials("in_distribution")
         if not 0 <= trial < len(trials):
             raise ValueError(f"--trial {trial}: expected 0 to {len(trials) - 1}")
-        opened = open_policy(policy, env, None, device)
+        opened = open_policy(policy, env, device=device)
         delayed = None if latency is None else math.ceil(latency * env.fps)
         inference = ThreadedInference(opened) if delayed is None else DelayedInference(opened, delayed)
         robot = SimulatedRobot(env, trials[trial])
@@ -236,21 +235,6 @@ def control(
         raise ConnectionError(
             f"{policy}: no answer came in {report.steps / env.fps:.1f} s; is the server running there?"
         )
-
-
-def open_policy(policy: str, env: "Simulator", name: str | None, device: str, *, timeout: float = 10.0) -> "Policy":
-    """`expert`, a server's address (with at most `timeout` seconds for an answer), or a checkpoint or run folder."""
-    if policy == "expert":
-        from agra.simulators.registry import expert
-
-        return expert(env)
-    if "://" in policy:
-        from agra.serving.client import PolicyClient
-
-        return PolicyClient(policy, api_key=os.environ.get("AGRA_API_KEY"), timeout=timeout)
-    from agra.policies.load import load_policy
-
-    return load_policy(policy, name=name, device=device)
 
 
 def bench_latency(

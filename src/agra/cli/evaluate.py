@@ -1,17 +1,9 @@
 """`agra evaluate`, `compare` and `leaderboard`."""
 
-import os
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-
-from agra.cli.arguments import use_threads
-from agra.cli.deploy import open_policy
-
-if TYPE_CHECKING:
-    from agra.types import Policy, Simulator
 
 
 def evaluate(
@@ -19,7 +11,7 @@ def evaluate(
     simulator: str = "tabletop",
     regimes: tuple[str, ...] | None = None,
     output: Path | None = None,
-    execute_steps: int = 8,
+    execute_steps: int | None = None,
     max_steps: int | None = None,
     termination: Literal["step", "chunk"] = "step",
     limit: int | None = None,
@@ -36,46 +28,37 @@ def evaluate(
     """Play a benchmark's trials and write one JSON line for each. Resumes after an interruption.
 
     Args:
-        policy: a checkpoint or run folder, the name of a policy that comes with agra, a server's address
-            (ws://HOST:PORT, or tcp:// for GR00T's protocol), or `expert` for the simulator's scripted expert.
+        policy: a checkpoint or run folder, the name of a bundled policy, a server's address (ws://HOST:PORT, or tcp:// for
+            GR00T's protocol), or `expert` for the simulator's scripted expert.
         simulator: a registered simulator.
         regimes: the trial lists to play. By default all.
         output: results file. By default results.jsonl in the run's folder, outputs/NAME for a bundled policy.
-        execute_steps: executed actions of each chunk before the next one is requested. 1 for the expert.
+        execute_steps: executed actions of each chunk before the next one is requested. By default 8, on robocasa_gr1 16, and
+            1 for the expert.
         max_steps: control steps of a trial. By default the benchmark's.
         termination: check for success after each step, or only after each chunk as GR00T N1.5's evaluation does.
         limit: play only this many trials of each regime, evenly spread.
-        workers: processes that play side by side, each with a simulator and a policy. The episodes are the same for any
-            number.
-        videos: trials of each regime to record as mp4 beside the results, with the video that the policy predicted.
+        workers: parallel processes, each with a simulator and a policy. The episodes are the same for any number.
+        videos: trials of each regime to record as mp4 beside the results, with the policy's predicted video.
         render: render the camera. --no-render is for policies that use no image, such as the experts of Meta-World and LIBERO.
-        by_task: print the counts of every task too.
-        name: the policy's name in results. By default its folder's.
-        key_mapping: keys of the messages of a server that is not agra's: a mapping's name or a JSON file, see
-            docs/benchmarks.md.
+        by_task: print the success counts of every task too.
+        name: the policy's name in the results. By default its folder's.
+        key_mapping: message keys of a server of another package: a mapping's name or a JSON file, see docs/benchmarks.md.
         simulator_python: interpreter of the simulator's own environment. The policy is served from here and played there.
         device: the policy's device.
         threads: threads of torch in each process. By default OMP_NUM_THREADS, or all cores.
     """
-    from agra.evaluation.protocols import Protocol, regime_trials
-    from agra.evaluation.rollout import evaluate as run
-    from agra.evaluation.tables import print_table, summary_table, task_table
-    from agra.simulators.registry import make
+    from dataclasses import replace
 
-    scripted, remote = policy == "expert", "://" in policy
-    if (scripted or remote) and output is None:
-        raise ValueError(f"--output: give a results file for {policy}")
-    if policy.startswith("tcp://") and key_mapping is None:
-        raise ValueError(f"--key-mapping: {policy} needs the keys of its messages, e.g. groot_gr1")
-    if remote and name is None:
-        raise ValueError(f"--name: give the name of the policy at {policy} in the results")
-    if output is None:
-        from agra.checkpoints.folder import artifact_dir
+    from agra.evaluation.tables import group_table, print_table, summary_table, task_table
+    from agra.simulation import evaluate as run
+    from agra.simulation import results_file, usual_protocol
 
-        output = artifact_dir(policy) / "results.jsonl"
-    name = name or Path(policy).name
-    protocol = Protocol(execute_steps=1 if scripted else execute_steps, max_steps=max_steps, termination=termination)
+    protocol = replace(usual_protocol(policy, simulator), max_steps=max_steps, termination=termination)
+    if execute_steps is not None and policy != "expert":
+        protocol = replace(protocol, execute_steps=execute_steps)
     if simulator_python is not None:
+        output, name = results_file(policy, output, name, key_mapping)
         settings: dict[str, Any] = {
             "simulator": simulator,
             "regimes": regimes,
@@ -90,50 +73,27 @@ def evaluate(
         serving = {"device": device, "threads": threads, "imagine": videos > 0}
         _evaluate_in_subprocess(policy, simulator_python, settings, serving)
         return
-    options = {} if render else {"render": False}
-    player = partial(_player, policy, simulator, options, name, key_mapping, device, threads)
-    opened, env = (None, make(simulator, **options)) if workers > 1 else player()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        results = run(
-            opened,
-            env,
-            regime_trials(env, regimes, limit=limit),
-            output=output,
-            protocol=protocol,
-            videos=videos,
-            workers=workers,
-            make_player=player,
-            policy_name=name,
-            policy_settings={"key_mapping": key_mapping} if key_mapping else {},
-        )
-    finally:
-        env.close()
+    results = run(
+        policy,
+        simulator,
+        output=output,
+        name=name,
+        regimes=regimes,
+        limit=limit,
+        protocol=protocol,
+        videos=videos,
+        workers=workers,
+        simulator_options={} if render else {"render": False},
+        key_mapping=key_mapping,
+        device=device,
+        threads=threads,
+    )
     print_table(summary_table(results))
+    groups = group_table(results)
+    if groups is not None:
+        print_table(groups)
     if by_task:
         print_table(task_table(results))
-
-
-def _player(
-    policy: str,
-    simulator: str,
-    options: dict[str, Any],
-    name: str,
-    key_mapping: str | None,
-    device: str,
-    threads: int | None,
-) -> "tuple[Policy, Simulator]":
-    """The policy and the simulator of one process."""
-    from agra.simulators.registry import make
-
-    env = make(simulator, **options)
-    if key_mapping is not None:
-        from agra.serving.remote_policies import connect_policy, read_key_mapping
-
-        return connect_policy(policy, read_key_mapping(key_mapping), api_key=os.environ.get("AGRA_API_KEY")), env
-    if "://" not in policy:
-        use_threads(threads)
-    return open_policy(policy, env, name, device, timeout=120.0), env
 
 
 def _evaluate_in_subprocess(policy: str, python: Path, evaluate: dict[str, Any], serve: dict[str, Any]) -> None:
@@ -141,7 +101,7 @@ def _evaluate_in_subprocess(policy: str, python: Path, evaluate: dict[str, Any],
 
     if policy == "expert" or "://" in policy:
         raise ValueError(
-            f"--simulator-python: {policy} needs no server here; run {python} -m agra.cli evaluate instead"
+            f"--simulator-python: {policy} needs no server; run this instead: {python} -m agra.cli evaluate {policy}"
         )
     code = evaluate_in_subprocess(policy, python, _as_flags(evaluate), serve=_as_flags(serve))
     if code:
@@ -149,7 +109,7 @@ def _evaluate_in_subprocess(policy: str, python: Path, evaluate: dict[str, Any],
 
 
 def _as_flags(options: dict[str, Any]) -> list[str]:
-    """The flags of a function's arguments. None and False are left to their defaults."""
+    """The flags of a function's arguments. None and False are left out."""
     flags: list[str] = []
     for name, value in options.items():
         if value is None or value is False:
@@ -160,30 +120,30 @@ def _as_flags(options: dict[str, Any]) -> list[str]:
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:
-    """Pair two policies' trials (success, its difference, McNemar's exact test) or the samples of their diagnoses.
+    """Compare two policies on the same trials (success, difference, McNemar's exact test) or samples of their diagnoses.
 
     Args:
         a: a results file, or a folder of `agra diagnose`.
-        b: another one, over the same trials or samples.
+        b: another file or folder, with the same trials or samples.
     """
     if (a / "diagnosis.json").is_file() or (b / "diagnosis.json").is_file():
         from agra.diagnostics.record import read_diagnosis
         from agra.diagnostics.report.grounding import print_grounding
 
-        both = [read_diagnosis(folder) for folder in (a, b)]
-        print_grounding([(i, str(d.header["policy"]), d) for i, d in enumerate(both)])
+        diagnoses = [read_diagnosis(folder) for folder in (a, b)]
+        print_grounding([(i, str(d.header["policy"]), d) for i, d in enumerate(diagnoses)])
         return
-    from agra.evaluation.results import compare as pair
+    from agra.evaluation.results import compare as compare_results
     from agra.evaluation.results import read_results
     from agra.evaluation.tables import comparison_table, print_table
 
-    print_table(comparison_table(pair(read_results(a), read_results(b))))
+    print_table(comparison_table(compare_results(read_results(a), read_results(b))))
 
 
 def leaderboard(
     results: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), benchmark: str = "robocasa_gr1"
 ) -> None:
-    """Show results beside published ones on a benchmark, with their protocols.
+    """Show results and published averages on a benchmark, with their protocols.
 
     Args:
         results: results files of that benchmark.

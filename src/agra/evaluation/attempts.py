@@ -1,41 +1,38 @@
-"""Attempts of an unfinished collection on disk: one safetensors file each, and what they are attempts of."""
+"""Attempts of an unfinished collection: one safetensors file each in a staging folder, beside the collection's settings."""
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from agra.data.lerobot.writer import EncodedEpisode, EncodedVideo
+from agra import files
 from agra.data.config import EGO_VIEW
 from agra.data.lerobot.json_parquet import read_json, write_json
+from agra.data.lerobot.writer import EncodedEpisode, EncodedVideo
 
 MANIFEST = "collection.json"
 
 
 class Staging:
-    """The folder of an unfinished collection. A failed attempt is kept too, as a file without tensors."""
+    """The folder of an unfinished collection. A failed attempt is a file without tensors."""
 
     def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
-        """Raises ValueError where the folder holds attempts of a collection with other settings."""
+        """Open or create the folder. Raises ValueError for attempts of a collection with other settings."""
         self.path = path
         manifest = path / MANIFEST
         if manifest.is_file():
-            check_same(read_json(manifest), settings, f"{path}: holds an unfinished collection")
+            check_settings(read_json(manifest), settings, f"{path}: holds an unfinished collection")
             return
-        for attempt in path.glob("*.safetensors"):  # left by an interrupted removal, of unknown settings
+        for attempt in path.glob("*.safetensors"):  # left by an interrupted removal, settings unknown
             attempt.unlink()
-        with naming(manifest):
-            write_json(manifest, settings)
+        write_json(manifest, settings)
 
     @staticmethod
     def file(path: Path, index: int) -> Path:
-        """Where attempt `index` lies in the folder `path`."""
+        """The file of attempt `index` in the folder `path`."""
         return path / f"{index:06d}.safetensors"
 
     @classmethod
@@ -44,28 +41,25 @@ class Staging:
         tensors: dict[str, np.ndarray] = {}
         metadata = {"success": "false"}
         if episode is not None:
-            seen = episode.videos[EGO_VIEW]
-            tensors = {"states": episode.states, "actions": episode.actions, "histogram": seen.histogram}
-            tensors["video"] = np.frombuffer(seen.video, dtype=np.uint8)
+            video = episode.videos[EGO_VIEW]
+            tensors = {"states": episode.states, "actions": episode.actions, "histogram": video.histogram}
+            tensors["video"] = np.frombuffer(video.video, dtype=np.uint8)
             tensors |= {f"extra/{name}": column for name, column in episode.extra.items()}
-            size = json.dumps(seen.size)
+            size = json.dumps(video.size)
             metadata = {"success": "true", "instruction": episode.instruction, "size": size}
-        temporary = cls.file(path, index).with_suffix(".tmp")
-        with naming(temporary):
-            temporary.write_bytes(save(tensors, metadata))
-        os.replace(temporary, cls.file(path, index))
+        files.write_bytes(cls.file(path, index), save(tensors, metadata))
 
     def outcome(self, index: int) -> bool | None:
-        """Whether an attempt succeeded, None where it has not been made."""
+        """Success of an attempt. None for one that has not been made."""
         if not self.file(self.path, index).is_file():
             return None
-        return self._open(index)[0]["success"] == "true"
+        return self._read(index)[0]["success"] == "true"
 
     def episodes(self, indices: Iterable[int]) -> Iterator[EncodedEpisode]:
         """The episodes of successful attempts."""
-        return map(self._load, indices)
+        return map(self._episode, indices)
 
-    def _open(self, index: int, *, tensors: bool = False) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    def _read(self, index: int, *, tensors: bool = False) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         path = self.file(self.path, index)
         try:
             with safe_open(path, framework="numpy") as file:
@@ -73,8 +67,8 @@ class Staging:
         except SafetensorError as error:
             raise ValueError(f"{path}: damaged ({error}); remove this file and collect again") from error
 
-    def _load(self, index: int) -> EncodedEpisode:
-        metadata, tensors = self._open(index, tensors=True)
+    def _episode(self, index: int) -> EncodedEpisode:
+        metadata, tensors = self._read(index, tensors=True)
         height, width = json.loads(metadata["size"])
         video = EncodedVideo(video=tensors["video"].tobytes(), size=(height, width), histogram=tensors["histogram"])
         return EncodedEpisode(
@@ -86,45 +80,11 @@ class Staging:
         )
 
 
-def check_same(recorded: Mapping[str, object], settings: Mapping[str, object], what: str) -> None:
-    """Raise ValueError, beginning with `what`, where recorded settings differ from those asked for."""
+def check_settings(recorded: Mapping[str, object], settings: Mapping[str, object], subject: str) -> None:
+    """Raise ValueError, beginning with `subject`, where a recorded setting differs from the present one."""
     for key, value in settings.items():
         if recorded.get(key) != value:
             raise ValueError(
-                f"{what} with {key} {recorded.get(key)!r} instead of {value!r};"
+                f"{subject} with {key} {recorded.get(key)!r} instead of {value!r};"
                 " use the same settings, choose another output, or remove it"
             )
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name `path` in an OSError of the block that names no file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-
-
-@contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold the lock file of an output folder, which is made as needed. Nothing waits.
-
-    Raises ValueError naming the process that holds it. The kernel releases the lock when its process ends.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
-            raise ValueError(
-                f"{folder}: another process (pid {holder}) writes here; wait for it, stop it, or choose another output"
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(handle)

@@ -1,7 +1,7 @@
 """Demonstrations by a scripted expert, written as a LeRobot v3.0 dataset.
 
-Noise is added to the executed commands only and the row keeps the expert's own command, so that the data shows how to
-come back from where a policy's errors lead (DART, Laskey et al. 2017).
+Noise is added to the executed actions only. The dataset keeps the expert's clean actions, so that it demonstrates the
+recovery from states that a policy's errors lead to (DART, Laskey et al. 2017).
 """
 
 import difflib
@@ -25,24 +25,25 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from agra import files
+from agra.data.lerobot.json_parquet import read_json, write_json
 from agra.data.lerobot.layout import INFO
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
-from agra.data.lerobot.json_parquet import read_json, write_json
+from agra.evaluation.attempts import MANIFEST, Staging, check_settings
 from agra.evaluation.rollout import run_episode
-from agra.evaluation.attempts import MANIFEST, Staging, check_same, lock, naming
+from agra.evaluation.workers import imap_unordered
 from agra.types import Embodiment, Policy, Simulator, Trial
-from agra.evaluation.workers import as_finished
 
 RECORD = "collection.json"
-"""In a finished dataset: the settings that it follows from, and the attempts of each task."""
+"""In a finished dataset: the settings that decide its contents, and the number of attempts of each task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionNoise:
-    """Gaussian noise on executed commands, first-order autoregressive within an episode.
+    """Gaussian noise on executed actions, first-order autoregressive within an episode.
 
-    `std` gives the stationary standard deviation, in the action's units, by pattern over the embodiment's action names
-    (as in file names: "*_x"); dimensions that no pattern names stay clean. `correlation` is that of neighbouring steps.
+    `std` maps patterns over the embodiment's action names (as in file names: "*_x") to the stationary standard deviation in
+    the action's units. Dimensions without a pattern stay clean. `correlation` is the correlation of neighbouring steps.
     """
 
     std: Mapping[str, float] = field(default_factory=lambda: {"*_x": 0.0075, "*_y": 0.0075})
@@ -55,20 +56,20 @@ class ActionNoise:
             raise ValueError(f"ActionNoise.std: expected no negative value, got {dict(self.std)}")
 
     def scale(self, embodiment: Embodiment) -> np.ndarray:
-        """The standard deviation of every action dimension, (D,). Raises ValueError where a pattern names none."""
+        """The standard deviation of every action dimension, (D,). Raises ValueError for a pattern without a match."""
         scale = np.zeros(len(embodiment.action_names))
         for pattern, std in self.std.items():
-            hits = [i for i, name in enumerate(embodiment.action_names) if fnmatch.fnmatchcase(name, pattern)]
-            if not hits:
+            matches = [i for i, name in enumerate(embodiment.action_names) if fnmatch.fnmatchcase(name, pattern)]
+            if not matches:
                 raise ValueError(
-                    f"noise: {pattern!r} names no action of {embodiment.name}: {', '.join(embodiment.action_names)}"
+                    f"noise: {pattern!r} matches no action of {embodiment.name}: {', '.join(embodiment.action_names)}"
                 )
-            scale[hits] = std
+            scale[matches] = std
         return scale
 
     def start(self, embodiment: Embodiment, seed: int) -> Callable[[np.ndarray], np.ndarray]:
         """A fresh perturbation for one episode: action -> action to execute."""
-        rng = np.random.default_rng([seed, 0xDA27])  # not the stream that the expert or the scene draws from
+        rng = np.random.default_rng([seed, 0xDA27])  # independent of the expert's and the scene's random numbers
         scale = self.scale(embodiment)
         noise = rng.standard_normal(len(scale))
 
@@ -84,10 +85,10 @@ class ActionNoise:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Demonstrator:
-    """The parts of a suite that collection needs: simulator, expert, scenes, and its usual noise.
+    """The parts of a suite that collection needs: simulator, expert, scenes and default noise.
 
-    `trials` (count, seed) lists scenes, of which number i depends on i and the seed alone; every one of `tasks` occurs
-    in it again and again.
+    `trials` (count, seed) lists scenes. Scene i depends on i and the seed alone, and every task of `tasks` recurs in the
+    list.
     """
 
     simulator: Simulator
@@ -99,7 +100,7 @@ class Demonstrator:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """A finished collection. Failed attempts were dropped."""
+    """A finished collection, without its failed attempts."""
 
     path: Path
     episodes: int
@@ -109,17 +110,17 @@ class Collected:
 
     @property
     def attempts(self) -> int:
-        """Trials that were played."""
+        """Number of trials played."""
         return sum(self.attempts_by_task.values())
 
     @property
     def failed(self) -> int:
-        """Attempts in which the expert did not succeed."""
+        """Number of attempts without success."""
         return self.attempts - self.episodes
 
 
 def scripted_demonstrator(simulator_name: str) -> Demonstrator:
-    """The demonstrator of a registered simulator. Raises ValueError for one without a scripted expert."""
+    """The demonstrator of a registered simulator. Raises ValueError for a simulator without a scripted expert."""
     from agra.simulators import registry
 
     suite = registry.suite(simulator_name)
@@ -151,22 +152,24 @@ def collect(
 ) -> Collected:
     """Collect successful demonstrations into the LeRobot dataset `output`: `episodes`, or `per_task` of each of `tasks`.
 
-    The dataset follows from the settings (simulator, episodes, tasks, seed, noise) alone: it holds the first successes in
-    the order of the trial list, whatever the number of `workers`. Without `tasks`, `per_task` takes all that the
-    simulator has. Failed attempts are dropped, counted and replaced from `spare` times as many further trials.
+    The settings (simulator, episodes, tasks, seed, noise) alone decide the dataset: it holds the first successes in the
+    order of the trial list, for any number of `workers`. Without `tasks`, `per_task` applies to all tasks of the
+    simulator. Failed attempts are dropped, counted, and replaced from `spare` times as many further trials.
 
-    Attempts are kept in `<output>.staging` until the end, so that a killed collection continues where it was. Where
-    `output` is a finished collection with the same settings, nothing happens. `demonstrator` must be picklable where
-    `workers` > 1. Raises ValueError where `output` or the staging folder holds anything else, where another process
-    collects there, or where the expert fails too often; OSError, naming the file, where the disk is full.
+    Attempts are kept in `<output>.staging` until the end, so that the same call resumes a killed collection. If `output` is
+    a finished collection with the same settings, nothing happens. With `workers` > 1, `demonstrator` must be picklable.
+
+    Raises ValueError if `output` or the staging folder holds anything else or is in use by another process, and, once all
+    trials have been played, if the expert failed too often: the message lists the tasks. Raises SimulatorFailed, listing
+    the episodes, if the simulator broke down, and OSError, naming the file, on a full disk.
     """
     output = Path(output)
-    make = partial(demonstrator, simulator_name)
-    leader = make()
-    leader.simulator.close()
-    noise = noise or leader.noise
-    noise.scale(leader.simulator.embodiment)
-    trials, quotas = _plan(leader, episodes, per_task, tasks, seed, spare)
+    make_player = partial(demonstrator, simulator_name)
+    reference = make_player()
+    reference.simulator.close()
+    noise = noise or reference.noise
+    noise.scale(reference.simulator.embodiment)
+    trials, quotas = _plan(reference, episodes, per_task, tasks, seed, spare)
     settings = {
         "simulator": simulator_name,
         "episodes": episodes,
@@ -174,9 +177,9 @@ def collect(
         "per_task": per_task,
         "seed": seed,
         "noise": asdict(noise),
-        "settings": leader.simulator.settings,
+        "settings": reference.simulator.settings,
     }
-    settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
+    settings = json.loads(json.dumps(settings))  # as read back from a file: lists for tuples
 
     staging_path = output.with_name(output.name + ".staging")
     if _is_finished(output, settings):
@@ -185,25 +188,25 @@ def collect(
         raise ValueError(
             f"{output}: already exists, without {RECORD} of a collection; choose another output or remove it"
         )
-    with lock(staging_path):
+    with files.lock(staging_path):
         if not _is_finished(output, settings):  # else another process has just finished it
             staging = Staging(staging_path, settings)
             with _progress_bar(progress) as bar:
-                attempts = _attempt(trials, quotas, staging, partial(_demonstrate, noise=noise), make, workers, bar)
+                play = partial(_demonstrate, noise=noise, staging_path=staging_path)
+                attempts = _attempt(trials, quotas, staging, play, make_player, workers, bar)
                 if not output.exists():
-                    _write(output, sorted(i for quota in quotas for i in quota.successes), staging, leader, bar)
-            with naming(output / RECORD):
-                write_json(output / RECORD, {**settings, "attempts": attempts})
-        # A process that is being refused may have put its lock file there in the meantime.
+                    _write(output, sorted(i for quota in quotas for i in quota.successes), staging, reference, bar)
+            write_json(output / RECORD, {**settings, "attempts": attempts})
+        # A refused second process may have created its lock file there in the meantime.
         shutil.rmtree(staging_path, ignore_errors=True)
     return _collected(output, already_there=False)
 
 
 def _is_finished(output: Path, settings: Mapping[str, object]) -> bool:
-    """Whether `output` is this collection. Raises ValueError where it is another."""
+    """Whether `output` is this collection. Raises ValueError for another one."""
     if not (output / RECORD).is_file():
         return False
-    check_same(read_json(output / RECORD), settings, f"{output}: holds a finished collection")
+    check_settings(read_json(output / RECORD), settings, f"{output}: holds a finished collection")
     return True
 
 
@@ -220,92 +223,110 @@ def _collected(output: Path, *, already_there: bool) -> Collected:
 
 @dataclass(kw_only=True)
 class _Quota:
-    """So many successes `wanted` among the trials `indices`, of one task or (None) of all.
+    """A number of successes, `count`, to reach among the trials `indices` of one task, or of all tasks (None).
 
-    They are attempted in rounds of as many trials as successes are missing, so that attempts are always the first ones.
+    Trials are attempted in rounds of as many as successes are missing, so that the attempts are always the first trials.
     """
 
     task: str | None
     indices: Sequence[int]
-    wanted: int
-    tried: int = 0
+    count: int
+    attempts: int = 0
     successes: list[int] = field(default_factory=list)
 
-    def upcoming(self) -> Sequence[int]:
-        """The next round. Raises ValueError where successes are missing and no trials are left."""
-        missing = self.wanted - len(self.successes)
-        indices = self.indices[self.tried : self.tried + missing]
-        if missing and not indices:
-            raise ValueError(
-                f"{self.task + ': ' if self.task else ''}the expert succeeded in only {len(self.successes)} of"
-                f" {self.tried} trials, {self.wanted} demonstrations were asked for; lower the noise or ask for fewer"
-            )
-        return indices
+    @property
+    def missing(self) -> int:
+        """Number of successes still missing."""
+        return self.count - len(self.successes)
 
-    def count(self, staging: Staging) -> None:
-        """Count the round, which has been played."""
-        played = self.upcoming()
+    def next_round(self) -> Sequence[int]:
+        """The trials of the next round. Empty if nothing is missing or no trials are left."""
+        return self.indices[self.attempts : self.attempts + self.missing]
+
+    def finish_round(self, staging: Staging) -> None:
+        """Count the successes of a round that has been played."""
+        played = self.next_round()
         self.successes += [index for index in played if staging.outcome(index)]
-        self.tried += len(played)
+        self.attempts += len(played)
 
 
 def _plan(
-    leader: Demonstrator,
+    reference: Demonstrator,
     episodes: int | None,
     per_task: int | None,
     tasks: Sequence[str] | None,
     seed: int,
     spare: float,
 ) -> tuple[Sequence[Trial], list[_Quota]]:
-    """The trials to demonstrate in, and how many successes of which are wanted."""
-    wanted = episodes if per_task is None else per_task
-    if wanted is None or (episodes is not None and per_task is not None):
+    """The trials to play, and the number of successes to reach among them."""
+    count = episodes if per_task is None else per_task
+    if count is None or (episodes is not None and per_task is not None):
         raise ValueError(f"collect: expected either episodes or per_task, got {episodes} and {per_task}")
-    if wanted < 1:
-        raise ValueError(f"{'episodes' if per_task is None else 'per_task'}: expected at least 1, got {wanted}")
-    count = wanted + int(np.ceil(spare * wanted))
+    if count < 1:
+        raise ValueError(f"{'episodes' if per_task is None else 'per_task'}: expected at least 1, got {count}")
+    available = count + int(np.ceil(spare * count))
     if per_task is None:
         if tasks is not None:
-            raise ValueError("tasks: also say per_task, the demonstrations of each")
-        return leader.trials(count, seed), [_Quota(task=None, indices=range(count), wanted=wanted)]
+            raise ValueError("tasks: give per_task too, the number of demonstrations of each task")
+        return reference.trials(available, seed), [_Quota(task=None, indices=range(available), count=count)]
     for task in tasks or ():
-        if task not in leader.tasks:
-            close = difflib.get_close_matches(task, leader.tasks, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown task {task!r}; did you mean {close!r}? There are {', '.join(leader.tasks)}")
-    chosen = [task for task in leader.tasks if tasks is None or task in tasks]
-    trials = leader.trials(count * len(leader.tasks), seed)
-    while any(sum(trial.task == task for trial in trials) < count for task in chosen):
-        trials = leader.trials(2 * len(trials), seed)
-    indices = {task: [i for i, trial in enumerate(trials) if trial.task == task][:count] for task in chosen}
-    return trials, [_Quota(task=task, indices=indices[task], wanted=wanted) for task in chosen]
+        if task not in reference.tasks:
+            close = difflib.get_close_matches(task, reference.tasks, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown task {task!r}; did you mean {close!r}? Available: {', '.join(reference.tasks)}")
+    chosen = [task for task in reference.tasks if tasks is None or task in tasks]
+    trials = reference.trials(available * len(reference.tasks), seed)
+    while any(sum(trial.task == task for trial in trials) < available for task in chosen):
+        trials = reference.trials(2 * len(trials), seed)
+    indices = {task: [i for i, trial in enumerate(trials) if trial.task == task][:available] for task in chosen}
+    return trials, [_Quota(task=task, indices=indices[task], count=count) for task in chosen]
 
 
 def _attempt(
     trials: Sequence[Trial],
     quotas: Sequence[_Quota],
     staging: Staging,
-    play: Callable[..., bool],
-    make: Callable[[], Demonstrator],
+    play: Callable[[Demonstrator, tuple[int, Trial]], bool],
+    make_player: Callable[[], Demonstrator],
     workers: int,
     bar: Progress,
 ) -> dict[str, int]:
-    """Play trials until every quota is filled. Return how many were played of each task."""
-    task = bar.add_task("demonstrations", total=sum(quota.wanted for quota in quotas))
-    play = partial(play, staging_path=staging.path)
-    while upcoming := sorted(index for quota in quotas for index in quota.upcoming()):
-        outcomes = {index: staging.outcome(index) for index in upcoming}
+    """Play trials until every quota is reached. Returns the number of attempts by task."""
+    task = bar.add_task("demonstrations", total=sum(quota.count for quota in quotas))
+    while indices := sorted(index for quota in quotas for index in quota.next_round()):
+        outcomes = {index: staging.outcome(index) for index in indices}
         _advance(bar, task, sum(outcome is True for outcome in outcomes.values()))
-        missing = [(index, trials[index]) for index in upcoming if outcomes[index] is None]
-        for success in as_finished(play, missing, make_player=make, workers=workers):
+        unplayed = [(index, trials[index]) for index in indices if outcomes[index] is None]
+        for success in imap_unordered(
+            play,
+            unplayed,
+            make_player=make_player,
+            workers=workers,
+            name=lambda item: item[1].name,
+            on_failure=lambda item, reason: bar.console.print(f"{item[1].name}: {reason}"),
+        ):
             _advance(bar, task, success)
         for quota in quotas:
-            quota.count(staging)
-    return dict(Counter(trials[index].task for quota in quotas for index in quota.indices[: quota.tried]))
+            quota.finish_round(staging)
+    _check_quotas(quotas)
+    return dict(Counter(trials[index].task for quota in quotas for index in quota.indices[: quota.attempts]))
 
 
-def _demonstrate(player: Demonstrator, numbered: tuple[int, Trial], *, staging_path: Path, noise: ActionNoise) -> bool:
-    """Play one trial, put the episode into the staging folder, and return whether it succeeded."""
-    index, trial = numbered
+def _check_quotas(quotas: Sequence[_Quota]) -> None:
+    """Raise ValueError, listing the tasks, if demonstrations are missing and all trials have been played."""
+    short = [
+        f"{quota.task or 'all tasks'}: {len(quota.successes)} of {quota.count} ({quota.attempts} attempts)"
+        for quota in quotas
+        if quota.missing
+    ]
+    if short:
+        raise ValueError(
+            f"demonstrations are missing: {', '.join(short)}; lower the noise or ask for fewer demonstrations"
+        )
+
+
+def _demonstrate(player: Demonstrator, item: tuple[int, Trial], *, staging_path: Path, noise: ActionNoise) -> bool:
+    """Play one trial, given with its number, and save it in the staging folder. Returns its success."""
+    index, trial = item
     perturb = noise.start(player.simulator.embodiment, trial.seed)
     episode = run_episode(player.expert, player.simulator, trial, execute_steps=1, perturb=perturb)
     if not episode.success:
@@ -316,17 +337,17 @@ def _demonstrate(player: Demonstrator, numbered: tuple[int, Trial], *, staging_p
     return True
 
 
-def _write(output: Path, successes: Sequence[int], staging: Staging, leader: Demonstrator, bar: Progress) -> None:
+def _write(output: Path, successes: Sequence[int], staging: Staging, reference: Demonstrator, bar: Progress) -> None:
     task = bar.add_task("writing", total=len(successes))
-    simulator = leader.simulator
-    with naming(output), LeRobotWriter(output, embodiment=simulator.embodiment, fps=simulator.fps) as writer:
+    simulator = reference.simulator
+    with files.naming(output), LeRobotWriter(output, embodiment=simulator.embodiment, fps=simulator.fps) as writer:
         for episode in staging.episodes(successes):
             writer.add(episode)
             bar.advance(task)
 
 
 def _advance(bar: Progress, task: TaskID, successes: int) -> None:
-    """Advance the bar. Where it cannot be drawn, as in a log file, print a line at every hundredth demonstration."""
+    """Advance the progress bar. Outside a terminal, print a line at every hundredth demonstration instead."""
     before = int(bar.tasks[task].completed)
     bar.advance(task, successes)
     if not (bar.disable or bar.console.is_terminal) and (before + successes) // 100 > before // 100:

@@ -1,5 +1,6 @@
-"""How trials are played and counted: what has to be the same before two success rates may be compared."""
+"""The protocol of an evaluation and its trial lists. Success rates are comparable only under the same protocol."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -7,20 +8,28 @@ from typing import Literal
 from agra.types import Simulator, Trial
 
 TRIALS_PER_REGIME = {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}
-"""The paper's counts, C.2.2."""
+"""The paper's counts (C.2.2)."""
+
+_EXECUTE_STEPS = {"robocasa_gr1": 16}
+"""GR00T N1.5 and DIAL execute 16 actions of each chunk. The paper does not state its number."""
+
+
+def default_execute_steps(simulator: str) -> int:
+    """Executed actions of each chunk in a simulator's usual protocol."""
+    return _EXECUTE_STEPS.get(simulator, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How one trial is played.
+    """The rules of a trial.
 
-    `termination` says where success is looked for: "step" ends the trial at the first control step that succeeds;
-    "chunk" looks only after the last executed step of each chunk, as GR00T N1.5's and DIAL's RoboCasa evaluation does,
-    so that a success that passes within a chunk does not count.
+    With `termination` "step", a trial ends at the first control step that succeeds. With "chunk", success is checked only
+    after the last executed step of each chunk, as in the RoboCasa evaluation of GR00T N1.5 and DIAL: a success that passes
+    within a chunk does not count.
     """
 
-    execute_steps: int = 16  # actions executed of each chunk; the paper is silent, this is GR00T N1.5's number
-    max_steps: int | None = None  # control steps; None: the simulator's own limit
+    execute_steps: int = 16  # executed actions of each chunk
+    max_steps: int | None = None  # control steps; None takes the simulator's limit
     termination: Literal["step", "chunk"] = "step"
 
     def __post_init__(self) -> None:
@@ -35,26 +44,24 @@ class Protocol:
 def regime_trials(
     simulator: Simulator, regimes: Sequence[str] | None = None, *, limit: int | None = None
 ) -> tuple[Trial, ...]:
-    """The trials of `regimes`, by default all of the simulator's, in order.
+    """The trials of `regimes`, by default of all regimes of the simulator, in order.
 
-    `limit` takes that many of each regime, evenly spread over its list.
-
-    The subset depends on nothing but the list and `limit`; `evaluate` writes both counts into the results' header.
-    Raises ValueError for an unknown regime, an empty list, a name that occurs twice, or a limit below 1.
+    `limit` takes that many trials of each regime, evenly spread over its list. The subset depends on the list and `limit`
+    alone, and the results' header records both counts. Raises ValueError for an unknown regime, an empty list, a repeated
+    name, or a limit below 1.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected at least 1 trial a regime, got {limit}")
+        raise ValueError(f"limit: expected at least 1 trial per regime, got {limit}")
     chosen: list[Trial] = []
     for regime in simulator.regimes if regimes is None else regimes:
         if regime not in simulator.regimes:
-            raise ValueError(f"unknown regime {regime!r}; there are {', '.join(simulator.regimes)}")
+            raise ValueError(f"unknown regime {regime!r}; available: {', '.join(simulator.regimes)}")
         full = simulator.trials(regime)
         if not full:
             raise ValueError(f"{simulator.embodiment.name}: the simulator has no trials of regime {regime!r}")
         count = len(full) if limit is None else min(limit, len(full))
         chosen += [full[index * len(full) // count] for index in range(count)]
-    names = [trial.name for trial in chosen]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"trial names must be unique, {twice[0]!r} occurs more than once")
+    repeated = [name for name, number in Counter(trial.name for trial in chosen).items() if number > 1]
+    if repeated:
+        raise ValueError(f"trial names must be unique, {min(repeated)!r} occurs more than once")
     return tuple(chosen)

@@ -1,7 +1,6 @@
-"""What others have published on the benchmarks that `agra` runs: averages, with the protocol behind each in words.
+"""Published averages on the benchmarks that agra runs, each with its protocol in words.
 
-Numbers are copied from where `source` says and not measured here. Where the authors do not state how many episodes stand
-behind a number, it has no interval.
+The numbers are quoted from `source` and not measured here. Averages over an unstated number of episodes have no interval.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,10 @@ from functools import partial
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One published average: `average` in percent over `tasks`, `episodes` of each (None: not stated)."""
+    """A published average in percent, over `tasks` with `episodes` of each (None: not stated).
+
+    With `by_group`, it is the mean of the means of the benchmark's task groups instead of the mean over tasks.
+    """
 
     benchmark: str
     regime: str
@@ -21,10 +23,11 @@ class Published:
     episodes: int | None
     protocol: str
     source: str
+    by_group: bool = False
 
 
-_LAST_OF_CHUNK = "16 of 16 actions executed, success looked for at the end of each chunk (--termination chunk)"
-_EVERY_STEP = "8 actions executed, every step looked at for success (--termination step)"
+_LAST_OF_CHUNK = "16 of 16 actions executed, success checked at the end of each chunk (--termination chunk)"
+_EVERY_STEP = "8 actions executed, success checked after every step (--termination step)"
 _FULL = "1,000 demonstrations a task, 720 steps; "
 _FEW = "100 demonstrations a task, 40,000 training steps; executed steps and accounting not stated"
 _gr1 = partial(Published, benchmark="robocasa_gr1", regime="in_distribution", tasks=24)
@@ -55,7 +58,7 @@ _GR1 = (
         system="DiT4DiT (repository)",
         average=56.7,
         episodes=50,
-        protocol=_FULL + "12 actions executed, success looked for at the end of each chunk, resets without a seed; "
+        protocol=_FULL + "12 actions executed, success checked at the end of each chunk, resets without a seed; "
         "five evaluations of one checkpoint gave 56.3 to 57.4",
         source="DiT4DiT README",
     ),
@@ -63,7 +66,7 @@ _GR1 = (
         system="DiT4DiT (paper)",
         average=50.8,
         episodes=None,
-        protocol="protocol not stated beside the number",
+        protocol="protocol not stated with the number",
         source="DiT4DiT, abstract",
     ),
     _gr1(
@@ -84,28 +87,28 @@ _GR1 = (
         system="LDA-1B",
         average=55.4,
         episodes=None,
-        protocol="protocol not stated beside the number",
+        protocol="protocol not stated with the number",
         source="arXiv 2602.12215",
     ),
     _gr1(
         system="FLARE",
         average=55.0,
         episodes=None,
-        protocol="protocol not stated beside the number",
+        protocol="protocol not stated with the number",
         source="as the AGRA paper's margins imply",
     ),
     _gr1(
         system="UniT",
         average=66.7,
         episodes=None,
-        protocol="full data; protocol not stated beside the number",
+        protocol="full data; protocol not stated with the number",
         source="arXiv 2604.19734",
     ),
     _gr1(
         system="UniT, few-shot",
         average=45.5,
         episodes=None,
-        protocol="few-shot; protocol not stated beside the number",
+        protocol="few-shot; protocol not stated with the number",
         source="arXiv 2604.19734",
     ),
 )
@@ -150,7 +153,7 @@ _LIBERO = tuple(
         (
             "pi0.5",
             (98.8, 98.2, 98.0, 92.4),
-            "asked again every 5 steps, two cameras, 224 x 224",
+            "5 actions executed, two cameras, 224 x 224",
             "openpi, examples/libero",
         ),
         ("Cosmos-Policy", (98.1, 100.0, 98.2, 97.6), "chunks of 16, seeds 195 to 197", "Cosmos-Policy, model card"),
@@ -158,14 +161,53 @@ _LIBERO = tuple(
     for suite, average in zip(_LIBERO_SUITES, averages, strict=True)
 )
 
-PUBLISHED: tuple[Published, ...] = _GR1 + _LIBERO
-"""Facts of the RoboCasa GR1 tabletop benchmark (the paper's Table 2 and Fig. 9) and of LIBERO."""
+_SMOLVLA = "50 demonstrations a task, camera corner2, at most 500 steps; "
+_METAWORLD = tuple(
+    Published(
+        benchmark="metaworld",
+        regime="in_distribution",
+        system=system,
+        average=average,
+        tasks=50,
+        episodes=10,
+        protocol=f"{_SMOLVLA}easy {easy}, medium {medium}, hard {hard}, very hard {very_hard}; {by_task} over tasks{note}",
+        source="arXiv 2506.01844, Table 2",
+        by_group=True,
+    )
+    for system, easy, medium, hard, very_hard, average, by_task, note in (
+        ("Diffusion Policy", 23.1, 10.7, 1.9, 6.1, 10.5, 16.1, ""),
+        ("TinyVLA", 77.6, 21.5, 11.4, 15.8, 31.6, 51.1, ""),
+        ("pi0 3.5B, from PaliGemma", 80.4, 40.9, 36.7, 44.0, 50.5, 62.8, ""),
+        ("pi0 3.5B, robot-pretrained", 71.8, 48.2, 41.7, 30.0, 47.9, 58.8, ""),
+        (
+            *("SmolVLA 0.45B", 82.5, 41.8, 45.0, 60.0, 57.3, 66.8),
+            "; a reproduction with the released weights solved 16 of 50, one episode a task",
+        ),
+        ("SmolVLA 2.25B", 87.1, 51.8, 70.0, 64.0, 68.2, 75.0, ""),
+    )
+)
+_METAWORLD += (
+    Published(
+        benchmark="metaworld",
+        regime="in_distribution",
+        system="Evo-1 0.77B",
+        average=80.6,
+        tasks=50,
+        episodes=10,
+        protocol="at most 400 steps, 448 x 448, 15 actions executed; reproductions print 75.8 and 76.2",
+        source="MINT-SJTU/Evo-1, issue 34",
+        by_group=True,
+    ),
+)
+
+PUBLISHED: tuple[Published, ...] = _GR1 + _LIBERO + _METAWORLD
+"""RoboCasa GR1 tabletop (the paper's Table 2 and Fig. 9), LIBERO and Meta-World."""
 
 
 def published(benchmark: str) -> Sequence[Published]:
-    """The published averages of one benchmark. Raises ValueError where none are known."""
-    found = tuple(row for row in PUBLISHED if row.benchmark == benchmark)
-    if not found:
-        known = ", ".join(dict.fromkeys(row.benchmark for row in PUBLISHED))
-        raise ValueError(f"no published results of {benchmark!r} are known here; there are some of {known}")
-    return found
+    """The published averages of one benchmark. Raises ValueError for a benchmark without any."""
+    averages = tuple(row for row in PUBLISHED if row.benchmark == benchmark)
+    if not averages:
+        benchmarks = ", ".join(dict.fromkeys(row.benchmark for row in PUBLISHED))
+        raise ValueError(f"no published results of {benchmark!r}; available: {benchmarks}")
+    return averages

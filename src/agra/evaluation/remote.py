@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from agra.types import SimulatorFailed
 
 _POLL_SECONDS = 0.05
 
@@ -18,8 +21,8 @@ def evaluate_in_subprocess(
 ) -> int:
     """Serve `policy`, and run `agra evaluate` with `arguments` in the interpreter `python`. Returns its exit code.
 
-    `serve` are further arguments of `agra serve`. Raises FileNotFoundError where there is no such interpreter, and ValueError
-    where the server does not start.
+    `serve` holds further arguments of `agra serve`. Raises FileNotFoundError if the interpreter does not exist, ValueError
+    if the server does not start, and SimulatorFailed if a signal ended the simulator's process.
     """
     if not Path(python).is_file():
         raise FileNotFoundError(f"{python}: no such interpreter; make env-NAME installs a simulator's environment")
@@ -27,14 +30,20 @@ def evaluate_in_subprocess(
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     with served(policy, serve) as address:
         command = [str(python), "-m", "agra.cli", "evaluate", address, *arguments]
-        return subprocess.run(command, check=False, env=environment).returncode
+        code = subprocess.run(command, check=False, env=environment).returncode
+    if code < 0:
+        raise SimulatorFailed(
+            f"{python}: the simulator's process was ended by {signal.Signals(-code).name}; finished trials are kept, run the "
+            "same command again to continue"
+        )
+    return code
 
 
 @contextmanager
 def served(policy: str, arguments: Sequence[str] = ()) -> Iterator[str]:
-    """The address of a server of `policy` in a process of its own, which ends with the context.
+    """Yield the address of a server of `policy` in a process of its own, which ends with the context.
 
-    It takes one request at a time: in a batch, an answer's last bits could depend on the number of clients.
+    The server computes one request at a time: in a batch, the last bits of an answer could depend on the number of clients.
     """
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"

@@ -1,8 +1,8 @@
-"""Results files and what may be said from them.
+"""Results files, their summaries and comparisons.
 
-A results file is JSON lines: a header with everything that defines the protocol, then one line a trial. Rates come
-with Wilson intervals, averages over tasks with an interval that draws tasks; two policies are compared on the same
-trials, by McNemar's exact test and a paired bootstrap.
+A results file is JSON lines: a header with the protocol, then one line per trial. Success rates have Wilson intervals.
+Averages over tasks have an interval that resamples tasks. Two policies are compared on the same trials, by McNemar's exact
+test and a paired bootstrap.
 """
 
 import json
@@ -20,16 +20,18 @@ from agra.evaluation.statistics import (
     clustered_bootstrap,
     mcnemar,
     paired_bootstrap,
+    stratified_average,
     wilson_interval,
 )
+from agra.evaluation.task_groups import task_groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """One finished trial; `steps` control steps, `calls` of the policy, times in seconds and milliseconds.
+    """A finished trial: number of control steps and policy calls, times in seconds and milliseconds.
 
-    `digest` is a hash of every bit of the episode; files written before there was one have None. `failures` are the
-    reasons of the attempts before, in which the simulator and not the policy broke down.
+    `digest` is a hash of every bit of the episode, None in files of early versions. `failures` lists the reasons of earlier
+    attempts, in which the simulator broke down.
     """
 
     trial: str
@@ -51,7 +53,7 @@ class TrialResult:
         object.__setattr__(self, "failures", tuple(self.failures))
 
     def same_outcome(self) -> dict[str, Any]:
-        """Everything but the times, the video and the simulator's failures: what a repetition must reproduce."""
+        """The reproducible fields: all but times, video and the simulator's failures."""
         return {k: v for k, v in asdict(self).items() if k not in ("wall_s", "policy_ms", "video", "failures")}
 
 
@@ -73,29 +75,29 @@ class Results:
 
     @property
     def regimes(self) -> tuple[str, ...]:
-        """The regimes that occur, in the simulator's order."""
+        """The regimes with trials, in the simulator's order."""
         return tuple(name for name in self.header["regimes"] if self.regime(name))
 
 
 def read_results(path: str | Path, *, partial: bool = False) -> Results:
-    """Read a results file. Raises ValueError, naming the line, for anything malformed.
+    """Read a results file. Raises ValueError, naming the line, for malformed contents.
 
-    A file with a cut last line or missing trials is an interrupted evaluation: an error unless `partial`.
+    A file with a cut last line or missing trials belongs to an interrupted evaluation and is an error unless `partial`.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no results here; make them with: agra evaluate")
+        raise FileNotFoundError(f"{path}: no results file; write it with: agra evaluate")
     header, trials, cut = _parse(path)
-    announced = header["num_trials"]
-    if not partial and (cut or len(trials) != announced):
+    num_trials = header["num_trials"]
+    if not partial and (cut or len(trials) != num_trials):
         raise ValueError(
-            f"{path}: interrupted after {len(trials)} of {announced} trials; run the same agra evaluate again to finish"
+            f"{path}: interrupted after {len(trials)} of {num_trials} trials; run the same agra evaluate again to finish"
         )
     return Results(header=header, trials=trials)
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], tuple[TrialResult, ...], bool]:
-    """Header, trials, and whether the last line was cut off (it has no line end) and left out."""
+    """Header, trials, and whether the last line was cut off (without a line end) and dropped."""
     text = path.read_text(encoding="utf-8", errors="replace")
     *lines, rest = text.split("\n")
     records = []
@@ -106,12 +108,24 @@ def _parse(path: Path) -> tuple[dict[str, Any], tuple[TrialResult, ...], bool]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: not a results line ({error})") from error
     if not records or not isinstance(records[0], dict) or "num_trials" not in records[0]:
-        raise ValueError(f"{path}, line 1: expected the header of a results file; remove the file to start anew")
-    names = [record.trial for record in records[1:]]
-    for number, name in enumerate(names, start=2):
-        if name in names[: number - 2]:
-            raise ValueError(f"{path}, line {number}: trial {name!r} occurs twice")
+        raise ValueError(f"{path}, line 1: expected the header of a results file; remove the file to start again")
+    names: set[str] = set()
+    for number, record in enumerate(records[1:], start=2):
+        if record.trial in names:
+            raise ValueError(f"{path}, line {number}: trial {record.trial!r} occurs twice")
+        names.add(record.trial)
     return records[0], tuple(records[1:]), bool(rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSummary:
+    """A policy's figures over the tasks of one group of a benchmark (`agra.evaluation.task_groups`)."""
+
+    group: str
+    tasks: int
+    trials: int
+    rate: float  # mean over tasks
+    average: Average | None  # with an interval that resamples tasks; None for too few tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +134,16 @@ class Summary:
 
     regime: str
     trials: int
-    full: int  # trials of the regime's full list, of which `trials` were played
+    full: int  # trials of the regime's full list
     successes: int
     interval: tuple[float, float]
-    progress: Mapping[str, float]  # share of the trials that reached each partial score
+    progress: Mapping[str, float]  # fraction of the trials that reached each partial score
     median_policy_ms: float
     tasks: int
-    average: Average | None  # over tasks, with an interval that draws tasks; None where there are too few of them
-    failures: int  # attempts in which the simulator broke down; each was played again
+    average: Average | None  # over tasks, with an interval that resamples tasks; None for too few tasks
+    groups: tuple[GroupSummary, ...]  # empty for a benchmark without task groups
+    group_average: Average | None  # mean of the groups' rates; None unless every group has two tasks
+    failures: int  # attempts in which the simulator broke down; each was repeated
 
     @property
     def rate(self) -> float:
@@ -136,20 +152,22 @@ class Summary:
 
 
 def summarise(results: Results) -> tuple[Summary, ...]:
-    """One summary a regime, and where there are several a last one over all trials."""
-    groups = {name: results.regime(name) for name in results.regimes}
-    full = {name: results.header["regimes"][name]["full"] for name in groups}
-    if len(groups) > 1:
-        groups["all"], full["all"] = results.trials, sum(full.values())
-    return tuple(_summarise(name, trials, full[name]) for name, trials in groups.items())
+    """One summary per regime and, for several regimes, a last one over all trials."""
+    regimes = {name: results.regime(name) for name in results.regimes}
+    full = {name: results.header["regimes"][name]["full"] for name in regimes}
+    if len(regimes) > 1:
+        regimes["all"], full["all"] = results.trials, sum(full.values())
+    simulator = results.header["simulator"]
+    return tuple(_summarise(name, trials, full[name], simulator) for name, trials in regimes.items())
 
 
-def _summarise(regime: str, trials: tuple[TrialResult, ...], full: int) -> Summary:
+def _summarise(regime: str, trials: tuple[TrialResult, ...], full: int, simulator: str) -> Summary:
     successes = sum(trial.success for trial in trials)
     scores = list(dict.fromkeys(name for trial in trials for name in trial.progress))
     reached = {name: [t.progress[name] for t in trials if name in t.progress] for name in scores}
     tasks = [trial.task for trial in trials]
     count = len(set(tasks))
+    groups, group_average = _summarise_groups(trials, simulator)
     return Summary(
         regime=regime,
         trials=len(trials),
@@ -160,8 +178,32 @@ def _summarise(regime: str, trials: tuple[TrialResult, ...], full: int) -> Summa
         median_policy_ms=float(np.median([trial.policy_ms["p50"] for trial in trials])),
         tasks=count,
         average=clustered_bootstrap([t.success for t in trials], tasks) if count >= MIN_CLUSTERS else None,
+        groups=groups,
+        group_average=group_average,
         failures=sum(len(trial.failures) for trial in trials),
     )
+
+
+def _summarise_groups(
+    trials: tuple[TrialResult, ...], simulator: str
+) -> tuple[tuple[GroupSummary, ...], Average | None]:
+    """The groups of the benchmark's tasks, and the mean of their rates."""
+    group_of = task_groups(simulator)
+    summaries = []
+    for group in dict.fromkeys(group_of.values()):
+        members = [trial for trial in trials if group_of.get(trial.task) == group]
+        outcomes, tasks = [trial.success for trial in members], [trial.task for trial in members]
+        rates = [np.mean([trial.success for trial in members if trial.task == task]) for task in dict.fromkeys(tasks)]
+        if rates:
+            average = clustered_bootstrap(outcomes, tasks) if len(rates) >= MIN_CLUSTERS else None
+            rate = float(np.mean(rates))
+            summary = GroupSummary(group=group, tasks=len(rates), trials=len(members), rate=rate, average=average)
+            summaries.append(summary)
+    whole = summaries and len(summaries) == len(set(group_of.values())) and min(s.tasks for s in summaries) > 1
+    if not whole:
+        return tuple(summaries), None
+    outcomes = [trial.success for trial in trials]
+    return tuple(summaries), stratified_average(outcomes, [trial.task for trial in trials], group_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +219,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two policies side by side, one pair a regime and where there are several a last one over all trials."""
+    """Two policies: one pair per regime and, for several regimes, a last one over all trials."""
 
     name_a: str
     name_b: str
@@ -187,17 +229,16 @@ class Comparison:
 def compare(results_a: Results, results_b: Results, *, across_protocols: bool = False) -> Comparison:
     """Pair two policies' trials by name, regime by regime.
 
-    Raises ValueError where simulator or trial list differ, and where the protocol does unless `across_protocols` says
-    that this is what is compared.
+    Raises ValueError for different simulators or trial lists and, unless `across_protocols`, for different protocols.
     """
     names = f"cannot compare {results_a.policy} with {results_b.policy}"
     for key in ("simulator", "trials_sha256", *(() if across_protocols else ("protocol", "max_steps", "settings"))):
-        one, other = results_a.header.get(key), results_b.header.get(key)
-        if one != other:
-            raise ValueError(f"{names}: {key} differs, {one!r} and {other!r}")
+        value_a, value_b = results_a.header.get(key), results_b.header.get(key)
+        if value_a != value_b:
+            raise ValueError(f"{names}: {key} differs, {value_a!r} and {value_b!r}")
     by_name = {trial.trial: trial.success for trial in results_b.trials}
     if set(by_name) != {trial.trial for trial in results_a.trials}:
-        raise ValueError(f"{names}: they finished different trials")
+        raise ValueError(f"{names}: their finished trials differ")
     pairs = []
     for a, b in zip(summarise(results_a), summarise(results_b), strict=True):
         trials = results_a.trials if a.regime == "all" else results_a.regime(a.regime)

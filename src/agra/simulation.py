@@ -1,0 +1,162 @@
+"""Policies in simulators, both opened by name: the functions behind `agra evaluate`.
+
+Imports torch only to open a checkpoint, so that it works in a simulator's own environment.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agra.evaluation.protocols import Protocol, default_execute_steps, regime_trials
+from agra.evaluation.results import Results
+from agra.evaluation.rollout import evaluate as evaluate_trials
+from agra.simulators.registry import expert, make
+from agra.types import Policy, Simulator
+
+EXPERT = "expert"
+"""The name under which a simulator's scripted expert is opened."""
+
+
+def make_simulator(name: str, **options: Any) -> Simulator:
+    """Make a simulator of `agra.simulators.registry` with its suite's `options`, such as the tabletop's frame_size.
+
+    Raises ValueError for an unknown name, and ImportError if the suite or OpenGL is not installed.
+    """
+    return make(name, **options)
+
+
+def open_policy(
+    policy: str | Path,
+    simulator: Simulator,
+    *,
+    name: str | None = None,
+    key_mapping: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    timeout: float = 10.0,
+) -> Policy:
+    """Open a policy: a checkpoint or run folder, a bundled policy, a server's address, or `expert`.
+
+    Servers are ws://HOST:PORT, or with a `key_mapping` (`agra.serving.remote_policies`) those of other packages. They receive
+    the key in the variable AGRA_API_KEY and have `timeout` seconds for an answer. `name`, `device` and `threads` (of torch,
+    for the whole process) apply to checkpoints.
+    """
+    address = str(policy)
+    if address == EXPERT:
+        return expert(simulator)
+    api_key = os.environ.get("AGRA_API_KEY")
+    if key_mapping is not None:
+        from agra.serving.remote_policies import connect_policy, read_key_mapping
+
+        return connect_policy(address, read_key_mapping(key_mapping), api_key=api_key)
+    if "://" in address:
+        from agra.serving.client import PolicyClient
+
+        return PolicyClient(address, api_key=api_key, timeout=timeout)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from agra.policies.load import load_policy
+
+    return load_policy(policy, name=name, device=device)
+
+
+def evaluate(
+    policy: Policy | str | Path,
+    simulator: Simulator | str = "tabletop",
+    *,
+    output: str | Path | None = None,
+    name: str | None = None,
+    regimes: Sequence[str] | None = None,
+    limit: int | None = None,
+    protocol: Protocol | None = None,
+    videos: int = 0,
+    workers: int = 1,
+    simulator_options: Mapping[str, Any] | None = None,
+    key_mapping: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: bool = True,
+) -> Results:
+    """Play a benchmark's trials and write the results file `output`. The same call resumes an interrupted evaluation.
+
+    `policy` and `simulator` are objects or names (see `open_policy` and `make_simulator`, which receives `simulator_options`).
+    `regimes` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By default, `output` is results.jsonl
+    in the folder of the policy's run, `name` (of the policy, in the results) is the name of that folder, and the protocol is
+    the simulator's usual one, with a single executed action for the expert. `videos` trials of each regime are saved as mp4.
+
+    With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the same
+    for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
+    """
+    output, name = results_file(policy, output, name, key_mapping)
+    options = dict(simulator_options or {})
+    make_player = None
+    if not isinstance(policy, Policy) and isinstance(simulator, str):
+        settings = {"name": name, "key_mapping": key_mapping, "device": device, "threads": threads, "timeout": 120.0}
+        make_player = partial(_open_player, policy, simulator, options, settings)
+    elif workers > 1:
+        raise ValueError(f"workers: {workers} processes open their own policy and simulator; give both by name")
+    env = make(simulator, **options) if isinstance(simulator, str) else simulator
+    try:
+        opened = None
+        if isinstance(policy, Policy):
+            opened = policy
+        elif workers == 1:
+            opened = open_policy(
+                policy, env, name=name, key_mapping=key_mapping, device=device, threads=threads, timeout=120.0
+            )
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        return evaluate_trials(
+            opened,
+            env,
+            regime_trials(env, regimes, limit=limit),
+            output=output,
+            protocol=protocol or usual_protocol(policy, env.name),
+            videos=videos,
+            workers=workers,
+            make_player=make_player,
+            policy_name=name,
+            policy_settings={"key_mapping": key_mapping} if key_mapping else {},
+            progress=progress,
+        )
+    finally:
+        if isinstance(simulator, str):
+            env.close()
+
+
+def usual_protocol(policy: Policy | str | Path, simulator: str) -> Protocol:
+    """The protocol of a simulator's published evaluations. The expert is called at every step."""
+    return Protocol(execute_steps=1 if policy == EXPERT else default_execute_steps(simulator))
+
+
+def results_file(
+    policy: Policy | str | Path, output: str | Path | None, name: str | None, key_mapping: str | None = None
+) -> tuple[Path, str]:
+    """The results file of an evaluation and the policy's name in it. Raises ValueError if the policy does not decide them."""
+    by_path = not isinstance(policy, Policy) and policy != EXPERT and "://" not in str(policy)
+    if output is None and not by_path:
+        raise ValueError(
+            f"output: give a results file; only a checkpoint or run folder has a default, {policy} has none"
+        )
+    if str(policy).startswith("tcp://") and key_mapping is None:
+        raise ValueError(f"key mapping: {policy} needs the keys of its messages, e.g. groot_gr1")
+    if name is None:
+        if not by_path and policy != EXPERT:
+            raise ValueError(f"name: give the name of the policy {policy} in the results")
+        name = Path(str(policy)).name
+    if output is None:
+        from agra.checkpoints.folder import artifact_dir
+
+        output = artifact_dir(str(policy)) / "results.jsonl"
+    return Path(output), name
+
+
+def _open_player(
+    policy: str | Path, simulator: str, options: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[Policy, Simulator]:
+    """The policy and the simulator of one process."""
+    env = make(simulator, **options)
+    return open_policy(policy, env, **settings), env
