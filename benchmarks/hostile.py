@@ -27,7 +27,7 @@ import websockets
 from websockets.asyncio.client import connect
 
 from agra.serving.client import PolicyClient
-from agra.serving.protocol.messages import Question, RequestError, WireKeys, ask, parse
+from agra.serving.protocol.messages import InferRequest, RequestError, WireKeys, encode_request, parse_request
 from agra.serving.protocol.wire import WireError, pack, unpack
 from agra.types import Observation, PolicySpec
 from benchmarks.serving import serving
@@ -55,7 +55,7 @@ class Strangers:
         if isinstance(frame, str):
             return False
         try:
-            parse(unpack(frame), self.spec, WireKeys())
+            parse_request(unpack(frame), self.spec, WireKeys())
         except (WireError, RequestError):
             return False
         return True
@@ -182,7 +182,7 @@ async def run(address: str, pid: int, *, frames: int, connections: int, pause: f
         instruction="put the apple on the plate",
         embodiment=embodiment,
     )
-    valid = ask(Question(observation=observation, seed=1), WireKeys(), client.spec)
+    valid = encode_request(InferRequest(observation=observation, seed=1), WireKeys(), client.spec)
     found, memory = Counter(), []
     # The one that behaves lives in a process of its own: what the strangers do here must not slow it down.
     processes = multiprocessing.get_context("spawn")

@@ -12,8 +12,8 @@ from typing import cast
 
 import numpy as np
 
-from agra.training.memory_estimate import count_flops
 from agra.policies.load import load_policy
+from agra.training.memory_estimate import count_flops
 from agra.types import Observation
 from benchmarks.side_by_side import compare, finish, peak_flops
 from benchmarks.stock import StockPolicy

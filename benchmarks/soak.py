@@ -37,7 +37,7 @@ from websockets.sync.client import connect
 
 from agra import files
 from agra.serving.client import PolicyClient
-from agra.serving.protocol.messages import Question, WireKeys, ask
+from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request
 from agra.serving.protocol.wire import pack_groot, unpack_groot
 from agra.serving.protocol.zmtp import COMMAND, GREETING, LONG, MORE
 from agra.types import Observation
@@ -333,7 +333,7 @@ def main() -> None:
     policy = load_policy(options.checkpoint)
     pool = make_pool(policy, 16)
     spans = dict(next(iter(policy.spec.embodiments.values())).state)
-    valid = ask(Question(observation=pool[0][0], seed=1), WireKeys(), policy.spec)
+    valid = encode_request(InferRequest(observation=pool[0][0], seed=1), WireKeys(), policy.spec)
     with tempfile.TemporaryDirectory() as folder:
         run, log = Path(folder) / "run", Path(folder) / "log"
         checkpoints = Checkpoints(checkpoint.resolve(options.checkpoint), run)

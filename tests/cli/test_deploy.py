@@ -1,10 +1,10 @@
-"""agra serve and agra control: settings that cannot be meant end in one line, and a run without answers is no success."""
+"""`agra serve` and `agra control`: invalid settings end in one line, and a run without answers fails."""
 
 import json
 
 import pytest
 
-from agra.cli import main
+from agra.cli.main import main
 
 SERVE = ("serve", "tabletop-agra")
 TLS = ("--tls-certificate", "a.pem", "--tls-key", "b.pem", "--groot-port", "5555")
@@ -26,14 +26,14 @@ def test_ports_have_a_range(capsys, flag, port):
     assert f"{flag} {port}: expected 0 to 65535" in refused(capsys, *SERVE, flag, port)
 
 
-def test_groots_wire_is_not_in_clear_beside_tls_by_accident(capsys, monkeypatch):
+def test_groots_plaintext_protocol_beside_tls_needs_a_flag(capsys, monkeypatch):
     monkeypatch.setenv("AGRA_API_KEY", "key")
-    assert "GR00T's wire has no TLS" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS)
-    assert "No such file" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS, "--groot-in-clear")
-    assert "No such file" in refused(capsys, *SERVE, *TLS)  # this machine alone
+    assert "GR00T's protocol has no TLS" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS)
+    assert "No such file" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS, "--groot-allow-plaintext")
+    assert "No such file" in refused(capsys, *SERVE, *TLS)  # a loopback server needs no flag
 
 
-def test_a_key_that_no_header_carries_alike_is_refused(capsys, monkeypatch):
+def test_a_key_outside_ascii_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("AGRA_API_KEY", "s\xe9same")
     assert "API key: expected printable ASCII" in refused(capsys, *SERVE)
 
@@ -50,4 +50,4 @@ def test_a_control_run_without_any_answer_fails(capsys):
     with pytest.raises(SystemExit) as stop:
         main(("control", "ws://127.0.0.1:1", "--seconds", "0.5"))
     assert stop.value.code == 1
-    assert "no answer came" in capsys.readouterr().err
+    assert "no answer in 0.5 s" in capsys.readouterr().err

@@ -34,10 +34,18 @@ from agra.data.normalization.normalize import NormStats
 from agra.diagnostics.samples.masks import read_masks
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, save_samples
 from agra.policies.load import load_method
-from agra.serving.protocol.messages import Question, RequestError, WireKeys, ask, parse, read_description
+from agra.serving.protocol.messages import (
+    InferRequest,
+    RequestError,
+    WireKeys,
+    encode_request,
+    parse_request,
+    read_description,
+)
 from agra.serving.protocol.wire import WireError, pack, pack_groot, unpack, unpack_groot
 from agra.serving.protocol.zmtp import COMMAND, GREETING, LONG, MORE, Peer, ProtocolError
-from agra.serving.server.groot import GrootNames, flatten, read_observation
+from agra.serving.server.config import GrootWire
+from agra.serving.server.groot import flatten, parse_observations
 from agra.types import EmbodimentSpec, Observation, PolicySpec
 from agra.weights import write_tensors
 from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
@@ -151,7 +159,7 @@ SPEC = PolicySpec(name="policy", horizon=5, frame_size=(32, 48), embodiments={"r
 SEEN = Observation(
     frame=np.zeros((16, 16, 3), np.uint8), state=np.zeros(4, np.float32), instruction="go", embodiment="robot"
 )
-REQUEST = ask(Question(observation=SEEN, seed=1, request_id=3), WireKeys(), SPEC)
+REQUEST = encode_request(InferRequest(observation=SEEN, seed=1, request_id=3), WireKeys(), SPEC)
 GROOT = {
     "video.ego_view": SEEN.frame[None], "state.arm": np.zeros((1, 3), np.float32), "state.hand": np.zeros((1, 1), np.float32),
     "annotation.human.action.task_description": ["go"],
@@ -193,7 +201,7 @@ def check_openpi(data: bytes) -> None:
     """A request or a complaint; what passes is what the policy takes."""
     try:
         message = unpack(data)
-        question = parse(message, SPEC, WireKeys())
+        question = parse_request(message, SPEC, WireKeys())
     except (WireError, RequestError):
         return
     assert question.observation.state.shape == (4,)
@@ -215,7 +223,7 @@ def check_groot(data: bytes) -> None:
         message = unpack_groot(data)
         if not isinstance(message, dict):
             return
-        observations, _ = read_observation(flatten(message), ROBOT, "robot", GrootNames())
+        observations, _ = parse_observations(flatten(message), ROBOT, "robot", GrootWire())
     except (WireError, RequestError):
         return
     assert all(np.isfinite(one.state).all() for one in observations)
@@ -239,7 +247,7 @@ def check_zmtp(data: bytes) -> None:
         reader.feed_data(data)
         reader.feed_eof()
         peer = Peer(reader, _Sink(), max_message=1000)  # type: ignore[arg-type]
-        await peer.shake_hands()
+        await peer.handshake()
         while True:
             size = await peer.header()
             assert size <= 1000

@@ -1,9 +1,6 @@
 import json
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
-
 
 import numpy as np
 import pytest
@@ -11,18 +8,18 @@ import pytest
 from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.rollout import evaluate
 from agra.serving.client import ServerLost, ServerRefused
+from agra.serving.protocol.wire import pack, pack_groot, unpack, unpack_groot
 from agra.serving.remote_policies import (
-    TABLES,
+    KEY_MAPPINGS,
     GrootPolicy,
     KeyMapping,
     OpenpiPolicy,
-    answer,
     connect_policy,
+    decode_actions,
+    encode_observation,
     read_key_mapping,
-    request,
     resize_with_pad,
 )
-from agra.serving.protocol.wire import pack, pack_groot, unpack, unpack_groot
 from agra.types import Observation
 from tests.support.point_world import PointWorld
 
@@ -51,35 +48,35 @@ def seen(size=(32, 48), views=()):
 
 
 def test_openpi_request():
-    message = request(seen(), OPENPI)
+    message = encode_observation(seen(), OPENPI)
     assert set(message) == {"observation/image", "observation/x", "observation/y", "prompt"}
     assert np.array_equal(message["observation/image"], seen().frame)
     assert (message["observation/y"], message["prompt"]) == (np.float32(0.75), "go")
     table = replace(OPENPI, images={"image": "wrist"}, image_size=(24, 24), constants={"task": 3})
-    with pytest.raises(ValueError, match="the server wants 'wrist' as image, the simulator has frame"):
-        request(seen(), table)
-    message = request(seen(views=["wrist"]), table)
+    with pytest.raises(ValueError, match="the server expects 'wrist' as image, the simulator has frame"):
+        encode_observation(seen(), table)
+    message = encode_observation(seen(views=["wrist"]), table)
     assert (message["image"].shape, message["task"]) == ((24, 24, 3), 3)
 
 
 def test_groot_request_has_a_time_axis():
-    message = request(seen(), GROOT)
+    message = encode_observation(seen(), GROOT)
     assert message["video.ego_view"].shape == (1, 32, 48, 3)
     assert message["state.x"].tolist() == [[0.25]]
     assert message["annotation.human.coarse_action"] == ["go"]
 
 
 def test_answers_are_put_in_our_order():
-    chunk = answer({"action.x": np.full((3, 1), 1.0), "action.y": np.full((3, 4), 2.0)}, GROOT)
+    chunk = decode_actions({"action.x": np.full((3, 1), 1.0), "action.y": np.full((3, 4), 2.0)}, GROOT)
     assert chunk.actions.tolist() == [[1, 2]] * 3
-    n16 = answer([{"action.x": np.ones((3, 1)), "action.y": np.ones((3, 1))}, {}], GROOT)
+    n16 = decode_actions([{"action.x": np.ones((3, 1)), "action.y": np.ones((3, 1))}, {}], GROOT)
     assert n16.actions.shape == (3, 2)
     with pytest.raises(
         ServerRefused, match=r"action.y: expected \(K, 1\) numbers from the policy server, got NoneType"
     ):
-        answer({"action.x": np.ones((3, 1))}, GROOT)
-    with pytest.raises(ServerRefused, match="the policy server says: no GPU"):
-        answer({"error": "no GPU"}, GROOT)
+        decode_actions({"action.x": np.ones((3, 1))}, GROOT)
+    with pytest.raises(ServerRefused, match="error of the policy server: no GPU"):
+        decode_actions({"error": "no GPU"}, GROOT)
 
 
 def test_resize_keeps_the_aspect():
@@ -92,20 +89,20 @@ def test_resize_keeps_the_aspect():
 
 
 def test_tables(tmp_path):
-    for name, table in TABLES.items():
+    for name, table in KEY_MAPPINGS.items():
         assert read_key_mapping(name) is table
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"wire": "openpi", "images": {"image": "frame"}, "state": {"s": [0, 2]},
                                 "actions": {"actions": [0, 2]}, "instruction": "prompt"}))  # fmt: skip
-    assert answer({"actions": np.ones((4, 2))}, read_key_mapping(str(path))).actions.shape == (4, 2)
+    assert decode_actions({"actions": np.ones((4, 2))}, read_key_mapping(str(path))).actions.shape == (4, 2)
     path.write_text('{"wire": "openpi"}')
     with pytest.raises(ValueError, match=r"mine\.json: expected a JSON object with the fields wire, images"):
         read_key_mapping(str(path))
-    with pytest.raises(ValueError, match="key table 'pi0': expected one of openpi_libero"):
+    with pytest.raises(ValueError, match="key mapping 'pi0': expected one of openpi_libero"):
         read_key_mapping("pi0")
-    with pytest.raises(ValueError, match="spans that follow each other from 0"):
+    with pytest.raises(ValueError, match="contiguous spans from 0"):
         replace(OPENPI, actions={"actions": (1, 3)})
-    with pytest.raises(ValueError, match="expected tcp://HOST:PORT and a key table of the groot wire"):
+    with pytest.raises(ValueError, match="expected tcp://HOST:PORT and a key mapping for groot"):
         GrootPolicy("tcp://127.0.0.1:1", OPENPI)
 
 

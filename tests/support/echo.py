@@ -1,15 +1,18 @@
-"""A policy whose answers prove which observation they are for, and a server around it in a thread of its own."""
+"""A policy with a different chunk for every observation, a server around it in a thread, and plain clients of it."""
 
 import asyncio
 import hashlib
+import http.client
 import threading
 import time
 from contextlib import contextmanager
 
 import numpy as np
+import websockets.sync.client
 
+from agra.serving.server.config import Limits
+from agra.serving.server.service import PolicyService
 from agra.serving.server.websocket import WebsocketServer
-from agra.serving.server.service import Limits, PolicyService
 from agra.types import ActionChunk, EmbodimentSpec, Observation, PolicySpec
 
 STATE, ACTION, HORIZON = 4, 3, 5
@@ -32,17 +35,17 @@ def observation(seed=0, instruction="go", size=(32, 48)):
 
 
 def expected(observation):
-    """(HORIZON, ACTION) that only this observation gets."""
+    """The chunk (HORIZON, ACTION) of an observation, a hash of its contents."""
     content = observation.frame.tobytes() + observation.state.tobytes() + observation.instruction.encode()
     digest = hashlib.sha256(content).digest()
     return np.frombuffer(digest, np.uint8)[: HORIZON * ACTION].reshape(HORIZON, ACTION).astype(np.float32)
 
 
 class Echo:
-    """Answers `expected`; notes batches, seeds and continuations. `seconds` is what a forward takes."""
+    """Answers `expected` after `seconds`. Records batches, seeds and continuations."""
 
-    def __init__(self, given=None, *, seconds=0.0, offset=0.0):
-        self.spec, self.seconds, self.offset = given or spec(), seconds, offset
+    def __init__(self, policy_spec=None, *, seconds=0.0, offset=0.0):
+        self.spec, self.seconds, self.offset = policy_spec or spec(), seconds, offset
         self.batches, self.seeds, self.continuations = [], [], []
 
     def episode(self, seed):
@@ -68,7 +71,7 @@ class Echo:
 
 
 class Running:
-    """A server in a thread; `call` runs a coroutine in its loop."""
+    """A server in a thread. `call` runs a coroutine in its event loop."""
 
     def __init__(self, policy, limits=None, **options):
         self.policy, self.limits, self.options = policy, limits or Limits(), options
@@ -77,7 +80,7 @@ class Running:
 
     @property
     def address(self):
-        return f"ws://127.0.0.1:{self.server.port}"
+        return self.server.address
 
     def call(self, coroutine, timeout=20):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
@@ -95,17 +98,30 @@ class Running:
 @contextmanager
 def running(policy, limits=None, **options):
     """A `Running` server, stopped at the end."""
-    one = Running(policy, limits, **options)
-    thread = threading.Thread(target=one.loop.run_forever, daemon=True)
+    server = Running(policy, limits, **options)
+    thread = threading.Thread(target=server.loop.run_forever, daemon=True)
     thread.start()
     try:
-        one.call(one.start())
-        yield one
-        one.call(one.stop())
+        server.call(server.start())
+        yield server
+        server.call(server.stop())
     finally:
-        one.loop.call_soon_threadsafe(one.loop.stop)
+        server.loop.call_soon_threadsafe(server.loop.stop)
         thread.join(10)
-        one.loop.close()
+        server.loop.close()
+
+
+def connect(server, **options):
+    """A websocket client of a `Running` server."""
+    return websockets.sync.client.connect(server.address, compression=None, max_size=None, **options)
+
+
+def get(server, path, headers=None):
+    """Status and body of an HTTP request to a `Running` server."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server.port, timeout=10)
+    connection.request("GET", path, headers=headers or {})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
 
 
 def wait_for(condition, seconds=10):

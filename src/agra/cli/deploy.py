@@ -3,41 +3,22 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from agra.cli.arguments import use_threads
-
-if TYPE_CHECKING:
-    from agra.serving.server.app import PolicySource
+from agra.serving.server.config import ServeConfig
 
 
 def serve(
     policy: Annotated[Path, tyro.conf.Positional],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    groot_port: int | None = None,
-    groot_camera: str = "ego_view",
-    groot_version: Literal["n1.5", "n1.6"] = "n1.6",
-    embodiment: str | None = None,
-    allow_unauthenticated: bool = False,
-    image_key: str = "observation/image",
-    state_keys: tuple[str, ...] = ("observation/state",),
-    prompt_key: str = "prompt",
-    max_batch: int = 16,
-    max_connections: int = 64,
-    reload_interval: float | None = None,
-    tls_certificate: Path | None = None,
-    tls_key: Path | None = None,
-    groot_allow_plaintext: bool = False,
-    input_stretch: float = 10.0,
+    config: Annotated[ServeConfig, tyro.conf.arg(name="")] = ServeConfig(),  # noqa: B008
     fast: bool = True,
     compiled: bool = False,
     pool_future: int = 1,
     imagine: bool = False,
     known_instructions: bool = False,
-    ready_file: Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -48,71 +29,30 @@ def serve(
 
     Args:
         policy: a checkpoint or run folder.
-        host: address to listen on. Any but this machine's own needs AGRA_API_KEY or --allow-unauthenticated.
-        port: port of the websocket server. 0 takes a free one.
-        groot_port: serve GR00T's ZMQ protocol too, on this port.
-        groot_camera: the camera's name there: video.NAME.
-        groot_version: the format of get_modality_config there. Later clients read that of n1.6.
-        embodiment: the robot of GR00T's clients, where the policy knows several.
-        allow_unauthenticated: listen on a network without a key.
-        image_key: the clients' key of the frame.
-        state_keys: the clients' keys of the state. Several are joined in order.
-        prompt_key: the clients' key of the instruction.
-        max_batch: requests of different clients that are computed together.
-        max_connections: largest number of clients.
-        reload_interval: seconds between checks for a newer checkpoint in the run folder, which is then loaded.
-        tls_certificate: PEM file. The address is then wss://.
-        tls_key: PEM file of its private key.
-        groot_allow_plaintext: with TLS, serve GR00T's protocol, which has none, on a network all the same. The key and the
-            frames are then sent unencrypted.
-        input_stretch: refuse states that lie further outside the training range than this many widths of it.
+        config: addresses, keys, limits, TLS and GR00T's protocol.
         fast: --no-fast runs the forward passes of training, for comparison.
         compiled: compile the model, on a GPU as CUDA graphs. Every batch size is compiled before the server is ready.
-        pool_future: an approximation: squares of this many by this many tokens of the imagined frames become their mean
-            before the guidance projector. 1 leaves them alone (docs/speed.md gives cost and gain of 2).
-        imagine: allow clients to request the predicted video, which takes several answers' time.
+        pool_future: an approximation: average squares of this many by this many tokens of the predicted frames before the
+            guidance projector. 1 leaves it out (docs/speed.md gives cost and gain of 2).
+        imagine: allow clients to request the predicted video, which takes as long as several responses.
         known_instructions: load no text encoder, and answer only the training instructions, whose tokens are in the
             checkpoint.
-        ready_file: write the address as JSON here when the server accepts clients.
         device: the policy's device.
         threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
     """
     import asyncio
-    import json
     import logging
-    import ssl
 
-    from agra.files import write_text
-    from agra.serving.protocol.messages import WireKeys
-    from agra.serving.server.app import run
-    from agra.serving.server.groot import GrootNames, GrootServer
-    from agra.serving.server.service import Limits, PolicyService, check_key
-    from agra.serving.server.websocket import LOOPBACK, WebsocketServer
+    from agra.checkpoints.folder import resolve
+    from agra.policies.load import load_policy
+    from agra.serving.server.app import PolicySource
+    from agra.serving.server.app import serve as run
 
-    key = os.environ.get("AGRA_API_KEY")
-    check_key(key)
-    for name, value in (("--port", port), ("--groot-port", groot_port)):
-        if value is not None and not 0 <= value < 65536:
-            raise ValueError(f"{name} {value}: expected 0 to 65535")
-    if host not in LOOPBACK and key is None and not allow_unauthenticated:
-        raise ValueError(
-            f"--host {host}: set AGRA_API_KEY, or use --allow-unauthenticated to let everyone on that network in"
-        )
-    if (tls_certificate is None) != (tls_key is None):
-        raise ValueError("--tls-certificate and --tls-key belong together")
-    if tls_certificate is not None and groot_port is not None and host not in LOOPBACK and not groot_allow_plaintext:
-        raise ValueError(
-            f"--groot-port {groot_port}: GR00T's protocol has no TLS, so the key would be sent unencrypted; use "
-            "--groot-allow-plaintext to allow that, or leave one of the two out"
-        )
-    tls = None
-    if tls_certificate is not None and tls_key is not None:
-        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        tls.load_cert_chain(tls_certificate, tls_key)
     use_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("agra.serving.websockets").setLevel(logging.CRITICAL)  # invalid handshakes
-    source = _policy_source(
+    load = partial(
+        load_policy,
         policy,
         device=device,
         fast=fast,
@@ -121,37 +61,8 @@ def serve(
         imagines=imagine,
         known_instructions=known_instructions,
     )
-    keys = WireKeys(image=image_key, state=state_keys, prompt=prompt_key)
-
-    async def main() -> None:
-        limits = Limits(max_batch=max_batch, max_connections=max_connections, input_stretch=input_stretch)
-        service = PolicyService(source.load(), limits)
-        server = WebsocketServer(service, host=host, port=port, keys=keys, api_key=key, tls=tls)
-        groot = None
-        if groot_port is not None:
-            names = GrootNames(camera=groot_camera, version=groot_version)
-            groot = GrootServer(service, host=host, port=groot_port, embodiment=embodiment, names=names, api_key=key)
-        scheme = "ws" if tls is None else "wss"
-
-        def started() -> None:
-            address, groot_address = f"{scheme}://{host}:{server.port}", ""
-            if groot is not None:
-                groot_address = f"tcp://{host}:{groot.port}"
-            print(" and ".join([f"serving {service.spec.name} on {address}", *filter(None, [groot_address])]), flush=True)
-            if ready_file is not None:
-                write_text(ready_file, json.dumps({"address": address, "groot_address": groot_address}) + "\n")
-
-        await run(service, server, source, groot=groot, reload_interval=reload_interval, started=started)
-
-    asyncio.run(main())
-
-
-def _policy_source(path: Path, *, device: str, **options: Any) -> "PolicySource":
-    from agra.checkpoints.folder import resolve
-    from agra.policies.load import load_policy
-    from agra.serving.server.app import PolicySource
-
-    return PolicySource(load=partial(load_policy, path, device=device, **options), stamp=partial(resolve, path))
+    source = PolicySource(load=load, stamp=partial(resolve, policy))
+    asyncio.run(run(config, source, api_key=os.environ.get("AGRA_API_KEY")))
 
 
 def control(
@@ -178,10 +89,10 @@ def control(
         execute_steps: control steps after which the next chunk is requested.
         trial: number of the in-distribution trial to play.
         seconds: longest duration.
-        latency: seconds of an answer in simulated time. By default real time and the real latency.
-        max_age: seconds after its observation at which an action is no longer executed.
-        stop_after: seconds of holding after which to stop.
-        max_step: largest change of an action's number from one control step to the next.
+        latency: latency of the policy in seconds of simulated time. By default real time and the actual latency.
+        max_age: largest age of an action's observation, seconds. The robot holds instead of executing an older action.
+        stop_after: seconds of holding after which the run stops.
+        max_step: largest change of each action dimension from one control step to the next.
         dry_run: decide, but send no command.
         record: record the episode as a LeRobot dataset here.
         device: the policy's device.
@@ -225,7 +136,7 @@ def control(
         robot.disconnect()
     finally:
         env.close()
-    answers = f"{len(report.delays)} answers after {max(report.delays, default=0)} control steps at most"
+    answers = f"{len(report.delays)} answers after at most {max(report.delays, default=0)} control steps"
     print(
         f"{'success' if robot.succeeded else report.stopped or 'no success'} after {report.steps / env.fps:.1f} s: "
         f"{answers}; held {report.held}, clipped {report.clipped}, lost {report.errors}, late {report.overruns} "
@@ -233,7 +144,7 @@ def control(
     )
     if not report.delays:
         raise ConnectionError(
-            f"{policy}: no answer came in {report.steps / env.fps:.1f} s; is the server running there?"
+            f"{policy}: no answer in {report.steps / env.fps:.1f} s; check that the server is running"
         )
 
 

@@ -1,4 +1,4 @@
-"""A policy behind a server, as a robot or a simulator sees it: numpy and a websocket, no torch.             fact 9"""
+"""Client of the policy server, for robots and simulators. Needs numpy, msgpack and websockets. Imports no torch."""
 
 import socket
 import time
@@ -10,27 +10,26 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import ClientConnection, connect
 
-from agra.serving.protocol.messages import Question, WireKeys, ask, read_description
+from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request, read_description
 from agra.serving.protocol.wire import WireError, pack, unpack
 from agra.types import ActionChunk, Continuation, Observation, PolicySpec
 
-MAX_ANSWER = 2**24  # bytes
+MAX_RESPONSE = 2**24  # bytes
 
 
 class ServerLost(ConnectionError):
-    """The server is not there, went away or did not answer in time; the next call tries again."""
+    """The server is unreachable, closed the connection or did not answer in time. The next call connects again."""
 
 
 class ServerRefused(ValueError):
-    """The server's word on a request that it cannot take."""
+    """An error message of the server about a request."""
 
 
 class PolicyClient:
-    """An `agra.types.Policy` on a server, such as ws://127.0.0.1:8000. Connects when first needed, and again after a loss.
+    """An `agra.types.Policy` on a server, such as ws://127.0.0.1:8000. Connects at the first call, and again after a loss.
 
-    An answer that takes longer than `timeout` seconds counts as lost and its connection with it, so that it cannot be
-    taken for a later one. Raises ServerLost (a ConnectionError) and ServerRefused (a ValueError). Not for several
-    threads at once.
+    A response later than `timeout` seconds counts as lost. Its connection is closed, so it cannot be taken for the response
+    to a later request. Raises ServerLost (a ConnectionError) and ServerRefused (a ValueError). Not thread-safe.
     """
 
     def __init__(self, address: str, *, api_key: str | None = None, timeout: float = 10.0) -> None:
@@ -41,15 +40,15 @@ class PolicyClient:
         self.address, self.timeout = address, timeout
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
         self._connection: ClientConnection | None = None
-        self._life = ExitStack()  # of the connection
+        self._resources = ExitStack()  # closes the connection
         self._spec: PolicySpec | None = None
         self._keys = WireKeys()
-        self._seed, self._begun = 0, False
-        self._asked = 0
+        self._seed, self._in_episode = 0, False
+        self._request_id = 0
 
     @property
     def spec(self) -> PolicySpec:
-        """What the server's policy takes and answers."""
+        """Inputs and outputs of the server's policy."""
         if self._spec is None:
             self._connect()
         assert self._spec is not None
@@ -57,31 +56,31 @@ class PolicyClient:
 
     def reset(self, seed: int) -> None:
         """Begin an episode with the next observation."""
-        self._seed, self._begun = seed, False
+        self._seed, self._in_episode = seed, False
 
     def act(self, observation: Observation, *, continuation: Continuation | None = None) -> ActionChunk:
-        """The server's chunk; `timings` are its stages and `round_trip`, seconds."""
-        return self._ask(observation, continuation=continuation)
+        """Request a chunk. Its `timings` are the server's stages and `round_trip`, in seconds."""
+        return self._infer(observation, continuation=continuation)
 
     def act_and_imagine(self, observation: Observation) -> ActionChunk:
-        """The same chunk, with the video that the policy expects where the server gives it (`agra serve --imagine`)."""
-        return self._ask(observation, imagine=self.spec.imagines)
+        """Request the same chunk with the predicted video, which the server returns under `agra serve --imagine`."""
+        return self._infer(observation, imagine=self.spec.imagines)
 
-    def _ask(
+    def _infer(
         self, observation: Observation, *, continuation: Continuation | None = None, imagine: bool = False
     ) -> ActionChunk:
         connection = self._connection or self._connect()
-        self._asked += 1
-        question = Question(
+        self._request_id += 1
+        request = InferRequest(
             observation=observation,
-            seed=None if self._begun else self._seed,
+            seed=None if self._in_episode else self._seed,
             continuation=continuation,
             imagine=imagine,
-            request_id=self._asked,
+            request_id=self._request_id,
         )
         start = time.perf_counter()
         try:
-            connection.send(pack(ask(question, self._keys, self.spec)))
+            connection.send(pack(encode_request(request, self._keys, self.spec)))
             data = connection.recv(timeout=self.timeout)
         except TimeoutError as error:
             self.close()
@@ -91,8 +90,8 @@ class PolicyClient:
             raise ServerLost(f"{self.address}: the connection was lost ({error})") from error
         if isinstance(data, str):
             raise ServerRefused(f"{self.address}: {data}")
-        message = _answer(data, self._asked, self.address)
-        self._begun = True
+        message = self._decode_response(data)
+        self._in_episode = True
         timing = message.get("server_timing", {})
         timings = {k.removesuffix("_ms"): v / 1000 for k, v in timing.items() if k.endswith("_ms")}
         return ActionChunk(
@@ -101,23 +100,31 @@ class PolicyClient:
             imagined=message.get("imagined"),
         )
 
+    def _decode_response(self, data: bytes) -> Mapping[str, Any]:
+        message = unpack(data)
+        actions = message.get("actions") if isinstance(message, dict) else None
+        valid = isinstance(actions, np.ndarray) and actions.ndim == 2 and message.get("request_id") == self._request_id
+        if not valid:
+            raise ServerLost(f"{self.address}: the message is not a response to request {self._request_id}")
+        return message
+
     def close(self) -> None:
-        """Hang up, without waiting for the server's goodbye."""
+        """Close the connection, without waiting for the server's closing handshake."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_RDWR)
-        self._life.close()
+        self._resources.close()
 
     def _connect(self) -> ClientConnection:
-        self.close()  # whatever an attempt before left
+        self.close()  # the remains of an earlier attempt
         try:
-            connection = self._life.enter_context(
+            connection = self._resources.enter_context(
                 connect(
                     self.address,
                     additional_headers=self._headers,
                     compression=None,
-                    max_size=MAX_ANSWER,
+                    max_size=MAX_RESPONSE,
                     open_timeout=self.timeout,
                     close_timeout=1,
                     proxy=None,
@@ -127,20 +134,12 @@ class PolicyClient:
         except InvalidURI as error:
             raise ValueError(f"server address {self.address!r}: {error}") from error
         except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
-            raise ServerLost(f"{self.address}: no policy server to be reached ({error})") from error
-        self._connection, self._begun = connection, False  # a new connection is a new episode to the server
+            raise ServerLost(f"{self.address}: cannot reach a policy server ({error})") from error
+        self._connection, self._in_episode = connection, False  # the server begins an episode with each connection
         return connection
 
 
 def _binary(data: bytes | str) -> bytes:
     if isinstance(data, str):
-        raise WireError(f"expected a description of the policy, got the text {data[:80]!r}")
+        raise WireError(f"expected the description of a policy, got the text {data[:80]!r}")
     return data
-
-
-def _answer(data: bytes, asked: int, address: str) -> Mapping[str, Any]:
-    message = unpack(data)
-    actions = message.get("actions") if isinstance(message, dict) else None
-    if not isinstance(actions, np.ndarray) or actions.ndim != 2 or message.get("request_id") != asked:
-        raise ServerLost(f"{address}: answered with something that is no answer to request {asked}")
-    return message

@@ -1,7 +1,8 @@
-"""Policies behind servers that are not ours, as an `agra.types.Policy`: whoever speaks openpi's or GR00T's wire.   fact 9
+"""Policies on servers of other projects, as an `agra.types.Policy`: clients of openpi's and of GR00T's protocol.
 
-Both wires leave the names of what is sent to the policy, so a `KeyMapping` says which key carries what. Such a server is told
-no seed: the runner's scenes are the same for every policy, the policy's own random numbers are not repeatable. No torch.
+Both protocols leave the names of the keys to the policy. A `KeyMapping` says which key carries which quantity. These servers
+take no seed: trials have the same scenes for every policy, but the policy's own random numbers are not reproducible. Imports
+no torch.
 """
 
 import json
@@ -23,12 +24,12 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class KeyMapping:
-    """Which key of the wire carries what: the left side is the server's, the right side ours.
+    """Keys of a server's messages for our frames, states, actions and instruction.
 
-    `images` names our pictures, `frame` or one of a suite's `views`; `state` and `actions` are dimensions [start, end) of
-    our state and action; `instruction` and each of `constants` are single keys. `image_size` (H, W) has the pictures sent in
-    that size, padded to its shape with black; None sends them as they are. On GR00T's wire every array gets a leading axis
-    of one time step and the instruction is a list of one text, as its clients send them.
+    `images` maps the server's key to `frame` or to one of a suite's `views`. `state` and `actions` map it to the dimensions
+    [start, end) of our state and action. `instruction` and each of `constants` are single keys. `image_size` (H, W) resizes
+    images to that size, padded with black. None sends them as rendered. In GR00T's protocol every array gets a leading axis of
+    one time step and the instruction is a list of one text, as its own clients send them.
     """
 
     wire: Literal["openpi", "groot"]
@@ -45,9 +46,7 @@ class KeyMapping:
         spans = sorted(tuple(span) for span in self.actions.values())
         ends = [0, *(end for _, end in spans)]
         if not spans or any(start != end for (start, _), end in zip(spans, ends, strict=False)):
-            raise ValueError(
-                f"KeyMapping.actions: expected spans that follow each other from 0, got {dict(self.actions)}"
-            )
+            raise ValueError(f"KeyMapping.actions: expected contiguous spans from 0, got {dict(self.actions)}")
 
 
 _GR1_PARTS = {
@@ -83,34 +82,34 @@ KEY_MAPPINGS = {
         instruction="annotation.human.coarse_action",
     ),
 }
-"""Tables for the benchmarks here: the names that openpi's LIBERO policies and GR00T's GR1 policies use."""
+"""Key mappings of openpi's LIBERO policies, of the same keys for Meta-World, and of GR00T's GR1 policies."""
 
 
 def read_key_mapping(name: str) -> KeyMapping:
-    """One of `KEY_MAPPINGS` by name, or a JSON file with the fields of `KeyMapping`. Raises ValueError for anything else."""
+    """Return one of `KEY_MAPPINGS` by name, or read a JSON file with the fields of `KeyMapping`. Raises ValueError."""
     if name in KEY_MAPPINGS:
         return KEY_MAPPINGS[name]
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"key mapping {name!r}: expected one of {', '.join(KEY_MAPPINGS)}, or a JSON file")
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        return KeyMapping(**given)
+        return KeyMapping(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        known = ", ".join(field.name for field in fields(KeyMapping))
-        raise ValueError(f"{path}: expected a JSON object with the fields {known} ({error})") from error
+        names = ", ".join(field.name for field in fields(KeyMapping))
+        raise ValueError(f"{path}: expected a JSON object with the fields {names} ({error})") from error
 
 
-def request(observation: Observation, mapping: KeyMapping) -> dict[str, Any]:
-    """The observation in the server's words. Raises ValueError for a picture that the simulator does not have."""
-    pictures = {"frame": observation.frame, **observation.views}
+def encode_observation(observation: Observation, mapping: KeyMapping) -> dict[str, Any]:
+    """Encode an observation with the server's keys. Raises ValueError for an image that the simulator does not have."""
+    available = {"frame": observation.frame, **observation.views}
     message: dict[str, Any] = dict(mapping.constants or {})
     for key, name in mapping.images.items():
-        if name not in pictures:
-            raise ValueError(f"key mapping: the server wants {name!r} as {key}, the simulator has {', '.join(pictures)}")
-        message[key] = (
-            pictures[name] if mapping.image_size is None else resize_with_pad(pictures[name], *mapping.image_size)
-        )
+        if name not in available:
+            raise ValueError(
+                f"key mapping: the server expects {name!r} as {key}, the simulator has {', '.join(available)}"
+            )
+        image = available[name]
+        message[key] = image if mapping.image_size is None else resize_with_pad(image, *mapping.image_size)
     message |= {key: observation.state[start:end].astype(np.float32) for key, (start, end) in mapping.state.items()}
     if mapping.wire == "groot":
         message = {key: value[None] if isinstance(value, np.ndarray) else value for key, value in message.items()}
@@ -118,12 +117,12 @@ def request(observation: Observation, mapping: KeyMapping) -> dict[str, Any]:
     return message
 
 
-def answer(message: Any, mapping: KeyMapping) -> ActionChunk:
-    """The server's actions (K, D) in our order. Raises ServerRefused for what is no answer."""
+def decode_actions(message: Any, mapping: KeyMapping) -> ActionChunk:
+    """Decode the server's actions (K, D) into our order. Raises ServerRefused for any other message."""
     if isinstance(message, list) and message:  # GR00T N1.6: [action, info]
         message = message[0]
     if isinstance(message, dict) and "error" in message:
-        raise ServerRefused(f"the policy server says: {message['error']}")
+        raise ServerRefused(f"error of the policy server: {message['error']}")
     parts = []
     for key, (start, end) in sorted(mapping.actions.items(), key=lambda item: item[1]):
         part = message.get(key) if isinstance(message, dict) else None
@@ -134,48 +133,50 @@ def answer(message: Any, mapping: KeyMapping) -> ActionChunk:
     return ActionChunk(actions=np.concatenate(parts, axis=1).astype(np.float32))
 
 
-def resize_with_pad(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3): bilinear, the aspect kept, black where it does not fill the frame."""
+def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8 to (height, width, 3): bilinear, aspect ratio kept, padded with black."""
     from PIL import Image
 
-    scale = min(height / picture.shape[0], width / picture.shape[1])
-    rows, columns = (max(1, int(side * scale)) for side in picture.shape[:2])
-    small = np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BILINEAR))
+    scale = min(height / image.shape[0], width / image.shape[1])
+    rows, columns = (max(1, int(side * scale)) for side in image.shape[:2])
+    resized = np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
     padded = np.zeros((height, width, 3), np.uint8)
     top, left = (height - rows) // 2, (width - columns) // 2
-    padded[top : top + rows, left : left + columns] = small
+    padded[top : top + rows, left : left + columns] = resized
     return padded
 
 
 class OpenpiPolicy:
-    """A policy on an openpi server, such as ws://127.0.0.1:8000. Connects when first asked.
+    """A policy on an openpi server, such as ws://127.0.0.1:8000. Connects at the first call.
 
-    Raises ServerLost (a ConnectionError) where the server is not there or too slow, ServerRefused (a ValueError) for its
-    own complaints. The first answer of a large model may take a minute: hence the long `timeout`, in seconds.
+    Raises ServerLost (a ConnectionError) for a server that is unreachable or too slow, and ServerRefused (a ValueError) for its
+    error messages. The first response of a large model can take a minute, so `timeout` is long, in seconds.
     """
 
-    def __init__(self, address: str, mapping: KeyMapping, *, api_key: str | None = None, timeout: float = 120.0) -> None:
+    def __init__(
+        self, address: str, mapping: KeyMapping, *, api_key: str | None = None, timeout: float = 120.0
+    ) -> None:
         if mapping.wire != "openpi" or not address.startswith(("ws://", "wss://")):
             raise ValueError(
-                f"{address}: expected ws://HOST:PORT and a key mapping of the openpi wire, got one of {mapping.wire}"
+                f"{address}: expected ws://HOST:PORT and a key mapping for openpi, got one for {mapping.wire}"
             )
         self.address, self.mapping, self.timeout = address, mapping, timeout
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
         self._connection: Any = None
-        self._life = ExitStack()  # of the connection
+        self._resources = ExitStack()  # closes the connection
 
     def reset(self, seed: int) -> None:
-        """Nothing: the wire knows no episodes and no seeds."""
+        """Do nothing: the protocol has no episodes and no seeds."""
 
     def act(self, observation: Observation) -> ActionChunk:
-        """The server's chunk."""
+        """Request a chunk."""
         from websockets.exceptions import WebSocketException
         from websockets.sync.client import connect
 
         start = time.perf_counter()
         try:
             if self._connection is None:
-                self._connection = self._life.enter_context(
+                self._connection = self._resources.enter_context(
                     connect(
                         self.address,
                         additional_headers=self._headers,
@@ -186,35 +187,37 @@ class OpenpiPolicy:
                         proxy=None,
                     )
                 )
-                self._connection.recv(timeout=self.timeout)  # what the server says of itself
-            self._connection.send(pack(request(observation, self.mapping)))
+                self._connection.recv(timeout=self.timeout)  # the server's metadata
+            self._connection.send(pack(encode_observation(observation, self.mapping)))
             data = self._connection.recv(timeout=self.timeout)
         except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
             self._connection = None
-            self._life.close()
+            self._resources.close()
             raise ServerLost(f"{self.address}: no answer from the policy server ({error!r})") from error
         if isinstance(data, str):  # openpi sends its traceback as text
             raise ServerRefused(f"{self.address}: {data.strip().splitlines()[-1] if data.strip() else 'refused'}")
-        chunk = answer(unpack(data), self.mapping)
+        chunk = decode_actions(unpack(data), self.mapping)
         return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
 
 
 class GrootPolicy:
     """A policy on a GR00T server, such as tcp://127.0.0.1:5555. Raises as `OpenpiPolicy` does."""
 
-    def __init__(self, address: str, mapping: KeyMapping, *, api_key: str | None = None, timeout: float = 120.0) -> None:
+    def __init__(
+        self, address: str, mapping: KeyMapping, *, api_key: str | None = None, timeout: float = 120.0
+    ) -> None:
         if mapping.wire != "groot" or not address.startswith("tcp://"):
             raise ValueError(
-                f"{address}: expected tcp://HOST:PORT and a key mapping of the groot wire, got one of {mapping.wire}"
+                f"{address}: expected tcp://HOST:PORT and a key mapping for groot, got one for {mapping.wire}"
             )
         self.address, self.mapping, self.timeout, self.api_key = address, mapping, timeout, api_key
         self._socket: Any = None
 
     def reset(self, seed: int) -> None:
-        """Nothing: the wire of N1.5 knows no episodes and no seeds."""
+        """Do nothing: the protocol of N1.5 has no episodes and no seeds."""
 
     def act(self, observation: Observation) -> ActionChunk:
-        """The server's chunk."""
+        """Request a chunk."""
         import zmq
 
         start = time.perf_counter()
@@ -222,16 +225,16 @@ class GrootPolicy:
             self._socket = zmq.Context.instance().socket(zmq.REQ)
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.connect(self.address)
-        message = {"endpoint": "get_action", "data": request(observation, self.mapping)}
+        message = {"endpoint": "get_action", "data": encode_observation(observation, self.mapping)}
         self._socket.send(pack_groot(message | ({"api_token": self.api_key} if self.api_key else {})))
         if not self._socket.poll(1000 * self.timeout):
             self._socket.close()
             self._socket = None
             raise ServerLost(f"{self.address}: no answer from the policy server within {self.timeout:g} s")
-        chunk = answer(unpack_groot(self._socket.recv()), self.mapping)
+        chunk = decode_actions(unpack_groot(self._socket.recv()), self.mapping)
         return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
 
 
 def connect_policy(address: str, mapping: KeyMapping, *, api_key: str | None = None) -> OpenpiPolicy | GrootPolicy:
-    """The client of the mapping's protocol."""
+    """Create the client of the mapping's protocol."""
     return (OpenpiPolicy if mapping.wire == "openpi" else GrootPolicy)(address, mapping, api_key=api_key)

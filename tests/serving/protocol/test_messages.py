@@ -3,28 +3,36 @@
 import numpy as np
 import pytest
 
-from agra.serving.protocol.messages import Question, RequestError, WireKeys, answer, ask, describe, parse, read_description
+from agra.serving.protocol.messages import (
+    InferRequest,
+    RequestError,
+    WireKeys,
+    describe,
+    encode_request,
+    encode_response,
+    parse_request,
+    read_description,
+)
 from agra.serving.protocol.wire import pack, unpack
 from agra.types import ActionChunk, Continuation, EmbodimentSpec, PolicySpec
-
-from .echo import observation, spec
+from tests.support.echo import observation, spec
 
 KEYS = WireKeys()
 
 
 def message(**changes):
-    found = ask(Question(observation=observation()), KEYS, spec())
+    found = encode_request(InferRequest(observation=observation()), KEYS, spec())
     return {key: value for key, value in {**found, **changes}.items() if value is not ...}
 
 
 def test_a_question_survives_the_wire():
-    asked = Question(
+    asked = InferRequest(
         observation=observation(3),
         seed=7,
         continuation=Continuation(actions=np.ones((4, 3), np.float32), delay=2),
         request_id="a",
     )
-    found = parse(unpack(pack(ask(asked, KEYS, spec()))), spec(), KEYS)
+    found = parse_request(unpack(pack(encode_request(asked, KEYS, spec()))), spec(), KEYS)
     assert np.array_equal(found.observation.frame, asked.observation.frame)
     assert np.array_equal(found.observation.state, asked.observation.state)
     assert (found.seed, found.request_id, found.continuation.delay) == (7, "a", 2)
@@ -52,51 +60,51 @@ WRONG = {
     },
     r"observation/state: expected finite numbers, got 1e\+300": {"observation/state": np.full(4, 1e300)},
     "embodiment: expected one of robot, got humanoid": {"embodiment": "humanoid"},
-    "seed: expected a whole number of 0 to .*, got int -1": {"seed": -1},
+    "seed: expected an integer from 0 to .*, got int -1": {"seed": -1},
     "seed: .* got bool True": {"seed": True},
     "seed: .* got a str": {"seed": "7"},
     r"continuation: expected \(P, 3\) float, got \(4, 2\) float64": {"continuation": np.zeros((4, 2))},
     r"continuation: expected \(P, 3\) float, got \(0, 3\) float64": {"continuation": np.zeros((0, 3))},
     "continuation_delay: .* got int 9": {"continuation": np.zeros((4, 3)), "continuation_delay": 9},
     "imagine: expected true or false, got int 1": {"imagine": 1},
-    "imagine: this server does not": {"imagine": True},
-    "request_id: expected whole number or text of at most 100": {"request_id": "x" * 101},
+    "imagine: not enabled; start the server with --imagine": {"imagine": True},
+    "request_id: expected integer, or text of at most 100": {"request_id": "x" * 101},
 }
 
 
 @pytest.mark.parametrize(("complaint", "changes"), WRONG.items(), ids=WRONG)
 def test_wrong_requests_are_explained(complaint, changes):
     with pytest.raises(RequestError, match=complaint):
-        parse(message(**changes), spec(), KEYS)
+        parse_request(message(**changes), spec(), KEYS)
 
 
 @pytest.mark.parametrize("value", [None, [], "x", 3, np.zeros(2)], ids=repr)
 def test_a_request_is_a_map(value):
     with pytest.raises(RequestError, match="request: expected a map"):
-        parse(value, spec(), KEYS)
+        parse_request(value, spec(), KEYS)
 
 
 def test_unknown_keys_are_named_and_do_no_harm():
-    assert parse(message(wrist=1, **{"x" * 200: 2}), spec(), KEYS).ignored == ("wrist", "x" * 57 + "...")
+    assert parse_request(message(wrist=1, **{"x" * 200: 2}), spec(), KEYS).ignored == ("wrist", "x" * 57 + "...")
 
 
 def test_the_embodiment_must_be_named_where_there_are_two():
     one = spec().embodiments["robot"]
     two = PolicySpec(name="two", horizon=5, frame_size=(32, 48), embodiments={"robot": one, "other": one})
     with pytest.raises(RequestError, match="expected one of robot, other, got none"):
-        parse(message(embodiment=...), two, KEYS)
-    assert parse(message(embodiment=...), spec(), KEYS).observation.embodiment == "robot"
+        parse_request(message(embodiment=...), two, KEYS)
+    assert parse_request(message(embodiment=...), spec(), KEYS).observation.embodiment == "robot"
 
 
 def test_other_names_and_a_state_in_parts():
     keys = WireKeys(image="cam", state=("joints", "grip"), prompt="task")
-    asked = Question(observation=observation(1))
-    sent = ask(asked, keys, spec())
+    asked = InferRequest(observation=observation(1))
+    sent = encode_request(asked, keys, spec())
     assert {"cam", "joints", "grip", "task"} < set(sent)
-    found = parse(unpack(pack(sent)), spec(), keys)
+    found = parse_request(unpack(pack(sent)), spec(), keys)
     assert np.array_equal(found.observation.state, asked.observation.state)
-    with pytest.raises(RequestError, match="joints and grip: expected 4 numbers between them, got joints 2, grip 1"):
-        parse({**sent, "joints": np.zeros(2)}, spec(), keys)
+    with pytest.raises(RequestError, match="joints and grip: expected 4 numbers in total, got joints 2, grip 1"):
+        parse_request({**sent, "joints": np.zeros(2)}, spec(), keys)
     with pytest.raises(ValueError, match="different names"):
         WireKeys(image="a", prompt="a")
 
@@ -106,14 +114,14 @@ def test_the_description_round_trips():
     found, same = read_description(unpack(pack(describe(spec(), keys))))
     assert (found, same) == (spec(), keys)
     for wrong in ({}, [], {**describe(spec(), keys), "agra_wire": 2}, {**describe(spec(), keys), "embodiments": 3}):
-        with pytest.raises(ValueError, match=r"describes no policy|version 2"):
+        with pytest.raises(ValueError, match=r"does not describe an agra policy|version 2"):
             read_description(wrong)
 
 
 def test_the_answer_carries_what_openpi_reads():
     chunk = ActionChunk(actions=np.ones((5, 3), np.float32))
-    question = Question(observation=observation(), request_id=4, ignored=("wrist",))
-    found = unpack(pack(answer(chunk, question, {"infer_ms": 1.0})))
+    question = InferRequest(observation=observation(), request_id=4, ignored=("wrist",))
+    found = unpack(pack(encode_response(chunk, question, {"infer_ms": 1.0})))
     assert np.array_equal(found["actions"], chunk.actions)
     assert found["server_timing"] == {"infer_ms": 1.0}
     assert (found["request_id"], found["ignored"]) == (4, ["wrist"])

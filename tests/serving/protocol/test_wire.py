@@ -112,7 +112,7 @@ def test_groot_refuses_pickled_objects():
 
 def test_containers_are_counted():
     assert len(unpack(pack([[]] * 200))) == 200
-    with pytest.raises(WireError, match=f"more than {MAX_CONTAINERS}"):
+    with pytest.raises(WireError, match=f"at most {MAX_CONTAINERS} maps and lists"):
         unpack(pack([[[]] * 200] * 3))
 
 

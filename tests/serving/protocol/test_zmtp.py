@@ -1,36 +1,17 @@
 """GR00T's port under hostile bytes: a request's size is bounded before it is read, whatever parts it comes in."""
 
 import socket
-import struct
 import time
 
 import numpy as np
 import pytest
 import zmq
 
-from agra.serving.server.service import Limits
 from agra.serving.protocol.wire import pack_groot, unpack_groot
-from agra.serving.protocol.zmtp import COMMAND, GREETING, LONG, MORE
-
-from .echo import Echo, expected, observation, wait_for
-from .test_groot import Both, Client, flat
-
-READY = b"\x05READY\x0bSocket-Type\x00\x00\x00"
-
-
-def frame(flags, contents):
-    return bytes([flags | LONG]) + struct.pack(">Q", len(contents)) + contents
-
-
-def header(flags, size):
-    return bytes([flags | LONG]) + struct.pack(">Q", size)
-
-
-def knock(both, kind=b"DEALER"):
-    """A raw connection after the handshake of a socket of that kind."""
-    raw = socket.create_connection(("127.0.0.1", both.groot.port), timeout=10)
-    raw.sendall(GREETING + frame(COMMAND, READY + bytes([len(kind)]) + kind))
-    return raw
+from agra.serving.protocol.zmtp import COMMAND, GREETING, MORE
+from agra.serving.server.config import Limits
+from tests.support.echo import Echo, expected, observation, wait_for
+from tests.support.groot import READY, Both, GrootClient, flat_observation, handshake, zmtp_frame, zmtp_header
 
 
 def read_all(raw):
@@ -46,26 +27,27 @@ def read_all(raw):
 
 MIB = 2**20
 HOSTILE = {
-    "a part of 9 MiB": header(MORE, 0) + header(0, 9 * MIB),
-    "a part of 2^63 bytes": header(MORE, 0) + header(0, 2**63),
-    "many parts": header(MORE, 0) + header(MORE, 7 * MIB),
-    "many empty parts": header(MORE, 0) + header(MORE, 0),
-    "no empty part": frame(0, b"\x80"),
-    "a large first part": header(MORE, 7 * MIB),
-    "a command of 1 MiB": header(COMMAND, MIB),
-    "an unknown command": frame(COMMAND, b"\x04KILL"),
-    "a command without a name": frame(COMMAND, b""),
+    "a part of 9 MiB": zmtp_header(MORE, 0) + zmtp_header(0, 9 * MIB),
+    "a part of 2^63 bytes": zmtp_header(MORE, 0) + zmtp_header(0, 2**63),
+    "many parts": zmtp_header(MORE, 0) + zmtp_header(MORE, 7 * MIB),
+    "many empty parts": zmtp_header(MORE, 0) + zmtp_header(MORE, 0),
+    "no empty part": zmtp_frame(0, b"\x80"),
+    "a large first part": zmtp_header(MORE, 7 * MIB),
+    "a command of 1 MiB": zmtp_header(COMMAND, MIB),
+    "an unknown command": zmtp_frame(COMMAND, b"\x04KILL"),
+    "a command without a name": zmtp_frame(COMMAND, b""),
     "unknown flags": b"\x80\x00",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_messages_close_the_connection_at_their_header(name):
-    with Both(Echo(), Limits(max_message=8 * MIB), api_key="right") as both, knock(both) as raw:
+    with Both(Echo(), Limits(max_message=8 * MIB), api_key="right") as both, handshake(both) as raw:
         raw.sendall(HOSTILE[name])
         assert b"READY" in read_all(raw)
         assert np.array_equal(
-            Client(both.groot.port, "right").call("get_action", flat(1))["action.arm"], expected(observation(1))
+            GrootClient(both.groot.port, "right").call("get_action", flat_observation(1))["action.arm"],
+            expected(observation(1)),
         )
 
 
@@ -81,10 +63,10 @@ def test_what_is_no_greeting_is_closed(data):
 def test_only_sockets_that_ask_are_served():
     with Both(Echo()) as both:
         for kind in (b"PUB", b"REP", b""):
-            with knock(both, kind) as raw:
+            with handshake(both, kind) as raw:
                 assert b"expected a REQ or DEALER socket" in read_all(raw)
         with socket.create_connection(("127.0.0.1", both.groot.port), timeout=10) as raw:
-            raw.sendall(GREETING + frame(COMMAND, READY + b"\xff"))  # metadata cut off
+            raw.sendall(GREETING + zmtp_frame(COMMAND, READY + b"\xff"))  # metadata cut off
             assert b"READY" not in read_all(raw)
 
 
@@ -93,8 +75,8 @@ def test_silent_and_slow_connections_end():
     with Both(Echo(), limits) as both:
         with socket.create_connection(("127.0.0.1", both.groot.port), timeout=10) as raw:
             assert read_all(raw) == GREETING
-        for sent in (b"", header(MORE, 0) + header(0, 1000) + bytes(10)):
-            with knock(both) as raw:
+        for sent in (b"", zmtp_header(MORE, 0) + zmtp_header(0, 1000) + bytes(10)):
+            with handshake(both) as raw:
                 raw.sendall(sent)
                 begun = time.monotonic()
                 read_all(raw)
@@ -102,24 +84,26 @@ def test_silent_and_slow_connections_end():
 
 
 def test_a_ping_is_answered_also_within_a_message():
-    with Both(Echo()) as both, knock(both) as raw:
-        raw.sendall(header(MORE, 0) + frame(COMMAND, b"\x04PING\x00\x64here") + frame(0, b"\xc1"))
+    with Both(Echo()) as both, handshake(both) as raw:
+        raw.sendall(zmtp_header(MORE, 0) + zmtp_frame(COMMAND, b"\x04PING\x00\x64here") + zmtp_frame(0, b"\xc1"))
         found = b""
-        while b"not a msgpack message" not in found:
+        while b"not a valid msgpack message" not in found:
             found += raw.recv(2**16)
         assert b"\x04PONGhere" in found
 
 
 def test_libzmqs_heartbeats_and_names_are_understood():
     with Both(Echo()) as both:
-        client = Client(both.groot.port)
+        client = GrootClient(both.groot.port)
         for option, value in ((zmq.HEARTBEAT_IVL, 50), (zmq.HEARTBEAT_TIMEOUT, 200), (zmq.ROUTING_ID, b"me")):
             client.socket.setsockopt(option, value)
         client.socket.disconnect(f"tcp://127.0.0.1:{both.groot.port}")
         client.socket.connect(f"tcp://127.0.0.1:{both.groot.port}")
         for seed in range(3):
             time.sleep(0.3)
-            assert np.array_equal(client.call("get_action", flat(seed))["action.arm"], expected(observation(seed)))
+            assert np.array_equal(
+                client.call("get_action", flat_observation(seed))["action.arm"], expected(observation(seed))
+            )
 
 
 def test_messages_of_many_parts_from_libzmq_take_no_memory():
@@ -139,27 +123,29 @@ def test_a_connection_is_a_queue_of_its_own_and_further_ones_wait_outside():
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.connect(f"tcp://127.0.0.1:{both.groot.port}")
         for seed in range(10):
-            dealer.send_multipart([b"", pack_groot({"endpoint": "get_action", "data": flat(seed)})])
-        good = Client(both.groot.port)
+            dealer.send_multipart([b"", pack_groot({"endpoint": "get_action", "data": flat_observation(seed)})])
+        good = GrootClient(both.groot.port)
         for seed in range(3):  # not refused: it has a queue of its own
-            assert np.array_equal(good.call("get_action", flat(seed))["action.arm"], expected(observation(seed)))
+            assert np.array_equal(
+                good.call("get_action", flat_observation(seed))["action.arm"], expected(observation(seed))
+            )
         for seed in range(10):
             answer = unpack_groot(dealer.recv_multipart()[1])
             assert np.array_equal(answer["action.arm"], expected(observation(seed)))
-        late = Client(both.groot.port, timeout=300)
+        late = GrootClient(both.groot.port, timeout=300)
         late.socket.send(b"\xc1")
         assert late.socket.poll(300) == 0
         dealer.close()
-        wait_for(lambda: both.groot._clients < 2)
+        wait_for(lambda: both.groot.clients < 2)
         assert late.socket.poll(10_000)
 
 
 def test_stopping_answers_what_was_read_and_tells_later_requests():
     policy = Echo(seconds=0.3)
     with Both(policy) as both:
-        one, other = Client(both.groot.port), Client(both.groot.port)
+        one, other = GrootClient(both.groot.port), GrootClient(both.groot.port)
         assert other.call("ping")["status"] == "ok"
-        one.socket.send(pack_groot({"endpoint": "get_action", "data": flat(4)}))
+        one.socket.send(pack_groot({"endpoint": "get_action", "data": flat_observation(4)}))
         wait_for(lambda: policy.batches)
         both.server.service.draining = True
         assert "stopping" in other.call("ping")["error"]

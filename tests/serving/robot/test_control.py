@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.serving.server.app import Source, reload
 from agra.serving.client import PolicyClient, ServerRefused
 from agra.serving.robot.control import ActionLimits, Watchdog, control
 from agra.serving.robot.executors import Asynchronous, DelayedInference, Synchronous, ThreadedInference
 from agra.serving.robot.recorder import DatasetRecorder
 from agra.serving.robot.robots import LeRobotArm
+from agra.serving.server.app import PolicySource, reload
 from agra.types import ActionChunk, Embodiment, Observation
-
-from .echo import Echo, running, spec
+from tests.support.echo import Echo, running, spec
 
 NAMES = tuple("abcd")
 
@@ -185,7 +184,7 @@ def test_a_log_holds_little_in_memory_and_outlives_a_failure(tmp_path):
     robot = Failing()
     with pytest.raises(OSError, match="camera"), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
         run(robot, [[1, 2, 3, 4]] * 3, steps=100, recorder=recorder)
-    assert not any(row.observation.frame.size for row in recorder._rows)
+    assert not any(step.observation.frame.size for step in recorder._steps)
     dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
     assert len(dataset.actions(0)) == 30
     shades = dataset.frames(0)[[0, 10, 29]].mean((1, 2, 3))
@@ -199,7 +198,7 @@ def test_a_camera_that_changes_its_size_ends_the_run_and_keeps_the_log(tmp_path)
             return replace(seen, frame=np.zeros((32, 64, 3), np.uint8)) if len(self.told) == 5 else seen
 
     robot = Changing()
-    message = r"frames were \(32, 48, 3\) and are \(32, 64, 3\)"
+    message = r"expected frames of \(32, 48, 3\), as in the first step, got \(32, 64, 3\)"
     with pytest.raises(ValueError, match=message), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
         run(robot, [[1, 2, 3, 4]] * 3, steps=10, recorder=recorder)
     dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
@@ -269,7 +268,7 @@ def test_an_arm_behind_lerobots_driver():
     assert not driver.is_connected
     with pytest.raises(ValueError, match="no 'elbow'"):
         LeRobotArm(driver, camera="front", instruction="go", embodiment="x", joints=("elbow",))
-    with pytest.raises(ValueError, match="lacks 'wrist'"):
+    with pytest.raises(ValueError, match="has no 'wrist'"):
         LeRobotArm(driver, camera="wrist", instruction="go", embodiment="x").observe()
 
 
@@ -305,7 +304,7 @@ def test_cable_pulled_server_restarted_policy_swapped():
 
     def swap():
         server = servers[-1][1]
-        source = Source(load=lambda: second, stamp=lambda: 0)
+        source = PolicySource(load=lambda: second, stamp=lambda: 0)
         assert server.call(reload(server.service, server.server, source))
 
     def look(told):

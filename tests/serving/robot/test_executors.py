@@ -149,7 +149,7 @@ def test_threads_answer_in_their_own_time():
     assert executor.step(seen(0)).action is None
     assert executor.step(seen(1)).action is None
     go.set()
-    inference._answer.result(10)
+    inference._result.result(10)
     command = executor.step(seen(2))
     assert (command.action[0], command.delay, inference.policy.seeds[-1]) == (2, 2, 7)
     inference.close()

@@ -1,6 +1,5 @@
-"""GR00T's wire, against a client written after its published protocol: REQ socket, msgpack, arrays as .npy bytes."""
+"""GR00T's protocol, against a client written after its published protocol."""
 
-import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,101 +8,34 @@ import numpy as np
 import pytest
 import zmq
 
-from agra.serving.server.groot import GrootNames, GrootServer
-from agra.serving.server.service import Limits
 from agra.serving.protocol.wire import pack_groot
-
-from .echo import Echo, expected, observation, running, spec, wait_for
-
-
-class Client:
-    """What GR00T's BaseInferenceClient does on the wire."""
-
-    def __init__(self, port, token=None, timeout=10_000):
-        self.socket = zmq.Context.instance().socket(zmq.REQ)
-        self.socket.setsockopt(zmq.RCVTIMEO, timeout)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(f"tcp://127.0.0.1:{port}")
-        self.token = token
-
-    def call(self, endpoint, data=None):
-        request = {"endpoint": endpoint} | ({} if data is None else {"data": data})
-        return self.send(msgpack.packb(request | ({"api_token": self.token} if self.token else {}), default=_encode))
-
-    def send(self, data):
-        self.socket.send(data)
-        return msgpack.unpackb(self.socket.recv(), object_hook=_decode)
-
-
-def _encode(value):
-    file = io.BytesIO()
-    np.save(file, value, allow_pickle=False)
-    return {"__ndarray_class__": True, "as_npy": file.getvalue()}
-
-
-def _decode(entries):
-    if "__ndarray_class__" in entries:
-        return np.load(io.BytesIO(entries["as_npy"]), allow_pickle=False)
-    return entries
-
-
-class Both:
-    """A running service with GR00T's wire beside the websocket."""
-
-    def __init__(self, policy, limits=None, **options):
-        self.policy, self.limits, self.options = policy, limits, options
-
-    def __enter__(self):
-        self.context = running(self.policy, self.limits)
-        self.server = self.context.__enter__()
-
-        async def start():
-            self.groot = GrootServer(self.server.service, port=0, **self.options)
-            await self.groot.start()
-
-        self.server.call(start())
-        return self
-
-    def __exit__(self, *raised):
-        self.server.call(self.groot.stop())
-        self.context.__exit__(*raised)
-
-
-def flat(*seeds, batched=False):
-    """N1.5's observation; the echo policy's state parts are arm (3) and hand (1)."""
-    seen = [observation(seed) for seed in seeds]
-    frames, states = np.stack([o.frame for o in seen]), np.stack([o.state for o in seen])
-    if batched:
-        frames, states = frames[:, None], states[:, None]
-    return {
-        "video.ego_view": frames,
-        "state.arm": states[..., :3],
-        "state.hand": states[..., 3:],
-        "annotation.human.action.task_description": ["go"] * len(seeds) if batched else ["go"],
-    }
+from agra.serving.server.config import GrootWire, Limits
+from agra.serving.server.groot import GrootServer
+from tests.support.echo import Echo, expected, observation, running, spec, wait_for
+from tests.support.groot import Both, GrootClient, flat_observation
 
 
 def test_an_action_for_an_observation():
     with Both(Echo()) as both:
-        client = Client(both.groot.port)
+        client = GrootClient(both.groot.port)
         assert client.call("ping")["status"] == "ok"
         assert client.call("reset", {"options": {"seed": 5}}) == {}
-        answer = client.call("get_action", flat(3))
+        answer = client.call("get_action", flat_observation(3))
         assert np.array_equal(answer["action.arm"], expected(observation(3)))
         assert both.policy.seeds == [5]
 
 
 def test_the_newest_frame_of_several_and_another_annotation():
     with Both(Echo()) as both:
-        asked = flat(3, 4)
+        asked = flat_observation(3, 4)
         asked["annotation.human.coarse_action"] = asked.pop("annotation.human.action.task_description")
-        answer = Client(both.groot.port).call("get_action", asked)
+        answer = GrootClient(both.groot.port).call("get_action", asked)
         assert np.array_equal(answer["action.arm"], expected(observation(4)))
 
 
 def test_environments_in_a_batch():
     with Both(Echo()) as both:
-        answer = Client(both.groot.port).call("get_action", flat(1, 2, 3, batched=True))
+        answer = GrootClient(both.groot.port).call("get_action", flat_observation(1, 2, 3, batched=True))
         for row, seed in zip(answer["action.arm"], (1, 2, 3), strict=True):
             assert np.array_equal(row, expected(observation(seed)))
         assert len(set(both.policy.seeds)) == 3
@@ -111,7 +43,7 @@ def test_environments_in_a_batch():
 
 def test_the_newer_protocol():
     with Both(Echo()) as both:
-        client, one = Client(both.groot.port), flat(7, batched=True)
+        client, one = GrootClient(both.groot.port), flat_observation(7, batched=True)
         nested = {
             "video": {"ego_view": one["video.ego_view"]},
             "state": {"arm": one["state.arm"], "hand": one["state.hand"]},
@@ -126,7 +58,7 @@ def test_the_newer_protocol():
 
 def test_the_modalities_are_described():
     with Both(Echo()) as both:
-        found = Client(both.groot.port).call("get_modality_config")
+        found = GrootClient(both.groot.port).call("get_modality_config")
         assert all(one["__ModalityConfig_class__"] is True for one in found.values())
         assert {name: one["as_json"] for name, one in found.items()} == {
             "video": {"delta_indices": [0], "modality_keys": ["ego_view"]},
@@ -137,8 +69,8 @@ def test_the_modalities_are_described():
 
 
 def test_the_modalities_are_described_to_the_older_clients_as_text():
-    with Both(Echo(), names=GrootNames(version="n1.5")) as both:
-        found = Client(both.groot.port).call("get_modality_config")
+    with Both(Echo(), version="n1.5") as both:
+        found = GrootClient(both.groot.port).call("get_modality_config")
         parts = {name: json.loads(one["as_json"]) for name, one in found.items()}
         assert parts["state"] == {"delta_indices": [0], "modality_keys": ["state.arm", "state.hand"]}
         assert parts["action"] == {"delta_indices": [0, 1, 2, 3, 4], "modality_keys": ["action.arm"]}
@@ -156,23 +88,23 @@ WRONG = {
 @pytest.mark.parametrize(("complaint", "changes"), WRONG.items(), ids=WRONG)
 def test_wrong_requests_are_explained(complaint, changes):
     with Both(Echo()) as both:
-        client = Client(both.groot.port)
-        asked = {key: value for key, value in {**flat(1), **changes}.items() if value is not None}
+        client = GrootClient(both.groot.port)
+        asked = {key: value for key, value in {**flat_observation(1), **changes}.items() if value is not None}
         with pytest.raises(AssertionError, match=complaint):
             raise AssertionError(client.call("get_action", asked)["error"])
-        assert "action.arm" in client.call("get_action", flat(1))
+        assert "action.arm" in client.call("get_action", flat_observation(1))
 
 
 def test_strangers_neither_stop_nor_enter_it():
     with Both(Echo(), api_key="right") as both:
         port = both.groot.port
         for token in (None, "wrong"):
-            assert "api_token" in Client(port, token).call("get_action", flat(1))["error"]
-        client = Client(port, "right")
+            assert "api_token" in GrootClient(port, token).call("get_action", flat_observation(1))["error"]
+        client = GrootClient(port, "right")
         assert "endpoint: expected one of" in client.call("kill")["error"]
-        assert "not a msgpack message" in client.send(b"\xc1")["error"]
+        assert "not a valid msgpack message" in client.send(b"\xc1")["error"]
         assert "expected a map" in client.send(msgpack.packb([1]))["error"]
-        assert np.array_equal(client.call("get_action", flat(1))["action.arm"], expected(observation(1)))
+        assert np.array_equal(client.call("get_action", flat_observation(1))["action.arm"], expected(observation(1)))
 
 
 def test_clients_do_not_wait_for_each_other_and_bare_messages_get_nothing():
@@ -182,14 +114,14 @@ def test_clients_do_not_wait_for_each_other_and_bare_messages_get_nothing():
         bare.setsockopt(zmq.LINGER, 0)
         bare.connect(f"tcp://127.0.0.1:{both.groot.port}")
         bare.send(pack_groot({"endpoint": "ping"}))  # without the empty frame of a REQ
-        huge = Client(both.groot.port, timeout=300)
+        huge = GrootClient(both.groot.port, timeout=300)
         with pytest.raises(zmq.Again):  # the connection is closed
             huge.send(bytes(200_000))
 
         def one(number):
-            client = Client(both.groot.port)
+            client = GrootClient(both.groot.port)
             for index in range(5):
-                answer = client.call("get_action", flat(10 * number + index))
+                answer = client.call("get_action", flat_observation(10 * number + index))
                 assert np.array_equal(answer["action.arm"], expected(observation(10 * number + index)))
 
         with ThreadPoolExecutor(6) as threads:
@@ -200,19 +132,19 @@ def test_clients_do_not_wait_for_each_other_and_bare_messages_get_nothing():
 
 def test_a_client_that_waits_to_be_told_holds_up_nobody():
     with Both(Echo(), Limits(bad_request_rate=0.5, max_connections=3)) as both:
-        first, second, good = (Client(both.groot.port) for _ in range(3))
-        assert "not a msgpack message" in first.send(b"\xc1")["error"]
+        first, second, good = (GrootClient(both.groot.port) for _ in range(3))
+        assert "not a valid msgpack message" in first.send(b"\xc1")["error"]
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(second.send, b"\xc1")
             wait_for(lambda: b'outcome="garbage",wire="groot"} 2.0' in both.server.service.metrics())
             for seed in range(3):
-                answer = good.call("get_action", flat(seed))
+                answer = good.call("get_action", flat_observation(seed))
                 assert np.array_equal(answer["action.arm"], expected(observation(seed)))
             assert not waiting.done()
-            assert "not a msgpack message" in waiting.result()["error"]
+            assert "not a valid msgpack message" in waiting.result()["error"]
 
 
 def test_the_embodiment_is_checked():
     with running(Echo(spec())) as server:
         with pytest.raises(ValueError, match="expected one of robot"):
-            GrootServer(server.service, embodiment="other")
+            GrootServer(server.service, config=GrootWire(embodiment="other"))

@@ -15,17 +15,29 @@ import pytest
 import websockets.sync.client
 from websockets.exceptions import ConnectionClosed
 
-from agra.serving.server.app import Source, reload, run, watch
 from agra.serving.client import PolicyClient, ServerLost, ServerRefused
-from agra.serving.protocol.messages import Question, WireKeys, ask
-from agra.serving.server.websocket import SLACK, WebsocketServer
-from agra.serving.server.service import Limits, PolicyService, check_key
+from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request
 from agra.serving.protocol.wire import pack, unpack
+from agra.serving.protocol.zmtp import MORE
+from agra.serving.server.app import PolicySource, reload, run, watch
+from agra.serving.server.config import Limits, check_key
+from agra.serving.server.service import PolicyService
+from agra.serving.server.websocket import SLACK, WebsocketServer
 from agra.types import ActionChunk, Continuation
-
-from .echo import ACTION, HORIZON, STATE, Echo, expected, observation, running, spec, wait_for
-from .test_groot import Both, Client, flat
-from .test_server import connect, get
+from tests.support.echo import (
+    ACTION,
+    HORIZON,
+    STATE,
+    Echo,
+    connect,
+    expected,
+    get,
+    observation,
+    running,
+    spec,
+    wait_for,
+)  # fmt: skip
+from tests.support.groot import Both, GrootClient, flat_observation, handshake, zmtp_header
 
 MIB = 2**20
 BIG = (1024, 512)
@@ -35,7 +47,7 @@ TIGHT = Limits(max_message=2 * MIB, max_pending=4 * MIB, max_connections=4)
 
 
 def request(seed=0, size=(32, 48)):
-    return pack(ask(Question(observation=observation(seed, size=size)), WireKeys(), spec()))
+    return pack(encode_request(InferRequest(observation=observation(seed, size=size)), WireKeys(), spec()))
 
 
 class Gated(Echo):
@@ -62,8 +74,8 @@ def test_large_requests_wait_for_room_and_small_ones_do_not():
         small = connect(server)
         small.recv()
         small.send(request(9))
-        wait_for(lambda: server.service.room.taken)
-        wait_for(lambda: server.service._active == 2)  # the small one was read although there is no room
+        wait_for(lambda: server.service.large_slots.in_use)
+        wait_for(lambda: server.service.active == 2)  # the small one was read although there is no room
         time.sleep(0.3)
         *waiting, read = sorted(one.unread for one in server.server.clients)
         assert read >= 1_500_000
@@ -73,7 +85,7 @@ def test_large_requests_wait_for_room_and_small_ones_do_not():
         for number, client in enumerate(clients):
             answer = unpack(client.recv(timeout=10))["actions"]
             assert np.array_equal(answer, expected(observation(number, size=BIG)))
-        wait_for(lambda: not server.service.room.taken)
+        wait_for(lambda: not server.service.large_slots.in_use)
         for client in (*clients, small):
             client.close()
 
@@ -84,14 +96,14 @@ def test_requests_behind_each_other_are_read_one_at_a_time():
         client.recv()
         data = [request(number, BIG) for number in range(4)]
         threading.Thread(target=lambda: [client.send(one) for one in data], daemon=True).start()
-        wait_for(lambda: server.service._active)
+        wait_for(lambda: server.service.active)
         time.sleep(0.3)
         (there,) = server.server.clients
         assert there.unread <= 2 * MIB + SLACK
         policy.gate.set()
         for number in range(4):
             assert np.array_equal(unpack(client.recv(timeout=10))["actions"], expected(observation(number, size=BIG)))
-        wait_for(lambda: not server.service.room.taken)
+        wait_for(lambda: not server.service.large_slots.in_use)
 
 
 @pytest.mark.parametrize("wire", ["openpi", "groot"])
@@ -103,13 +115,11 @@ def test_a_large_request_that_does_not_come_gives_its_room_back(wire):
             slow.recv()
             slow.socket.sendall(b"\x82\xff" + (1_500_000).to_bytes(8, "big") + bytes(4) + bytes(600_000))
         else:
-            from .test_zmtp import MORE, header, knock
-
-            slow = knock(both)
-            slow.sendall(header(MORE, 0) + header(0, 1_500_000) + bytes(600_000))
+            slow = handshake(both)
+            slow.sendall(zmtp_header(MORE, 0) + zmtp_header(0, 1_500_000) + bytes(600_000))
         assert port
-        wait_for(lambda: both.server.service.room.taken)
-        wait_for(lambda: not both.server.service.room.taken)
+        wait_for(lambda: both.server.service.large_slots.in_use)
+        wait_for(lambda: not both.server.service.large_slots.in_use)
         client = PolicyClient(both.server.address)
         seen = observation(2, size=BIG)
         assert np.array_equal(client.act(seen).actions, expected(seen))
@@ -160,9 +170,9 @@ def test_states_far_outside_the_training_data_are_refused_on_both_wires():
         actions = np.array([[1, 3e38, 1]], np.float32)
         with pytest.raises(ServerRefused, match=r"continuation: 3e\+38 in dimension 1"):
             client.act(seen(0, 0, 0, 5), continuation=Continuation(actions=actions, delay=0))
-        asked = flat(1)
+        asked = flat_observation(1)
         asked["state.arm"] = np.array([[0, 1e20, 0]], np.float32)
-        assert "state: 1e+20 in dimension 1" in Client(both.groot.port).call("get_action", asked)["error"]
+        assert "state: 1e+20 in dimension 1" in GrootClient(both.groot.port).call("get_action", asked)["error"]
 
 
 class NotANumber(Echo):
@@ -176,13 +186,15 @@ class NotANumber(Echo):
 def test_answers_that_are_not_finite_are_never_sent():
     with Both(NotANumber()) as both, connect(both.server) as connection:
         connection.recv()
-        connection.send(pack(ask(Question(observation=observation(instruction="nan")), WireKeys(), spec())))
+        connection.send(
+            pack(encode_request(InferRequest(observation=observation(instruction="nan")), WireKeys(), spec()))
+        )
         assert "the answer is nan in step 0" in connection.recv()
         with pytest.raises(ConnectionClosed):
             connection.recv(timeout=5)
         assert connection.close_code == 1011
-        asked = flat(1) | {"annotation.human.action.task_description": ["nan"]}
-        assert "the answer is nan" in Client(both.groot.port).call("get_action", asked)["error"]
+        asked = flat_observation(1) | {"annotation.human.action.task_description": ["nan"]}
+        assert "the answer is nan" in GrootClient(both.groot.port).call("get_action", asked)["error"]
         assert b'outcome="failed",wire="openpi"} 1.0' in both.server.service.metrics()
 
 
@@ -242,8 +254,8 @@ def test_sigterm_of_the_whole_server(caplog):
                 threading.Thread(target=ask_on, args=(server.port,), daemon=True).start()
             asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGTERM)
 
-        source = Source(load=lambda: policy, stamp=lambda: 0)
-        await run(service, server, source, watch_every=0.1, grace=10, started=started)
+        source = PolicySource(load=lambda: policy, stamp=lambda: 0)
+        await run(service, server, source, reload_interval=0.1, grace=10, started=started)
 
     begun = time.monotonic()
     asyncio.run(serve())
@@ -258,8 +270,8 @@ def test_sigterm_of_the_whole_server(caplog):
 class Wrong(Echo):
     """Loads, and does not serve."""
 
-    def __init__(self, act, given=None):
-        super().__init__(given)
+    def __init__(self, act):
+        super().__init__()
         self.act = act
 
     def act_batch(self, requests):
@@ -285,9 +297,9 @@ CANDIDATES = {
 def test_a_candidate_that_fails_changes_nothing_and_is_logged(name, caplog):
     with running(Echo()) as server:
         client = PolicyClient(server.address)
-        source = Source(load=CANDIDATES[name], stamp=lambda: 0)
+        source = PolicySource(load=CANDIDATES[name], stamp=lambda: 0)
         assert not server.call(reload(server.service, server.server, source))
-        assert "kept the policy that serves" in caplog.text
+        assert "kept the present policy" in caplog.text
         assert "Traceback" in caplog.text
         assert np.array_equal(client.act(observation()).actions, expected(observation()))
         assert server.service.generation == 0
@@ -296,7 +308,7 @@ def test_a_candidate_that_fails_changes_nothing_and_is_logged(name, caplog):
 def test_a_candidate_that_takes_too_long_changes_nothing():
     slow = Echo(seconds=1)
     with running(Echo(), Limits(check_timeout=0.2)) as server:
-        assert not server.call(reload(server.service, server.server, Source(load=lambda: slow, stamp=lambda: 0)))
+        assert not server.call(reload(server.service, server.server, PolicySource(load=lambda: slow, stamp=lambda: 0)))
 
 
 def test_the_watch_goes_on_whatever_fails(caplog):
@@ -314,16 +326,16 @@ def test_the_watch_goes_on_whatever_fails(caplog):
     with running(Echo()) as server:
 
         async def look():
-            source = Source(load=load, stamp=stamp)
-            task = asyncio.create_task(watch(server.service, server.server, source, row_stride=0.01))
+            source = PolicySource(load=load, stamp=stamp)
+            task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
             while server.service.generation == 0:
                 await asyncio.sleep(0.01)
             task.cancel()
 
         server.call(look())
         assert server.service.spec.name == "good"
-    assert "cannot look for a newer checkpoint" in caplog.text
-    assert caplog.text.count("kept the policy that serves") == 2
+    assert "cannot check for a newer checkpoint" in caplog.text
+    assert caplog.text.count("kept the present policy") == 2
 
 
 def test_a_policy_that_does_not_answer_is_not_served():
@@ -396,13 +408,13 @@ def test_weights_are_adopted_in_place_or_the_candidate_is_warmed_up_first():
     with running(first, Limits(max_batch=2)) as server:
         server.call(server.service.start())
         client = PolicyClient(server.address)
-        assert server.call(reload(server.service, server.server, Source(load=lambda: second, stamp=lambda: 0)))
+        assert server.call(reload(server.service, server.server, PolicySource(load=lambda: second, stamp=lambda: 0)))
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
         assert not second.warmed, "its weights moved, it does not serve"
         assert server.service.spec.name == "second"
         first.adopts = False
         third = Compiled("third", offset=3000, adopts=False)
-        assert server.call(reload(server.service, server.server, Source(load=lambda: third, stamp=lambda: 0)))
+        assert server.call(reload(server.service, server.server, PolicySource(load=lambda: third, stamp=lambda: 0)))
         third.threads.clear()
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 3000)
         assert third.warmed == [(2, *third.threads)]
@@ -412,7 +424,7 @@ def test_weights_are_adopted_in_place_or_the_candidate_is_warmed_up_first():
             def warm_up(self, max_batch):
                 raise RuntimeError("cannot compile")
 
-        assert not server.call(reload(server.service, server.server, Source(load=Broken, stamp=lambda: 0)))
+        assert not server.call(reload(server.service, server.server, PolicySource(load=Broken, stamp=lambda: 0)))
         assert server.service.ready
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 3000)
 
@@ -464,16 +476,16 @@ def test_a_small_frame_does_not_wait_for_all_large_ones():
         first = connect(server)
         first.recv()
         first.send(request(99))
-        wait_for(lambda: server.service._active == 1)
+        wait_for(lambda: server.service.active == 1)
         large = [connect(server) for _ in range(6)]
         for number, client in enumerate(large):
             client.recv()
             client.send(request(number, BIG))
-        wait_for(lambda: server.service._active == 7)
+        wait_for(lambda: server.service.active == 7)
         small = connect(server)
         small.recv()
         small.send(request(50))
-        wait_for(lambda: server.service._active == 8)
+        wait_for(lambda: server.service.active == 8)
         policy.gate.set()
         for number, client in enumerate(large):
             assert np.array_equal(unpack(client.recv(timeout=10))["actions"], expected(observation(number, size=BIG)))

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import http.client
 import socket
 import threading
 import time
@@ -12,32 +11,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import websockets.sync.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from agra.serving.server.app import Source, reload, watch
 from agra.serving.client import PolicyClient, ServerLost, ServerRefused
-from agra.serving.protocol.messages import Question, WireKeys, ask
-from agra.serving.server.service import Limits
+from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request
 from agra.serving.protocol.wire import pack, unpack
+from agra.serving.server.app import PolicySource, reload, watch
+from agra.serving.server.config import Limits
 from agra.types import Continuation
-
-from .echo import Echo, expected, observation, running, spec, wait_for
-
-
-def connect(server, **options):
-    return websockets.sync.client.connect(server.address, compression=None, max_size=None, **options)
+from tests.support.echo import Echo, connect, expected, get, observation, running, spec, wait_for
 
 
 def request(seed=0, **changes):
-    return pack({**ask(Question(observation=observation(seed)), WireKeys(), spec()), **changes})
-
-
-def get(server, path, headers=None):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server.port, timeout=10)
-    connection.request("GET", path, headers=headers or {})
-    response = connection.getresponse()
-    return response.status, response.read().decode()
+    return pack({**encode_request(InferRequest(observation=observation(seed)), WireKeys(), spec()), **changes})
 
 
 def test_the_client_gets_the_policys_answer():
@@ -325,7 +311,7 @@ def test_a_swap_between_two_requests():
         client.reset(5)
         client.act(observation())
         newer = Echo(spec("newer"), offset=1000)
-        source = Source(load=lambda: newer, stamp=lambda: 0)
+        source = PolicySource(load=lambda: newer, stamp=lambda: 0)
         assert server.call(reload(server.service, server.server, source))
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
         assert newer.seeds == [0, 5], "it was tried out, and the episode goes on with its seed"
@@ -333,10 +319,10 @@ def test_a_swap_between_two_requests():
         def broken():
             raise ValueError("damaged")
 
-        assert not server.call(reload(server.service, server.server, Source(load=broken, stamp=lambda: 0)))
+        assert not server.call(reload(server.service, server.server, PolicySource(load=broken, stamp=lambda: 0)))
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
         other = Echo(spec("wider", state=6))
-        assert server.call(reload(server.service, server.server, Source(load=lambda: other, stamp=lambda: 0)))
+        assert server.call(reload(server.service, server.server, PolicySource(load=lambda: other, stamp=lambda: 0)))
         with pytest.raises(ServerLost):
             client.act(observation())
         with pytest.raises(ServerRefused, match=r"expected \(6,\) float"):
@@ -356,7 +342,7 @@ def test_what_is_loaded_is_hidden_from_the_garbage_collector_until_it_gives_way(
         with running(Echo()) as server:
             client = PolicyClient(server.address)
             for number in range(2):
-                assert server.call(reload(server.service, server.server, Source(load=load, stamp=lambda: 0)))
+                assert server.call(reload(server.service, server.server, PolicySource(load=load, stamp=lambda: 0)))
                 assert gc.get_freeze_count() > 0
                 assert np.array_equal(client.act(observation(number)).actions, expected(observation(number)))
             assert [policy() is None for policy in loaded] == [True, False]
@@ -367,10 +353,10 @@ def test_what_is_loaded_is_hidden_from_the_garbage_collector_until_it_gives_way(
 def test_newer_checkpoints_are_found():
     found = [1]
     with running(Echo()) as server:
-        source = Source(load=lambda: Echo(spec("newer")), stamp=lambda: found[0])
+        source = PolicySource(load=lambda: Echo(spec("newer")), stamp=lambda: found[0])
 
         async def look():
-            task = asyncio.create_task(watch(server.service, server.server, source, row_stride=0.01))
+            task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
             await asyncio.sleep(0.1)
             before = server.service.generation
             found[0] = 2
@@ -391,7 +377,7 @@ def test_the_client_comes_back_after_a_loss():
         client.act(observation())
     with pytest.raises(ServerLost):
         client.act(observation())
-    with pytest.raises(ServerLost, match="no policy server"):
+    with pytest.raises(ServerLost, match="cannot reach a policy server"):
         client.act(observation())
     with running(Echo(), port=port) as server:
         assert np.array_equal(client.act(observation(1)).actions, expected(observation(1)))

@@ -1,8 +1,8 @@
-"""Bytes to messages and back, for strangers: openpi's msgpack with arrays, and GR00T's.                  fact 9
+"""msgpack encoding of messages with arrays, safe on untrusted input: openpi's encoding and GR00T's.
 
-Nothing here runs code that the sender chose, and nothing is allocated on the sender's word: an array's size has to be
-that of the bytes that came, its dtype one of a dozen numbers, and lists, maps and strings have small limits. No pickle,
-no `numpy.load`. Arrays come back read-only, as views of the frame. Shared by server and client; no torch.
+Decoding runs no code from the sender and allocates nothing on the sender's word. An array must be as large as the bytes that
+hold it, with one of a dozen numeric dtypes. Lists, maps and texts have small limits. There is no pickle and no `numpy.load`.
+Decoded arrays are read-only views of the message. Shared by server and client. Imports no torch.
 """
 
 import itertools
@@ -13,9 +13,9 @@ from typing import Any, cast
 import msgpack
 import numpy as np
 
-MAX_ENTRIES = 256  # of a map or a list
-MAX_CONTAINERS = 512  # maps and lists of a message: an empty one takes one byte on the wire and sixty in memory
-MAX_TEXT = 8192  # bytes of a string
+MAX_ENTRIES = 256  # in a map or a list
+MAX_CONTAINERS = 512  # maps and lists in a message: an empty one takes one byte in the message and sixty in memory
+MAX_TEXT = 8192  # bytes
 MAX_AXES = 8
 
 _DTYPES = {
@@ -28,35 +28,35 @@ _NPY = re.compile(
 
 
 class WireError(ValueError):
-    """Bytes that are no message."""
+    """Bytes that are not a valid message."""
 
 
 def pack(message: Any) -> bytes:
-    """A message of maps, lists, numbers, texts and arrays in openpi's encoding."""
+    """Encode maps, lists, numbers, texts and arrays as openpi does."""
     return cast(bytes, msgpack.packb(message, default=_openpi_array))
 
 
 def unpack(data: bytes) -> Any:
-    """Inverse of `pack`. Raises WireError saying what is wrong."""
+    """Inverse of `pack`. Raises WireError with the reason."""
     return _unpack(data, _from_openpi)
 
 
 def pack_groot(message: Any) -> bytes:
-    """A message in GR00T's encoding: an array is the bytes of an .npy file."""
+    """Encode as GR00T does: an array is the bytes of an .npy file."""
     return cast(bytes, msgpack.packb(message, default=_groot_array))
 
 
 def unpack_groot(data: bytes) -> Any:
-    """Inverse of `pack_groot`. Raises WireError saying what is wrong."""
+    """Inverse of `pack_groot`. Raises WireError with the reason."""
     return _unpack(data, _from_groot)
 
 
 def _unpack(data: bytes, hook: Callable[[dict], Any]) -> Any:
-    seen = itertools.count(1)
+    containers = itertools.count(1)
 
     def counted(container: Any) -> Any:
-        if next(seen) > MAX_CONTAINERS:
-            raise WireError(f"a message of more than {MAX_CONTAINERS} maps and lists")
+        if next(containers) > MAX_CONTAINERS:
+            raise WireError(f"message: expected at most {MAX_CONTAINERS} maps and lists, got more")
         return hook(container) if isinstance(container, dict) else container
 
     try:
@@ -73,8 +73,8 @@ def _unpack(data: bytes, hook: Callable[[dict], Any]) -> Any:
     except WireError:
         raise
     except (ValueError, msgpack.exceptions.UnpackException) as error:
-        reason = f"{type(error).__name__}: {error}".removesuffix(": ")  # msgpack gives some of its errors no text
-        raise WireError(f"not a msgpack message ({reason})") from error
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")  # some of msgpack's errors have no text
+        raise WireError(f"not a valid msgpack message ({reason})") from error
 
 
 def _openpi_array(value: Any) -> Any:
@@ -82,22 +82,24 @@ def _openpi_array(value: Any) -> Any:
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": _dtype_name(value), b"shape": value.shape}
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": _dtype_name(value)}
-    raise TypeError(f"{type(value).__name__} cannot be sent; the wire carries maps, lists, numbers, texts and arrays")
+    raise _unsupported(value)
 
 
 def _groot_array(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if not isinstance(value, np.ndarray):
-        raise TypeError(
-            f"{type(value).__name__} cannot be sent; the wire carries maps, lists, numbers, texts and arrays"
-        )
+        raise _unsupported(value)
     shape = "".join(f"{size}, " for size in value.shape)
     shape = shape if value.ndim == 1 else shape.removesuffix(", ")
     header = f"{{'descr': '{_dtype_name(value)}', 'fortran_order': False, 'shape': ({shape.rstrip()}), }}".encode()
     header += b" " * (-(len(header) + 11) % 64) + b"\n"
     contents = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + value.tobytes()
     return {"__ndarray_class__": True, "as_npy": contents}
+
+
+def _unsupported(value: Any) -> TypeError:
+    return TypeError(f"{type(value).__name__} cannot be sent; expected maps, lists, numbers, texts or arrays")
 
 
 def _dtype_name(value: np.ndarray | np.generic) -> str:
@@ -110,7 +112,7 @@ def _from_openpi(entries: dict) -> Any:
     if b"__ndarray__" in entries:
         data, shape = entries.get(b"data"), entries.get(b"shape")
         if not isinstance(data, bytes) or not isinstance(shape, list) or len(shape) > MAX_AXES:
-            raise WireError(f"array: expected bytes 'data' and a list 'shape' of at most {MAX_AXES} sizes")
+            raise WireError(f"array: expected bytes as 'data' and a list of at most {MAX_AXES} sizes as 'shape'")
         return _array(data, _dtype(entries.get(b"dtype")), shape)
     if b"__npgeneric__" in entries:
         value, dtype = entries.get(b"data"), _dtype(entries.get(b"dtype"))
@@ -119,7 +121,7 @@ def _from_openpi(entries: dict) -> Any:
         try:
             return dtype.type(value)
         except OverflowError as error:
-            raise WireError(f"numpy scalar: {value} is no {dtype}") from error
+            raise WireError(f"numpy scalar: {value} does not fit {dtype}") from error
     return entries
 
 
@@ -140,14 +142,13 @@ def _from_groot(entries: dict) -> Any:
 
 def _dtype(name: Any) -> np.dtype:
     if not isinstance(name, str) or name not in _DTYPES:
-        shown = repr(name)[:40]
-        raise WireError(f"array: expected a dtype of {', '.join(_DTYPES)}, got {shown}")
+        raise WireError(f"array: expected one of the dtypes {', '.join(_DTYPES)}, got {repr(name)[:40]}")
     return _DTYPES[name]
 
 
 def _array(data: bytes, dtype: np.dtype, shape: list[Any], *, fortran: bool = False) -> np.ndarray:
     if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
-        raise WireError(f"array: expected a shape of whole numbers, got {repr(shape)[:80]}")
+        raise WireError(f"array: expected a shape of integers, got {repr(shape)[:80]}")
     expected = dtype.itemsize
     for size in shape:
         expected *= size

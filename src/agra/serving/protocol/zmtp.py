@@ -1,8 +1,8 @@
-"""ZMTP 3, the wire of ZeroMQ, for a server of REQ and DEALER sockets. Bounds a message before its contents are read.
+"""ZMTP 3, the protocol of ZeroMQ, for a server of REQ and DEALER sockets. Bounds a message before reading it.
 
-libzmq bounds each part of a message and not the message, so a client without a key could fill a server's memory. Here a
-request is an empty part and one part of at most `max_message` bytes; whatever else comes closes the connection. Source:
-rfc.zeromq.org/spec/23 and /37, NULL mechanism.
+libzmq limits the size of each part of a message, but not the number of parts, so a client without a key could fill a server's
+memory. Here a request is an empty part and one part of at most `max_message` bytes. Anything else closes the connection.
+Source: rfc.zeromq.org/spec/23 and /37, NULL mechanism.
 """
 
 import asyncio
@@ -15,17 +15,17 @@ SOCKETS = (b"REQ", b"DEALER")
 
 
 class ProtocolError(Exception):
-    """Bytes that a client of this server does not send."""
+    """A violation of the protocol by the client."""
 
 
 class Peer:
-    """One connection, after `shake_hands`: `header`, `body` and `send` in turn."""
+    """A connection. Call `handshake` once, then `header`, `body` and `send` for each request."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, max_message: int) -> None:
         self.reader, self.writer, self.max_message = reader, writer, max_message
 
-    async def shake_hands(self) -> None:
-        """Greet a REQ or DEALER socket. Raises ProtocolError for anything else."""
+    async def handshake(self) -> None:
+        """Exchange greetings with a REQ or DEALER socket. Raises ProtocolError for any other client."""
         self.writer.write(GREETING)
         if (signature := await self.reader.readexactly(10))[0] != 0xFF or signature[9] != 0x7F:
             raise ProtocolError("expected the signature of ZMTP 3")
@@ -41,27 +41,30 @@ class Peer:
         await self.writer.drain()
 
     async def header(self) -> int:
-        """Wait for the next request and return its size; `body` reads it. Raises ProtocolError for another shape."""
+        """Wait for the next request and return its size, before `body` reads it.
+
+        Raises ProtocolError for a message of other parts, or one that is too large.
+        """
         flags, size = await self._next_part()
         if flags != MORE or size:
-            raise ProtocolError("expected an empty part before the request, as a REQ socket sends")
+            raise ProtocolError("expected an empty part before the request, as REQ sockets send it")
         flags, size = await self._next_part()
         if flags or size > self.max_message:
             raise ProtocolError(f"expected one part of at most {self.max_message} bytes")
         return size
 
     async def body(self, size: int) -> bytes:
-        """The request that `header` announced."""
+        """Read the request that `header` announced."""
         return await self.reader.readexactly(size)
 
     async def send(self, message: bytes) -> None:
-        """Answer; returns when the client reads."""
+        """Send a response. Returns once the client reads it."""
         self._write(MORE, b"")
         self._write(0, message)
         await self.writer.drain()
 
     async def _next_part(self) -> tuple[int, int]:
-        """Flags (MORE or none) and size of the next part; pings in between are answered."""
+        """Return flags (MORE or none) and size of the next part. Replies to pings in between."""
         while True:
             flags, size = await self._frame()
             if not flags & COMMAND:
@@ -81,13 +84,13 @@ class Peer:
 
     async def _contents(self, size: int) -> bytes:
         if size > MAX_COMMAND:
-            raise ProtocolError(f"a command of {size} bytes")
+            raise ProtocolError(f"expected a command of at most {MAX_COMMAND} bytes, got {size}")
         return await self.reader.readexactly(size)
 
     async def _frame(self) -> tuple[int, int]:
         flags = (await self.reader.readexactly(1))[0]
         if flags & ~(MORE | LONG | COMMAND) or (flags & COMMAND and flags & MORE):
-            raise ProtocolError(f"a frame with the flags {flags:#x}")
+            raise ProtocolError(f"invalid frame flags {flags:#x}")
         size = await self.reader.readexactly(8 if flags & LONG else 1)
         return flags & ~LONG, int.from_bytes(size, "big")
 
@@ -100,7 +103,7 @@ class Peer:
 
 def _command(frame: bytes) -> tuple[bytes, bytes]:
     if not frame or len(frame) <= frame[0]:
-        raise ProtocolError("a command without a name")
+        raise ProtocolError("command: missing name")
     return frame[1 : 1 + frame[0]], frame[1 + frame[0] :]
 
 
@@ -109,12 +112,12 @@ def _property(name: bytes, value: bytes) -> bytes:
 
 
 def _properties(data: bytes) -> dict[bytes, bytes]:
-    """The metadata of READY, names in lower case."""
-    found: dict[bytes, bytes] = {}
+    """Parse the metadata of READY, with names in lower case."""
+    properties: dict[bytes, bytes] = {}
     while data:
         end = 1 + data[0]
         name, size, rest = data[1:end], int.from_bytes(data[end : end + 4], "big"), data[end + 4 :]
         if len(name) != end - 1 or len(data) < end + 4 or len(rest) < size:
-            raise ProtocolError("metadata that is cut off")
-        found[name.lower()], data = rest[:size], rest[size:]
-    return found
+            raise ProtocolError("metadata: truncated")
+        properties[name.lower()], data = rest[:size], rest[size:]
+    return properties

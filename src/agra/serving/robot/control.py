@@ -1,4 +1,4 @@
-"""The control loop: at every step observe, decide, limit, command, note; and whatever happens, come to rest."""
+"""The control loop: observe, decide, limit, command and record at every control step. The robot always comes to rest."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +11,15 @@ from agra.serving.robot.executors import Command, Executor
 from agra.serving.robot.robots import Robot
 from agra.types import Observation
 
+OVERRUN = 0.5
+"""Fraction of a period by which a control step may be late before it counts as an overrun. Also the shortest time between two
+commands."""
+ROUNDING = 1e-6  # seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActionLimits:
-    """What a robot may be told. Any of the three may be left out; each holds one number a dimension, or one for all."""
+    """Limits on the commands of a robot, each a number per dimension or one for all. None applies no limit."""
 
     low: Sequence[float] | float | None = None
     high: Sequence[float] | float | None = None
@@ -27,61 +32,56 @@ class ActionLimits:
             raise ValueError(f"limits: max_step must be positive, got {self.max_step}")
 
     def apply(self, action: np.ndarray, last: np.ndarray | None) -> np.ndarray:
-        """The nearest action (D,) that is allowed after `last`."""
-        found = np.array(action, np.float32)
+        """Return the nearest action (D,) within the limits after the action `last`."""
+        limited = np.array(action, np.float32)
         if self.max_step is not None and last is not None:
-            found = np.clip(found, last - np.asarray(self.max_step), last + np.asarray(self.max_step))
+            limited = np.clip(limited, last - np.asarray(self.max_step), last + np.asarray(self.max_step))
         if self.low is not None or self.high is not None:
-            found = np.clip(found, self.low, self.high)
-        return found.astype(np.float32)
+            limited = np.clip(limited, self.low, self.high)
+        return limited.astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Row:
-    """One control step as it was."""
+class ControlStep:
+    """Record of a control step."""
 
     observation: Observation
     command: Command
-    action: np.ndarray  # (D,) what the robot was told or, holding, last told; (0,) where that is not known yet
+    action: np.ndarray  # (D,) the command, or the last one while holding; (0,) before the first
     held: bool
     clipped: bool
-    late: float  # seconds by which the step began after its time; 0 in simulated time
-
-
-OVERRUN = 0.5
-"""Periods by which a control step may be late before it counts as overrun, and which two commands are apart at least."""
-ROUNDING = 1e-6  # seconds
+    late: float  # seconds by which the step began late; 0 in simulated time
 
 
 class Recorder(Protocol):
-    """Whatever keeps the rows."""
+    """Keeps control steps."""
 
-    def add(self, row: Row) -> None:
-        """Keep one."""
+    def add(self, step: ControlStep) -> None:
+        """Add a step."""
         ...
 
 
 @dataclass(kw_only=True)
-class Report:
-    """What a run of the loop came to. `delays` are control steps from a question to its answer."""
+class ControlReport:
+    """Summary of a run of the loop. `delays` are control steps from the request for a chunk to its arrival."""
 
     steps: int = 0
     held: int = 0
     clipped: int = 0
     errors: int = 0
     overruns: int = 0  # control steps that began more than half a period late
-    stopped: str | None = None  # why the loop ended before its time
+    stopped: str | None = None  # why the loop ended early
     delays: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watchdog:
-    """When the robot is not told what the policy says. Seconds."""
+    """When the robot holds instead of executing the policy's actions. Seconds."""
 
     max_age: float = 3.0
-    """An action whose observation is older, by the clock, is not executed: the robot holds."""
+    """Largest age of an action's observation, by the clock. The robot holds instead of executing an older action."""
     stop_after: float | None = None
-    """Holding for so long ends the run; None: hold until the policy is back."""
+    """Duration of holding that ends the run. None: hold until the policy is back."""
 
     def __post_init__(self) -> None:
         for name in ("max_age", "stop_after"):
@@ -103,48 +103,48 @@ def control(
     real_time: bool = True,
     recorder: Recorder | None = None,
     until: Callable[[], bool] | None = None,
-) -> Report:
-    """Run a connected robot for `steps` control steps, `fps` a second; it has come to rest when this returns or raises.
+) -> ControlReport:
+    """Run a connected robot for `steps` control steps at `fps` per second. It is at rest when this returns or raises.
 
-    With `dry_run` everything happens but the commands. Without `real_time` the steps follow each other at once: for
-    simulated time. `until` ends the run early. Raises ValueError where the policy refuses what the robot sees.
+    With `dry_run` everything happens except the commands. Without `real_time` the steps follow each other at once, for simulated
+    time. `until` ends the run early. Raises ValueError when the policy refuses an observation.
     """
     if not fps > 0 or steps < 1:
         raise ValueError(f"control: expected a positive rate and at least 1 step, got {fps} and {steps}")
-    limits, watchdog, report = limits or ActionLimits(), watchdog or Watchdog(), Report()
-    pace = _RealTime(fps) if real_time else _SimulatedTime(fps)
+    limits, watchdog, report = limits or ActionLimits(), watchdog or Watchdog(), ControlReport()
+    clock = _RealTime(fps) if real_time else _SimulatedTime(fps)
     try:
         executor.reset(seed)
         last: np.ndarray | None = None
         held_since: float | None = None
-        seen: list[float] = []  # when each step's observation was there
+        observed_at: list[float] = []  # time of each step's observation
         for _ in range(steps):
-            late = pace.next()
+            late = clock.next_step()
             observation = robot.observe()
-            seen.append(pace.now())
+            observed_at.append(clock.now())
             last = robot.pose(observation) if last is None else last
             command = executor.step(observation)
-            age = pace.now() - seen[-1 - command.age]
+            age = clock.now() - observed_at[-1 - command.age]
             action, held, clipped = _decide(command, age, limits, watchdog, last)
             if held or dry_run:
                 robot.hold()
             else:
                 robot.command(action)
                 last = action
-            pace.told()
+            clock.commanded()
             if recorder is not None:
-                row = Row(
+                step = ControlStep(
                     observation=observation, command=command, action=action, held=held, clipped=clipped, late=late
                 )
-                recorder.add(row)
-            _note(report, command, held=held, clipped=clipped, overrun=late > OVERRUN / fps)
+                recorder.add(step)
+            _count(report, command, held=held, clipped=clipped, overrun=late > OVERRUN / fps)
             if not held:
                 held_since = None
             elif held_since is None:
-                held_since = seen[-1]
+                held_since = observed_at[-1]
             if until is not None and until():
                 break
-            held_for = 0.0 if held_since is None else pace.now() + 1 / fps - held_since
+            held_for = 0.0 if held_since is None else clock.now() + 1 / fps - held_since
             if watchdog.stop_after is not None and held_for > watchdog.stop_after - ROUNDING:
                 report.stopped = f"held for {watchdog.stop_after:g} s: {command.error or 'no answer from the policy'}"
                 break
@@ -164,16 +164,16 @@ class _RealTime:
     def now(self) -> float:
         return time.perf_counter()
 
-    def next(self) -> float:
-        """Sleep until the next step; answers by how much its time had passed."""
+    def next_step(self) -> float:
+        """Sleep until the next step. Returns by how many seconds it is late."""
         time.sleep(max(0.0, max(self._due, self._earliest) - self.now()))
         now = self.now()
         late = max(0.0, now - self._due)
         self._due = (now if late > OVERRUN * self._period else self._due) + self._period
         return late
 
-    def told(self) -> None:
-        """The robot was told something; what it is told next has to keep a distance, or rate limits would not hold."""
+    def commanded(self) -> None:
+        """Keep a distance from this command to the next. Without it, limits on the change per step would not hold."""
         self._earliest = self.now() + OVERRUN * self._period
 
 
@@ -181,31 +181,30 @@ class _SimulatedTime:
     """Control steps that follow each other at once."""
 
     def __init__(self, fps: float) -> None:
-        self._fps, self._number = fps, -1
+        self._fps, self._step = fps, -1
 
     def now(self) -> float:
-        return self._number / self._fps
+        return self._step / self._fps
 
-    def next(self) -> float:
-        self._number += 1
+    def next_step(self) -> float:
+        self._step += 1
         return 0.0
 
-    def told(self) -> None:
+    def commanded(self) -> None:
         pass
 
 
 def _decide(
     command: Command, age: float, limits: ActionLimits, watchdog: Watchdog, last: np.ndarray | None
 ) -> tuple[np.ndarray, bool, bool]:
-    """The action, whether to hold instead of executing it, and whether the limits changed it."""
-    stands = np.zeros(0, np.float32) if last is None else last
+    """Return the action, whether to hold instead of executing it, and whether the limits changed it."""
     if command.action is None or not np.isfinite(command.action).all() or age > watchdog.max_age + ROUNDING:
-        return stands, True, False
+        return np.zeros(0, np.float32) if last is None else last, True, False
     action = limits.apply(command.action, last)
     return action, False, not np.array_equal(action, np.asarray(command.action, np.float32))
 
 
-def _note(report: Report, command: Command, *, held: bool, clipped: bool, overrun: bool) -> None:
+def _count(report: ControlReport, command: Command, *, held: bool, clipped: bool, overrun: bool) -> None:
     report.steps += 1
     report.held += held
     report.clipped += clipped

@@ -1,8 +1,8 @@
-"""How chunks become a robot's actions while inference takes time: one decision a control step.
+"""Executors: turn chunks into a robot's actions while inference takes time, one decision per control step.
 
-An executor is asked at every control step with the newest observation and says what the robot is told, or None where it
-has nothing that belongs to this step: the robot then holds. Inference runs beside it (`ThreadedInference`), or in
-simulated time with a latency of so many control steps (`DelayedInference`), which no busy machine disturbs.
+At every control step an executor gets the newest observation and returns a command: an action, or None if it has none for this
+step, in which case the robot holds. Inference runs in a thread (`ThreadedInference`), or in simulated time with a latency in
+control steps (`DelayedInference`), which is the same on a busy machine.
 """
 
 import math
@@ -18,133 +18,133 @@ from agra.types import ActionChunk, Continuation, Observation, Policy
 
 
 class Inference(Protocol):
-    """One request to a policy at a time, answered later."""
+    """Requests to a policy, one at a time, with results that arrive later."""
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is on its way."""
+        """Whether a request is pending."""
         ...
 
     def reset(self, seed: int) -> None:
-        """Begin an episode; an answer that is on its way is forgotten."""
+        """Begin an episode. Drops the result of a pending request."""
         ...
 
-    def ask(self, observation: Observation, continuation: Continuation | None) -> None:
-        """Begin. Only when not busy."""
+    def submit(self, observation: Observation, continuation: Continuation | None) -> None:
+        """Start a request. Only valid when not busy."""
         ...
 
-    def take(self) -> ActionChunk | None:
-        """The answer, once; None until it is there. Raises what the policy raised."""
+    def poll(self) -> ActionChunk | None:
+        """Return the result once, or None until it has arrived. Raises the policy's error."""
         ...
 
     def tick(self) -> None:
-        """A control step is over."""
+        """End a control step."""
         ...
 
 
-def _call(policy: Policy, observation: Observation, continuation: Continuation | None) -> ActionChunk:
-    # Only executors that need it ask to continue, and any policy serves the others.
+def _act(policy: Policy, observation: Observation, continuation: Continuation | None) -> ActionChunk:
+    # Only real-time chunking passes a continuation. The other executors work with policies that do not take one.
     if continuation is None:
         return policy.act(observation)
     return policy.act(observation, continuation=continuation)  # type: ignore[call-arg]
 
 
 class ThreadedInference:
-    """A policy in a thread of its own, in real time."""
+    """Runs a policy in a thread, in real time."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
-        self._answer: Future[ActionChunk] | None = None
+        self._result: Future[ActionChunk] | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is on its way."""
-        return self._answer is not None
+        """Whether a request is pending."""
+        return self._result is not None
 
     def reset(self, seed: int) -> None:
-        """Begin an episode, after what is still running."""
-        self._answer = None
+        """Begin an episode after the running request, whose result is dropped."""
+        self._result = None
         self._thread.submit(self.policy.reset, seed)
 
-    def ask(self, observation: Observation, continuation: Continuation | None) -> None:
-        """Begin. Only when not busy."""
+    def submit(self, observation: Observation, continuation: Continuation | None) -> None:
+        """Start a request. Only valid when not busy."""
         assert not self.busy
-        self._answer = self._thread.submit(_call, self.policy, observation, continuation)
+        self._result = self._thread.submit(_act, self.policy, observation, continuation)
 
-    def take(self) -> ActionChunk | None:
-        """The answer, once; None until it is there. Raises what the policy raised."""
-        answer = self._answer
-        if answer is None or not answer.done():
+    def poll(self) -> ActionChunk | None:
+        """Return the result once, or None until it has arrived. Raises the policy's error."""
+        result = self._result
+        if result is None or not result.done():
             return None
-        self._answer = None
-        return answer.result()
+        self._result = None
+        return result.result()
 
     def tick(self) -> None:
-        """Time passes by itself."""
+        """Do nothing: real time passes without it."""
 
     def close(self) -> None:
-        """Let the thread end after what it is doing."""
+        """End the thread after the running request."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class DelayedInference:
-    """A policy whose answers arrive `delay` control steps after the question, in simulated time."""
+    """Runs a policy in simulated time: a result arrives `delay` control steps after its request."""
 
     def __init__(self, policy: Policy, delay: int) -> None:
         if delay < 0:
-            raise ValueError(f"delay: expected control steps from 0, got {delay}")
+            raise ValueError(f"delay: expected at least 0 control steps, got {delay}")
         self.policy, self.delay = policy, delay
-        self._answer: ActionChunk | None = None
+        self._result: ActionChunk | None = None
         self._left = 0
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is on its way."""
-        return self._answer is not None
+        """Whether a request is pending."""
+        return self._result is not None
 
     def reset(self, seed: int) -> None:
         """Begin an episode."""
-        self._answer = None
+        self._result = None
         self.policy.reset(seed)
 
-    def ask(self, observation: Observation, continuation: Continuation | None) -> None:
-        """Compute at once, answer later."""
+    def submit(self, observation: Observation, continuation: Continuation | None) -> None:
+        """Compute the result at once and keep it for `delay` control steps. Only valid when not busy."""
         assert not self.busy
-        self._answer, self._left = _call(self.policy, observation, continuation), self.delay
+        self._result, self._left = _act(self.policy, observation, continuation), self.delay
 
-    def take(self) -> ActionChunk | None:
-        """The answer, once; None until it is there."""
+    def poll(self) -> ActionChunk | None:
+        """Return the result once, or None until it has arrived."""
         if self._left > 0:
             return None
-        answer, self._answer = self._answer, None
-        return answer
+        result, self._result = self._result, None
+        return result
 
     def tick(self) -> None:
-        """A control step is over."""
+        """End a control step."""
         self._left -= 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Command:
-    """What the robot is told at a control step: `action` (D,), or None to hold."""
+    """Decision of a control step: `action` (D,), or None to hold."""
 
     action: np.ndarray | None
-    age: int = 0  # control steps since the observation that the action comes from
-    delay: int | None = None  # where a chunk arrived at this step: control steps since it was asked for
-    timings: Mapping[str, float] | None = None  # and its timings
-    error: str | None = None  # where inference failed
+    age: int = 0  # control steps since the action's observation
+    delay: int | None = None  # control steps from request to arrival, if a chunk arrived at this step
+    timings: Mapping[str, float] | None = None  # of that chunk
+    error: str | None = None  # of a failed request
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Chunk:
     actions: np.ndarray  # (K, D)
-    asked: int  # control step of its observation
-    arrived: int
+    requested: int  # control step of its observation
+    arrived: int  # control step
 
 
 class Executor:
-    """The common part: asks, receives, counts control steps. Subclasses say when to ask and what to execute."""
+    """Requests and receives chunks, and counts control steps. Subclasses decide when to request and what to execute."""
 
     def __init__(self, inference: Inference) -> None:
         self.inference = inference
@@ -153,29 +153,29 @@ class Executor:
     def reset(self, seed: int) -> None:
         """Begin an episode."""
         self.inference.reset(seed)
-        self._now, self._asked = 0, 0
+        self._now, self._requested = 0, 0
         self._chunks: list[_Chunk] = []
 
     def step(self, observation: Observation) -> Command:
-        """What the robot is told now. Raises ValueError where the policy refuses the observation.
+        """Return the command of this control step. Raises ValueError if the policy refuses the observation.
 
-        A policy that cannot be reached (OSError, such as `ServerLost`) is asked again at the next step; meanwhile what
-        is left of its last chunk is executed.
+        If the policy is unreachable (OSError, such as `ServerLost`), the request is repeated at the next step. Meanwhile the rest
+        of the last chunk is executed.
         """
         arrived, error = None, None
         try:
             arrived = self._receive()
-            if not self.inference.busy and self._wants():
-                self._asked = self._now
-                self.inference.ask(observation, self._continuation())
-                arrived = self._receive() or arrived  # without latency it is there at once
+            if not self.inference.busy and self._request_due():
+                self._requested = self._now
+                self.inference.submit(observation, self._continuation())
+                arrived = self._receive() or arrived  # without latency the chunk arrives at once
         except OSError as lost:
             error = f"{lost}"
-        action, age = self._choose()
+        action, age = self._current_action()
         command = Command(
             action=action,
             age=age,
-            delay=None if arrived is None else self._now - self._chunks[-1].asked,
+            delay=None if arrived is None else self._now - self._chunks[-1].requested,
             timings=None if arrived is None else arrived.timings,
             error=error,
         )
@@ -184,17 +184,17 @@ class Executor:
         return command
 
     def _receive(self) -> ActionChunk | None:
-        chunk = self.inference.take()
+        chunk = self.inference.poll()
         if chunk is not None:
-            self._chunks.append(_Chunk(actions=chunk.actions, asked=self._asked, arrived=self._now))
+            self._chunks.append(_Chunk(actions=chunk.actions, requested=self._requested, arrived=self._now))
         return chunk
 
-    def _wants(self) -> bool:
-        """Whether it is time to ask for another chunk."""
+    def _request_due(self) -> bool:
+        """Whether to request another chunk at this step."""
         raise NotImplementedError
 
-    def _choose(self) -> tuple[np.ndarray | None, int]:
-        """The action of this control step, or None, and its age."""
+    def _current_action(self) -> tuple[np.ndarray | None, int]:
+        """Return the action of this control step, or None, and its age."""
         raise NotImplementedError
 
     def _continuation(self) -> Continuation | None:
@@ -202,9 +202,9 @@ class Executor:
 
 
 class Synchronous(Executor):
-    """Execute `execute_steps` actions of a chunk, stand still until the next one is there, go on: receding horizon.
+    """Executes `execute_steps` actions of a chunk, then holds until the next chunk arrives (receding horizon).
 
-    With `execute_steps` as large as the chunk, the whole of it.
+    With `execute_steps` of at least the chunk's length, executes all of it.
     """
 
     def __init__(self, inference: Inference, *, execute_steps: int) -> None:
@@ -217,70 +217,74 @@ class Synchronous(Executor):
         chunk = self._chunks[-1]
         return self._now - chunk.arrived >= min(self.execute_steps, len(chunk.actions))
 
-    def _wants(self) -> bool:
+    def _request_due(self) -> bool:
         return self._used_up()
 
-    def _choose(self) -> tuple[np.ndarray | None, int]:
+    def _current_action(self) -> tuple[np.ndarray | None, int]:
         if self._used_up():
             return None, 0
         chunk = self._chunks[-1]
         self._chunks = [chunk]
-        return chunk.actions[self._now - chunk.arrived], self._now - chunk.asked
+        return chunk.actions[self._now - chunk.arrived], self._now - chunk.requested
 
 
 class Asynchronous(Executor):
-    """Ask for the next chunk when `execute_steps` of one have passed, execute on meanwhile, switch when it arrives.
+    """Requests the next chunk after `execute_steps` steps, continues the present one and switches when the next arrives.
 
-    An action belongs to a control step: of a chunk that took d steps the first d are never executed.
+    Each action belongs to a control step, so the first d actions of a chunk that took d steps are skipped.
     """
 
     def __init__(self, inference: Inference, *, execute_steps: int) -> None:
         self.execute_steps = _positive("execute_steps", execute_steps)
         super().__init__(inference)
 
-    def _wants(self) -> bool:
-        return not self._chunks or self._now - self._chunks[-1].asked >= self.execute_steps
+    def _request_due(self) -> bool:
+        return not self._chunks or self._now - self._chunks[-1].requested >= self.execute_steps
 
-    def _choose(self) -> tuple[np.ndarray | None, int]:
+    def _current_action(self) -> tuple[np.ndarray | None, int]:
         if not self._chunks:
             return None, 0
         chunk = self._chunks[-1]
         self._chunks = [chunk]
-        index = self._now - chunk.asked
+        index = self._now - chunk.requested
         return (chunk.actions[index], index) if index < len(chunk.actions) else (None, index)
 
 
 class RealTimeChunking(Asynchronous):
-    """Asynchronous, and the new chunk is made to continue the one that is being executed.             2506.07339
+    """Asynchronous execution in which a new chunk continues the present one (real-time chunking, arXiv 2506.07339).
 
-    The delay that the policy is told is the longest of the last `remembered` ones, as in the paper's algorithm 1.
+    The delay in a request is the longest of the last `delay_window` ones, as in the paper's algorithm 1.
     """
 
-    def __init__(self, inference: Inference, *, execute_steps: int, first_delay: int = 1, remembered: int = 10) -> None:
-        self._delays: deque[int] = deque([first_delay], maxlen=_positive("remembered", remembered))
-        self._counted = -1
+    def __init__(
+        self, inference: Inference, *, execute_steps: int, first_delay: int = 1, delay_window: int = 10
+    ) -> None:
+        self._delays: deque[int] = deque([first_delay], maxlen=_positive("delay_window", delay_window))
+        self._last_counted = -1
         super().__init__(inference, execute_steps=execute_steps)
 
     def reset(self, seed: int) -> None:
-        """Begin an episode; what is known of the delay stays."""
+        """Begin an episode. Measured delays are kept."""
         super().reset(seed)
-        self._counted = -1
+        self._last_counted = -1
 
     def _continuation(self) -> Continuation | None:
         if not self._chunks:
             return None
         chunk = self._chunks[-1]
-        if chunk.asked > self._counted:
-            self._delays.append(chunk.arrived - chunk.asked)
-            self._counted = chunk.asked
-        rest = chunk.actions[self._now - chunk.asked :]
-        return Continuation(actions=rest, delay=min(max(self._delays), len(rest))) if len(rest) else None
+        if chunk.requested > self._last_counted:
+            self._delays.append(chunk.arrived - chunk.requested)
+            self._last_counted = chunk.requested
+        remaining = chunk.actions[self._now - chunk.requested :]
+        if not len(remaining):
+            return None
+        return Continuation(actions=remaining, delay=min(max(self._delays), len(remaining)))
 
 
 class TemporalEnsemble(Executor):
-    """Ask at every control step that inference allows; execute the average of all chunks that speak of this step.
+    """Requests a chunk whenever inference is free, and executes the average of all chunks that cover this step.
 
-    ACT's weights: exp(-decay * i), i counting from the oldest chunk (arXiv 2304.13705, algorithm 2).
+    ACT's weights: exp(-decay * i), with i counted from the oldest chunk (arXiv 2304.13705, algorithm 2).
     """
 
     def __init__(self, inference: Inference, *, decay: float = 0.01) -> None:
@@ -289,24 +293,24 @@ class TemporalEnsemble(Executor):
         self.decay = decay
         super().__init__(inference)
 
-    def _wants(self) -> bool:
+    def _request_due(self) -> bool:
         return True
 
-    def _choose(self) -> tuple[np.ndarray | None, int]:
-        self._chunks = [chunk for chunk in self._chunks if self._now - chunk.asked < len(chunk.actions)]
+    def _current_action(self) -> tuple[np.ndarray | None, int]:
+        self._chunks = [chunk for chunk in self._chunks if self._now - chunk.requested < len(chunk.actions)]
         if not self._chunks:
             return None, 0
-        actions = np.stack([chunk.actions[self._now - chunk.asked] for chunk in self._chunks])
+        actions = np.stack([chunk.actions[self._now - chunk.requested] for chunk in self._chunks])
         weights = np.exp(-self.decay * np.arange(len(actions)))
         average = (weights[:, None] * actions).sum(0) / weights.sum()
-        return average.astype(np.float32), self._now - self._chunks[-1].asked
+        return average.astype(np.float32), self._now - self._chunks[-1].requested
 
 
 EXECUTORS = ("synchronous", "asynchronous", "ensemble", "rtc")
 
 
 def make_executor(name: str, inference: Inference, *, execute_steps: int) -> Executor:
-    """An executor by name, see `EXECUTORS`. Raises ValueError for another name."""
+    """Create one of `EXECUTORS` by name. Raises ValueError for another name."""
     if name == "synchronous":
         return Synchronous(inference, execute_steps=execute_steps)
     if name == "asynchronous":

@@ -1,16 +1,19 @@
-"""`agra serve` from start to stop: the wires, signals, and new checkpoints while it runs."""
+"""Runs a policy server from start to stop: both protocols, signals, and new checkpoints."""
 
 import asyncio
 import gc
+import json
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from agra.files import write_text
+from agra.serving.server.config import ServeConfig
 from agra.serving.server.groot import GrootServer
-from agra.serving.server.websocket import WebsocketServer
 from agra.serving.server.service import PolicyService
+from agra.serving.server.websocket import WebsocketServer
 from agra.types import BatchPolicy
 
 log = logging.getLogger("agra.serving")
@@ -18,58 +21,58 @@ log = logging.getLogger("agra.serving")
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySource:
-    """Where policies come from: `load` makes one, `stamp` changes when there is a newer one."""
+    """Where policies come from: `load` loads the newest, and `stamp` changes when there is a newer one."""
 
     load: Callable[[], BatchPolicy]
     stamp: Callable[[], Hashable]
 
 
-def keep_what_is_loaded() -> None:
-    """Hide what lives now from the garbage collector: to look through torch and a policy stops everybody for 0.3 s."""
+def freeze_live_objects() -> None:
+    """`gc.freeze` live objects: a full collection over torch and the policy stalls the server for 0.3 s."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
 
 
 async def reload(service: PolicyService, server: WebsocketServer, source: PolicySource) -> bool:
-    """Load the source's policy beside the one that serves, try it out, then swap. A policy that fails changes nothing."""
+    """Load the source's policy, check it and swap it in. Returns False, with nothing changed, for a policy that fails."""
     async with service.reloading:
         try:
             policy = await asyncio.to_thread(source.load)
             await service.check(policy)
             incompatible = await service.swap(policy)
-        except Exception:  # of whatever kind: the service outlives a candidate that fails
-            log.exception("kept the policy that serves; the new one does not load or does not answer")
+        except Exception:  # any error: a candidate that fails must not stop the service
+            log.exception("kept the present policy; the new one does not load or does not answer")
             return False
-    keep_what_is_loaded()
+    freeze_live_objects()
     if incompatible:
-        await server.dismiss("another policy, with other states or actions")
+        await server.disconnect_clients("the new policy has other states or actions")
     return True
 
 
-async def watch(service: PolicyService, server: WebsocketServer, source: PolicySource, *, every: float) -> None:
-    """Reload whenever the source has something newer; looks every so many seconds, whatever fails."""
-    known = _stamp(source)
+async def watch(service: PolicyService, server: WebsocketServer, source: PolicySource, *, interval: float) -> None:
+    """Check the source every `interval` seconds and reload when it has a newer policy. Errors are logged."""
+    loaded = _stamp(source)
     while True:
-        await asyncio.sleep(every)
-        found = _stamp(source)
-        if found is not None and found != known:
-            known = found
+        await asyncio.sleep(interval)
+        stamp = _stamp(source)
+        if stamp is not None and stamp != loaded:
+            loaded = stamp
             await reload(service, server, source)
 
 
 def _stamp(source: PolicySource) -> Hashable | None:
     try:
         return source.stamp()
-    except Exception:  # of whatever kind: the watch goes on
-        log.exception("cannot look for a newer checkpoint")
+    except Exception:  # any error: the watch continues
+        log.exception("cannot check for a newer checkpoint")
         return None
 
 
-def _report(task: asyncio.Task) -> None:
-    """Log what ended a task that nobody awaits."""
+def _log_error(task: asyncio.Task) -> None:
+    """Log the error of a background task, which nothing awaits."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("a background task of the server ended", exc_info=error)
+        log.error("a background task of the server failed", exc_info=error)
 
 
 async def run(
@@ -82,30 +85,30 @@ async def run(
     grace: float = 10.0,
     started: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what was read, in at most `grace` seconds. SIGHUP loads anew.
+    """Serve until SIGTERM or SIGINT, then answer the requests that were read, in at most `grace` seconds.
 
-    The port opens at once; clients get in when the policy has been tried out and warmed up. Raises ValueError where it does
-    not answer.
+    SIGHUP loads the newest policy. The port opens at once. Clients are accepted when the policy has been checked and warmed up.
+    Raises ValueError for a policy that does not answer.
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     tasks: set[asyncio.Task] = set()
 
-    def begin(work: Coroutine[Any, Any, object]) -> None:
+    def start(work: Coroutine[Any, Any, object]) -> None:
         task = loop.create_task(work)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-        task.add_done_callback(_report)
+        task.add_done_callback(_log_error)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
     await service.start()
-    keep_what_is_loaded()
+    freeze_live_objects()
     if groot is not None:
         await groot.start()
-    loop.add_signal_handler(signal.SIGHUP, lambda: begin(reload(service, server, source)))
+    loop.add_signal_handler(signal.SIGHUP, lambda: start(reload(service, server, source)))
     if reload_interval is not None:
-        begin(watch(service, server, source, every=reload_interval))
+        start(watch(service, server, source, interval=reload_interval))
     started()
     await stop.wait()
     log.info("stopping")
@@ -115,3 +118,25 @@ async def run(
     if groot is not None:
         await groot.stop()
     await service.close()
+
+
+async def serve(config: ServeConfig, source: PolicySource, *, api_key: str | None = None) -> None:
+    """Serve the source's policy as configured, until SIGTERM or SIGINT. Prints the addresses once it accepts clients.
+
+    Raises ValueError for a network address without a key, and for a policy that does not answer.
+    """
+    config.check_access(api_key)
+    tls = config.tls.context()
+    service = PolicyService(source.load(), config.limits)
+    server = WebsocketServer(service, host=config.host, port=config.port, keys=config.keys, api_key=api_key, tls=tls)
+    groot = None
+    if config.groot.port is not None:
+        groot = GrootServer(service, host=config.host, port=config.groot.port, config=config.groot, api_key=api_key)
+
+    def started() -> None:
+        addresses = {"address": server.address, "groot_address": "" if groot is None else groot.address}
+        print(f"serving {service.spec.name} on {' and '.join(filter(None, addresses.values()))}", flush=True)
+        if config.ready_file is not None:
+            write_text(config.ready_file, json.dumps(addresses) + "\n")
+
+    await run(service, server, source, groot=groot, reload_interval=config.reload_interval, started=started)

@@ -1,7 +1,7 @@
-"""Requests of different clients, one forward: whatever waits when the policy is free goes into the next batch.
+"""Batches requests of different clients: everything that waits when the policy is free goes into the next forward pass.
 
-No timer holds a request back: while a forward runs others arrive, and that is the batch. A single request on an idle
-server is answered at once.
+No timer delays a request. Requests that arrive during a forward pass form the next batch. An idle server runs a single request
+at once.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from agra.types import ActionChunk, BatchPolicy, PolicyRequest
 @dataclass(eq=False)
 class _Waiting:
     request: PolicyRequest
-    future: "asyncio.Future[Served]"
+    future: "asyncio.Future[BatchedResult]"
     since: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
-    """A chunk, how long it waited for the policy (seconds) and how many were computed with it."""
+class BatchedResult:
+    """A chunk, its time in the queue (seconds) and the size of its batch."""
 
     chunk: ActionChunk
     queued: float
@@ -31,9 +31,9 @@ class Served:
 
 
 class Batcher:
-    """Runs a policy in a thread of its own, several requests at a time. For one event loop.
+    """Runs a policy on batches in a thread of its own. Belongs to one event loop.
 
-    Frames of more than `small` bytes count as large: a forward takes at most `max_large` bytes of them, and at least one
+    Frames of more than `small` bytes count as large. A forward pass takes at most `max_large` bytes of them, and at least one
     frame, so that clients with small frames do not wait for many large ones.
     """
 
@@ -45,39 +45,39 @@ class Batcher:
         self.policy, self.max_batch, self.small, self.max_large = policy, max_batch, small, max_large
         self.running_since: float | None = None
         self._waiting: deque[_Waiting] = deque()
-        self._arrived, self._free = asyncio.Event(), asyncio.Event()
+        self._arrived, self._idle = asyncio.Event(), asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="policy")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def waiting(self) -> int:
-        """Requests that no forward has begun with."""
+        """Number of requests in the queue."""
         return len(self._waiting)
 
     @property
     def stuck_for(self) -> float:
-        """Seconds since the running forward began, 0 between forwards."""
+        """Seconds since the running forward pass began, 0 between forward passes."""
         since = self.running_since
         return 0.0 if since is None else time.perf_counter() - since
 
-    async def submit(self, request: PolicyRequest) -> Served:
-        """The policy's answer. Raises what the policy raises for this request; cancelled, it is not computed any more."""
+    async def submit(self, request: PolicyRequest) -> BatchedResult:
+        """Queue a request and wait for its result. Raises the policy's error. A cancelled request is not computed."""
         waiting = _Waiting(request, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrived.set()
         return await waiting.future
 
-    async def rest(self) -> None:
-        """Wait until no forward is running."""
+    async def wait_idle(self) -> None:
+        """Wait until no forward pass is running."""
         while self.running_since is not None:
-            await self._free.wait()
+            await self._idle.wait()
 
     async def call(self, function: Callable[[], None]) -> None:
-        """Run something between two forwards, such as a swap of the policy."""
+        """Run a function between two forward passes, such as a swap of the policy."""
         await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def close(self) -> None:
-        """Finish the running forward; whoever still waits is cancelled."""
+        """Finish the running forward pass and cancel the requests in the queue."""
         self._task.cancel()
         await asyncio.wait([self._task])
         for waiting in self._waiting:
@@ -87,48 +87,50 @@ class Batcher:
     async def _run(self) -> None:
         while True:
             await self._arrived.wait()
-            batch = self._take()
+            batch = self._next_batch()
             if not self._waiting:
                 self._arrived.clear()
             if batch:
                 await self._forward(batch)
 
-    def _take(self) -> list[_Waiting]:
-        """The next batch, in order of arrival; requests whose client gave up are dropped."""
-        batch, rest, large = [], deque(), 0
-        for one in self._waiting:
-            if one.future.done():
+    def _next_batch(self) -> list[_Waiting]:
+        """Take the next batch from the queue in order of arrival. Drops cancelled requests."""
+        batch, remaining, large = [], deque(), 0
+        for waiting in self._waiting:
+            if waiting.future.done():
                 continue
-            size = one.request.observation.frame.nbytes
+            size = waiting.request.observation.frame.nbytes
             fits = size <= self.small or large == 0 or large + size <= self.max_large
             if len(batch) == self.max_batch or not fits:
-                rest.append(one)
+                remaining.append(waiting)
                 continue
-            batch.append(one)
+            batch.append(waiting)
             large += size if size > self.small else 0
-        self._waiting = rest
+        self._waiting = remaining
         return batch
 
     async def _forward(self, batch: list[_Waiting]) -> None:
         start = time.perf_counter()
         self.running_since = start
-        self._free.clear()
+        self._idle.clear()
         loop = asyncio.get_running_loop()
+        requests = [waiting.request for waiting in batch]
         try:
-            chunks = await loop.run_in_executor(self._thread, self.policy.act_batch, [one.request for one in batch])
-        except Exception as error:  # the policy's, of whatever kind: the server outlives it and the clients are told
+            chunks = await loop.run_in_executor(self._thread, self.policy.act_batch, requests)
+        except Exception as error:  # any error of the policy: it goes to the clients, and the server keeps running
             if isinstance(error, ValueError) and len(batch) > 1:
-                # One of them does not fit the policy. It was found before anything was drawn: ask one by one.
-                for one in batch:
-                    await self._forward([one])
+                # The policy refused one of the requests, before it drew any random number: run them one by one.
+                for waiting in batch:
+                    await self._forward([waiting])
                 return
-            for one in batch:
-                if not one.future.done():
-                    one.future.set_exception(error)
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(error)
             return
         finally:
             self.running_since = None
-            self._free.set()
-        for one, chunk in zip(batch, chunks, strict=True):
-            if not one.future.done():
-                one.future.set_result(Served(chunk=chunk, queued=start - one.since, batch=len(batch)))
+            self._idle.set()
+        for waiting, chunk in zip(batch, chunks, strict=True):
+            if not waiting.future.done():
+                result = BatchedResult(chunk=chunk, queued=start - waiting.since, batch=len(batch))
+                waiting.future.set_result(result)

@@ -1,11 +1,11 @@
-"""GR00T's ZMQ wire (N1.5 and N1.6), so that its simulator clients can evaluate our policies.            fact 9
+"""GR00T's ZeroMQ protocol (N1.5 and N1.6), so that its simulator clients can evaluate our policies.
 
-A request is a msgpack map {endpoint, data, api_token}; endpoints are ping, get_action, reset and get_modality_config. An
-observation names its parts: `video.<camera>` (T, H, W, 3) uint8, `state.<part>` (T, d), and a text `annotation.<...>`.
-N1.6 sends {observation, options} and wants [action, info] back; its observation may also nest the parts, {"video": {...},
-"state": {...}, "language": {...}}, and then the answer's keys lack `action.`. Everything may have a batch axis in front.
-Only the newest of T is looked at. The answer has `action.<part>` (K, d). `kill` is refused: whoever can reach the port
-must not be able to end the server. Each connection is served one request at a time; what it sends meanwhile waits unread.
+A request is a msgpack map {endpoint, data, api_token}. The endpoints are ping, get_action, reset and get_modality_config. An
+observation names its parts: `video.<camera>` (T, H, W, 3) uint8, `state.<part>` (T, d), and a text `annotation.<...>`. The
+response has `action.<part>` (K, d). N1.6 sends {observation, options} and expects [action, info]. Its observation may also nest
+the parts, {"video": {...}, "state": {...}, "language": {...}}, and then the response's keys have no prefix `action.`. Every
+array may have a leading batch axis. Only the newest of T is used. `kill` is refused, because no client may stop the server.
+Each connection is served one request at a time. Further ones wait unread.
 """
 
 import asyncio
@@ -15,39 +15,38 @@ import logging
 import socket
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from agra.serving.protocol.messages import MAX_INSTRUCTION, Question, RequestError, frame, numbers, text
-from agra.serving.server.service import Busy, Episode, PolicyService, check_key, failure
+from agra.serving.protocol.messages import (
+    MAX_INSTRUCTION,
+    SEEDS,
+    InferRequest,
+    RequestError,
+    parse_floats,
+    parse_frame,
+    parse_text,
+)
 from agra.serving.protocol.wire import pack_groot, unpack_groot
 from agra.serving.protocol.zmtp import Peer, ProtocolError
+from agra.serving.server.config import GrootWire, check_key
+from agra.serving.server.service import Busy, Episode, PolicyService, error_reply
 from agra.types import EmbodimentSpec, Observation, PolicySpec
 
 log = logging.getLogger("agra.serving")
 WIRE = "groot"
-MAX_BATCH = 64  # environments in one request
-MAX_HANDSHAKES = 128  # connections beyond the clients' that may be open
-LAST_WORDS = 0.5  # seconds in which clients of a stopping server are told
+ENDPOINTS = ("ping", "get_action", "reset", "get_modality_config")
+MAX_BATCH = 64  # environments in a request
+MAX_HANDSHAKES = 128  # connections beyond `max_connections` that may be open
+STOP_SECONDS = 0.5
+"""Time for clients of a stopping server to send another request and get its error message."""
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-"""Seconds, and probes: the place of a client whose machine died is free after a minute."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrootNames:
-    """How GR00T's clients name what the policy takes, and whose form `get_modality_config` answers in."""
-
-    camera: str = "ego_view"
-    annotation: str = "human.action.task_description"
-    version: Literal["n1.5", "n1.6"] = "n1.6"
-    """N1.5 reads a JSON text with full keys; N1.6 and later a map with the bare names of their parts. The request is the
-    same, and neither client reads the other's answer."""
+"""Seconds and number of probes. The connection of a machine that died is freed after a minute."""
 
 
 class GrootServer:
-    """Serves a `PolicyService` to GR00T's clients, each on a connection of its own with its own queue and episodes."""
+    """Serves a `PolicyService` to GR00T's clients. Each connection has its own queue and episodes."""
 
     def __init__(
         self,
@@ -55,38 +54,45 @@ class GrootServer:
         *,
         host: str = "127.0.0.1",
         port: int = 5555,
-        embodiment: str | None = None,
-        names: GrootNames | None = None,
+        config: GrootWire | None = None,
         api_key: str | None = None,
     ) -> None:
-        known = service.spec.embodiments
-        if embodiment is None and len(known) > 1:
-            raise ValueError(f"GR00T's wire names no embodiment: choose one of {', '.join(known)}")
-        self.embodiment = embodiment or next(iter(known))
-        if self.embodiment not in known:
-            raise ValueError(f"embodiment: expected one of {', '.join(known)}, got {self.embodiment!r}")
         self.service, self.host, self.port = service, host, port
-        self.names = names or GrootNames()
+        self.config = config or GrootWire()
+        embodiments = service.spec.embodiments
+        if self.config.embodiment is None and len(embodiments) > 1:
+            raise ValueError(
+                f"GR00T's requests do not name an embodiment; choose --embodiment from {', '.join(embodiments)}"
+            )
+        self.embodiment = self.config.embodiment or next(iter(embodiments))
+        if self.embodiment not in embodiments:
+            raise ValueError(f"embodiment: expected one of {', '.join(embodiments)}, got {self.embodiment!r}")
         self._key = check_key(api_key)
         self._server: asyncio.Server | None = None
         self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-        self._clients = 0
+        self.clients = 0
+        """Connections after their handshake."""
+
+    @property
+    def address(self) -> str:
+        """Address for clients on this machine, such as tcp://127.0.0.1:5555."""
+        return f"tcp://{self.host}:{self.port}"
 
     async def start(self) -> None:
-        """Listen; `port` is then the real one, where 0 was asked for. Raises OSError where the port is taken."""
+        """Listen, and set `port` to the actual port if it was 0. Raises OSError for a port in use."""
         self._server = await asyncio.start_server(self._accept, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Close all connections; `PolicyService.drain` before it waits for the answers.
+        """Close all connections. Call `PolicyService.drain` first, which waits for the responses.
 
-        Clients that ask on are told first: their sockets would wait for ever for an answer of a server that went away.
+        Clients that send another request get an error message first. Without it their sockets would wait forever.
         """
         if self._server is None:
             return
         self._server.close()
         if self._open:
-            await asyncio.wait([*self._open], timeout=LAST_WORDS)
+            await asyncio.wait([*self._open], timeout=STOP_SECONDS)
         for writer in self._open.values():
             writer.transport.abort()
         if self._open:
@@ -97,101 +103,100 @@ class GrootServer:
         assert task is not None
         self._open[task] = writer
         task.add_done_callback(self._open.pop)
-        limits, seated = self.service.limits, False
+        limits, counted = self.service.limits, False
         try:
-            # Without a handshake libzmq keeps a client's request and tries again; after one it would be lost.
-            full = self._clients >= limits.max_connections or len(self._open) > limits.max_connections + MAX_HANDSHAKES
+            # Refused before the handshake, libzmq keeps the client's request and tries again. Afterwards it would be lost.
+            full = self.clients >= limits.max_connections or len(self._open) > limits.max_connections + MAX_HANDSHAKES
             if full or self.service.draining:
                 return
             _keep_alive(writer.get_extra_info("socket"))
             peer = Peer(reader, writer, max_message=limits.max_message)
             async with asyncio.timeout(limits.handshake_timeout):
-                await peer.shake_hands()
-            if self._clients >= limits.max_connections:
+                await peer.handshake()
+            if self.clients >= limits.max_connections:
                 return
-            seated = True
-            self._clients += 1
+            counted = True
+            self.clients += 1
             self.service.connections.inc()
             await self._serve(peer)
         except (ProtocolError, EOFError, ConnectionError, TimeoutError) as error:
-            log.debug("a connection on GR00T's wire ended: %s", error)
+            log.debug("closed a connection of GR00T's protocol: %s", error)
         finally:
-            if seated:
-                self._clients -= 1
+            if counted:
+                self.clients -= 1
                 self.service.connections.dec()
             writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
 
     async def _serve(self, peer: Peer) -> None:
-        limits, episodes, bad = self.service.limits, [Episode(0)], 0
-        while bad < limits.max_bad_requests:
+        limits, episodes, invalid = self.service.limits, [Episode(0)], 0
+        while invalid < limits.max_bad_requests:
             async with asyncio.timeout(limits.idle_timeout):
                 size = await peer.header()
-            late = self.service.draining
-            async with self.service.room if size > limits.share else nullcontext():
-                answered = await self._serve_one(peer, size, episodes, late=late)
-            if late:
+            stopping = self.service.draining
+            async with self.service.large_slots if size > limits.share else nullcontext():
+                answered = await self._serve_request(peer, size, episodes, stopping=stopping)
+            if stopping:
                 return
-            bad = 0 if answered else bad + 1
+            invalid = 0 if answered else invalid + 1
 
-    async def _serve_one(self, peer: Peer, size: int, episodes: list[Episode], *, late: bool) -> bool:
-        """Read one request and answer it; whether it was answered well. One that came `late` is told so."""
+    async def _serve_request(self, peer: Peer, size: int, episodes: list[Episode], *, stopping: bool) -> bool:
+        """Read a request and respond. Returns whether it was answered with actions. `stopping` refuses it."""
         async with asyncio.timeout(self.service.limits.receive_timeout):
             data = [await peer.body(size)]
         with self.service.working():
             try:
-                if late:
+                if stopping:
                     raise Busy("busy: the server is stopping")
-                outcome, reply = "answered", await self._answer(unpack_groot(data.pop()), episodes)
-            except Exception as error:  # the policy's, of whatever kind: the other clients must not suffer from it
-                outcome, told = failure(error)
-                reply = {"error": told}
-            await self.service.settle(WIRE, outcome)
+                outcome, response = "answered", await self._respond(unpack_groot(data.pop()), episodes)
+            except Exception as error:  # any error of the policy: it must not affect other clients
+                outcome, message = error_reply(error)
+                response = {"error": message}
+            await self.service.record_outcome(WIRE, outcome)
             async with asyncio.timeout(self.service.limits.send_timeout):
-                await peer.send(pack_groot(reply))
+                await peer.send(pack_groot(response))
         return outcome == "answered"
 
-    async def _answer(self, message: Any, episodes: list[Episode]) -> Any:
+    async def _respond(self, message: Any, episodes: list[Episode]) -> Any:
         if not isinstance(message, dict):
             raise RequestError("request: expected a map with 'endpoint' and 'data'")
         if self._key is not None:
-            given = message.get("api_token")
-            if not isinstance(given, str) or not hmac.compare_digest(given.encode(), self._key):
+            token = message.get("api_token")
+            if not isinstance(token, str) or not hmac.compare_digest(token.encode(), self._key):
                 raise RequestError("api_token: missing or wrong")
         endpoint, data = message.get("endpoint", "get_action"), message.get("data") or {}
         if endpoint == "ping":
             return {"status": "ok", "message": "Server is running"}
         if endpoint == "get_modality_config":
-            return modality_config(self.service.spec, self.embodiment, self.names)
+            return modality_config(self.service.spec, self.embodiment, self.config)
         if not isinstance(data, dict):
             raise RequestError("data: expected a map")
         if endpoint == "reset":
             options = data.get("options")
             seed = options.get("seed", 0) if isinstance(options, dict) else 0
-            if type(seed) is not int or not 0 <= seed < 2**63:
-                raise RequestError("options.seed: expected a whole number from 0")
+            if type(seed) is not int or not 0 <= seed < SEEDS:
+                raise RequestError(f"options.seed: expected an integer from 0 to {SEEDS - 1}")
             episodes[:] = [Episode(seed)]
             return {}
         if endpoint != "get_action":
-            known = "ping, get_action, reset and get_modality_config"
-            raise RequestError(f"endpoint: expected one of {known}, got {str(endpoint)[:40]!r}")
+            raise RequestError(f"endpoint: expected one of {', '.join(ENDPOINTS)}, got {str(endpoint)[:40]!r}")
         wrapped = isinstance(data.get("observation"), dict)
         observation = data["observation"] if wrapped else data
         nested = isinstance(observation.get("video"), dict)
         actions = await self._act(flatten(observation), episodes, nested=nested)
         return [actions, {}] if wrapped else actions
 
-    async def _act(self, observation: Mapping[str, Any], episodes: list[Episode], *, nested: bool) -> dict[str, Any]:
+    async def _act(self, message: Mapping[str, Any], episodes: list[Episode], *, nested: bool) -> dict[str, Any]:
         robot = self.service.spec.embodiments[self.embodiment]
-        seen, batched = read_observation(observation, robot, self.embodiment, self.names)
-        while len(episodes) < len(seen):  # each environment of a batch has random numbers of its own
+        observations, batched = parse_observations(message, robot, self.embodiment, self.config)
+        while len(episodes) < len(observations):  # each environment of a batch has random numbers of its own
             episodes.append(Episode(episodes[0].seed + len(episodes)))
-        chunks = await asyncio.gather(
+        results = await asyncio.gather(
             *(
-                self.service.answer(Question(observation=one), episode)
-                for one, episode in zip(seen, episodes, strict=False)
+                self.service.infer(InferRequest(observation=observation), episode)
+                for observation, episode in zip(observations, episodes, strict=False)
             )
         )
-        actions = np.stack([chunk.actions for chunk, _ in chunks])
+        actions = np.stack([chunk.actions for chunk, _ in results])
         actions = actions if batched else actions[0]
         return {f"{'' if nested else 'action.'}{part}": actions[..., a:b] for part, (a, b) in robot.action.items()}
 
@@ -199,87 +204,89 @@ class GrootServer:
 def _keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):  # not on every system
+        if hasattr(socket, name):  # depends on the system
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def flatten(observation: Mapping[str, Any]) -> dict[str, Any]:
-    """N1.6's nested observation under N1.5's names; texts of N1.6 are lists of lists."""
-    found: dict[str, Any] = {}
+    """Rename the parts of N1.6's nested observation to N1.5's flat keys. Texts of N1.6 are lists of lists."""
+    flat: dict[str, Any] = {}
     for key, value in observation.items():
         if key in ("video", "state") and isinstance(value, dict):
-            found |= {f"{key}.{name}": part for name, part in value.items()}
+            flat |= {f"{key}.{name}": part for name, part in value.items()}
         elif key == "language" and isinstance(value, dict):
             for name, part in value.items():
-                texts = (
-                    [one[-1] if isinstance(one, list) and one else one for one in part]
-                    if isinstance(part, list)
-                    else part
-                )
-                found[str(name) if str(name).startswith("annotation.") else f"annotation.{name}"] = texts
+                annotation = str(name) if str(name).startswith("annotation.") else f"annotation.{name}"
+                flat[annotation] = [_newest(text) for text in part] if isinstance(part, list) else part
         else:
-            found[str(key)] = value
-    return found
+            flat[str(key)] = value
+    return flat
 
 
-def read_observation(
-    given: Mapping[str, Any], robot: EmbodimentSpec, embodiment: str, names: GrootNames
+def _newest(text: Any) -> Any:
+    return text[-1] if isinstance(text, list) and text else text
+
+
+def parse_observations(
+    message: Mapping[str, Any], robot: EmbodimentSpec, embodiment: str, config: GrootWire
 ) -> tuple[list[Observation], bool]:
-    """One observation an environment, and whether there was a batch axis. Raises RequestError naming the key."""
-    video, annotation = f"video.{names.camera}", _annotation(given, names)
-    needed = [video, *(f"state.{part}" for part in robot.state), annotation]
-    if missing := [key for key in needed if key not in given]:
-        raise RequestError(f"{missing[0]}: missing; expected the keys {', '.join(needed)}")
-    pictures = given[video]
-    if not isinstance(pictures, np.ndarray) or pictures.ndim not in (4, 5) or 0 in pictures.shape:
-        raise RequestError(f"{video}: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got {_kind(pictures)}")
-    batched = pictures.ndim == 5
-    newest = pictures[:, -1] if batched else pictures[-1:]
+    """Return an observation of each environment, and whether there is a batch axis. Raises RequestError with the key."""
+    video, annotation = f"video.{config.camera}", _annotation_key(message, config)
+    required = [video, *(f"state.{part}" for part in robot.state), annotation]
+    if missing := [key for key in required if key not in message]:
+        raise RequestError(f"{missing[0]}: missing; expected the keys {', '.join(required)}")
+    frames = message[video]
+    if not isinstance(frames, np.ndarray) or frames.ndim not in (4, 5) or 0 in frames.shape:
+        raise RequestError(f"{video}: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got {_kind(frames)}")
+    batched = frames.ndim == 5
+    newest = frames[:, -1] if batched else frames[-1:]
     count = len(newest)
     if count > MAX_BATCH:
         raise RequestError(f"{video}: expected at most {MAX_BATCH} environments, got {count}")
     state = np.zeros((count, robot.state_dim), np.float32)
     for part, (start, end) in robot.state.items():
-        values = numbers(
-            f"state.{part}", given[f"state.{part}"], (count, "T", end - start) if batched else ("T", end - start)
-        )
+        shape = (count, "T", end - start) if batched else ("T", end - start)
+        values = parse_floats(f"state.{part}", message[f"state.{part}"], shape)
         state[:, start:end] = values[:, -1] if batched else values[-1]
-    texts = given[annotation]
+    texts = message[annotation]
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or len(texts) not in (1, count):
         raise RequestError(f"{annotation}: expected a list of 1 or {count} texts, got {_kind(texts)}")
-    texts = [text(annotation, one, MAX_INSTRUCTION) for one in texts] * (count if len(texts) == 1 else 1)
-    seen = [
-        Observation(frame=frame(video, picture), state=row, instruction=instruction, embodiment=embodiment)
-        for picture, row, instruction in zip(newest, state, texts, strict=True)
+    texts = [parse_text(annotation, text, MAX_INSTRUCTION) for text in texts] * (count if len(texts) == 1 else 1)
+    observations = [
+        Observation(frame=parse_frame(video, frame), state=row, instruction=instruction, embodiment=embodiment)
+        for frame, row, instruction in zip(newest, state, texts, strict=True)
     ]
-    return seen, batched
+    return observations, batched
 
 
-def _annotation(given: Mapping[str, Any], names: GrootNames) -> str:
-    """The key of the instruction: the one by our name, or the only one there is; clients differ."""
-    ours = f"annotation.{names.annotation}"
-    others = [key for key in given if key.startswith("annotation.") or key == "task"]
-    return others[0] if ours not in given and len(others) == 1 else ours
+def _annotation_key(message: Mapping[str, Any], config: GrootWire) -> str:
+    """Return the key of the instruction: the configured one, or the only one in the message, because clients differ."""
+    configured = f"annotation.{config.annotation}"
+    others = [key for key in message if key.startswith("annotation.") or key == "task"]
+    return others[0] if configured not in message and len(others) == 1 else configured
 
 
-def modality_config(spec: PolicySpec, embodiment: str, names: GrootNames) -> dict[str, Any]:
-    """What GR00T's clients ask for, with its own marks: which keys, and at which steps relative to now."""
+def modality_config(spec: PolicySpec, embodiment: str, config: GrootWire) -> dict[str, Any]:
+    """Return the keys of requests and responses with their steps relative to now, with GR00T's own type marks.
+
+    Clients of N1.5 read a JSON text with full keys, those of N1.6 and later a map with the bare names of the parts.
+    """
     robot = spec.embodiments[embodiment]
-    n15 = names.version == "n1.5"
+    n15 = config.version == "n1.5"
     keys = {
-        "video": ([names.camera], [0]),
+        "video": ([config.camera], [0]),
         "state": (list(robot.state), [0]),
         "action": (list(robot.action), list(range(spec.horizon))),
     }
-    found = {
-        name: {"delta_indices": indices, "modality_keys": [f"{name}.{key}" for key in parts] if n15 else parts}
-        for name, (parts, indices) in keys.items()
+    modalities = {
+        name: {"delta_indices": steps, "modality_keys": [f"{name}.{key}" for key in parts] if n15 else parts}
+        for name, (parts, steps) in keys.items()
     }
-    found["language"] = {"delta_indices": [0], "modality_keys": [f"annotation.{names.annotation}"]}
+    modalities["language"] = {"delta_indices": [0], "modality_keys": [f"annotation.{config.annotation}"]}
     return {
-        name: {"__ModalityConfig_class__": True, "as_json": json.dumps(one) if n15 else one}
-        for name, one in found.items()
+        name: {"__ModalityConfig_class__": True, "as_json": json.dumps(modality) if n15 else modality}
+        for name, modality in modalities.items()
     }
 
 
