@@ -18,7 +18,7 @@ FILES = {
     for p in (SOURCE / "agra").rglob("*.py")
 }
 LEAVES = ("types", "batch", "flow", "rng", "files", "hub", "weights", "precision", "lora", "stages")
-ROOT_MODULES = {*LEAVES, "config", "recipes", "api"}
+ROOT_MODULES = {*LEAVES, "config", "recipes", "api", "simulation"}
 SUITES = ("metaworld", "libero", "robocasa")
 """Simulators whose libraries are installed in environments of their own."""
 DOORS = {
@@ -126,6 +126,7 @@ def test_recipes_are_known_by_the_command_line_alone():
 
 def test_the_api_is_known_by_the_command_line_alone():
     assert rooms_that_import("api") == {"cli"}
+    assert rooms_that_import("simulation") == {"api", "cli"}
 
 
 # --- rules 2 to 5: the rooms --------------------------------------------------------------------------------------------
@@ -145,7 +146,9 @@ def test_only_methods_and_what_encodes_frames_join_networks_and_alignment():
 def test_training_and_policies_know_no_particular_method():
     for name in files_of("training", "policies", "checkpoints"):
         particular = {
-            m for m in package_imports(name) if under(m, "agra.methods") and m not in ("agra.methods.method", "agra.methods")
+            m
+            for m in package_imports(name)
+            if under(m, "agra.methods") and m not in ("agra.methods.method", "agra.methods")
         }
         assert not particular, f"{name} imports {particular}"
 
