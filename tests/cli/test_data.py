@@ -67,7 +67,7 @@ def test_a_wrong_mixture_is_named(folder, tmp_path, capsys):
         ('[{"path": "one", "wieght": 2.0}]', "the closest known key is 'weight'"),
         ('[{"path": "one"}]', "name the embodiment of every source, 'one' has none"),
         ("[", "mix.json: not JSON"),
-        ('[{"path": "none", "embodiment": "dot"}]', "none: no LeRobot dataset here"),
+        ('[{"path": "none", "embodiment": "dot"}]', "none: not a LeRobot dataset"),
     ):
         path.write_text(content)
         line = fails(capsys, "prepare", "tiny", "--mixture", path, "--data.path", folder, *SMALL)

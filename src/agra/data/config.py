@@ -1,4 +1,4 @@
-"""Settings of the training data: the datasets, how each is read, sampled and augmented. Opens no files."""
+"""Settings of the training data: the datasets, their reading, sampling and augmentation. Opens no files."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,24 +21,24 @@ class SourceConfig:
 
     path: str = ""  # a folder, or a hub id OWNER/NAME[/FOLDER]
     revision: str | None = None  # of a hub id
-    embodiment: str = ""  # instead of the dataset's own `robot_type`
+    embodiment: str = ""  # replaces the dataset's `robot_type`
     camera: str = EGO_VIEW  # a feature, or its name in modality.json
-    extra_cameras: tuple[str, ...] = ()  # set to the right of it and scaled to its height
-    crop_rows: tuple[int, int] | None = None  # [first, end) of the recorded frame, cropped before anything resizes it
+    extra_cameras: tuple[str, ...] = ()  # placed to the right of `camera`, scaled to its height
+    crop_rows: tuple[int, int] | None = None  # [first, end) of the recorded frame, cropped before any resizing
     crop_columns: tuple[int, int] | None = None
     state: tuple[str, ...] = ()
     action: tuple[str, ...] = ()
-    relative: tuple[str, ...] = ()  # keys of `action` that are movements: past an episode's end they are 0
-    missing_keys: tuple[str, ...] = ()  # keys of the embodiment that this dataset lacks: zeros, masked out of the loss
-    normalization: Normalization = "min_max"  # of the keys that name no method
-    instruction_key: str = ""  # an annotation column of task numbers instead of `task_index`
-    strip_prefixes: tuple[str, ...] = ()  # what an instruction may begin with and is taken off
-    row_stride: int = 1  # keep every n-th row: a lower control rate, for absolute actions only
-    frame_stride: int = 1  # control steps between a window's frames: 1 in simulation, 3 on the robot
-    horizon: int | None = None  # actions of a window that are learned; None: the model's
-    past_end: PastEnd = "repeat"  # past the episode: repeat the last row, mask those actions, or draw no such window
-    training_episodes: int | None = None  # train on the first so many episodes only
-    weight: float = 1.0  # share of the windows, relative to the other sources
+    relative: tuple[str, ...] = ()  # keys of `action` that are movements. They are 0 past an episode's end
+    missing_keys: tuple[str, ...] = ()  # keys of the embodiment that are absent here: zeros, masked out of the loss
+    normalization: Normalization = "min_max"  # of keys without a METHOD
+    instruction_key: str = ""  # an annotation column of task numbers, in place of `task_index`
+    strip_prefixes: tuple[str, ...] = ()  # removed from the start of instructions
+    row_stride: int = 1  # keeps one row in n, for a lower control rate. For absolute actions only
+    frame_stride: int = 1  # control steps between a window's frames. 1 in simulation, 3 on the robot
+    horizon: int | None = None  # actions of a window that are learned. None: the method's horizon
+    past_end: PastEnd = "repeat"  # past an episode's end: repeat the last row, mask its actions, or draw no such window
+    training_episodes: int | None = None  # train on the first N episodes only. None: all
+    weight: float = 1.0  # relative number of windows among the sources
 
     def __post_init__(self) -> None:
         for name in ("row_stride", "frame_stride", "horizon", "training_episodes"):
@@ -50,7 +50,7 @@ class SourceConfig:
             if span is not None and not 0 <= span[0] < span[1]:
                 raise ValueError(f"data.{name}: expected 0 <= first < end, got {span}")
         if not self.weight > 0:
-            raise ValueError(f"data.weight: expected a positive share, got {self.weight}")
+            raise ValueError(f"data.weight: expected a positive number, got {self.weight}")
         if self.normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"data.normalization: expected one of {', '.join(NORMALIZATIONS)}, got {self.normalization!r}"
@@ -60,47 +60,56 @@ class SourceConfig:
         for quantity in ("state", "action"):
             names = [name for name, _ in self.keys(quantity)]
             if len(set(names)) != len(names):
-                raise ValueError(f"data.{quantity}: expected different keys, got {', '.join(names)}")
+                raise ValueError(f"data.{quantity}: expected distinct keys, got {', '.join(names)}")
         keys = {name for quantity in ("state", "action") for name, _ in self.keys(quantity)}
         for name in ("missing_keys", "relative"):
             unknown = [key for key in getattr(self, name) if key not in keys]
             if unknown:
-                raise ValueError(f"data.{name}: {unknown[0]!r} is none of the keys of state and action")
+                raise ValueError(
+                    f"data.{name}: {unknown[0]!r} is not among the keys of data.state and data.action"
+                    f" ({', '.join(sorted(keys)) or 'none are listed'})"
+                )
         if self.relative and self.row_stride > 1:
             raise ValueError(
-                f"data.row_stride: {self.row_stride} would leave out movements of the relative keys {self.relative}"
+                f"data.row_stride: expected 1 with relative keys, got {self.row_stride};"
+                f" a stride would drop movements of {', '.join(self.relative)}"
             )
 
     def keys(self, quantity: str) -> tuple[tuple[str, Normalization], ...]:
         """(key, method) of "state" or "action", in order. Raises ValueError for an unknown method."""
         keys = []
-        for spelled in getattr(self, quantity):
-            name, _, method = spelled.partition(":")
+        for item in getattr(self, quantity):
+            name, _, method = item.partition(":")
             method = method or self.normalization
             if not name or method not in NORMALIZATIONS:
                 raise ValueError(
-                    f"data.{quantity}: expected KEY or KEY:METHOD with a method of {', '.join(NORMALIZATIONS)}, got {spelled!r}"
+                    f"data.{quantity}: expected KEY or KEY:METHOD with a method of {', '.join(NORMALIZATIONS)}, got {item!r}"
                 )
             keys.append((name, method))
         return tuple(keys)
 
-    def crop(self, frames: np.ndarray, what: str) -> np.ndarray:
-        """(..., H, W, 3) cut to the source's rows and columns. Raises ValueError naming `what` where they are not there."""
+    def crop(self, frames: np.ndarray, name: str) -> np.ndarray:
+        """Crop frames (..., H, W, 3) to `crop_rows` and `crop_columns`.
+
+        Raises ValueError, which begins with `name`, where the frames are smaller than the crop.
+        """
         for axis, span in ((-3, self.crop_rows), (-2, self.crop_columns)):
             if span is None:
                 continue
             if span[1] > frames.shape[axis]:
-                name = "rows" if axis == -3 else "columns"
-                raise ValueError(f"{what}: expected {name} {span[0]} to {span[1]}, but there are {frames.shape[axis]}")
+                side = "rows" if axis == -3 else "columns"
+                raise ValueError(
+                    f"{name}: data.crop_{side} is {span[0]} to {span[1]}, but the frames have {frames.shape[axis]} {side}"
+                )
             frames = frames[..., span[0] : span[1], :, :] if axis == -3 else frames[..., span[0] : span[1], :]
         return frames
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Strength of GR00T's image augmentation (`agra.data.sampling.augment`). A value of 0 (a crop of 1) turns that change off."""
+    """Strength of GR00T's image augmentation (`agra.data.sampling.augment`). 0, or a crop of 1, turns a change off."""
 
-    crop: float = 0.95  # fraction of height and width that is kept
+    crop: float = 0.95  # fraction of height and width that remains
     brightness: float = 0.3
     contrast: float = 0.4
     saturation: float = 0.5
@@ -121,20 +130,24 @@ CachedName = Literal["latents", "frame_latents", "targets", "frames"]
 class DataConfig(SourceConfig):
     """The datasets, the sampling of windows from them, and the cache of their frozen features.
 
-    Its own fields describe the one dataset at `path`. With a `mixture` those of its sources count instead, and `path` is
-    the folder that their paths are relative to: read `sources` or `source`, never the fields. Frame size, number of frames
-    and horizon of a window belong to the method.
+    The inherited fields describe the single dataset at `path`. With a `mixture` its sources replace them, and `path` is the
+    folder that the sources' paths are relative to. Read `sources` or `source`, never the inherited fields. Frame size,
+    number of frames and horizon of a window belong to the method.
     """
 
     mixture: tuple[SourceConfig, ...] = ()
     cache: str = "cache"  # folder of frozen features, shared by all runs
-    cached: tuple[CachedName, ...] = ("latents", "frame_latents", "targets", "frames")  # others are made while training
-    embodiments: tuple[str, ...] = ("tabletop",)  # an embodiment's place is its row in the embodiment banks
-    validation_fraction: float = 0.05  # of each dataset's episodes, the last ones, which training never sees
-    early_window_fraction: float = 0.0  # not in the paper: fraction of the windows that start early in an episode,
-    early_window_steps: int = 10  # within so many control steps
-    # not in the paper: only windows from these first control steps have teacher targets
-    target_steps: int | None = None
+    cached: tuple[CachedName, ...] = (
+        "latents",
+        "frame_latents",
+        "targets",
+        "frames",
+    )  # features not listed are computed while training
+    embodiments: tuple[str, ...] = ("tabletop",)  # an embodiment's position is its row in the embodiment banks
+    validation_fraction: float = 0.05  # of each dataset's episodes. The last ones are held out
+    early_window_fraction: float = 0.0  # of the windows, which start early in an episode. Not in the paper
+    early_window_steps: int = 10  # control steps that count as early
+    target_steps: int | None = None  # windows from the first N control steps have teacher targets. Not in the paper
     augment: AugmentConfig | None = None  # of clips that are decoded while training
 
     def __post_init__(self) -> None:
@@ -150,25 +163,27 @@ class DataConfig(SourceConfig):
                 f"data.early_window_fraction: expected a number in [0, 1], got {self.early_window_fraction}"
             )
         if not self.embodiments or len(set(self.embodiments)) != len(self.embodiments):
-            raise ValueError(f"data.embodiments: expected different names, got {self.embodiments}")
+            raise ValueError(f"data.embodiments: expected one or more distinct names, got {self.embodiments}")
         if self.augment is not None and self.cached:
             raise ValueError(
-                f"data.augment: cached features are not augmented; set data.cached to nothing, got {self.cached}"
+                f"data.augment: cached features are not augmented; set data.cached to an empty list, got {self.cached}"
             )
         unnamed = [source.path for source in self.mixture if not source.embodiment]
         if unnamed:
-            raise ValueError(f"data.mixture: name the embodiment of every source, {unnamed[0]!r} has none")
+            raise ValueError(
+                f"data.mixture: source {unnamed[0]!r} has no embodiment; set it for every source of a mixture"
+            )
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """The datasets that are sampled."""
+        """The datasets to sample."""
         return self.mixture or (self,)
 
     @property
     def root(self) -> str:
-        """The folder that the sources' paths are relative to, or empty."""
+        """The folder that the sources' paths are relative to. Empty without a mixture."""
         return self.path if self.mixture else ""
 
     def source(self, embodiment: str) -> SourceConfig:
-        """The way in which an embodiment's observations are seen: that of its first source."""
+        """The first source of an embodiment. Its cameras and crop define the observations of a policy."""
         return next((source for source in self.mixture if source.embodiment == embodiment), self)

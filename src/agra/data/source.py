@@ -12,7 +12,7 @@ from agra.data.normalization.normalize import NormStats
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """One dataset of a run. Its last episodes are held out, and the first ones of the rest train."""
+    """One dataset of a run. The last episodes are held out for validation, the first ones of the rest train."""
 
     config: SourceConfig
     dataset: LeRobotDataset
@@ -21,7 +21,7 @@ class Source:
 
     @classmethod
     def open(cls, config: SourceConfig, root: str, validation_fraction: float) -> "Source":
-        """Raises ValueError where no training episode is left, and as `LeRobotDataset` does."""
+        """Open the dataset. Raises ValueError where no training episode is left, and the errors of `LeRobotDataset`."""
         dataset = LeRobotDataset.of(config, root)
         validation = held_out(dataset.num_episodes, validation_fraction)
         training = range(min(dataset.num_episodes - len(validation), config.training_episodes or dataset.num_episodes))
@@ -29,57 +29,65 @@ class Source:
 
     @property
     def missing_keys(self) -> tuple[str, ...]:
-        """Keys of the embodiment that this dataset lacks."""
+        """Keys of the embodiment that are absent from this dataset."""
         return self.config.missing_keys
 
     @property
     def episodes(self) -> Iterable[int]:
-        """The episodes of the statistics: all, or the training ones where the source limits them."""
+        """Episodes of the statistics: all, or the training episodes where `training_episodes` limits them."""
         return range(self.dataset.num_episodes) if self.config.training_episodes is None else self.training
 
     @property
     def used(self) -> tuple[int, ...]:
-        """The episodes of training and validation."""
+        """Episodes of training and validation."""
         return (*self.training, *self.validation)
 
     def states(self, episode: int) -> np.ndarray:
-        """(N, S) float32."""
+        """Return the states (N, S) float32 of an episode."""
         return self.dataset.states(episode)
 
     def actions(self, episode: int) -> np.ndarray:
-        """(N, D) float32."""
+        """Return the actions (N, D) float32 of an episode."""
         return self.dataset.actions(episode)
 
 
 def held_out(num_episodes: int, fraction: float) -> range:
-    """The validation episodes: the last ones, at least one where the fraction is not 0."""
+    """Return the validation episodes: the last ones, at least one where the fraction is not 0."""
     if fraction == 0:
         return range(0)
     count = max(1, round(num_episodes * fraction))
     if count >= num_episodes:
-        raise ValueError(f"data.validation_fraction {fraction} leaves none of {num_episodes} episodes")
+        raise ValueError(
+            f"data.validation_fraction: {fraction} of {num_episodes} episodes leaves none to train on; choose a smaller fraction"
+        )
     return range(num_episodes - count, num_episodes)
 
 
 def open_sources(config: DataConfig) -> tuple[Source, ...]:
     """Open the datasets of a run.
 
-    Raises FileNotFoundError and ValueError as `LeRobotDataset` does, and ValueError for an embodiment that is not in
-    `config.embodiments`, or where datasets of one embodiment disagree about it.
+    Raises the errors of `LeRobotDataset`, and ValueError for an embodiment outside `config.embodiments` or for datasets
+    of one embodiment with different keys.
     """
     sources = tuple(Source.open(source, config.root, config.validation_fraction) for source in config.sources)
     for source in sources:
         dataset = source.dataset
         if dataset.embodiment not in config.embodiments:
             raise ValueError(
-                f"{dataset.path}: embodiment {dataset.embodiment!r} is not in data.embodiments {config.embodiments}"
+                f"{dataset.path}: embodiment {dataset.embodiment!r} is not in data.embodiments {config.embodiments}; add it"
+                " there, or rename it with data.embodiment"
             )
-        dataset.fill([s.dataset for s in sources if s is not source and s.dataset.embodiment == dataset.embodiment])
+        dataset.resolve_missing_keys(
+            [s.dataset for s in sources if s is not source and s.dataset.embodiment == dataset.embodiment]
+        )
     return sources
 
 
 def embodiment_stats(sources: Sequence[Source]) -> dict[str, NormStats]:
-    """Exact statistics of every embodiment, over all of its datasets together."""
+    """Compute the exact statistics of every embodiment over all of its datasets together.
+
+    Raises ValueError where datasets of one embodiment differ in their normalisation.
+    """
     stats = {}
     for embodiment in dict.fromkeys(source.dataset.embodiment for source in sources):
         group = [source for source in sources if source.dataset.embodiment == embodiment]
@@ -87,8 +95,8 @@ def embodiment_stats(sources: Sequence[Source]) -> dict[str, NormStats]:
         for source in group[1:]:
             if _methods(source) != _methods(first):
                 raise ValueError(
-                    f"{first.dataset.path} and {source.dataset.path}: both are of embodiment {embodiment!r} and differ in"
-                    " their normalisation"
+                    f"{first.dataset.path} and {source.dataset.path}: datasets of embodiment {embodiment!r} differ in"
+                    " their normalisation; give them the same methods"
                 )
         stats[embodiment] = NormStats.of(
             group,

@@ -55,9 +55,9 @@ def test_which_instruction(egodex):
     assert said == ["put the cup on the plate", "take the cup off the plate"]
     path = egodex / "x.hdf5"
     assert choose_instruction({"llm_description": "Fold.", "llm_description2": "Unfold."}, path) == "fold"
-    with pytest.raises(ValueError, match=r"x\.hdf5: which_llm_description should be '1' or '2', got '3'"):
+    with pytest.raises(ValueError, match=r"x\.hdf5: which_llm_description: expected '1' or '2', got '3'"):
         choose_instruction({"llm_type": "reversible", "which_llm_description": "3"}, path)
-    with pytest.raises(ValueError, match=r"x\.hdf5: attribute 'llm_description' should be a text"):
+    with pytest.raises(ValueError, match=r"x\.hdf5: attribute 'llm_description': expected text"):
         choose_instruction({}, path)
 
 
@@ -87,8 +87,8 @@ def test_converted_and_normalised(egodex, tmp_path):
     np.testing.assert_allclose(stats.unnormalize("action", encoded), values, atol=1e-6)
 
 
-def test_what_a_human_lacks_is_masked(egodex, tmp_path):
-    """One embodiment for robot and human: the human set has no joints; they are zero, masked, and in no statistics."""
+def test_missing_keys_are_masked(egodex, tmp_path):
+    """One embodiment for robot and human. The human dataset has no joints: zeros, masked, in no statistics."""
     convert_egodex(egodex, tmp_path / "human", size=SIZE)
     shutil.copytree(tmp_path / "human", tmp_path / "robot")
     (tmp_path / "robot/meta/checksums.json").unlink()
@@ -108,7 +108,9 @@ def test_what_a_human_lacks_is_masked(egodex, tmp_path):
     np.testing.assert_allclose(stats.action["max"][3:], joints.max(0))
     np.testing.assert_allclose(stats.action["min"][3:], joints.min(0))
     lonely = DataConfig(path=str(tmp_path), mixture=(human,), embodiments=("shared",), validation_fraction=0)
-    with pytest.raises(ValueError, match="human: lacks 'joints', and no other dataset of embodiment 'shared' has it"):
+    with pytest.raises(
+        ValueError, match="human: the size of the missing key 'joints' is unknown, since no other dataset"
+    ):
         open_sources(lonely)
 
 
@@ -119,16 +121,16 @@ def test_damaged_trajectories_are_named(egodex, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"0\.mp4: video file is missing"):
         read_trajectory(path)
     shutil.copy(egodex / "basic_pick_place/1.mp4", tmp_path / "0.mp4")
-    with pytest.raises(ValueError, match=r"0\.mp4: 9 frames, 0\.hdf5 has 6 poses"):
+    with pytest.raises(ValueError, match=r"0\.mp4: has 9 frames, expected 6 for the poses in 0\.hdf5"):
         read_trajectory(path)
     with h5py.File(path, "a") as file:
         del file["transforms/rightHand"]
-    with pytest.raises(ValueError, match=r"0\.hdf5: no array 'rightHand' in /transforms; there are camera, hip"):
+    with pytest.raises(ValueError, match=r"0\.hdf5: no array 'rightHand' in /transforms; available: camera, hip"):
         read_trajectory(path)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"0\.hdf5: damaged HDF5 file"):
         read_trajectory(path)
-    with pytest.raises(FileNotFoundError, match="no EgoDex trajectories here"):
+    with pytest.raises(FileNotFoundError, match="no EgoDex trajectories; expected"):
         convert_egodex(tmp_path / "none", tmp_path / "out")
 
 
@@ -151,13 +153,15 @@ def test_demonstrations(kind, tmp_path):
     assert LeRobotDataset(tmp_path / "set", source=parts).relative.tolist() == [True] * 6 + [False]
 
 
-def test_what_a_file_does_not_tell(tmp_path):
+def test_missing_attributes_are_named(tmp_path):
     path = write_hdf5(tmp_path / "a.hdf5", "robomimic")
-    with pytest.raises(ValueError, match=r"a\.hdf5: tells no instruction"):
+    with pytest.raises(
+        ValueError, match=r"a\.hdf5: no instruction \(attribute problem_info\); set it with --instruction"
+    ):
         convert_hdf5([path], tmp_path / "set", kind="robomimic")
     with h5py.File(path, "a") as file:
         del file["data"].attrs["env_args"]
-    with pytest.raises(ValueError, match=r"a\.hdf5: env_args tells no control_freq; .* --fps"):
+    with pytest.raises(ValueError, match=r"a\.hdf5: env_args has no control_freq; .* --fps"):
         convert_hdf5([path], tmp_path / "set", kind="robomimic", instruction="lift")
     with pytest.raises(ValueError, match=r"a\.hdf5: no array 'ee_pos' in /data/demo_2/obs"):
         convert_hdf5([path], tmp_path / "set", kind="libero", instruction="lift", fps=20)

@@ -74,13 +74,13 @@ def test_our_own_files_come_back_byte_for_byte(tmp_path):
     convert(tmp_path / "set", tmp_path / "v21", "v2.1")
     convert(tmp_path / "v21", tmp_path / "again", "v3.0")
     files = {p.relative_to(tmp_path / "set"): p.read_bytes() for p in (tmp_path / "set").rglob("*") if p.is_file()}
-    found = {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
+    again = {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
     assert {name.as_posix() for name in files} >= {"meta/modality.json", "meta/checksums.json", "meta/stats.json"}
-    assert files.keys() == found.keys()
-    assert [name for name in files if files[name] != found[name]] == []
+    assert files.keys() == again.keys()
+    assert [name for name in files if files[name] != again[name]] == []
 
 
-def test_modality_and_annotations_come_along(tmp_path):
+def test_modality_and_annotations_are_copied(tmp_path):
     write_gr1(tmp_path / "set")
     convert(tmp_path / "set", tmp_path / "out", "v3.0")
     assert (tmp_path / "out/meta/modality.json").read_bytes() == (tmp_path / "set/meta/modality.json").read_bytes()
@@ -93,6 +93,6 @@ def test_refusals(root, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out: already exists"):
         convert(root, tmp_path / "out", "v3.0")
-    with pytest.raises(FileNotFoundError, match="no LeRobot dataset here"):
+    with pytest.raises(FileNotFoundError, match="not a LeRobot dataset"):
         convert(tmp_path / "out", tmp_path / "other", "v3.0")
     assert not (tmp_path / "other").exists()

@@ -117,7 +117,7 @@ def test_cameras_are_chosen_by_name(copy):
 @pytest.mark.parametrize("kind", ["copy", "sealed"])
 def test_missing_dataset_and_files(kind, request, tmp_path):
     copy = request.getfixturevalue(kind)
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no LeRobot dataset here.*agra collect"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: not a LeRobot dataset.*agra collect"):
         LeRobotDataset(tmp_path / "nowhere")
     (copy / DATA).unlink()
     with pytest.raises(FileNotFoundError, match=r"data/chunk-000/file-000\.parquet: file is missing"):
@@ -126,7 +126,7 @@ def test_missing_dataset_and_files(kind, request, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tasks\.parquet: file is missing"):
         LeRobotDataset(copy)
     shutil.rmtree(copy / "meta/episodes")
-    with pytest.raises(FileNotFoundError, match="meta/episodes: no episode list"):
+    with pytest.raises(FileNotFoundError, match="meta/episodes: the episode list is missing"):
         LeRobotDataset(copy)
 
 
@@ -166,30 +166,30 @@ def edit(path: Path, column: str, change) -> None:
 
 
 def test_rows_that_disagree(copy):
-    """Episode 1 announces one frame more than it has; the video agrees with the announcement, the rows do not."""
+    """The metadata lists one frame more than episode 1 has. The video agrees with the metadata, the rows do not."""
     episodes = copy / "meta/episodes/chunk-000/file-000.parquet"
     edit(episodes, "length", lambda lengths: lengths.__setitem__(1, 6))
-    with pytest.raises(ValueError, match="episode 1 has length 6, its rows are said to be 7 to 12"):
+    with pytest.raises(ValueError, match="episode 1 has length 6, but its rows are 7 to 12"):
         LeRobotDataset(copy)
     edit(episodes, "dataset_to_index", lambda ends: ends.__setitem__(1, 13))
-    with pytest.raises(ValueError, match=r"episode 1 of 0\.6 s is said to be from 0\.7 to 1\.2 s"):
+    with pytest.raises(ValueError, match=r"episode 1 lasts 0\.6 s, but its frames of .* are from 0\.7 to 1\.2 s"):
         LeRobotDataset(copy)
     edit(episodes, f"videos/{CAMERA}/to_timestamp", lambda ends: ends.__setitem__(1, 1.3))
-    with pytest.raises(ValueError, match=r"file-000\.mp4: episodes 1 and 2 are said to share frames from 1\.2 s on"):
+    with pytest.raises(ValueError, match=r"file-000\.mp4: episodes 1 and 2 overlap from 1\.2 s on"):
         LeRobotDataset(copy)
     for name in ("from_timestamp", "to_timestamp"):
         edit(episodes, f"videos/{CAMERA}/{name}", lambda times: times.__setitem__(2, times[2] + 0.1))
-    with pytest.raises(ValueError, match=r"info\.json: announces 21 frames, the episodes have 22"):
+    with pytest.raises(ValueError, match=r"info\.json: total_frames is 21, but the episodes have 22"):
         LeRobotDataset(copy)
     info = copy / "meta/info.json"
     info.write_text(info.read_text().replace('"total_frames": 21', '"total_frames": 22'))
-    with pytest.raises(ValueError, match="rows 7 to 13 should be the 6 rows of episode 1"):
+    with pytest.raises(ValueError, match="rows 7 to 13 are not the 6 rows of episode 1"):
         LeRobotDataset(copy).actions(1)
     LeRobotDataset(copy).actions(0)
 
 
 def test_frames_that_disagree(copy):
-    """The last episode's video is said to start later than it does: its last frame does not exist."""
+    """In the metadata the last episode's video starts too late, so its last frame does not exist."""
     episodes = copy / "meta/episodes/chunk-000/file-000.parquet"
     for name in ("from_timestamp", "to_timestamp"):
         edit(episodes, f"videos/{CAMERA}/{name}", lambda times: times.__setitem__(2, times[2] + 0.1))
@@ -197,18 +197,20 @@ def test_frames_that_disagree(copy):
         LeRobotDataset(copy).episode(2)
 
 
-def test_announced_episodes_that_are_missing(copy):
+def test_missing_episodes(copy):
     path = copy / "meta/info.json"
     path.write_text(path.read_text().replace('"total_episodes": 3', '"total_episodes": 4'))
-    with pytest.raises(ValueError, match=r"expected the episodes 0 to 3 .* found 3 rows"):
+    with pytest.raises(ValueError, match=r"expected the episodes 0 to 3 .* got 3 rows"):
         LeRobotDataset(copy)
 
 
 def test_columns_and_episodes_that_do_not_exist(copy):
-    with pytest.raises(ValueError, match="episode 3 does not exist, there are 3"):
+    with pytest.raises(ValueError, match="episode 3 does not exist; the dataset has 3 episodes"):
         LeRobotDataset(copy).actions(3)
     pq.write_table(pq.read_table(copy / DATA).drop_columns(["action"]), copy / DATA)
-    with pytest.raises(ValueError, match=r"file-000\.parquet: column 'action' is missing, there are observation.state"):
+    with pytest.raises(
+        ValueError, match=r"file-000\.parquet: column 'action' is missing; available: observation.state"
+    ):
         LeRobotDataset(copy).actions(0)
 
 
@@ -219,13 +221,13 @@ def test_a_sealed_file_that_changed_is_named(sealed):
     (sealed / VIDEO).write_bytes(content)
     dataset = LeRobotDataset(sealed)
     assert dataset.actions(0).shape == (7, 2)
-    with pytest.raises(ValueError, match=r"file-000\.mp4: its contents are not those .* agra doctor .* --seal"):
+    with pytest.raises(ValueError, match=r"file-000\.mp4: contents differ from the checksum .* agra doctor .* --seal"):
         dataset.frames(0)
     edit(sealed / DATA, "action", lambda rows: rows.__setitem__(3, [9.0, 9.0]))
-    with pytest.raises(ValueError, match=r"file-000\.parquet: its contents"):
+    with pytest.raises(ValueError, match=r"file-000\.parquet: contents differ"):
         LeRobotDataset(sealed).actions(0)
     (sealed / "meta/stats.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"stats\.json: its contents"):
+    with pytest.raises(ValueError, match=r"stats\.json: contents differ"):
         LeRobotDataset(sealed)
     seal(sealed)
     assert LeRobotDataset(sealed).actions(0)[3].tolist() == [9, 9]

@@ -70,14 +70,14 @@ def test_cameras_side_by_side_and_cropped(root):
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 30), crop_columns=(10, 48))
     assert close(LeRobotDataset(root, source=source).frames(1), STORY[1].frames[CAMERAS[0]][:, 4:30, 10:48])
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 33))
-    with pytest.raises(ValueError, match="front: expected rows 4 to 33, but there are 32"):
+    with pytest.raises(ValueError, match="front: data.crop_rows is 4 to 33, but the frames have 32 rows"):
         LeRobotDataset(root, source=source).frames(1)
 
 
 def test_a_camera_has_to_be_named(root):
-    with pytest.raises(ValueError, match=f"name one camera; available: {CAMERAS[0]}, {CAMERAS[1]}"):
+    with pytest.raises(ValueError, match=f"choose one camera with data.camera; available: {CAMERAS[0]}, {CAMERAS[1]}"):
         LeRobotDataset(root)
-    with pytest.raises(ValueError, match=f"there is no camera 'top'; available: {CAMERAS[0]}, {CAMERAS[1]}"):
+    with pytest.raises(ValueError, match=f"no camera 'top'; available: {CAMERAS[0]}, {CAMERAS[1]}"):
         LeRobotDataset(root, camera="top")
 
 
@@ -165,10 +165,10 @@ def test_annotations_and_modality_names(gr1):
     assert dataset.instruction(0) == "pick the can from the plate and place it in the pan"
     assert dataset.states(0).shape == (6, 6)
     with pytest.raises(
-        ValueError, match=r"no column 'human\.colour' of task numbers; there are task_index, annotation"
+        ValueError, match=r"no column 'human\.colour' of task numbers; available: task_index, annotation"
     ):
         LeRobotDataset(gr1, source=SourceConfig(instruction_key="human.colour"))
-    with pytest.raises(ValueError, match="no action key or column 'tail'; there are left_arm, left_hand"):
+    with pytest.raises(ValueError, match="no action key or column 'tail'; available keys: left_arm, left_hand"):
         LeRobotDataset(gr1, source=SourceConfig(action=("tail",)))
 
 
@@ -176,10 +176,13 @@ def test_annotations_and_modality_names(gr1):
     ("change", "message"),
     [
         ({"state": {"arm": {"start": 40, "end": 45}}}, "'arm' spans 40 to 45 of 'observation.state', which has 44"),
-        ({"state": {"arm": {"start": 0, "end": 4, "rotation_type": "axis_angle"}}}, "axis_angle of 4 dimensions"),
+        (
+            {"state": {"arm": {"start": 0, "end": 4, "rotation_type": "axis_angle"}}},
+            "'arm': rotation_type axis_angle has 3 dimensions, got 4",
+        ),
         ({"state": {"arm": {"start": 0, "end": 3, "rotation_type": "spin"}}}, "'arm': rotation type: expected one of"),
-        ({"video": {"ego": {"original_key": "observation.images.none"}}}, "'ego' names the feature"),
-        ({"state": []}, "'state' should map names to objects"),
+        ({"video": {"ego": {"original_key": "observation.images.none"}}}, "'ego': the feature"),
+        ({"state": []}, "'state': expected an object of objects"),
     ],
 )
 def test_a_wrong_modality_is_named(gr1, tmp_path, change, message):

@@ -186,13 +186,15 @@ def test_size_limits_and_chunks(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="at least one episode"):
+    with pytest.raises(ValueError, match="expected at least one episode, got none"):
         write_dataset(tmp_path / "none", [], embodiment=ROBOT, fps=10)
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="there: already exists"):
         LeRobotWriter(tmp_path / "there", embodiment=ROBOT, fps=10)
     mixed = [EPISODES[0], make_episode(1, 5, height=64)]
-    with pytest.raises(ValueError, match=r"episode 1 differs from episode 0 in 'observation.images.ego_view'"):
+    with pytest.raises(
+        ValueError, match=r"feature 'observation.images.ego_view' of episode 1 differs from that of episode 0"
+    ):
         write_dataset(tmp_path / "mixed", mixed, embodiment=ROBOT, fps=10)
     with pytest.raises(ValueError, match=r"observation.state: expected \(N, 1\)"):
         write_dataset(

@@ -68,7 +68,7 @@ def test_settings_are_checked_and_caches_are_not_augmented():
         AugmentConfig(hue=0.6)
     with pytest.raises(
         ValueError,
-        match=r"data\.augment: cached features are not augmented; set data\.cached to nothing, got \('targets',\)",
+        match=r"data\.augment: cached features are not augmented; set data\.cached to an empty list, got \('targets',\)",
     ):
         DataConfig(cached=("targets",), augment=AugmentConfig())
     assert DataConfig(cached=(), augment=AugmentConfig()).augment == AugmentConfig()

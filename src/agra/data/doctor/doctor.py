@@ -236,7 +236,7 @@ def _times(dataset: LeRobotDataset, rows: Mapping[int, Any]) -> Iterator[Finding
     if "timestamp" in dataset.features:
         fps, worst, where = dataset.info["fps"], 0.0, ""
         for path in dict.fromkeys(dataset.layout.entries[index].data for index in rows):
-            table = read_table(path, ["timestamp", "episode_index"], most=dataset.layout.rows)
+            table = read_table(path, ["timestamp", "episode_index"], max_rows=dataset.layout.rows)
             times = np.asarray(table["timestamp"].to_numpy(), dtype=np.float64).ravel()
             owner = table["episode_index"].to_numpy()
             for episode in np.unique(owner):

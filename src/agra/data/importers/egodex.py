@@ -1,9 +1,9 @@
-"""EgoDex: egocentric video of human hands, brought to wrist poses and to LeRobot v3.0.          C.2.1; docs/paper.md #33
+"""EgoDex, egocentric video of human hands, converted to wrist poses in LeRobot v3.0 (C.2.1; docs/paper.md #33).
 
 A trajectory is `<task>/<i>.mp4` (1920 x 1080, 30 Hz) beside `<task>/<i>.hdf5` with `transforms/<joint>` (N, 4, 4) in the
 recording's world frame (Hoque et al., arXiv 2505.11709). The mapping is DIAL's
-(`preprocessing/convert_egodex_data_to_lerobot.py`): of each hand the wrist's position and the first two columns of its
-rotation, x to the right, y forward, z up; the state of a step is its own pose, the action the next step's.
+(`preprocessing/convert_egodex_data_to_lerobot.py`): the position of each wrist and the first two columns of its rotation,
+x to the right, y forward, z up. The state of a step is its pose, the action is the pose of the next step.
 """
 
 from collections.abc import Mapping
@@ -22,54 +22,54 @@ from agra.types import Embodiment, Episode
 EMBODIMENT, FPS = "human_egodex", 30
 SIDES = ("left", "right")
 STORED_SIZE = (270, 480)
-"""Rows and columns of a converted frame: a quarter of the recorded ones."""
+"""Rows and columns of a converted frame, a quarter of the recorded ones."""
 
-KEPT_ROWS = (81, 270)
-"""The lower 70 % of a stored frame: hands and table, without what is beyond."""
+CROP_ROWS = (81, 270)
+"""The lower 70 % of a converted frame. It shows hands and table, without the background."""
 
 _WORLD = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float64)  # ARKit's y up and z back to z up and y forward
-# A hand's own axes, by column of its rotation. DIAL's diagonals are (1, -1, 1) and (-1, -1, -1); of three columns two are
-# kept, and the third follows from them.
+# Signs of a hand's axes, by column of its rotation. DIAL's diagonals are (1, -1, 1) and (-1, -1, -1). The pose holds two of
+# the three columns, and the third follows from them.
 _HAND = {"left": np.array([1.0, -1.0]), "right": np.array([-1.0, -1.0])}
 
 
 def trajectories(root: Path) -> list[Path]:
-    """The HDF5 files below `root`, by task and number. Raises FileNotFoundError where there are none."""
-    found = sorted(root.rglob("*.hdf5"), key=lambda p: (p.parent.as_posix(), not p.stem.isdigit(), p.stem.zfill(9)))
-    if not found:
-        raise FileNotFoundError(f"{root}: no EgoDex trajectories here (<task>/<i>.hdf5 beside <task>/<i>.mp4)")
-    return found
+    """Return the HDF5 files below `root`, by task and number. Raises FileNotFoundError where there are none."""
+    paths = sorted(root.rglob("*.hdf5"), key=lambda p: (p.parent.as_posix(), not p.stem.isdigit(), p.stem.zfill(9)))
+    if not paths:
+        raise FileNotFoundError(f"{root}: no EgoDex trajectories; expected <task>/<i>.hdf5 beside <task>/<i>.mp4")
+    return paths
 
 
 def choose_instruction(attributes: Mapping[str, Any], path: Path) -> str:
-    """The description of what was done, in lower case and without full stops.
+    """Return the description of a trajectory, in lower case and without full stops.
 
-    A task that can be done both ways ("reversible") has two descriptions, and `which_llm_description` says which one the
-    trajectory shows. Raises ValueError where what is needed is missing.
+    A "reversible" task has two descriptions, and `which_llm_description` selects one. Raises ValueError for a missing
+    attribute or an empty description.
     """
     name = "llm_description"
     if attributes.get("llm_type") in ("reversible", b"reversible"):
         which = text(attributes, "which_llm_description", path)
         if which not in ("1", "2"):
-            raise ValueError(f"{path}: which_llm_description should be '1' or '2', got {which!r}")
+            raise ValueError(f"{path}: which_llm_description: expected '1' or '2', got {which!r}")
         name = "llm_description" if which == "1" else "llm_description2"
-    chosen = text(attributes, name, path).replace(".", "").strip().lower()
-    if not chosen:
+    instruction = text(attributes, name, path).replace(".", "").strip().lower()
+    if not instruction:
         raise ValueError(f"{path}: {name} is empty")
-    return chosen
+    return instruction
 
 
 def wrist_pose(transforms: np.ndarray, side: str) -> np.ndarray:
-    """(N, 4, 4) of a hand in the world to (N, 9) float32: position in metres, first two columns of the rotation."""
+    """Convert a hand's transforms (N, 4, 4) in the world to poses (N, 9) float32: position (m), two columns of the rotation."""
     position = transforms[:, :3, 3] @ _WORLD.T
     columns = (_WORLD @ transforms[:, :3, :3])[:, :, :2] * _HAND[side]
     return np.concatenate([position, columns[:, :, 0], columns[:, :, 1]], axis=1).astype(np.float32)
 
 
 def read_trajectory(path: Path, *, size: tuple[int, int] = STORED_SIZE) -> Episode:
-    """One trajectory; its last frame only gives the last action. `size` is (rows, columns) of the frames.
+    """Read one trajectory. Its last frame gives only the last action. `size` is (rows, columns) of the frames.
 
-    Raises FileNotFoundError and ValueError naming the file; also where video and poses differ in length.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged one or for video and poses of different length.
     """
     with opened(path) as file:
         transforms = group(file, "transforms", path)
@@ -78,9 +78,9 @@ def read_trajectory(path: Path, *, size: tuple[int, int] = STORED_SIZE) -> Episo
     video = path.with_suffix(".mp4")
     count, _, rate = inspect_video(video)
     if count != len(poses):
-        raise ValueError(f"{video}: {count} frames, {path.name} has {len(poses)} poses; {REMEDY}")
+        raise ValueError(f"{video}: has {count} frames, expected {len(poses)} for the poses in {path.name}; {REMEDY}")
     if len(poses) < 2 or abs(rate - FPS) > 0.5:
-        raise ValueError(f"{video}: expected at least 2 frames at {FPS} a second, got {count} at {rate:g}")
+        raise ValueError(f"{video}: expected at least 2 frames at {FPS} frames/s, got {count} at {rate:g}")
     return Episode(
         frames=decode_frames(video, np.arange(count - 1) / rate, fps=rate, size=size),
         states=poses[:-1],
@@ -95,12 +95,12 @@ def _hand(transforms: Any, side: str, path: Path) -> np.ndarray:
     matrices = array(transforms, f"{side}Hand", path, (None, 4, 4)).astype(np.float64)
     rotations = matrices[:, :3, :3]
     if np.abs(rotations @ rotations.transpose(0, 2, 1) - np.eye(3)).max(initial=0) > 1e-2:
-        raise ValueError(f"{path}: transforms/{side}Hand holds matrices that are no rotations; {REMEDY}")
+        raise ValueError(f"{path}: transforms/{side}Hand: expected rotation matrices; {REMEDY}")
     return wrist_pose(matrices, side)
 
 
 def convert_egodex(root: Path, output: Path, *, limit: int | None = None, size: tuple[int, int] = STORED_SIZE) -> Path:
-    """Write the trajectories below `root` (the first `limit`) as the LeRobot v3.0 dataset `output`."""
+    """Write the trajectories below `root`, or the first `limit` of them, as the LeRobot v3.0 dataset `output`."""
     names = tuple(f"{side}_{name}" for side in SIDES for name in _NAMES)
     embodiment = Embodiment(name=EMBODIMENT, state_names=names, action_names=names)
     with LeRobotWriter(output, embodiment=embodiment, fps=FPS, modality=_modality()) as writer:
@@ -117,7 +117,7 @@ def convert_egodex(root: Path, output: Path, *, limit: int | None = None, size: 
 
 
 _NAMES = ("x", "y", "z", "r00", "r10", "r20", "r01", "r11", "r21")
-KEYS = tuple(f"{side}_wrist_{what}" for side in SIDES for what in ("position", "rotation"))
+KEYS = tuple(f"{side}_wrist_{quantity}" for side in SIDES for quantity in ("position", "rotation"))
 
 
 def _modality() -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _modality() -> dict[str, Any]:
 
 
 def egodex_source(path: str, **settings: Any) -> SourceConfig:
-    """A converted EgoDex set: positions by mean and deviation, rotations as they are, the lower 70 % of the picture."""
+    """Return the source of a converted dataset: positions mean_std, rotations rot6d, the lower 70 % of the frames."""
     keys = tuple(f"{key}:{'mean_std' if key.endswith('position') else 'rot6d'}" for key in KEYS)
-    chosen = {"embodiment": EMBODIMENT, "crop_rows": KEPT_ROWS, "state": keys, "action": keys} | settings
-    return SourceConfig(path=path, **chosen)
+    fields = {"embodiment": EMBODIMENT, "crop_rows": CROP_ROWS, "state": keys, "action": keys} | settings
+    return SourceConfig(path=path, **fields)

@@ -1,4 +1,4 @@
-"""Frames of an episode, through one camera or several side by side, from mp4 files or pictures in the rows."""
+"""Frames of an episode from one camera, or from several side by side, read from mp4 files or from images in the rows."""
 
 import io
 from collections.abc import Sequence
@@ -16,27 +16,25 @@ from agra.data.lerobot.layout import DatasetLayout, EpisodeEntry, is_inside
 from agra.data.lerobot.modality import Modality
 from agra.data.lerobot.video import decode_frames
 
-_PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow says of damage
+_PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors for damaged files
 
 
 class Cameras:
-    """What a source shows: one camera, others to the right of it scaled to its height, cropped before anything else."""
+    """The cameras of a source. Each is cropped first. Extra cameras stand to the right of the first, scaled to its height."""
 
     def __init__(
         self, layout: DatasetLayout, modality: Modality, seal: Seal, names: Sequence[str], source: SourceConfig
     ) -> None:
-        """`names` are features or modality.json's names of them. Raises ValueError for one that is not there."""
+        """`names` are features or their names in modality.json. Raises ValueError for an unknown name."""
         self.layout, self.source, self._seal = layout, source, seal
         available = layout.names("video", "image")
         self.features = tuple(modality.video.get(name, name) for name in names)
         for feature in self.features:
             if feature not in available:
-                raise ValueError(
-                    f"{layout.root}: there is no camera {feature!r}; available: {', '.join(available) or 'none'}"
-                )
+                raise ValueError(f"{layout.root}: no camera {feature!r}; available: {', '.join(available) or 'none'}")
 
     def frames(self, entry: EpisodeEntry, rows: np.ndarray, *, threads: int = 0) -> np.ndarray:
-        """The frames of an episode's `rows` (T,), ascending: (T, H, W, 3) uint8 RGB, tiled and cropped."""
+        """Return the frames (T, H, W, 3) uint8 RGB of an episode's ascending `rows` (T,), cropped and side by side."""
         views = [self._crop(self._read(entry, feature, rows, threads), feature) for feature in self.features]
         height = views[0].shape[1]
         return views[0] if len(views) == 1 else np.concatenate([_scaled(view, height) for view in views], axis=2)
@@ -55,8 +53,8 @@ class Cameras:
         shape = self.layout.info["features"][feature]["shape"]
         if sorted(shape) != sorted(frames.shape[1:]):
             raise ValueError(
-                f"{path}: frames of {frames.shape[1]} x {frames.shape[2]}, meta/info.json announces {shape} for"
-                f" {feature!r}; {REMEDY}"
+                f"{path}: frames of {feature!r} are {frames.shape[1]} x {frames.shape[2]}, expected {shape} from"
+                f" meta/info.json; {REMEDY}"
             )
         return frames
 
@@ -72,7 +70,7 @@ def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
 
 
 def _pictures(path: Path, feature: str, entry: EpisodeEntry, rows: np.ndarray, layout: DatasetLayout) -> np.ndarray:
-    """Pictures that lie in the rows, as encoded bytes or by the name of their file (datasets' Image feature)."""
+    """Read images of the rows, stored as encoded bytes or as a file name (the Image feature of Hugging Face datasets)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")
     try:
@@ -88,7 +86,7 @@ def _pictures(path: Path, feature: str, entry: EpisodeEntry, rows: np.ndarray, l
         raise ValueError(f"{path}: damaged parquet file ({str(error).splitlines()[0]}); {REMEDY}") from error
     if table.num_rows != entry.length:
         raise ValueError(
-            f"{path}: expected {entry.length} pictures of episode {entry.index}, found {table.num_rows}; {REMEDY}"
+            f"{path}: expected {entry.length} images of episode {entry.index}, got {table.num_rows}; {REMEDY}"
         )
     frames = []
     for row, cell in zip(rows, table[feature].take(pa.array(rows)).to_pylist(), strict=True):
@@ -96,13 +94,13 @@ def _pictures(path: Path, feature: str, entry: EpisodeEntry, rows: np.ndarray, l
             content = cell["bytes"]
             if content is None:
                 if not is_inside(cell["path"]):
-                    raise ValueError(f"it names the file {cell['path']!r} outside the dataset")
+                    raise ValueError(f"its file {cell['path']!r} is outside the dataset")
                 content = (layout.root / cell["path"]).read_bytes()
             frames.append(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{path}: {feature!r} of row {row} is no picture ({error}); {REMEDY}") from error
+            raise ValueError(f"{path}: {feature!r} of row {row} is not an image ({error}); {REMEDY}") from error
         except _PICTURE_ERRORS as error:
-            raise ValueError(f"{path}: damaged picture {feature!r} in row {row} ({error}); {REMEDY}") from error
+            raise ValueError(f"{path}: damaged image {feature!r} in row {row} ({error}); {REMEDY}") from error
     if len({frame.shape for frame in frames}) > 1:
-        raise ValueError(f"{path}: pictures {feature!r} of episode {entry.index} differ in size; {REMEDY}")
+        raise ValueError(f"{path}: images {feature!r} of episode {entry.index} differ in size; {REMEDY}")
     return np.stack(frames)

@@ -1,7 +1,8 @@
-"""Checksums of a dataset's files: damage that still decodes is found, and a dataset's identity costs no reading.
+"""Checksums of a dataset's files. They detect damage that still decodes, and identify a dataset without reading it.
 
-`meta/checksums.json` maps each file, relative to the dataset, to its SHA-256. Our writer leaves it; `agra doctor --seal`
-adds it to any dataset; LeRobot ignores it. Where it is, every file is verified before its first use.
+`meta/checksums.json` maps each file, relative to the dataset, to its SHA-256. `LeRobotWriter` writes it,
+`agra doctor --seal` adds it to any dataset, and LeRobot ignores it. A sealed dataset has this file, and each of its files
+is verified before its first use.
 """
 
 import hashlib
@@ -15,30 +16,33 @@ CHECKSUMS = "meta/checksums.json"
 
 
 def dataset_files(root: Path) -> list[str]:
-    """The dataset's files relative to `root`, in order: everything under meta, data and videos but the checksums."""
-    found = [f for folder in ("meta", "data", "videos") for f in (root / folder).rglob("*") if f.is_file()]
-    names = sorted(f.relative_to(root).as_posix() for f in found)
+    """Return the names, relative to `root`, of all files under meta, data and videos except the checksums, sorted."""
+    paths = [path for folder in ("meta", "data", "videos") for path in (root / folder).rglob("*") if path.is_file()]
+    names = sorted(path.relative_to(root).as_posix() for path in paths)
     return [name for name in names if name != CHECKSUMS and not name.endswith(".tmp")]
 
 
 def seal(root: Path) -> Path:
-    """Write the checksums of all files as they are now; returns where."""
+    """Write the checksums of all files as they are now. Returns the checksum file."""
     write_json(root / CHECKSUMS, {name: files.sha256(root / name) for name in dataset_files(root)})
     return root / CHECKSUMS
 
 
 class Seal:
-    """A dataset's checksums, where it has them."""
+    """The checksums of a dataset. Empty where the dataset is not sealed."""
 
     def __init__(self, root: Path) -> None:
-        """Raises ValueError for a damaged checksum file."""
+        """Read the checksums. Raises ValueError for a damaged checksum file."""
         self.root = root
         path = root / CHECKSUMS
         self.checksums: Mapping[str, str] = read_json(path) if path.is_file() else {}
         self._verified: set[Path] = set()
 
     def verify(self, path: Path) -> None:
-        """Compare a file with its checksum, once. Raises FileNotFoundError or ValueError naming it; unsealed passes."""
+        """Compare a file with its checksum, once. Does nothing where the dataset is not sealed.
+
+        Raises FileNotFoundError for a missing file and ValueError for changed contents.
+        """
         if not self.checksums or path in self._verified:
             return
         name = path.relative_to(self.root).as_posix()
@@ -46,13 +50,13 @@ class Seal:
             raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")
         if files.sha256(path) != self.checksums.get(name):
             raise ValueError(
-                f"{path}: its contents are not those that {CHECKSUMS} knows; {REMEDY}, or, if it was changed on purpose,"
-                f" run: agra doctor {self.root} --seal"
+                f"{path}: contents differ from the checksum in {CHECKSUMS}; {REMEDY}. If the change is intended, run: agra"
+                f" doctor {self.root} --seal"
             )
         self._verified.add(path)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and contents of all files; a sealed dataset's contents are taken from its checksums."""
+        """Return the SHA-256 of the names and contents of all files. For a sealed dataset the checksums stand for the contents."""
         contents = self.checksums or {name: files.sha256(self.root / name) for name in dataset_files(self.root)}
         lines = "".join(f"{name} {contents[name]}\n" for name in sorted(contents))
         return hashlib.sha256(lines.encode()).hexdigest()

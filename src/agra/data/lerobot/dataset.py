@@ -1,6 +1,6 @@
-"""Reading LeRobot datasets of versions 2.0, 2.1 and 3.0, GR00T's flavour included, as a source's settings ask.
+"""Reading LeRobot datasets of versions 2.0, 2.1 and 3.0, with GR00T's extensions, in the view of a `SourceConfig`.
 
-Rows are read once, file by file when first needed, and stay in memory as float32; frames are decoded on demand.
+A data file is read at its first use, and its rows stay in memory as float32. Frames are decoded on demand.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,26 +25,26 @@ from agra.types import Episode
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Rows:
-    """What is read of one data file; the episodes' places are checked when they are looked up."""
+    """Rows of one data file. The positions of its episodes are checked at their first use."""
 
     path: Path
-    first: int | None  # the dataset's number of its first row, where its rows are numbered
+    first: int | None  # number of its first row within the dataset. None where rows are not numbered
     episode_index: np.ndarray  # (N,)
     frame_index: np.ndarray | None  # (N,)
     instruction: np.ndarray  # (N,) task number
     states: np.ndarray  # (N, S) float32, in the order of the source's keys
     actions: np.ndarray  # (N, D) float32
-    success: np.ndarray  # (N,) bool, all False where the dataset has no `next.success`
+    success: np.ndarray  # (N,) bool. All False in a dataset without `next.success`
 
 
 class LeRobotDataset:
-    """A LeRobot dataset on disk, seen as a source says: its camera, the keys of state and action, every n-th row."""
+    """A LeRobot dataset on disk in the view of a source: its cameras, its keys of state and action, its row stride."""
 
     def __init__(self, path: str | Path, *, camera: str | None = None, source: SourceConfig | None = None) -> None:
-        """Open the dataset at `path`: a folder or a hub id. `camera` may be left out where there is only one.
+        """Open the dataset at `path`, a folder or a hub id. A dataset with one camera needs no `camera`.
 
-        `source` (its `path` aside) says what else is read. Raises FileNotFoundError for a missing dataset or file and
-        ValueError for a damaged or foreign one, each with the file's name and what to do.
+        `source` replaces `camera` and sets the whole view, except its `path`. Raises FileNotFoundError for a missing dataset
+        or file and ValueError for a damaged or unsupported one. The error names the file and the remedy.
         """
         self.source = source if source is not None else SourceConfig(camera=camera or "")
         self.path = dataset_folder(str(path), self.source.revision)
@@ -66,12 +66,12 @@ class LeRobotDataset:
 
     @classmethod
     def of(cls, source: SourceConfig, root: str = "") -> "LeRobotDataset":
-        """The dataset that a source names, its path below `root` where that is given."""
+        """Open the dataset of a source. Its path is relative to `root`, unless that is empty."""
         return cls(Path(root) / source.path if root else source.path, source=source)
 
     @property
     def num_episodes(self) -> int:
-        """How many episodes there are."""
+        """Number of episodes."""
         return len(self.layout.entries)
 
     @cached_property
@@ -82,33 +82,35 @@ class LeRobotDataset:
 
     @property
     def embodiment(self) -> str:
-        """The robot's name: the source's, else LeRobot's `robot_type`, "unknown" where that is null."""
+        """Name of the robot: the source's `embodiment`, else LeRobot's `robot_type`, else "unknown"."""
         return self.source.embodiment or self.info.get("robot_type") or "unknown"
 
     @property
     def missing_keys(self) -> tuple[str, ...]:
-        """Keys that the embodiment has and this dataset has not."""
+        """Keys of the embodiment that are absent from this dataset."""
         return self.source.missing_keys
 
     @cached_property
     def state_names(self) -> tuple[str, ...]:
-        """What each state dimension is called, its number where the dataset does not say."""
+        """Name of each state dimension. Its number where the dataset has no name."""
         return self._names("state")
 
     @cached_property
     def action_names(self) -> tuple[str, ...]:
-        """What each action dimension is called, its number where the dataset does not say."""
+        """Name of each action dimension. Its number where the dataset has no name."""
         return self._names("action")
 
     @cached_property
     def stats(self) -> Mapping[str, Mapping[str, np.ndarray]]:
         """`meta/stats.json`: feature -> statistic -> array. Raises ValueError for other content."""
-        path, found = self.path / STATS, {}
+        path, stats = self.path / STATS, {}
         for key, entry in read_json(path).items():
             if not isinstance(entry, dict):
-                raise ValueError(f"{path}: {key!r} should map statistics to numbers; {REMEDY}")
-            found[key] = {name: _numbers(path, f"{name} of {key!r}", value) for name, value in entry.items()}
-        return found
+                raise ValueError(
+                    f"{path}: {key!r}: expected an object of statistics, got {type(entry).__name__}; {REMEDY}"
+                )
+            stats[key] = {name: _numbers(path, f"{name} of {key!r}", value) for name, value in entry.items()}
+        return stats
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,7 +119,7 @@ class LeRobotDataset:
 
     @property
     def view(self) -> Mapping[str, Any]:
-        """Whatever of the source's settings changes frames or instructions, JSON-serialisable."""
+        """Settings of the source that change frames or instructions, JSON-serialisable. Cached features are named after them."""
         source = self.source
         return {
             "cameras": list(self.cameras.features),
@@ -127,7 +129,7 @@ class LeRobotDataset:
         }
 
     def parts(self, quantity: Quantity) -> tuple[NormalizedPart, ...]:
-        """How the keys of a quantity are normalised, each at its place in `states` or `actions`; none without keys."""
+        """Return the normalisation of each key of a quantity, with its dimensions in `states` or `actions`. Empty without keys."""
         if not self.source.keys(quantity):
             return ()
         parts, start = [], 0
@@ -139,49 +141,49 @@ class LeRobotDataset:
 
     @cached_property
     def relative(self) -> np.ndarray:
-        """(D,) bool: which actions are movements, by the source or by modality.json's `absolute`."""
-        given = self.source.relative
-        return np.concatenate([np.full(key.size, key.name in given or not key.absolute) for key in self.keys["action"]])
+        """(D,) bool. True for actions that are movements, by the source or by `absolute` in modality.json."""
+        names = self.source.relative
+        return np.concatenate([np.full(key.size, key.name in names or not key.absolute) for key in self.keys["action"]])
 
     def states(self, episode: int) -> np.ndarray:
-        """(N, S) float32 states of an episode."""
+        """Return the states (N, S) float32 of an episode."""
         rows, where = self._locate(episode)
         return rows.states[where]
 
     def actions(self, episode: int) -> np.ndarray:
-        """(N, D) float32 actions of an episode."""
+        """Return the actions (N, D) float32 of an episode."""
         rows, where = self._locate(episode)
         return rows.actions[where]
 
     def instruction(self, episode: int) -> str:
-        """The task text of an episode's first row, without the source's prefixes."""
+        """Return the task text of an episode's first row, without the source's prefixes."""
         rows, where = self._locate(episode)
-        text, announced = self.task(int(rows.instruction[where.start]), rows.path), self._entry(episode).tasks
-        if self._task_column == "task_index" and announced and text not in announced:
+        text, listed = self.task(int(rows.instruction[where.start]), rows.path), self._entry(episode).tasks
+        if self._task_column == "task_index" and listed and text not in listed:
             raise ValueError(
-                f"{rows.path}: episode {episode} is {text!r} by its rows, {', '.join(map(repr, announced))} by the episode"
-                f" list in {self.path / 'meta'}; {REMEDY}"
+                f"{rows.path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from the"
+                f" episode list in {self.path / 'meta'}; {REMEDY}"
             )
         for prefix in self.source.strip_prefixes:
             text = text.removeprefix(prefix)
         return text
 
     def task(self, index: int, path: Path) -> str:
-        """The text of a task number found in the rows of `path`."""
+        """Return the text of a task number that the rows of `path` hold."""
         if index not in self.layout.tasks:
-            raise ValueError(f"{path}: task {index} is not in the tasks of {self.path / 'meta'}; {REMEDY}")
+            raise ValueError(f"{path}: task {index} is not among the tasks in {self.path / 'meta'}; {REMEDY}")
         return self.layout.tasks[index]
 
     def frames(self, episode: int) -> np.ndarray:
-        """(N, H, W, 3) uint8 RGB frames of an episode, decoded."""
+        """Decode the frames (N, H, W, 3) uint8 RGB of an episode."""
         return self.clip(episode, np.arange(self.lengths[self._entry(episode).index]))
 
     def clip(self, episode: int, steps: np.ndarray, *, threads: int = 0) -> np.ndarray:
-        """(T, H, W, 3) uint8 RGB frames at ascending control steps (T,) of an episode."""
+        """Decode the frames (T, H, W, 3) uint8 RGB at ascending control steps (T,) of an episode."""
         return self.cameras.frames(self._entry(episode), np.asarray(steps) * self.source.row_stride, threads=threads)
 
     def episode(self, episode: int) -> Episode:
-        """The whole episode, frames decoded."""
+        """Return the whole episode with its frames decoded."""
         rows, where = self._locate(episode)
         return Episode(
             frames=self.frames(episode),
@@ -195,11 +197,13 @@ class LeRobotDataset:
 
     def _entry(self, episode: int) -> EpisodeEntry:
         if not 0 <= episode < self.num_episodes:
-            raise ValueError(f"{self.path}: episode {episode} does not exist, there are {self.num_episodes}")
+            raise ValueError(
+                f"{self.path}: episode {episode} does not exist; the dataset has {self.num_episodes} episodes, from 0"
+            )
         return self.layout.entries[episode]
 
     def _locate(self, episode: int) -> tuple[_Rows, slice]:
-        """The file's rows and the episode's place among them, checked against the file's own numbers."""
+        """Return the rows of the episode's file and its slice of them, checked against episode_index and frame_index."""
         entry = self._entry(episode)
         if entry.data not in self._rows:
             self.seal.verify(entry.data)
@@ -207,39 +211,39 @@ class LeRobotDataset:
         rows = self._rows[entry.data]
         start = 0 if entry.first_row is None or rows.first is None else entry.first_row - rows.first
         stop = start + entry.length
-        own = rows.episode_index[start:stop] if start >= 0 else np.zeros(0)
+        indices = rows.episode_index[start:stop] if start >= 0 else np.zeros(0)
         whole = entry.first_row is not None or len(rows.episode_index) == entry.length
-        if len(own) != entry.length or (own != episode).any() or not whole:
+        if len(indices) != entry.length or (indices != episode).any() or not whole:
             raise ValueError(
-                f"{rows.path}: rows {start} to {stop} should be the {entry.length} rows of episode {episode} that"
-                f" {self.path / 'meta'} announces, and are not; {REMEDY}"
+                f"{rows.path}: rows {start} to {stop} are not the {entry.length} rows of episode {episode} that"
+                f" {self.path / 'meta'} lists; {REMEDY}"
             )
         if rows.frame_index is not None and (rows.frame_index[start:stop] != np.arange(entry.length)).any():
-            raise ValueError(f"{rows.path}: frame_index of episode {episode} does not count from 0; {REMEDY}")
+            raise ValueError(f"{rows.path}: frame_index of episode {episode} does not count up from 0; {REMEDY}")
         return rows, slice(start, stop, self.source.row_stride)
 
     def _read_rows(self, entry: EpisodeEntry) -> _Rows:
         path = entry.data
         keys = {quantity: [key for key in keys if key.column] for quantity, keys in self.keys.items()}
-        wanted = {key.column for group in keys.values() for key in group} | {self._task_column, "episode_index"}
-        wanted |= {name for name in ("index", "frame_index", "timestamp", "next.success") if name in self.features}
+        names = {key.column for group in keys.values() for key in group} | {self._task_column, "episode_index"}
+        names |= {name for name in ("index", "frame_index", "timestamp", "next.success") if name in self.features}
         if entry.first_row is not None:
-            wanted.add("index")
-        table = read_table(path, sorted(wanted), most=self.layout.rows)
+            names.add("index")
+        table = read_table(path, sorted(names), max_rows=self.layout.rows)
         if table.num_rows == 0:
-            raise ValueError(f"{path}: holds no rows; {REMEDY}")
+            raise ValueError(f"{path}: expected rows, got none; {REMEDY}")
         columns = {key.column for group in keys.values() for key in group}
         values = {name: self._column(table, name, path) for name in columns}
-        if "timestamp" in wanted:
+        if "timestamp" in names:
             self._check_rate(matrix(table, "timestamp", path)[:, 0], path)
         success = np.zeros(table.num_rows, bool)
-        if "next.success" in wanted:
+        if "next.success" in names:
             success = matrix(table, "next.success", path)[:, 0] > 0
         return _Rows(
             path=path,
             first=int(integers(table, "index", path)[0]) if entry.first_row is not None else None,
             episode_index=integers(table, "episode_index", path),
-            frame_index=integers(table, "frame_index", path) if "frame_index" in wanted else None,
+            frame_index=integers(table, "frame_index", path) if "frame_index" in names else None,
             instruction=integers(table, self._task_column, path),
             states=self._select("state", values, table.num_rows),
             actions=self._select("action", values, table.num_rows),
@@ -247,29 +251,32 @@ class LeRobotDataset:
         )
 
     def _check_rate(self, timestamps: np.ndarray, path: Path) -> None:
-        """Rows usually come at the announced rate; that some are late is for `agra doctor` to say."""
+        """Compare the median step of the timestamps with the frame rate. `agra doctor` finds single late rows."""
         steps = np.diff(timestamps.astype(np.float64))
-        usual = np.median(steps[steps > 0]) if (steps > 0).any() else None
-        if usual is not None and abs(usual * self.info["fps"] - 1) > 0.02:
+        median = np.median(steps[steps > 0]) if (steps > 0).any() else None
+        if median is not None and abs(median * self.info["fps"] - 1) > 0.02:
             raise ValueError(
-                f"{path}: its timestamps are {usual:.4f} s apart, {INFO} announces {self.info['fps']:g} rows a second;"
-                f" {REMEDY}"
+                f"{path}: timestamps are {median:.4f} s apart, expected {1 / self.info['fps']:.4f} s from the"
+                f" {self.info['fps']:g} rows/s in {INFO}; {REMEDY}"
             )
 
     def _column(self, table: pa.Table, name: str, path: Path) -> np.ndarray:
         values = matrix(table, name, path)
         if values.shape[1] != size(self.features[name]):
             raise ValueError(
-                f"{path}: {name!r} has {values.shape[1]} dimensions, {INFO} announces {size(self.features[name])};"
+                f"{path}: {name!r} has {values.shape[1]} dimensions, expected {size(self.features[name])} from {INFO};"
                 f" {REMEDY}"
             )
         if not np.isfinite(values).all():
             row, dimension = np.argwhere(~np.isfinite(values))[0]
-            raise ValueError(f"{path}: {name!r} is {values[row, dimension]} in row {row}, dimension {dimension}")
+            raise ValueError(
+                f"{path}: {name!r} is {values[row, dimension]} in row {row}, dimension {dimension}, expected a finite number;"
+                f" {REMEDY}"
+            )
         return values
 
     def _select(self, quantity: str, values: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-        """The keys' dimensions side by side, zeros for what this dataset lacks."""
+        """Concatenate the dimensions of the keys, with zeros for missing keys."""
         pieces = [
             values[key.column][:, key.start : key.end] if key.column else np.zeros((count, key.size), np.float32)
             for key in self.keys[quantity]
@@ -277,37 +284,38 @@ class LeRobotDataset:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
 
     def _keys(self, quantity: str) -> tuple[Key, ...]:
-        """The source's keys; one that the dataset lacks has no column, and no size until `fill` gives it one."""
+        """Return the source's keys. A missing key has no column, and size 0 until `resolve_missing_keys`."""
         names = [name for name, _ in self.source.keys(quantity)] or [STATE if quantity == "state" else ACTION]
-        found = []
-        for name in names:
-            if name in self.source.missing_keys:
-                found.append(Key(name=name, column="", start=0, end=0))
-            else:
-                found.append(self.modality.resolve(quantity, name, self.features))
-        return tuple(found)
+        return tuple(
+            Key(name=name, column="", start=0, end=0)
+            if name in self.source.missing_keys
+            else self.modality.resolve(quantity, name, self.features)
+            for name in names
+        )
 
-    def fill(self, others: Sequence["LeRobotDataset"]) -> None:
-        """Take the size and kind of keys that this dataset lacks from others of its embodiment.
+    def resolve_missing_keys(self, others: Sequence["LeRobotDataset"]) -> None:
+        """Take the size and kind of missing keys from the `others` of the same embodiment.
 
-        Raises ValueError where none has such a key, or where they differ in their keys.
+        Raises ValueError where no dataset has such a key, or where the datasets differ in their keys.
         """
         for quantity, keys in self.keys.items():
             names = [key.name for key in keys]
             for other in others:
                 if [key.name for key in other.keys[quantity]] != names:
                     raise ValueError(
-                        f"{self.path} and {other.path}: both are of embodiment {self.embodiment!r} and differ in their"
-                        f" {quantity} keys: {', '.join(names)} and {', '.join(k.name for k in other.keys[quantity])}"
+                        f"{self.path} and {other.path}: datasets of embodiment {self.embodiment!r} differ in their"
+                        f" {quantity} keys: {', '.join(names)} and {', '.join(k.name for k in other.keys[quantity])}; list"
+                        " the same keys for both, and the absent ones in missing_keys"
                     )
-            known = {key.name: key for other in others for key in other.keys[quantity] if key.column}
-            missing = [key.name for key in keys if not key.column and key.name not in known]
-            if missing:
+            present = {key.name: key for other in others for key in other.keys[quantity] if key.column}
+            unknown = [key.name for key in keys if not key.column and key.name not in present]
+            if unknown:
                 raise ValueError(
-                    f"{self.path}: lacks {missing[0]!r}, and no other dataset of embodiment {self.embodiment!r} has it"
+                    f"{self.path}: the size of the missing key {unknown[0]!r} is unknown, since no other dataset of"
+                    f" embodiment {self.embodiment!r} has it"
                 )
             self.keys[quantity] = tuple(
-                key if key.column else replace(known[key.name], column="", start=0, end=known[key.name].size)
+                key if key.column else replace(present[key.name], column="", start=0, end=present[key.name].size)
                 for key in keys
             )
 
@@ -324,8 +332,8 @@ class LeRobotDataset:
         rate = self.info["fps"] / self.source.row_stride
         if rate != round(rate):
             raise ValueError(
-                f"{self.path}: every {self.source.row_stride} of {self.info['fps']} rows a second leaves {rate:g}, expected a"
-                " whole number"
+                f"{self.path}: a row stride of {self.source.row_stride} at {self.info['fps']} rows/s gives {rate:g} rows/s,"
+                " expected a whole number; choose another data.row_stride"
             )
         return round(rate)
 
@@ -334,32 +342,36 @@ class LeRobotDataset:
             return camera
         available = self.layout.names("video", "image")
         if len(available) != 1:
-            raise ValueError(f"{self.path}: name one camera; available: {', '.join(available) or 'none'}")
+            raise ValueError(
+                f"{self.path}: choose one camera with data.camera; available: {', '.join(available) or 'none'}"
+            )
         return available[0]
 
     def _instruction_column(self) -> str:
         key = self.source.instruction_key
         column = self.modality.annotation.get(key, key) or "task_index"
         if column not in self.features:
-            known = sorted({*self.modality.annotation, *(n for n in self.features if n.startswith("annotation."))})
+            annotations = sorted(
+                {*self.modality.annotation, *(n for n in self.features if n.startswith("annotation."))}
+            )
             raise ValueError(
-                f"{self.path}: no column {column!r} of task numbers; there are {', '.join(['task_index', *known])}"
+                f"{self.path}: no column {column!r} of task numbers; available: {', '.join(['task_index', *annotations])}"
             )
         return column
 
 
-def _numbers(path: Path, what: str, value: Any) -> np.ndarray:
+def _numbers(path: Path, name: str, value: Any) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (ValueError, OverflowError) as error:  # ragged
-        raise ValueError(f"{path}: {what} should be numbers ({error}); {REMEDY}") from error
+        raise ValueError(f"{path}: {name}: expected numbers ({error}); {REMEDY}") from error
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{path}: {what} should be numbers, got {value!r:.60}; {REMEDY}")
+        raise ValueError(f"{path}: {name}: expected numbers, got {value!r:.60}; {REMEDY}")
     return array
 
 
 def _dimension_names(feature: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names as LeRobot datasets give them: a list, lists under a heading, or nothing."""
+    """Return the names of a feature's dimensions. LeRobot stores a list, lists by heading, or nothing."""
     names, count = feature.get("names"), size(feature)
     if isinstance(names, Mapping):
         names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]

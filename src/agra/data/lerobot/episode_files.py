@@ -1,4 +1,4 @@
-"""Episodes as they lie on disk: rows with their types, videos as encoded. What writers take and conversion moves."""
+"""Episodes as stored on disk: typed rows and encoded videos. Writers take them, and conversion moves them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from agra.data.lerobot.video import cut_video
 from agra.data.normalization.dataset_statistics import describe
 
 JsonStatistics = Mapping[str, Mapping[str, Any]]
-"""Feature -> statistic -> nested lists, as JSON and parquet hold them."""
+"""Feature -> statistic -> nested lists, as in JSON and parquet files."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RawEpisode:
-    """One episode's rows and its videos, each an mp4 of its own."""
+    """The rows of one episode, and one mp4 for each of its cameras."""
 
     table: pa.Table
     tasks: Sequence[str]
@@ -30,57 +30,55 @@ class RawEpisode:
         return self.table.num_rows
 
     def statistics(self, features: Mapping[str, Mapping[str, Any]]) -> JsonStatistics:
-        """Exact statistics of the rows, and what is known of the pictures."""
-        found = {name: as_lists(describe(column)) for name, column in numbers(self.table, features).items()}
-        return {name: {**found, **self.picture_statistics}[name] for name in features if self._has(name, found)}
-
-    def _has(self, name: str, found: JsonStatistics) -> bool:
-        return name in found or name in self.picture_statistics
+        """Return exact statistics of the rows, and the available statistics of the images, in the order of `features`."""
+        rows = {name: as_lists(describe(column)) for name, column in numbers(self.table, features).items()}
+        statistics = {**rows, **self.picture_statistics}
+        return {name: statistics[name] for name in features if name in statistics}
 
 
 def numbers(table: pa.Table, features: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The columns of numbers, each as (N, D)."""
-    wanted = [name for name in features if name in table.column_names and is_number(features[name])]
-    return {name: _values(table, name) for name in wanted}
+    """Return the columns of numbers, each as (N, D)."""
+    names = [name for name in features if name in table.column_names and is_number(features[name])]
+    return {name: _values(table, name) for name in names}
 
 
 def is_number(feature: Mapping[str, Any]) -> bool:
-    """Whether a feature has statistics that come from rows."""
+    """Return whether a feature's values are numbers in the rows."""
     return feature["dtype"] not in ("video", "image", "string")
 
 
 def as_lists(statistics: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays to nested lists."""
+    """Convert arrays to nested lists."""
     return {name: np.asarray(value).tolist() for name, value in statistics.items()}
 
 
 def read_episodes(layout: DatasetLayout) -> Iterator[RawEpisode]:
-    """Every episode of a dataset of any version, in order. Videos are cut at packets, not encoded again."""
-    known = _picture_statistics(layout)
+    """Yield every episode of a dataset of any version, in order. Videos are cut at packets, not encoded again."""
+    picture_statistics = _picture_statistics(layout)
     shared: tuple[Path, pa.Table] | None = None
     for entry in layout.entries:
         if shared is None or shared[0] != entry.data:
-            shared = entry.data, read_table(entry.data, most=layout.rows)
+            shared = entry.data, read_table(entry.data, max_rows=layout.rows)
         table = shared[1]
         if entry.first_row is not None:
             start = entry.first_row - table["index"][0].as_py()
             table = table.slice(start, entry.length) if start >= 0 else table.slice(0, 0)
         if table.num_rows != entry.length or set(table["episode_index"].to_pylist()) != {entry.index}:
             raise ValueError(
-                f"{entry.data}: does not hold the {entry.length} rows of episode {entry.index} that"
-                f" {layout.root / 'meta'} announces; {REMEDY}"
+                f"{entry.data}: expected the {entry.length} rows of episode {entry.index} that {layout.root / 'meta'}"
+                f" lists; {REMEDY}"
             )
         fps = layout.info["fps"]
         yield RawEpisode(
             table=table,
             tasks=entry.tasks,
             videos={c: cut_video(p, start=s, count=entry.length, fps=fps) for c, (p, s) in entry.videos.items()},
-            picture_statistics=known.get(entry.index, {}),
+            picture_statistics=picture_statistics.get(entry.index, {}),
         )
 
 
 def _picture_statistics(layout: DatasetLayout) -> Mapping[int, JsonStatistics]:
-    """Per episode, the statistics of cameras that the dataset brings along; they would take decoding to compute."""
+    """Read the statistics of the cameras from the dataset, by episode. Computing them would take decoding."""
     cameras = layout.names("video", "image")
     if layout.version == V3:
         return _picture_statistics_v3(layout, cameras)
@@ -92,21 +90,21 @@ def _picture_statistics(layout: DatasetLayout) -> Mapping[int, JsonStatistics]:
 
 
 def _picture_statistics_v3(layout: DatasetLayout, cameras: Sequence[str]) -> Mapping[int, JsonStatistics]:
-    found: dict[int, dict[str, dict[str, Any]]] = {}
+    statistics: dict[int, dict[str, dict[str, Any]]] = {}
     for path in sorted((layout.root / "meta/episodes").glob("chunk-*/file-*.parquet")):
         table = read_table(path)
         names = [n for n in table.column_names if any(n.startswith(f"stats/{c}/") for c in cameras)]
         for row in table.select(["episode_index", *names]).to_pylist():
-            own = found.setdefault(row["episode_index"], {})
+            episode = statistics.setdefault(row["episode_index"], {})
             for name in names:
                 _, rest = name.split("/", 1)
                 camera, statistic = rest.rsplit("/", 1)
-                own.setdefault(camera, {})[statistic] = row[name]
-    return found
+                episode.setdefault(camera, {})[statistic] = row[name]
+    return statistics
 
 
 def _values(table: pa.Table, name: str) -> np.ndarray:
-    """A column as (N, D), whole numbers and doubles as they are."""
+    """Return a column as (N, D) in its own type."""
     flat = table[name].combine_chunks()
     while pa.types.is_list(flat.type) or pa.types.is_fixed_size_list(flat.type) or pa.types.is_large_list(flat.type):
         flat = flat.flatten()

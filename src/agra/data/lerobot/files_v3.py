@@ -1,10 +1,11 @@
-"""Writing the files of a LeRobot v3.0 dataset: many episodes in a parquet file and in an mp4, up to a size.
+"""Writing the files of a LeRobot v3.0 dataset: many episodes in one parquet file and in one mp4, up to a size.
 
-Rows are one row group an episode, with page checksums; videos are joined packet by packet.
+Each episode is a row group with page checksums. Videos are joined packet by packet.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from agra.data.lerobot.video import VideoFile
 from agra.data.normalization.dataset_statistics import describe_stream
 
 DATA_FILE_MIB, VIDEO_FILE_MIB, FILES_PER_CHUNK = 100, 200, 1000
-"""LeRobot's defaults: a file is closed before the episode that would make it exceed its size."""
+"""LeRobot's defaults. A file is closed before an episode that would make it exceed its size."""
 
 
 class _Place:
-    """Which file of a numbered series is being written."""
+    """The position in a numbered series of files."""
 
     def __init__(self, files_per_chunk: int) -> None:
         self.chunk_index, self.file_index, self._files_per_chunk = 0, 0, files_per_chunk
@@ -37,7 +38,7 @@ class _Place:
 
 
 class FilesV3:
-    """Rows, videos and the episode list below `root`, grown by whole episodes. Metadata is written by `finish`."""
+    """The rows, videos and episode list below `root`. `add` appends an episode, `finish` writes the metadata."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class FilesV3:
         self.limits = {"data": data_file_mib, "video": video_file_mib}
         self._data_place = _Place(files_per_chunk)
         self._data_files: list[Path] = []
-        self._rows: tuple[Any, pq.ParquetWriter] | None = None  # open file and the parquet writer on it
+        self._rows: tuple[Any, pq.ParquetWriter] | None = None  # open file and its parquet writer
         self._video_places: dict[str, _Place] = {}
         self._videos: dict[str, VideoFile] = {}
         self._entries: list[dict[str, Any]] = []
@@ -60,11 +61,11 @@ class FilesV3:
 
     @property
     def num_episodes(self) -> int:
-        """Episodes so far."""
+        """Number of episodes so far."""
         return len(self._entries)
 
     def add(self, episode: RawEpisode, features: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append one episode. Raises ValueError where its columns differ from the first episode's."""
+        """Append one episode. Raises ValueError where its columns differ from those of the first episode."""
         statistics = episode.statistics(features)
         entry = {
             "episode_index": len(self._entries),
@@ -74,7 +75,9 @@ class FilesV3:
         }
         for camera, video in episode.videos.items():
             entry |= self._write_video(camera, video, len(episode))
-        entry |= {f"stats/{k}/{name}": v for k, one in statistics.items() for name, v in one.items()}
+        entry |= {
+            f"stats/{feature}/{name}": value for feature, values in statistics.items() for name, value in values.items()
+        }
         self._entries.append(entry)
         self.num_frames += len(episode)
 
@@ -85,7 +88,7 @@ class FilesV3:
         _write_tasks(self.root / TASKS, tasks)
 
     def statistics(self, features: Mapping[str, Mapping[str, Any]]) -> JsonStatistics:
-        """Exact statistics of all rows, read back as a stream. Only after `finish`."""
+        """Compute exact statistics of all rows, read back as a stream. Call it after `finish`."""
         return {
             name: as_lists(describe_stream(lambda name=name: self._column(name, features)))
             for name, feature in features.items()
@@ -93,11 +96,16 @@ class FilesV3:
         }
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the open files. Raises OSError where the disk is full."""
         self._close_rows()
-        for video in self._videos.values():
-            video.close()
-        self._videos.clear()
+        while self._videos:
+            self._videos.popitem()[1].close()
+
+    def discard(self) -> None:
+        """Close the open files of a dataset that is given up. Errors do not matter then."""
+        while self._rows or self._videos:
+            with suppress(OSError):
+                self.close()
 
     def _column(self, name: str, features: Mapping[str, Mapping[str, Any]]) -> Iterator[np.ndarray]:
         for path in self._data_files:
@@ -121,7 +129,7 @@ class FilesV3:
             table = table.cast(self._rows[1].schema)
         except (pa.ArrowInvalid, ValueError) as error:
             raise ValueError(
-                f"{self.root}: the columns of episode {len(self._entries)} differ from episode 0's ({error})"
+                f"{self.root}: the columns of episode {len(self._entries)} differ from those of episode 0 ({error})"
             ) from error
         self._rows[1].write_table(table, row_group_size=table.num_rows)
         return {
@@ -153,29 +161,30 @@ class FilesV3:
         place = _Place(self.files_per_chunk)
         rows = max(1, int(self.limits["data"] * 2**20 * table.num_rows / table.nbytes))
         for start in range(0, table.num_rows, rows):
-            part = table.slice(start, rows)
+            entries = table.slice(start, rows)
             for name in ("chunk_index", "file_index"):
-                here = np.full(part.num_rows, getattr(place, name), dtype=np.int64)
-                part = part.append_column(f"meta/episodes/{name}", pa.array(here))
+                indices = np.full(entries.num_rows, getattr(place, name), dtype=np.int64)
+                entries = entries.append_column(f"meta/episodes/{name}", pa.array(indices))
             path = self.root / place(EPISODES_PATH)
             path.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(part, path, compression="snappy", write_page_checksum=True)
+            pq.write_table(entries, path, compression="snappy", write_page_checksum=True)
             place.advance()
 
     def _close_rows(self) -> None:
         if self._rows:
-            handle, writer = self._rows
-            writer.close()
-            handle.close()
-            self._rows = None
+            (handle, writer), self._rows = self._rows, None
+            try:
+                writer.close()
+            finally:
+                handle.close()
 
 
 def info_v3(
     info: Mapping[str, Any], *, files: FilesV3, tasks: int, features: Mapping[str, Any], splits: Mapping[str, str]
 ) -> dict[str, Any]:
-    """`info.json` of v3.0: what is known of the files, and every other key of `info` as it is."""
+    """Return `info.json` of v3.0: its keys from the written files, and all further keys of `info` unchanged."""
     video = any(feature["dtype"] == "video" for feature in features.values())
-    known = {
+    written = {
         "codebase_version": "v3.0",
         "robot_type": info.get("robot_type"),
         "total_episodes": files.num_episodes,
@@ -190,11 +199,11 @@ def info_v3(
         "video_path": VIDEO_PATH if video else None,
         "features": dict(features),
     }
-    return known | {key: value for key, value in info.items() if key not in known}
+    return written | {key: value for key, value in info.items() if key not in written}
 
 
 def _as_parquet_names(table: pa.Table) -> pa.Table:
-    """Items of lists named as parquet names them: a table from memory and one that was read give the same bytes."""
+    """Name the items of lists as parquet does, so that a table from memory and a table from a file give the same bytes."""
 
     def renamed(kind: pa.DataType) -> pa.DataType:
         if pa.types.is_fixed_size_list(kind):
@@ -208,7 +217,7 @@ def _as_parquet_names(table: pa.Table) -> pa.Table:
 
 
 def _write_tasks(path: Path, tasks: Mapping[str, int]) -> None:
-    """What `DataFrame.to_parquet` writes for an index of texts named "task" and a column "task_index"."""
+    """Write the file of `DataFrame.to_parquet` for a text index named "task" and a column "task_index"."""
 
     def column(name: str | None, kind: str, numpy_type: str, metadata: Any = None) -> dict[str, Any]:
         types = {"pandas_type": kind, "numpy_type": numpy_type, "metadata": metadata}

@@ -1,19 +1,19 @@
-"""The GR1 tabletop sets as the paper's simulation experiments read them.                                B.1, C.2; docs/paper.md #29, #30
+"""The GR1 tabletop datasets of the paper's simulation experiments (B.1, C.2; docs/paper.md #29, #30).
 
-Source of the layout: NVIDIA/Isaac-GR00T `demo_data` and `FourierGr1ArmsWaistDataConfig`; of the task list and of the
-few-shot split: xpeng-robotics/DIAL `examples/eval.sh`.
+Sources: NVIDIA/Isaac-GR00T `demo_data` and `FourierGr1ArmsWaistDataConfig` for the layout, xpeng-robotics/DIAL
+`examples/eval.sh` for the task list and the few-shot split.
 """
 
 from agra.data.config import EGO_VIEW, SourceConfig
 
 EMBODIMENT = "gr1"
 REPOSITORY = "nvidia/PhysicalAI-Robotics-GR00T-X-Embodiment-Sim"
-"""The hub's dataset whose folders the tasks are."""
+"""The dataset on the hub. Each task is a folder of it."""
 KEYS = ("left_arm", "right_arm", "left_hand", "right_hand", "waist")
-"""29 of the 44 dimensions: 7 + 7 + 6 + 6 + 3. Legs and neck are dropped."""
+"""29 of the 44 dimensions: 7 + 7 + 6 + 6 + 3. Legs and neck are left out."""
 
 CONTENT_ROWS = (43, 213)
-"""The recorded 256 x 256 frame is a 720 x 480 picture between black bars."""
+"""Rows of the recorded 256 x 256 frame between its black bars. They hold a picture of 720 x 480, scaled."""
 
 _ARTICULATED = ("Bottle", "Cabinet"), ("Can", "Drawer"), ("Cup", "Drawer"), ("Milk", "Microwave")
 _ARTICULATED += ("Potato", "Microwave"), ("Wine", "Cabinet")
@@ -30,16 +30,16 @@ TASKS = (
 """The 24 tasks of training and in-distribution evaluation."""
 
 FEW_SHOT = 100
-"""Trajectories a task of the few-shot setting, 2,400 in all; the full setting has 1,000."""
+"""Trajectories for each task in the few-shot setting, 2,400 in all. The full setting has 1,000 for each."""
 
 
 def task_folder(task: str) -> str:
-    """A task's folder in the repository."""
+    """Return the folder of a task in the repository."""
     return f"gr1_unified.{task}_GR1ArmsAndWaistFourierHands_1000"
 
 
 def gr1_source(path: str, *, training_episodes: int | None = None) -> SourceConfig:
-    """One task's set: sines and cosines of the joint angles as state (58 numbers), actions from min to max (29)."""
+    """Return the source of one task. The state is sines and cosines of the joint angles (58), actions are min_max (29)."""
     return SourceConfig(
         path=path,
         embodiment=EMBODIMENT,
@@ -55,6 +55,6 @@ def gr1_source(path: str, *, training_episodes: int | None = None) -> SourceConf
 
 
 def gr1_mixture(*, few_shot: bool = False) -> tuple[SourceConfig, ...]:
-    """All 24 tasks with equal weight, as paths relative to the folder (or hub id) that holds them."""
+    """Return the sources of all 24 tasks with equal weight. Their paths are relative to the dataset's folder or hub id."""
     episodes = FEW_SHOT if few_shot else None
     return tuple(gr1_source(task_folder(task), training_episodes=episodes) for task in TASKS)

@@ -17,7 +17,7 @@ STATE, ACTION = "observation.state", "action"
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A named part of a column: dimensions [start, end); `rotation` is GR00T's rotation_type, "" for other quantities."""
+    """A named part of a column: dimensions [start, end). `rotation` is GR00T's rotation_type, "" for other quantities."""
 
     name: str
     column: str
@@ -28,13 +28,13 @@ class Key:
 
     @property
     def size(self) -> int:
-        """How many dimensions it has."""
+        """Number of dimensions."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
-    """The names that a dataset gives; all empty where it has no modality.json."""
+    """Names of a dataset's parts, cameras and annotations. All empty where it has no modality.json."""
 
     path: Path
     state: Mapping[str, Key] = field(default_factory=dict)
@@ -44,7 +44,10 @@ class Modality:
 
     @classmethod
     def read(cls, root: Path, features: Mapping[str, Mapping[str, Any]]) -> "Modality":
-        """The dataset's modality.json, checked against its features; empty where it has none. Raises ValueError."""
+        """Read a dataset's modality.json and check it against the features.
+
+        Raises ValueError for a damaged file, or names that the features do not have.
+        """
         path = root / MODALITY
         if not path.is_file():
             return cls(path=path)
@@ -54,14 +57,14 @@ class Modality:
             sections[name] = raw.get(name, {})
             entries = sections[name].values() if isinstance(sections[name], dict) else [None]
             if not all(isinstance(entry, dict) for entry in entries):
-                raise ValueError(f"{path}: {name!r} should map names to objects")
+                raise ValueError(f"{path}: {name!r}: expected an object of objects")
         video = {n: _text(path, n, e.get("original_key", n)) for n, e in sections["video"].items()}
         annotation = {
             n: _text(path, n, e.get("original_key", f"annotation.{n}")) for n, e in sections["annotation"].items()
         }
         for name, column in {**video, **annotation}.items():
             if column not in features:
-                raise ValueError(f"{path}: {name!r} names the feature {column!r}, which meta/info.json does not have")
+                raise ValueError(f"{path}: {name!r}: the feature {column!r} is not in meta/info.json")
         return cls(
             path=path,
             state={n: _key(path, n, e, STATE, features) for n, e in sections["state"].items()},
@@ -71,18 +74,20 @@ class Modality:
         )
 
     def resolve(self, quantity: str, name: str, features: Mapping[str, Mapping[str, Any]]) -> Key:
-        """A key of "state" or "action", or a whole column by that name. Raises ValueError listing what there is."""
+        """Return a key of "state" or "action", or a whole column of that name. Raises ValueError with the available keys."""
         keys = self.state if quantity == "state" else self.action
         if name in keys:
             return keys[name]
         if name in features and features[name]["dtype"] not in ("video", "image", "string"):
             return Key(name=name, column=name, start=0, end=size(features[name]))
-        known = ", ".join(keys) or f"no keys, as there is no {MODALITY}"
-        raise ValueError(f"{self.path.parent.parent}: no {quantity} key or column {name!r}; there are {known}")
+        available = ", ".join(keys) or f"none, since there is no {MODALITY}"
+        raise ValueError(
+            f"{self.path.parent.parent}: no {quantity} key or column {name!r}; available keys: {available}"
+        )
 
 
 def size(feature: Mapping[str, Any]) -> int:
-    """How many numbers a row of a feature holds."""
+    """Return how many numbers a row of a feature holds."""
     total = 1
     for length in feature["shape"]:
         total *= length
@@ -92,24 +97,26 @@ def size(feature: Mapping[str, Any]) -> int:
 def _key(path: Path, name: str, entry: Mapping[str, Any], column: str, features: Mapping[str, Any]) -> Key:
     column = _text(path, name, entry.get("original_key") or column)
     if column not in features:
-        raise ValueError(f"{path}: {name!r} names the feature {column!r}, which meta/info.json does not have")
+        raise ValueError(f"{path}: {name!r}: the feature {column!r} is not in meta/info.json")
     start, end, limit = entry.get("start"), entry.get("end"), size(features[column])
     if not (isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= limit):
         raise ValueError(f"{path}: {name!r} spans {start} to {end} of {column!r}, which has {limit} dimensions")
     rotation, absolute = entry.get("rotation_type") or "", entry.get("absolute", True)
     if not isinstance(rotation, str) or not isinstance(absolute, bool):
-        raise ValueError(f"{path}: {name!r} has an ill-typed rotation_type or absolute: {rotation!r}, {absolute!r}")
+        raise ValueError(f"{path}: {name!r} rotation_type or absolute has a wrong type: {rotation!r}, {absolute!r}")
     if rotation:
         try:
             rotations.check_type(rotation)
         except ValueError as error:
             raise ValueError(f"{path}: {name!r}: {error}") from None
         if rotations.width(rotation) != end - start:
-            raise ValueError(f"{path}: {name!r} is a {rotation} of {end - start} dimensions")
+            raise ValueError(
+                f"{path}: {name!r}: rotation_type {rotation} has {rotations.width(rotation)} dimensions, got {end - start}"
+            )
     return Key(name=name, column=column, start=start, end=end, rotation=rotation, absolute=absolute)
 
 
 def _text(path: Path, name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{path}: original_key of {name!r} should be a text, got {value!r}")
+        raise ValueError(f"{path}: original_key of {name!r}: expected text, got {value!r}")
     return value

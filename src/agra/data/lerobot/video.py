@@ -1,7 +1,7 @@
-"""The one door to PyAV: frames to mp4 and back, and many episodes in one file.
+"""Video with PyAV: frames to mp4 and back, and many episodes in one file. No other module imports PyAV.
 
-Frames are (N, H, W, 3) uint8 RGB with even H and W (4:2:0 chroma). H.264 is preferred to AV1: at equal PSNR it encodes
-three times faster on one core and every player and browser opens it.
+Frames are (N, H, W, 3) uint8 RGB with even H and W (4:2:0 chroma). The codec is H.264, not AV1: at equal PSNR it encodes
+three times faster on one core, and every player and browser opens it.
 """
 
 import io
@@ -20,16 +20,16 @@ from agra import files
 from agra.data.lerobot.json_parquet import REMEDY
 
 GROUP_OF_PICTURES = 8
-"""Frames between key frames: the most that is decoded in vain when a reader seeks."""
+"""Frames between key frames. A reader that seeks decodes fewer than this many unused frames."""
 
-_RATE_TOLERANCE = 0.02  # of the frame rate, which headers round
+_RATE_TOLERANCE = 0.02  # relative. Headers round the frame rate
 
 OPTIONS = {"crf": "16", "preset": "veryfast", "g": str(GROUP_OF_PICTURES), "bf": "0"}
-"""libx264 settings; without B-frames presentation order is coding order, so files can be joined packet by packet."""
+"""libx264 settings. Without B-frames presentation order is coding order, so files can be joined packet by packet."""
 
 
 class FrameEncoder:
-    """An mp4 that grows in memory frame by frame; the same frames give the same bytes on any number of cores.
+    """An mp4 in memory, encoded frame by frame. The same frames give the same bytes on any number of cores.
 
     Raises ValueError for an odd height or width.
     """
@@ -42,7 +42,7 @@ class FrameEncoder:
         self._container = av.open(self._buffer, "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=fps, options=OPTIONS)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
-        self._stream.codec_context.thread_count = 1  # more threads cut the picture differently: other bytes
+        self._stream.codec_context.thread_count = 1  # more threads slice the picture differently and change the bytes
 
     def add(self, frame: np.ndarray) -> None:
         """Append a frame (H, W, 3) uint8 RGB. Raises ValueError for another shape or dtype."""
@@ -53,14 +53,14 @@ class FrameEncoder:
         self._container.mux(self._stream.encode(picture.reformat(format="yuv420p", interpolation="AREA")))
 
     def finish(self) -> bytes:
-        """The whole mp4. Nothing can be added afterwards."""
+        """Return the mp4. No frame can be added afterwards."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
         return self._buffer.getvalue()
 
 
 def encode_frames(frames: np.ndarray, *, fps: int) -> bytes:
-    """An mp4 of `frames` (N, H, W, 3) uint8.
+    """Encode `frames` (N, H, W, 3) uint8 as an mp4.
 
     Raises ValueError for another shape or dtype, no frames, or an odd height or width.
     """
@@ -73,7 +73,7 @@ def encode_frames(frames: np.ndarray, *, fps: int) -> bytes:
 
 
 def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:
-    """Write `frames` (N, H, W, 3) uint8 as an mp4, whole or not at all."""
+    """Write `frames` (N, H, W, 3) uint8 as an mp4, completely or not at all."""
     files.write_bytes(path, encode_frames(frames, fps=fps))
 
 
@@ -86,11 +86,12 @@ def decode_frames(
     size: tuple[int, int] | None = None,
     total: int | None = None,
 ) -> np.ndarray:
-    """The frames of `path` that are shown at `times` (T,), ascending seconds: (T, H, W, 3) uint8 RGB.
+    """Decode the frames (T, H, W, 3) uint8 RGB of `path` at ascending `times` (T,) in seconds.
 
-    Seeks to the key frame before the first one, so a short clip of a long file costs little; `threads` 0 is as many as
-    there are cores, `size` (H, W) makes frames smaller as they come, `total` is how many the file should have. A frame more than half a period off its time is an error, not a substitute. Raises
-    FileNotFoundError without the file, ValueError where it is damaged or lacks a frame.
+    Decoding starts at the key frame before the first time, so a short clip of a long file costs little. `threads` is the
+    number of decoder threads, 0 for one on each core. `size` (H, W) rescales every frame. `total` is the expected number of
+    frames of the file. Raises FileNotFoundError for a missing file, and ValueError for a damaged file or where no frame is
+    within half a period of a time.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
@@ -98,12 +99,12 @@ def decode_frames(
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError(f"{path}: holds no video stream; {REMEDY}")
+                raise ValueError(f"{path}: has no video stream; {REMEDY}")
             stream = container.streams.video[0]
             _check_stream(path, stream, fps, total)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
-            # Without this a damaged packet would be painted over and trained on.
+            # By default FFmpeg conceals a damaged packet with a guessed picture.
             stream.codec_context.options = {"err_detect": "explode"}
             time_base = stream.time_base
             assert time_base is not None
@@ -124,17 +125,20 @@ def decode_frames(
     except (av.error.FFmpegError, OverflowError) as error:
         raise ValueError(f"{path}: damaged video ({str(error).splitlines()[0]}); {REMEDY}") from error
     if len(frames) < len(times):
-        raise ValueError(f"{path}: no frame at {times[len(frames)]:.3f} s, which {fps:g} frames/s put there; {REMEDY}")
+        raise ValueError(f"{path}: no frame at {times[len(frames)]:.3f} s, expected {fps:g} frames/s; {REMEDY}")
     if len({frame.shape for frame in frames}) > 1:
-        raise ValueError(f"{path}: damaged video (its frames differ in size); {REMEDY}")
+        raise ValueError(f"{path}: damaged video (frames differ in size); {REMEDY}")
     return np.stack(frames)
 
 
 def _packets(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> "closing[Generator[av.Packet, None, None]]":
-    """The packets from here on. PyAV's own generators lose some 180 bytes for good where they are dropped before their
-    end without being closed, and so does its `decode`, which drops one inside."""
+    """Yield the packets from the current position, in a context that closes the generator.
+
+    PyAV's generators leak about 180 bytes where they are dropped before their end without `close`. `container.decode` drops
+    such a generator, so it is not used here.
+    """
     return closing(cast(Generator[av.Packet, None, None], container.demux(stream)))
 
 
@@ -145,22 +149,22 @@ def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> 
 
 
 def _check_stream(path: Path, stream: av.VideoStream, fps: float, total: int | None) -> None:
-    """The header's frame rate and number of frames, where it tells them, against what is expected."""
+    """Compare the frame rate and the number of frames in the header, where it has them, with the expected ones."""
     rate = stream.average_rate
     if rate and abs(float(rate) - fps) > _RATE_TOLERANCE * fps:
-        raise ValueError(f"{path}: has {float(rate):.2f} frames a second, {fps:g} were announced; {REMEDY}")
+        raise ValueError(f"{path}: has {float(rate):.2f} frames/s, expected {fps:g}; {REMEDY}")
     if total is not None and stream.frames and stream.frames != total:
-        raise ValueError(f"{path}: has {stream.frames} frames, its episode has {total} rows; {REMEDY}")
+        raise ValueError(f"{path}: has {stream.frames} frames, expected {total} for the rows of its episode; {REMEDY}")
 
 
 def inspect_video(path: Path) -> tuple[int, tuple[int, int], float]:
-    """(frames, (height, width), frames/s) as the file's header has them. Raises as `decode_frames` does."""
+    """Read (frames, (height, width), frames/s) from the header of a file. Raises the errors of `decode_frames`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise ValueError(f"{path}: holds no video stream; {REMEDY}")
+                raise ValueError(f"{path}: has no video stream; {REMEDY}")
             stream = container.streams.video[0]
             return stream.frames, (stream.height, stream.width), float(stream.average_rate or 0)
     except av.error.FFmpegError as error:
@@ -168,10 +172,10 @@ def inspect_video(path: Path) -> tuple[int, tuple[int, int], float]:
 
 
 def cut_video(path: Path, *, start: float, count: int, fps: float) -> bytes:
-    """`count` frames from `start` seconds on as an mp4 of their own, packet by packet: nothing is encoded again.
+    """Cut `count` frames from `start` seconds on into a new mp4, packet by packet, without encoding.
 
-    Raises FileNotFoundError without the file, ValueError where it is damaged, or where the stretch does not begin at
-    a key frame.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged file or a cut that does not begin at a key
+    frame.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
@@ -179,24 +183,24 @@ def cut_video(path: Path, *, start: float, count: int, fps: float) -> bytes:
     try:
         with av.open(str(path)) as source, av.open(buffer, "w", format="mp4") as target:
             if not source.streams.video:
-                raise ValueError(f"{path}: holds no video stream; {REMEDY}")
+                raise ValueError(f"{path}: has no video stream; {REMEDY}")
             stream = source.streams.video[0]
             assert stream.time_base is not None
             period = 1 / fps / stream.time_base
             first = round(start / stream.time_base)
             source.seek(max(first - 1, 0), stream=stream)
-            chosen = []
+            clip = []
             with _packets(source, stream) as packets:
                 for packet in packets:
                     if packet.pts is not None and first - period / 2 <= packet.pts < first + (count - 0.5) * period:
-                        chosen.append(packet)
-                    if len(chosen) == count:
+                        clip.append(packet)
+                    if len(clip) == count:
                         break
-            if len(chosen) != count or not chosen[0].is_keyframe:
-                problem = "do not begin at a key frame" if len(chosen) == count else f"number {len(chosen)}"
+            if len(clip) != count or not clip[0].is_keyframe:
+                problem = "do not begin at a key frame" if len(clip) == count else f"are only {len(clip)}"
                 raise ValueError(f"{path}: the {count} frames from {start:.3f} s on {problem}; {REMEDY}")
             copy = target.add_stream_from_template(stream)
-            for packet in chosen:
+            for packet in clip:
                 assert packet.pts is not None
                 packet.pts = packet.pts - first
                 packet.dts = packet.pts if packet.dts is None else packet.dts - first
@@ -208,9 +212,9 @@ def cut_video(path: Path, *, start: float, count: int, fps: float) -> bytes:
 
 
 class VideoFile:
-    """An mp4 that grows by whole encoded episodes, without encoding them again.
+    """An mp4 to which encoded episodes are appended without encoding them again.
 
-    Every episode must come from `encode_frames` with the same size and rate: they share the first one's header.
+    Every episode must come from `encode_frames` with one size and frame rate, since they share the header of the first.
     """
 
     def __init__(self, path: Path, *, fps: int) -> None:
@@ -221,12 +225,12 @@ class VideoFile:
         self._header: bytes | None = None
 
     def accepts(self, video: bytes) -> bool:
-        """Whether an encoded episode can be appended: it has the size and settings of the first one."""
+        """Return whether an encoded episode has the size and settings of the first one, so that it can be appended."""
         with av.open(io.BytesIO(video), "r") as source:
             return self._header is None or source.streams.video[0].codec_context.extradata == self._header
 
     def append(self, video: bytes, *, num_frames: int) -> tuple[float, float]:
-        """Add one encoded episode; return its (from, to) in seconds."""
+        """Append one encoded episode. Returns its start and end in seconds."""
         with av.open(io.BytesIO(video), "r") as source:
             stream = source.streams.video[0]
             if self._stream is None:
@@ -240,7 +244,7 @@ class VideoFile:
             assert stream.time_base is not None
             offset = round(self.num_frames / self.fps / stream.time_base)
             for packet in source.demux(stream):
-                if packet.pts is None or packet.dts is None:  # the demuxer's end mark
+                if packet.pts is None or packet.dts is None:  # end of the stream
                     continue
                 packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
                 packet.stream = self._stream
@@ -251,7 +255,7 @@ class VideoFile:
         return start, self.num_frames / self.fps
 
     def close(self) -> None:
-        """Write the index; the file is readable only afterwards."""
+        """Write the index, without which the file is not readable. Raises OSError where the disk is full."""
         self._container.close()
 
     def __enter__(self) -> "VideoFile":

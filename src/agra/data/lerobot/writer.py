@@ -1,7 +1,7 @@
-"""Writing episodes as LeRobot v3.0 datasets: the layout that `agra.data.lerobot.dataset` and LeRobot itself read.
+"""Writing LeRobot v3.0 datasets, which `agra.data.lerobot.dataset` and LeRobot itself read.
 
-An episode is encoded on its own (`encode_episode`, in any process) and then appended, so that the result does not depend
-on who encoded what.
+Each episode is encoded separately (`encode_episode`, in any process) and then appended. The result does not depend on the
+number of processes.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from agra import files
 from agra.data.config import EGO_VIEW
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.episode_files import RawEpisode, as_lists
@@ -35,7 +36,7 @@ EXTRA_DTYPES = ("bool", "int64", "float32")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedVideo:
-    """One camera's frames of an episode as an mp4 of their own, and the histogram their statistics come from."""
+    """The frames of one camera in an episode as an mp4, and the histogram for their statistics."""
 
     video: bytes
     size: tuple[int, int]  # height, width
@@ -49,7 +50,7 @@ class EncodedVideo:
 
 
 class GrowingVideo:
-    """One camera's frames of an episode, encoded as they come; the same as `EncodedVideo.of` all of them."""
+    """An `EncodedVideo` that is encoded frame by frame. Equals `EncodedVideo.of` all frames."""
 
     def __init__(self, height: int, width: int, *, fps: int) -> None:
         self.size = height, width
@@ -62,13 +63,13 @@ class GrowingVideo:
         self._histogram += picture_histogram(frame[None])
 
     def finish(self) -> EncodedVideo:
-        """The video. Nothing can be added afterwards."""
+        """Return the video. No frame can be added afterwards."""
         return EncodedVideo(video=self._encoder.finish(), size=self.size, histogram=self._histogram)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedEpisode:
-    """An episode as it is stored: rows and, by feature name, what each camera saw."""
+    """An episode ready to be written: its rows, and the video of each camera by feature name."""
 
     states: np.ndarray  # (N, S) float32
     actions: np.ndarray  # (N, D) float32
@@ -83,7 +84,7 @@ class EncodedEpisode:
 def encode_episode(
     episode: Episode, *, camera: str = EGO_VIEW, extra: Mapping[str, np.ndarray] | None = None
 ) -> EncodedEpisode:
-    """Encode an episode's frames; `extra` adds columns of shape (N,), of dtype bool, int64 or float32."""
+    """Encode the frames of an episode. `extra` adds columns of shape (N,) and dtype bool, int64 or float32."""
     extra = extra or {}
     for name, column in extra.items():
         if column.shape != (len(episode),) or column.dtype.name not in EXTRA_DTYPES:
@@ -101,18 +102,18 @@ def encode_episode(
 
 
 def write_dataset(path: Path, episodes: Iterable[Episode], *, embodiment: Embodiment, fps: int) -> None:
-    """Write `episodes` as the LeRobot v3.0 dataset `path`, which must not exist yet."""
+    """Write `episodes` as the LeRobot v3.0 dataset `path`. Raises ValueError where `path` exists."""
     with LeRobotWriter(path, embodiment=embodiment, fps=fps) as writer:
         for episode in episodes:
             writer.add(encode_episode(episode))
 
 
 class LeRobotWriter:
-    """Writes one dataset, episode by episode, into `<path>.partial`, and renames it when closed.
+    """Write one dataset, episode by episode, into `<path>.partial`. `close` renames it to `path`.
 
-    A context manager: leaving it by an exception removes what was written. All episodes share size, state, action and
-    extra columns with the first. A file is closed before the episode that would make it exceed its limit (MiB).
-    `modality` is written as GR00T's meta/modality.json.
+    An error in `close`, or an exception that leaves the context manager, removes the partial dataset. All episodes have the
+    frame size, the state and action dimensions and the extra columns of the first. A file is closed before an episode that
+    would make it exceed its limit (MiB). `modality` is written as GR00T's meta/modality.json.
     """
 
     def __init__(
@@ -144,36 +145,50 @@ class LeRobotWriter:
 
     @property
     def num_frames(self) -> int:
-        """Rows so far."""
+        """Number of rows so far."""
         return self._files.num_frames
 
     def add(self, episode: EncodedEpisode) -> None:
-        """Append one episode. Raises ValueError where its shapes or columns differ from the first episode's."""
+        """Append one episode.
+
+        Raises ValueError where its shapes or columns differ from those of the first episode, and OSError where the disk is
+        full.
+        """
         features, index = self._describe_features(episode), self._files.num_episodes
         self._features = self._features or features
         if features != self._features:
             different = [k for k in {**features, **self._features} if features.get(k) != self._features.get(k)]
-            raise ValueError(f"{self.path}: episode {index} differs from episode 0 in {different[0]!r}")
+            raise ValueError(f"{self.path}: feature {different[0]!r} of episode {index} differs from that of episode 0")
         columns = self._columns(episode)
         pictures = {c: describe_pictures(v.histogram, count=len(episode)) for c, v in episode.videos.items()}
-        stored = RawEpisode(
+        raw = RawEpisode(
             table=pa.table({name: _arrow(values, features[name]) for name, values in columns.items()}),
             tasks=[episode.instruction],
             videos={camera: video.video for camera, video in episode.videos.items()},
             picture_statistics={camera: as_lists(statistics) for camera, statistics in pictures.items()},
         )
-        self._files.add(stored, features)
+        with files.naming(self.path):
+            self._files.add(raw, features)
         for camera, video in episode.videos.items():
             self._histograms[camera] = self._histograms.get(camera, 0) + video.histogram
 
     def close(self) -> None:
-        """Write the metadata and give the dataset its name. Raises ValueError without episodes."""
+        """Write the metadata and rename the dataset to its path.
+
+        Raises ValueError without episodes and OSError where the disk is full. Nothing is left on disk then.
+        """
+        try:
+            with files.naming(self.path):
+                self._finish()
+        finally:
+            self._discard()
+
+    def _finish(self) -> None:
         if not self._files.num_episodes:
-            self._files.close()
-            raise ValueError(f"{self.path}: a dataset needs at least one episode")
+            raise ValueError(f"{self.path}: expected at least one episode, got none")
         self._files.finish(self._tasks)
         pictures = {c: describe_pictures(h, count=self.num_frames) for c, h in self._histograms.items()}
-        statistics = {c: as_lists(found) for c, found in pictures.items()}
+        statistics = {camera: as_lists(values) for camera, values in pictures.items()}
         statistics |= dict(self._files.statistics(self._features))
         write_json(self._root / STATS, {name: statistics[name] for name in self._features})
         if self.modality is not None:
@@ -189,22 +204,24 @@ class LeRobotWriter:
         seal(self._root)
         os.replace(self._root, self.path)
 
+    def _discard(self) -> None:
+        """Close the open files and remove the partial dataset, where it is still there."""
+        self._files.discard()
+        shutil.rmtree(self._root, ignore_errors=True)
+
     def __enter__(self) -> "LeRobotWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self.close()
-            else:
-                self._files.close()
-        finally:
-            shutil.rmtree(self._root, ignore_errors=True)  # gone already where `close` has renamed it
+        if kind is None:
+            self.close()
+        else:
+            self._discard()
 
     def _describe_features(self, episode: EncodedEpisode) -> dict[str, dict[str, Any]]:
-        """`info.json`'s features, in the order of the columns."""
+        """Return the features of `info.json`, in the order of the columns."""
         return {
             **{camera: _video_feature(video.size, self.fps) for camera, video in episode.videos.items()},
             STATE: _vector(episode.states, self.embodiment.state_names, STATE),
@@ -214,7 +231,7 @@ class LeRobotWriter:
         }
 
     def _columns(self, episode: EncodedEpisode) -> dict[str, np.ndarray]:
-        """Every column of the episode as (N, D)."""
+        """Return every column of the episode as (N, D)."""
         count = len(episode)
         steps = np.arange(count)
         task = self._tasks.setdefault(episode.instruction, len(self._tasks))
@@ -255,6 +272,6 @@ def _vector(values: np.ndarray, names: tuple[str, ...], key: str) -> dict[str, A
 
 
 def _arrow(values: np.ndarray, feature: Mapping[str, Any]) -> pa.Array:
-    """(N, D) values as fixed-size lists, or as plain numbers where the feature's shape is (1,)."""
+    """Convert values (N, D) to fixed-size lists, or to plain numbers where the feature's shape is (1,)."""
     flat = pa.array(np.ascontiguousarray(values).ravel())
     return flat if feature["shape"] == [1] else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
