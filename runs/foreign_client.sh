@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Others' own clients, in an environment of their own and without torch, play tabletop episodes through `agra serve`:
-# openpi-client on openpi's wire, that of strands-robots on GR00T's.
+# Tabletop episodes through `agra serve` by clients of other projects, in an environment of their own without torch:
+# openpi-client for openpi's protocol, strands-robots for GR00T's.
 #   bash runs/foreign_client.sh openpi|groot CHECKPOINT [EPISODES]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,18 +14,19 @@ esac
 
 if [ ! -e "$environment/.installed" ]; then
   python3 -m venv "$environment"
-  # openpi-client imports typing_extensions without asking for it; strands-robots asks for much that its client never imports
+  # openpi-client does not list typing_extensions, which it imports. The client of strands-robots needs few of its dependencies.
   "$environment/bin/pip" install -q openpi-client typing_extensions msgpack "pyzmq>=27" -e '.[tabletop]'
   "$environment/bin/pip" install -q --no-deps strands-robots==0.3.8
   touch "$environment/.installed"
 fi
 
-log=$(mktemp)
-agra serve "$checkpoint" --port 0 --groot-port 0 >"$log" 2>&1 &
+work=$(mktemp -d)
+agra serve "$checkpoint" --port 0 --groot-port 0 --ready-file "$work/ready.json" >"$work/log" 2>&1 &
 server=$!
-trap 'kill "$server"; rm -f "$log"' EXIT
-until port=$(grep -oP "$scheme://127.0.0.1:\K[0-9]+" "$log"); do
-  kill -0 "$server" || { cat "$log"; exit 1; }
+trap 'kill "$server"; rm -rf "$work"' EXIT
+until [ -e "$work/ready.json" ]; do
+  kill -0 "$server" || { cat "$work/log"; exit 1; }
   sleep 1
 done
+port=$(sed "s|.*\"$scheme://[^\"]*:\([0-9]*\)\".*|\1|" "$work/ready.json")
 "$environment/bin/python" benchmarks/client_episode.py "$wire" "$port" "$episodes"
