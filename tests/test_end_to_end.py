@@ -80,7 +80,7 @@ def test_adapters_make_a_policy(trained):
 def test_training_needs_prepared_features(world):
     folder, config = world
     data = replace(config.data, cache=str(folder / "empty"))
-    with pytest.raises(FileNotFoundError, match="no latents prepared for"):
+    with pytest.raises(FileNotFoundError, match="latents not prepared for"):
         run.train(replace(config, data=data), output=folder / "nowhere")
 
 

@@ -24,7 +24,7 @@ from agra.data.features.preparation import (
     Preparation,
     open_features,
     open_instructions,
-    write_known_instructions,
+    write_instruction_tokens,
 )
 from agra.data.normalization.normalize import NormStats
 from agra.data.sampling.prefetch import Prefetched
@@ -184,7 +184,7 @@ def _extra_files(
     """Writers of the files of a checkpoint that a policy needs besides the weights."""
     writers: dict[str, Callable[[Path], object]] = {"norm_stats.json": partial(NormStats.save_all, stats)}
     if tokens is not None:
-        writers[INSTRUCTIONS] = lambda path: write_known_instructions(path, tokens, sources)
+        writers[INSTRUCTIONS] = lambda path: write_instruction_tokens(path, tokens, sources)
     codec = config.method.codec
     if codec is not None and codec.kind == "patch_pca":
         fitted = codec_file(config.method, config.data, sources)

@@ -46,7 +46,7 @@ def healthy(path, change=lambda index, states, actions: None, *, ahead: int = 2)
     return path
 
 
-def found(path, **options) -> dict[tuple[str, str], str]:
+def findings(path, **options) -> dict[tuple[str, str], str]:
     return {(f.level, f.check): f"{f.where}: {f.message}" for f in check_dataset(path, **options).findings}
 
 
@@ -62,27 +62,27 @@ def copy(original, tmp_path):
     return tmp_path / "set"
 
 
-def test_nothing_to_complain_about(original):
-    assert found(original, every_frame=True) == {}
+def test_a_healthy_dataset_has_no_findings(original):
+    assert findings(original, every_frame=True) == {}
 
 
 def test_files(copy):
-    assert set(found(copy)) == {("note", "checksum")}
+    assert set(findings(copy)) == {("note", "checksum")}
     seal(copy)
     video = next(copy.rglob("*.mp4"))
     content = bytearray(video.read_bytes())
     content[-40] ^= 1
     video.write_bytes(content)
-    assert "file-000.mp4: " in found(copy)["error", "checksum"]
+    assert "file-000.mp4: " in findings(copy)["error", "checksum"]
     (copy / "meta/checksums.json").unlink()
     video.write_bytes(b"")
-    assert found(copy)["error", "files"].endswith("file-000.mp4: is empty")
+    assert findings(copy)["error", "files"].endswith("file-000.mp4: is empty; copy the file again")
     video.unlink()
-    assert "video file is missing" in found(copy)["error", "video"]
+    assert "video file is missing" in findings(copy)["error", "video"]
     next(copy.rglob("data/*/*.parquet")).unlink()
-    assert "file is missing" in found(copy)["error", "rows"]
+    assert "file is missing" in findings(copy)["error", "rows"]
     (copy / "meta/info.json").write_text("{}")
-    assert "codebase_version is None" in found(copy)["error", "metadata"]
+    assert "codebase_version is None" in findings(copy)["error", "metadata"]
 
 
 def test_numbers(tmp_path):
@@ -91,9 +91,9 @@ def test_numbers(tmp_path):
         if index == 2:
             actions[30:, 1] += 2 * np.pi
 
-    report = found(healthy(tmp_path / "set", spoil))
+    report = findings(healthy(tmp_path / "set", spoil))
     assert report["warning", "constant"] == (
-        "observation.state: never change: a (1 of 2); leave them out with data.state, data.action"
+        "observation.state: constant: a (1 of 2); leave them out with data.state or data.action"
     )
     assert report["warning", "jump"].startswith("action b, episode 2, step 30: jumps by 6.")
     assert "sin_cos" in report["warning", "jump"]
@@ -104,7 +104,10 @@ def test_outliers(tmp_path):
         if index == 1:
             states[30:32, 0] = 80
 
-    assert "observation.state a: 98 % lie in" in found(healthy(tmp_path / "set", spoil))["warning", "outliers"]
+    assert (
+        "observation.state a: 98 % of the values are in"
+        in findings(healthy(tmp_path / "set", spoil))["warning", "outliers"]
+    )
 
 
 def test_not_a_number(copy):
@@ -114,12 +117,12 @@ def test_not_a_number(copy):
     rows[7][1] = float("nan")
     place = table.column_names.index("action")
     pq.write_table(table.set_column(place, "action", pa.array(rows, table["action"].type)), path)
-    assert "'action' is nan in row 7, dimension 1" in found(copy)["error", "rows"]
+    assert "'action' is nan in row 7, dimension 1" in findings(copy)["error", "rows"]
 
 
-@pytest.mark.parametrize(("ahead", "expected"), [(0, "are the states of their own step"), (2, None)])
+@pytest.mark.parametrize(("ahead", "expected"), [(0, "equal the states of their step"), (2, None)])
 def test_alignment(tmp_path, ahead, expected):
-    report = found(healthy(tmp_path / "set", ahead=ahead))
+    report = findings(healthy(tmp_path / "set", ahead=ahead))
     assert (expected in report["warning", "alignment"]) if expected else ("warning", "alignment") not in report
 
 
@@ -140,19 +143,22 @@ def test_statistics(copy):
     stats = json.loads(path.read_text())
     stats["action"]["max"][1] += 0.1
     path.write_text(json.dumps(stats))
-    assert found(copy)["warning", "statistics"].startswith("meta/stats.json, action: max of dimension 1 is said to be")
+    assert findings(copy)["warning", "statistics"].startswith("meta/stats.json, action: max of dimension 1 is ")
 
 
 def test_instructions(tmp_path):
     root = write_v2(tmp_path / "set")
-    assert "begin with 'unlocked_waist: '" in found(root)["warning", "instruction"]
+    assert "begin with 'unlocked_waist: '" in findings(root)["warning", "instruction"]
     path = root / "meta/tasks.jsonl"
     path.write_text('{"task_index": 0, "task": "go"}\n{"task_index": 1, "task": "go"}\n')
-    assert "episode 2 is 'go' by its rows, 'unlocked_waist: pick the apple' by" in found(root)["error", "instruction"]
+    assert (
+        "the task of episode 2 is 'go', expected 'unlocked_waist: pick the apple'"
+        in findings(root)["error", "instruction"]
+    )
     episodes = root / "meta/episodes.jsonl"
     rows = [json.loads(line) | {"tasks": ["go"]} for line in episodes.read_text().splitlines()]
     episodes.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "one for everything: 'go'" in found(root)["warning", "instruction"]
+    assert "all are 'go'" in findings(root)["warning", "instruction"]
 
 
 def test_timestamps(copy):
@@ -162,27 +168,27 @@ def test_timestamps(copy):
     times[130:180] += 0.3
     place = table.column_names.index("timestamp")
     pq.write_table(table.set_column(place, "timestamp", pa.array(times)), path)
-    assert found(copy)["warning", "timestamps"].startswith("episode 2: are 0.300 s from 10 rows a second")
+    assert findings(copy)["warning", "timestamps"].startswith("episode 2: differ by 0.300 s from 10 rows/s")
 
 
 def test_frames_and_rows(tmp_path):
     root = write_v2(tmp_path / "set")
     videos = sorted((root / "videos/chunk-000/observation.images.front").iterdir())
     shutil.copy(videos[1], videos[2])
-    report = found(root)
-    assert report["error", "video"].endswith("episode_000002.mp4: 5 frames for 9 rows")
-    assert "has 5 frames, its episode has 9 rows" in report["error", "frames"]
+    report = findings(root)
+    assert report["error", "video"].endswith("episode_000002.mp4: has 5 frames, expected 9")
+    assert "has 5 frames, expected 9 for the rows of its episode" in report["error", "frames"]
 
 
-def test_gr1_traps(tmp_path):
-    report = found(write_gr1(tmp_path / "set"))
+def test_gr1_padding_and_length(tmp_path):
+    report = findings(write_gr1(tmp_path / "set"))
     assert report["warning", "padding"] == (
-        "observation.images.ego_view: rows above 43 and from 213 on are padding; crop with data.crop-rows 43 213"
+        "observation.images.ego_view: rows above 43 and from 213 on are padding; crop them with data.crop-rows 43 213"
     )
     assert "shorter than a window" in report["note", "length"]
 
 
-def test_padding_and_jumps_by_themselves():
+def test_padding_and_jumps_of_arrays():
     frames = np.zeros((3, 40, 20, 3), np.uint8)
     assert content_rows(frames) == (0, 40)
     frames[1, 7:31, 4] = 90
@@ -192,7 +198,7 @@ def test_padding_and_jumps_by_themselves():
 
 def test_command(original, copy, capsys, tmp_path):
     main(["doctor", str(original)])
-    assert "nothing to complain about" in capsys.readouterr().out
+    assert "no findings" in capsys.readouterr().out
     next(copy.rglob("*.mp4")).unlink()
     with pytest.raises(SystemExit) as stop:
         main(["doctor", str(copy), "--json", str(tmp_path / "report.json")])

@@ -9,17 +9,19 @@ import pytest
 
 from agra.data.config import SourceConfig
 from agra.data.features.cache import CachedFeature, cache_features, estimate_cost, feature_folder
+from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import write_dataset
 from agra.types import Embodiment, Episode
+from tests.support.full_disk import file_size_limit
 
 ROBOT = Embodiment(name="bot", state_names=("a",), action_names=("u",))
 LENGTHS = (6, 9, 4)
 
 
 class Brightness:
-    """Mean of every frame, and of every frame's halves; counts what it is asked."""
+    """The mean of every column of a frame, and of the frame. Counts the computed episodes."""
 
     name = "brightness"
 
@@ -91,7 +93,7 @@ def test_prepared_once_and_decoded_once(dataset, tmp_path, monkeypatch):
     assert [feature.computed for feature in features] == [3, 3]
 
 
-def test_key_camera_and_contents_decide(dataset, tmp_path):
+def test_key_view_and_contents_name_the_folder(dataset, tmp_path):
     root = tmp_path / "cache"
     first = feature_folder(dataset, Brightness(), root)
     assert feature_folder(dataset, Brightness(2.0), root) != first
@@ -128,8 +130,8 @@ def test_missing_and_unfinished(dataset, tmp_path):
         CachedFeature.open(feature_folder(dataset, feature, root))
 
 
-def test_kill_leaves_nothing_half(dataset, tmp_path):
-    """SIGKILL in the middle of a file: the next run finishes and what it gives is whole."""
+def test_a_kill_leaves_no_partial_file(dataset, tmp_path):
+    """After SIGKILL in the middle of a file the next run completes the cache with right values."""
     script = textwrap.dedent(f"""
         import os, signal
         import agra.data.features.cache as cache
@@ -165,7 +167,7 @@ def test_damage_is_named(dataset, tmp_path):
         CachedFeature.open(feature_folder(dataset, Brightness(), tmp_path), memory_limit=0).read(2, rows=[1])
 
 
-def test_episodes_that_disagree_are_refused(dataset, tmp_path):
+def test_episodes_of_different_shapes_are_refused(dataset, tmp_path):
     class Ragged(Brightness):
         def compute(self, episode: Episode) -> dict[str, np.ndarray]:
             return {"brightness": np.zeros((len(episode), len(episode)), np.float16)}
@@ -174,7 +176,7 @@ def test_episodes_that_disagree_are_refused(dataset, tmp_path):
         cache_features(dataset, [Ragged()], tmp_path, progress=False)
 
 
-def test_shares_of_several_processes_make_one_folder(dataset, tmp_path):
+def test_several_processes_fill_one_folder(dataset, tmp_path):
     feature = [Brightness() for _ in range(2)]
     (path,) = cache_features(dataset, [feature[1]], tmp_path, rank=1, world_size=2, progress=False)
     with pytest.raises(FileNotFoundError, match="only 1 episodes are prepared"):
@@ -186,7 +188,7 @@ def test_shares_of_several_processes_make_one_folder(dataset, tmp_path):
         assert np.array_equal(whole.read(index), Brightness().compute(dataset.episode(index))["brightness"])
 
 
-def test_only_the_episodes_that_are_wanted(dataset, tmp_path):
+def test_requested_episodes_only(dataset, tmp_path):
     feature = Brightness()
     (path,) = cache_features(dataset, [feature], tmp_path, episodes=[0, 2], progress=False)
     assert CachedFeature.open(path, episodes=[2, 0]).episodes == (0, 2)
@@ -198,8 +200,8 @@ def test_only_the_episodes_that_are_wanted(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 10**9])
-def test_a_flipped_bit_is_found_where_it_is_read(dataset, tmp_path, limit):
-    """Every row has its checksum; rows beside the damaged one read right."""
+def test_a_flipped_bit_is_detected_in_its_row(dataset, tmp_path, limit):
+    """Every row has its checksum, so the rows beside a damaged one are still read."""
     (path,) = cache_features(dataset, [Brightness()], tmp_path, progress=False)
     file = path / "episode-000001.safetensors"
     expected = Brightness().compute(dataset.episode(1))["brightness"]
@@ -216,18 +218,35 @@ def test_a_flipped_bit_is_found_where_it_is_read(dataset, tmp_path, limit):
         cached.read(1, rows=[3, 4])
 
 
-def test_files_that_changed_places(dataset, tmp_path):
+def test_exchanged_files(dataset, tmp_path):
     (path,) = cache_features(dataset, [Brightness()], tmp_path, progress=False)
     one, other = (path / f"episode-{i:06d}.safetensors" for i in (0, 1))
     os.rename(one, path / "spare")
     os.rename(other, one)
     os.rename(path / "spare", other)
-    with pytest.raises(ValueError, match=r"episode-000000\.safetensors: damaged \(it says to be"):
+    with pytest.raises(ValueError, match=r"episode-000000\.safetensors: damaged \(its metadata is"):
         CachedFeature.open(path, memory_limit=0).read(0)
 
 
+def test_a_full_disk_names_the_file_and_leaves_no_temporary_file(dataset, tmp_path):
+    feature, root = Brightness(), tmp_path / "cache"
+    with file_size_limit(200), pytest.raises(OSError, match=r"episode-000000\.safetensors: .*File too large"):
+        cache_features(dataset, [feature], root, progress=False)
+    assert [path for path in root.rglob("*") if path.is_file()] == []
+    (path,) = cache_features(dataset, [feature], root, progress=False)
+    assert np.array_equal(CachedFeature.open(path).read(0), Brightness().compute(dataset.episode(0))["brightness"])
+
+
+def test_a_full_disk_leaves_no_instruction_tokens(tmp_path):
+    tokens = InstructionTokens(tmp_path / "instructions")
+    with file_size_limit(100), pytest.raises(OSError, match=r"instructions/[0-9a-f]+\.safetensors: "):
+        tokens.write("go", np.zeros((5, 4), np.float16))
+    assert list((tmp_path / "instructions").iterdir()) == []
+    assert tokens.missing(["go"]) == ["go"]
+
+
 def test_estimate(dataset, tmp_path):
-    """Sizes are exact for features with a row a step; nothing is left once all is prepared."""
+    """Sizes are exact for features with one row for each step, and 0 after all episodes are prepared."""
     expected = estimate_cost(dataset, [Brightness(), Words()], tmp_path)
     assert expected.episodes == 3
     rows = sum(LENGTHS) * (16 * 2 + 4) + 3 * 3 * 2  # brightness and whole, and three words an episode

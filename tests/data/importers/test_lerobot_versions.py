@@ -10,6 +10,7 @@ from agra.data.importers.lerobot_versions import convert
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
 from agra.types import Embodiment, Episode
+from tests.support.full_disk import file_size_limit
 from tests.support.layouts import CAMERAS, LENGTHS, LEROBOT_WRITERS, STORY, TASKS, write_gr1
 
 
@@ -85,6 +86,18 @@ def test_modality_and_annotations_are_copied(tmp_path):
     convert(tmp_path / "set", tmp_path / "out", "v3.0")
     assert (tmp_path / "out/meta/modality.json").read_bytes() == (tmp_path / "set/meta/modality.json").read_bytes()
     assert pq.read_schema(tmp_path / "out/data/chunk-000/file-000.parquet").field("action").type.value_type == "double"
+
+
+@pytest.mark.parametrize("size", [0, 200, 2000])
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_a_full_disk_is_one_error_and_leaves_no_file(tmp_path, version, size):
+    """The limits stop the rows, the videos or the metadata."""
+    source = LEROBOT_WRITERS["v2.0"](tmp_path / "set")
+    with file_size_limit(size), pytest.raises(OSError, match=r"File too large.*out"):
+        convert(source, tmp_path / "out", version)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    convert(source, tmp_path / "out", version)
+    assert LeRobotDataset(tmp_path / "out", camera=CAMERAS[0]).num_episodes == 3
 
 
 def test_refusals(root, tmp_path):

@@ -70,7 +70,7 @@ def test_cameras_side_by_side_and_cropped(root):
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 30), crop_columns=(10, 48))
     assert close(LeRobotDataset(root, source=source).frames(1), STORY[1].frames[CAMERAS[0]][:, 4:30, 10:48])
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 33))
-    with pytest.raises(ValueError, match="front: data.crop_rows is 4 to 33, but the frames have 32 rows"):
+    with pytest.raises(ValueError, match=r"front: data\.crop_rows is 4 to 33, but the frames have 32 rows"):
         LeRobotDataset(root, source=source).frames(1)
 
 

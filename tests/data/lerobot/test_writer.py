@@ -1,5 +1,6 @@
 """The written layout, looked at without our reader; names and types are those that LeRobot 0.4.0 itself writes."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from agra.data.lerobot.writer import EncodedVideo, GrowingVideo, LeRobotWriter, encode_episode, write_dataset
 from agra.types import Embodiment, Episode
+from tests.support.full_disk import file_size_limit
 
 REFERENCE = Path(__file__).parent / "written_by_lerobot_0_4_0"
 CAMERA = "observation.images.ego_view"
@@ -183,6 +185,33 @@ def test_size_limits_and_chunks(tmp_path):
     assert [(r["data/chunk_index"], r["data/file_index"]) for r in rows] == [(0, 0), (0, 1), (1, 0)]
     assert [r[f"videos/{CAMERA}/from_timestamp"] for r in rows] == [0, 0, 0]
     assert [r["dataset_from_index"] for r in rows] == [0, 7, 12]
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_full_disk_is_one_error_and_leaves_no_file(tmp_path, size):
+    """The limits stop the video's header, the rows and the video."""
+    encoded = [encode_episode(make_episode(i, 30)) for i in range(3)]
+
+    def write() -> None:
+        with LeRobotWriter(tmp_path / "set", embodiment=ROBOT, fps=10) as writer:
+            for episode in encoded:
+                writer.add(episode)
+
+    with file_size_limit(size), pytest.raises(OSError, match=r"File too large.*set"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    write()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_full_disk_in_the_metadata_leaves_no_file(tmp_path, monkeypatch):
+    def write_json(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("agra.data.lerobot.writer.write_json", write_json)
+    with pytest.raises(OSError, match=r"No space left on device: '.*stats\.json'"):
+        write_dataset(tmp_path / "set", EPISODES, embodiment=ROBOT, fps=10)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_refusals(tmp_path):

@@ -93,7 +93,7 @@ def test_json_round_trip(tmp_path):
 
 def test_errors(tmp_path):
     stats = NormStats.of([ROWS], "min_max")
-    with pytest.raises(ValueError, match=r"action: expected 2 dimensions, got an array of \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"action: expected 2 dimensions, got shape \(5, 3\)"):
         stats.normalize("action", np.zeros((5, 3)))
     with pytest.raises(ValueError, match="expected one of min_max"):
         NormStats(method="minmax", state={}, action={})  # type: ignore[arg-type]
@@ -196,14 +196,14 @@ def test_a_missing_part_enters_no_statistics():
     np.testing.assert_allclose([stats.action["mean"][5], stats.action["std"][5]], [alone.mean(), alone.std()])
     assert stats.action["min"][0] == min(rows[:, 0].min() for rows in whole.rows + incomplete.rows)
     assert stats.mask("action", incomplete.missing_keys).tolist() == [True] * 10 + [False]
-    with pytest.raises(ValueError, match="every dataset lacks 'length'"):
+    with pytest.raises(ValueError, match="'length' is missing from every dataset"):
         NormStats.of([incomplete], "min_max", state_parts=parts, action_parts=parts)
 
 
 def test_parts_are_checked():
     with pytest.raises(ValueError, match="rot6d needs a rotation_type"):
         NormalizedPart(name="wrist", start=0, end=3, method="rot6d")
-    with pytest.raises(ValueError, match="a quaternion of 3 dimensions"):
+    with pytest.raises(ValueError, match="expected 4 dimensions for rotation_type quaternion, got 3"):
         NormalizedPart(name="wrist", start=0, end=3, method="rot6d", rotation="quaternion")
     with pytest.raises(ValueError, match="rotation type: expected one of"):
         NormalizedPart(name="wrist", start=0, end=3, method="rot6d", rotation="euler_angles_xyw")

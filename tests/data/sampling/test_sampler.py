@@ -211,7 +211,7 @@ def test_held_out():
     assert list(held_out(40, 0.05)) == [38, 39]
     assert list(held_out(4, 0.05)) == [3]
     assert list(held_out(4, 0.0)) == []
-    with pytest.raises(ValueError, match="data.validation_fraction: .* of 1 episodes leaves none"):
+    with pytest.raises(ValueError, match=r"data\.validation_fraction: .* of 1 episodes leaves none"):
         held_out(1, 0.05)
 
 
@@ -270,7 +270,7 @@ def test_every_second_row(parts):
 def test_misfits(parts):
     with pytest.raises(ValueError, match=r"embodiment 'bot' is not in data.embodiments \('other',\)"):
         make(parts, {"embodiments": ("other",)})
-    with pytest.raises(ValueError, match="action has 3 dimensions, the method takes 2"):
+    with pytest.raises(ValueError, match="action has 3 dimensions, the method takes at most 2"):
         make(parts, method=Method(action_dim=2))
     with pytest.raises(ValueError, match="batch_size 8 must be a multiple of world_size 3"):
         make(parts, world_size=3)

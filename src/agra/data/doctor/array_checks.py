@@ -1,63 +1,63 @@
-"""What can be wrong with a dataset's numbers and pictures: pure functions of arrays, for `agra doctor`."""
+"""Checks of a dataset's numbers and images for `agra doctor`, as pure functions of arrays."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-_LAGS = range(-5, 11)  # control steps that an action may be ahead of the state it asks for
+_LAGS = range(-5, 11)  # control steps by which an action may precede the state that it commands
 
 
 class Jump(NamedTuple):
-    """A step in which a dimension moves far more than it otherwise does."""
+    """A step in which a dimension moves far more than usual."""
 
     dimension: int
     episode: int
     step: int
     size: float
-    usual: float  # the 99th percentile of its movements
+    usual: float  # 99th percentile of its movements
 
 
 def constant_dimensions(low: np.ndarray, high: np.ndarray) -> list[int]:
-    """Dimensions that never change, from their minima and maxima (D,)."""
+    """Return the dimensions that never change, from their minima and maxima (D,)."""
     return [int(i) for i in np.flatnonzero(low == high)]
 
 
 def jumps(episodes: Sequence[np.ndarray]) -> list[Jump]:
-    """The largest jump of every dimension that has one: more than 20 times its usual movement and half of its range."""
+    """Return the largest jump of each dimension: more than 20 times its usual movement and more than half of its range."""
     moves = [np.abs(np.diff(rows.astype(np.float64), axis=0)) for rows in episodes]
-    everything = np.concatenate(moves)
-    if len(everything) < 100:
+    all_moves = np.concatenate(moves)
+    if len(all_moves) < 100:
         return []
-    usual = np.quantile(everything, 0.99, axis=0)
-    whole = np.concatenate(episodes)
-    span = whole.max(0) - whole.min(0)
-    found = []
-    for dimension in np.flatnonzero((everything.max(0) > 20 * usual) & (everything.max(0) > 0.5 * span) & (span > 0)):
+    usual = np.quantile(all_moves, 0.99, axis=0)
+    rows = np.concatenate(episodes)
+    span = rows.max(0) - rows.min(0)
+    result = []
+    for dimension in np.flatnonzero((all_moves.max(0) > 20 * usual) & (all_moves.max(0) > 0.5 * span) & (span > 0)):
         largest = [move[:, dimension].max(initial=0) for move in moves]
         episode = int(np.argmax(largest))
         step = int(moves[episode][:, dimension].argmax()) + 1
-        found.append(Jump(int(dimension), episode, step, largest[episode], float(usual[dimension])))
-    return found
+        result.append(Jump(int(dimension), episode, step, largest[episode], float(usual[dimension])))
+    return result
 
 
 def is_turn(size: float) -> bool:
-    """Whether a jump is a full turn of an angle, in radians or degrees."""
+    """Return whether a jump is a full turn of an angle, in radians or degrees."""
     return abs(size - 2 * np.pi) < 0.3 or abs(size - 360) < 15
 
 
 def squeezed_dimensions(statistics: dict[str, np.ndarray]) -> list[int]:
-    """Dimensions whose extremes are so far out that min_max would leave 98 % of the values a tenth of its range."""
-    inner, whole = statistics["q99"] - statistics["q01"], statistics["max"] - statistics["min"]
-    return [int(i) for i in np.flatnonzero((whole > 10 * inner) & (inner > 0))]
+    """Return the dimensions with outliers, for which min_max would map 98 % of the values to less than a tenth of its range."""
+    inner, full = statistics["q99"] - statistics["q01"], statistics["max"] - statistics["min"]
+    return [int(i) for i in np.flatnonzero((full > 10 * inner) & (inner > 0))]
 
 
 def lag(states: Sequence[np.ndarray], actions: Sequence[np.ndarray]) -> tuple[int, float] | None:
-    """By how many control steps actions run ahead of the states that they resemble most, and how much they do.
+    """Return the number of control steps by which actions precede the most similar states, and that similarity.
 
-    The resemblance is one minus the mean squared distance over the variance of the states, over the dimensions that move;
-    None where the sizes differ or nothing resembles. A command is ahead of its effect, so 1 or more is as it should be, 0
-    says that the action is the state of its own step, less that actions are late.
+    The similarity is 1 minus the mean squared distance over the variance of the states, over the dimensions that move. None
+    where the dimensions differ or the similarity is below 0.5. A command precedes its effect, so 1 or more is right. 0 means
+    that the action is the state of the same step, a negative number that actions are late.
     """
     if not states or states[0].shape[1] != actions[0].shape[1]:
         return None
@@ -65,7 +65,7 @@ def lag(states: Sequence[np.ndarray], actions: Sequence[np.ndarray]) -> tuple[in
     moving = variance > 1e-12
     if not moving.any():
         return None
-    resemblance = {}
+    similarity = {}
     for ahead in _LAGS:
         distances = []
         for state, action in zip(states, actions, strict=True):
@@ -74,13 +74,13 @@ def lag(states: Sequence[np.ndarray], actions: Sequence[np.ndarray]) -> tuple[in
                 early, late = (action[:count], state[ahead:]) if ahead >= 0 else (action[-ahead:], state[:count])
                 distances.append(((late - early)[:, moving].astype(np.float64) ** 2 / variance[moving]).mean(1))
         if distances:
-            resemblance[ahead] = 1 - float(np.concatenate(distances).mean())
-    best = max(resemblance, key=lambda ahead: (resemblance[ahead], -abs(ahead - 1)), default=None)
-    return None if best is None or resemblance[best] < 0.5 else (best, resemblance[best])
+            similarity[ahead] = 1 - float(np.concatenate(distances).mean())
+    best = max(similarity, key=lambda ahead: (similarity[ahead], -abs(ahead - 1)), default=None)
+    return None if best is None or similarity[best] < 0.5 else (best, similarity[best])
 
 
 def content_rows(frames: np.ndarray) -> tuple[int, int]:
-    """[first, end) of the rows that hold a picture: those above and below are of one colour in all frames (T, H, W, 3)."""
+    """Return [first, end) of the rows inside the padding, which has one colour in all frames (T, H, W, 3)."""
     rows = frames.astype(np.int16)
     plain = (rows.max((0, 2, 3)) - rows.min((0, 2, 3))) <= 12
     inside = np.flatnonzero(~plain)
@@ -88,21 +88,21 @@ def content_rows(frames: np.ndarray) -> tuple[int, int]:
 
 
 def frozen(frames: np.ndarray) -> bool:
-    """Whether all frames (T, H, W, 3) are the same picture."""
+    """Return whether all frames (T, H, W, 3) are the same picture."""
     return len(frames) > 1 and bool((np.abs(frames[1:].astype(np.int16) - frames[:-1]).max((1, 2, 3)) <= 2).all())
 
 
-def disagreement(given: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[str, int, float, float] | None:
-    """The first (statistic, dimension, given, found) that differ by more than a thousandth of the dimension's range."""
-    scale = np.maximum(found["max"] - found["min"], 1e-6)
+def disagreement(stored: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> tuple[str, int, float, float] | None:
+    """Return the first (statistic, dimension, stored, exact) that differ by more than 0.1 % of the dimension's range."""
+    scale = np.maximum(exact["max"] - exact["min"], 1e-6)
     for name in ("min", "max", "mean", "std"):
-        if name not in given:
+        if name not in stored:
             continue
-        value = np.asarray(given[name], dtype=np.float64).ravel()
-        if value.shape != found[name].shape:
-            return name, -1, float(value.size), float(found[name].size)
-        wrong = ~(np.abs(value - found[name]) <= 1e-3 * scale)
+        value = np.asarray(stored[name], dtype=np.float64).ravel()
+        if value.shape != exact[name].shape:
+            return name, -1, float(value.size), float(exact[name].size)
+        wrong = ~(np.abs(value - exact[name]) <= 1e-3 * scale)
         if wrong.any():
             dimension = int(np.argmax(wrong))
-            return name, dimension, float(value[dimension]), float(found[name][dimension])
+            return name, dimension, float(value[dimension]), float(exact[name][dimension])
     return None

@@ -1,7 +1,7 @@
-"""`agra doctor`: everything that can silently spoil training on a dataset, found before it does.
+"""`agra doctor`: checks of a dataset for problems that make reading fail or training worse.
 
-An error is what reading would stop at or get wrong, a warning what training would suffer from, a note what one should know.
-The traps are those of docs/paper.md section 3 that lie in data: padding, angles, prefixes, windows past the end.
+An error stops reading or falsifies it, a warning makes training worse, a note is for information. The warnings cover the data
+issues of docs/paper.md section 3: padding, angles, prefixes, windows past the end.
 """
 
 import json
@@ -25,12 +25,12 @@ from agra.data.normalization.dataset_statistics import describe_stream
 from agra.hub import dataset_folder
 
 Level = Literal["error", "warning", "note"]
-_LOOKED_AT = 3  # episodes that are decoded, unless all are asked for
+_DECODED_EPISODES = 3  # without --every-frame
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that the doctor found: how bad, which check, where, and what to do about it."""
+    """One result of a check: its level, the check, the place, and a message with the remedy."""
 
     level: Level
     check: str
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthReport:
-    """What is to be said of a dataset."""
+    """The findings of all checks of a dataset, and facts about it."""
 
     path: str
     facts: Mapping[str, Any]
@@ -48,30 +48,30 @@ class HealthReport:
 
     @property
     def healthy(self) -> bool:
-        """Whether there is no error."""
+        """Whether no finding is an error."""
         return not any(finding.level == "error" for finding in self.findings)
 
     def to_json(self) -> str:
-        """The same for machines."""
+        """Return the report as JSON."""
         content = {"path": self.path, "healthy": self.healthy, "facts": dict(self.facts)}
         return json.dumps(content | {"findings": [asdict(f) for f in self.findings]}, indent=2, ensure_ascii=False)
 
     def print(self) -> None:
-        """The same for people."""
+        """Print the report as a table."""
         console = Console()
         console.print(
             f"{self.path}: {', '.join(f'{value} {name}' for name, value in self.facts.items()) or 'unreadable'}"
         )
-        table = Table("", "check", "where", "what")
+        table = Table("level", "check", "where", "message")
         for finding in self.findings:
             table.add_row(finding.level, finding.check, finding.where, finding.message)
-        console.print(table if self.findings else "nothing to complain about")
+        console.print(table if self.findings else "no findings")
 
 
 def check_dataset(path: str | Path, *, camera: str | None = None, every_frame: bool = False) -> HealthReport:
-    """Examine a dataset, through all of its cameras or one. Nothing is raised for what is wrong with it: it is found.
+    """Check a dataset with all of its cameras, or with one. Damage becomes a finding, not an exception.
 
-    Three episodes are decoded, or with `every_frame` all of them.
+    Three episodes are decoded, or all with `every_frame`.
     """
     try:
         root = dataset_folder(str(path))
@@ -79,7 +79,7 @@ def check_dataset(path: str | Path, *, camera: str | None = None, every_frame: b
     except (ValueError, OSError) as error:
         return HealthReport(path=str(path), facts={}, findings=(_error("metadata", str(path), error),))
     rows, broken = _read_rows(first)
-    found = [
+    findings = [
         *_files(first),
         *broken,
         *(_numbers(first, rows) if rows else ()),
@@ -88,7 +88,7 @@ def check_dataset(path: str | Path, *, camera: str | None = None, every_frame: b
         *_times(first, rows),
     ]
     for name in [camera] if camera else first.layout.names("video", "image"):
-        found += _pictures(first, name, every_frame)
+        findings += _pictures(first, name, every_frame)
     order = {"error": 0, "warning": 1, "note": 2}
     facts = {
         "episodes": first.num_episodes,
@@ -96,11 +96,11 @@ def check_dataset(path: str | Path, *, camera: str | None = None, every_frame: b
         "frames/s": first.fps,
         "version": first.layout.version,
     }
-    return HealthReport(path=str(path), facts=facts, findings=tuple(sorted(found, key=lambda f: order[f.level])))
+    return HealthReport(path=str(path), facts=facts, findings=tuple(sorted(findings, key=lambda f: order[f.level])))
 
 
 def _any_camera(path: Path) -> str:
-    """A camera to open the dataset with; "" leaves the complaint to the reader."""
+    """Return a camera to open the dataset with. Without one, "" makes opening raise the error."""
     info = path / "meta/info.json"
     features = read_json(info).get("features") if info.is_file() else None
     if not isinstance(features, dict):
@@ -121,27 +121,31 @@ def _note(check: str, where: str, message: str) -> Finding:
 
 
 def _files(dataset: LeRobotDataset) -> Iterator[Finding]:
-    """Checksums, empty files, files that no episode uses."""
+    """Check for changed, empty and unused files."""
     layout = dataset.layout
     used = {e.data for e in layout.entries} | {path for e in layout.entries for path, _ in e.videos.values()}
     for name in dataset_files(dataset.path):
         path = dataset.path / name
         if path.stat().st_size == 0:
-            yield Finding(level="error", check="files", where=name, message="is empty")
+            yield Finding(level="error", check="files", where=name, message="is empty; copy the file again")
         if not name.startswith("meta/") and path not in used and not name.startswith("videos/"):
-            yield _note("files", name, "no episode's rows lie in it")
+            yield _note("files", name, "no episode uses this file")
         try:
             dataset.seal.verify(path)
         except (ValueError, OSError) as error:
             yield _error("checksum", name, error)
     if not dataset.seal.checksums:
-        yield _note("checksum", CHECKSUMS, "there are none: damage that still decodes goes unseen; agra doctor --seal")
+        yield _note(
+            "checksum",
+            CHECKSUMS,
+            "missing, so damage that still decodes is not detected; add them with agra doctor --seal",
+        )
     if not dataset.info.get("robot_type") or dataset.info["robot_type"] == "unknown":
-        yield _note("embodiment", "meta/info.json", "robot_type is not told: name it with data.embodiment")
+        yield _note("embodiment", "meta/info.json", "robot_type is not set; name the robot with data.embodiment")
 
 
 def _read_rows(dataset: LeRobotDataset) -> tuple[dict[int, tuple[np.ndarray, np.ndarray]], list[Finding]]:
-    """(states, actions) of every episode that can be read, and one error for each file that cannot."""
+    """Return (states, actions) of every readable episode, and one error for each unreadable file."""
     rows, broken = {}, {}
     for index, entry in enumerate(dataset.layout.entries):
         if entry.data in broken:
@@ -157,107 +161,107 @@ def _read_rows(dataset: LeRobotDataset) -> tuple[dict[int, tuple[np.ndarray, np.
 def _numbers(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Finding]:
     names = {"observation.state": dataset.state_names, "action": dataset.action_names}
     episodes = list(rows)
-    for place, (quantity, called) in enumerate(names.items()):
-        values = [pair[place] for pair in rows.values()]
-        described = describe_stream(lambda values=values: iter(values))
-        still = array_checks.constant_dimensions(described["min"], described["max"])
-        if still:
-            listed = ", ".join(called[i] for i in still[:8]) + (" ..." if len(still) > 8 else "")
-            message = (
-                f"never change: {listed} ({len(still)} of {len(called)}); leave them out with data.state, data.action"
-            )
+    for index, (quantity, dimensions) in enumerate(names.items()):
+        values = [pair[index] for pair in rows.values()]
+        statistics = describe_stream(lambda values=values: iter(values))
+        constant = array_checks.constant_dimensions(statistics["min"], statistics["max"])
+        if constant:
+            listed = ", ".join(dimensions[i] for i in constant[:8]) + (" ..." if len(constant) > 8 else "")
+            message = f"constant: {listed} ({len(constant)} of {len(dimensions)}); leave them out with data.state or data.action"
             yield _warning("constant", quantity, message)
         for jump in array_checks.jumps(values):
             advice = (
-                "an angle that wraps: normalise it with sin_cos" if array_checks.is_turn(jump.size) else "look at it"
+                "the angle wraps; normalise it with sin_cos"
+                if array_checks.is_turn(jump.size)
+                else "check the recording"
             )
-            where = f"{quantity} {called[jump.dimension]}, episode {episodes[jump.episode]}, step {jump.step}"
+            where = f"{quantity} {dimensions[jump.dimension]}, episode {episodes[jump.episode]}, step {jump.step}"
             yield _warning("jump", where, f"jumps by {jump.size:.3g}, usually by less than {jump.usual:.3g}; {advice}")
-        for dimension in array_checks.squeezed_dimensions(described):
-            low, high = described["min"][dimension], described["max"][dimension]
-            inner = described["q01"][dimension], described["q99"][dimension]
-            message = (
-                f"98 % lie in [{inner[0]:.3g}, {inner[1]:.3g}] of [{low:.3g}, {high:.3g}]; q01_q99 suits it better"
-            )
-            yield _warning("outliers", f"{quantity} {called[dimension]}", message)
+        for dimension in array_checks.squeezed_dimensions(statistics):
+            low, high = statistics["min"][dimension], statistics["max"][dimension]
+            inner = statistics["q01"][dimension], statistics["q99"][dimension]
+            message = f"98 % of the values are in [{inner[0]:.3g}, {inner[1]:.3g}], all in [{low:.3g}, {high:.3g}]; normalise with q01_q99"
+            yield _warning("outliers", f"{quantity} {dimensions[dimension]}", message)
     ahead = array_checks.lag([pair[0] for pair in rows.values()], [pair[1] for pair in rows.values()])
     if ahead is not None and not 1 <= ahead[0] <= 8:
-        kind = "are the states of their own step" if ahead[0] == 0 else f"resemble the states {ahead[0]:+d} steps away"
-        message = f"actions {kind} ({ahead[1]:.3f} of the variance); a command is ahead of what it leads to"
+        relation = (
+            "equal the states of their step" if ahead[0] == 0 else f"resemble the states {ahead[0]:+d} steps away"
+        )
+        message = f"actions {relation} (similarity {ahead[1]:.3f}); expected commands 1 to 8 steps ahead of the states"
         yield _warning("alignment", "action", message)
 
 
 def _statistics(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Finding]:
-    """Statistics that the dataset brings along, against the rows."""
+    """Compare the dataset's stored statistics with those of its rows."""
     if len(rows) != dataset.num_episodes or not rows:
         return
     if not (dataset.path / STATS).is_file():
         if not (dataset.path / EPISODES_STATS).is_file():
-            yield _note("statistics", STATS, "there are none; training computes its own")
+            yield _note("statistics", STATS, "missing; training computes its own")
         return
     try:
-        given = dataset.stats
+        stored = dataset.stats
     except (ValueError, OSError, AttributeError) as error:
         yield _error("statistics", STATS, error)
         return
-    for place, quantity in enumerate(("observation.state", "action")):
-        described = describe_stream(lambda place=place: (pair[place] for pair in rows.values()))
+    for index, quantity in enumerate(("observation.state", "action")):
+        exact = describe_stream(lambda index=index: (pair[index] for pair in rows.values()))
         try:
-            different = array_checks.disagreement(dict(given.get(quantity, {})), described)
+            different = array_checks.disagreement(dict(stored.get(quantity, {})), exact)
         except (ValueError, IndexError) as error:  # of another length
             yield _error("statistics", f"{STATS}, {quantity}", error)
             continue
         if different:
-            name, dimension, told, found = different
-            message = f"{name} of dimension {dimension} is said to be {told:.6g}, the rows have {found:.6g}"
+            name, dimension, stored_value, value = different
+            message = f"{name} of dimension {dimension} is {stored_value:.6g}, but {value:.6g} over the rows"
             yield _warning("statistics", f"{STATS}, {quantity}", message)
 
 
 def _instructions(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Iterator[Finding]:
-    said: dict[str, list[int]] = {}
+    episodes_by_text: dict[str, list[int]] = {}
     for index in rows:
         try:
-            said.setdefault(dataset.instruction(index), []).append(index)
+            episodes_by_text.setdefault(dataset.instruction(index), []).append(index)
         except (ValueError, OSError) as error:
             yield _error("instruction", f"episode {index}", error)
-    for text, episodes in said.items():
+    for text, episodes in episodes_by_text.items():
         if not text.strip():
             yield _warning("instruction", _episodes(episodes), "is empty")
-    if len(said) == 1 and len(rows) > 1:
-        text = next(iter(said))
-        yield _warning("instruction", "all episodes", f"one for everything: {text!r}; a policy need not listen to it")
-    prefixes = {text.split(":", 1)[0] + ": " for text in said if ": " in text[:40]}
+    if len(episodes_by_text) == 1 and len(rows) > 1:
+        text = next(iter(episodes_by_text))
+        yield _warning("instruction", "all episodes", f"all are {text!r}, so a policy can ignore the instruction")
+    prefixes = {text.split(":", 1)[0] + ": " for text in episodes_by_text if ": " in text[:40]}
     for prefix in sorted(prefixes):
-        yield _warning("instruction", "tasks", f"begin with {prefix!r}; take it off with data.strip-prefixes")
+        yield _warning("instruction", "tasks", f"begin with {prefix!r}; remove it with data.strip-prefixes")
 
 
 def _times(dataset: LeRobotDataset, rows: Mapping[int, Any]) -> Iterator[Finding]:
-    """Timestamps against frame numbers, and the lengths of episodes."""
+    """Compare timestamps with frame numbers, and check the lengths of episodes."""
     if "timestamp" in dataset.features:
         fps, worst, where = dataset.info["fps"], 0.0, ""
         for path in dict.fromkeys(dataset.layout.entries[index].data for index in rows):
             table = read_table(path, ["timestamp", "episode_index"], max_rows=dataset.layout.rows)
             times = np.asarray(table["timestamp"].to_numpy(), dtype=np.float64).ravel()
-            owner = table["episode_index"].to_numpy()
-            for episode in np.unique(owner):
-                own = times[owner == episode]
-                drift = np.abs(own - own[0] - np.arange(len(own)) / fps).max()
+            indices = table["episode_index"].to_numpy()
+            for episode in np.unique(indices):
+                elapsed = times[indices == episode] - times[indices == episode][0]
+                drift = np.abs(elapsed - np.arange(len(elapsed)) / fps).max()
                 if drift > worst:
                     worst, where = float(drift), f"episode {episode}"
         if worst > 0.5 / fps:
             yield _warning(
-                "timestamps", where, f"are {worst:.3f} s from {fps:g} rows a second: rows are missing or late"
+                "timestamps", where, f"differ by {worst:.3f} s from {fps:g} rows/s: rows are missing or late"
             )
         elif worst > 1e-4 + 1e-6 * float(dataset.lengths.max()):
-            yield _note("timestamps", where, f"drift by {worst:.4f} s, less than half a step")
+            yield _note("timestamps", where, f"drift by {worst:.4f} s, less than half a control step")
     short = [int(i) for i in np.flatnonzero(dataset.lengths < 17)]
     if short:
-        message = "shorter than a window of 17 frames: most of it repeats the last row (data.past-end)"
+        message = "shorter than a window of 17 frames, which would repeat the last row (see data.past-end)"
         yield _note("length", _episodes(short), message)
 
 
 def _pictures(dataset: LeRobotDataset, camera: str, every_frame: bool) -> Iterator[Finding]:
-    """A camera's files against the rows, and a look at some episodes."""
+    """Compare a camera's files with the rows, and decode some episodes."""
     expected: dict[Path, float] = {}
     for entry in dataset.layout.entries:
         if camera in entry.videos:
@@ -273,22 +277,27 @@ def _pictures(dataset: LeRobotDataset, camera: str, every_frame: bool) -> Iterat
             yield _error("video", name, error)
             continue
         if frames < round(count):
-            yield Finding(level="error", check="video", where=name, message=f"{frames} frames for {count:.0f} rows")
+            yield Finding(
+                level="error", check="video", where=name, message=f"has {frames} frames, expected {count:.0f}"
+            )
         elif frames > round(count):
-            yield _note("video", name, f"{frames} frames for {count:.0f} rows: the rest belongs to no episode")
+            yield _note("video", name, f"has {frames} frames, expected {count:.0f}; no episode uses the rest")
         if abs(rate - dataset.info["fps"]) > 0.01 * dataset.info["fps"]:
-            yield _warning("video", name, f"{rate:.2f} frames a second, meta/info.json says {dataset.info['fps']:g}")
+            yield _warning(
+                "video", name, f"has {rate:.2f} frames/s, expected {dataset.info['fps']:g} from meta/info.json"
+            )
     view = LeRobotDataset(dataset.path, source=replace(dataset.source, camera=camera))
-    looked = range(view.num_episodes)
+    decoded = range(view.num_episodes)
     if not every_frame:
-        looked = sorted({*np.linspace(0, view.num_episodes - 1, _LOOKED_AT).round().astype(int).tolist()})
-    yield from _looks(view, camera, looked, broken)
+        decoded = sorted({*np.linspace(0, view.num_episodes - 1, _DECODED_EPISODES).round().astype(int).tolist()})
+    yield from _frames(view, camera, decoded, broken)
 
 
-def _looks(view: LeRobotDataset, camera: str, looked: Sequence[int], broken: set[Path]) -> Iterator[Finding]:
+def _frames(view: LeRobotDataset, camera: str, episodes: Sequence[int], broken: set[Path]) -> Iterator[Finding]:
+    """Decode episodes, and check for frozen frames, padding and the aspect ratio."""
     rows: set[tuple[int, int]] = set()
     size = (0, 0)
-    for index in looked:
+    for index in episodes:
         entry = view.layout.entries[index]
         if camera in entry.videos and entry.videos[camera][0] in broken:
             continue
@@ -304,11 +313,11 @@ def _looks(view: LeRobotDataset, camera: str, looked: Sequence[int], broken: set
     if rows and size[0]:
         first, end = min(r[0] for r in rows), max(r[1] for r in rows)
         if first > 2 or end < size[0] - 2:
-            message = f"rows above {first} and from {end} on are padding; crop with data.crop-rows {first} {end}"
+            message = f"rows above {first} and from {end} on are padding; crop them with data.crop-rows {first} {end}"
             yield _warning("padding", camera, message)
         stretch = (size[1] / (end - first)) / (336 / 192)
         if not 0.77 < stretch < 1.3:
-            message = f"{end - first} x {size[1]} is stretched by {1 / stretch:.2f} in width to fit 192 x 336"
+            message = f"{end - first} x {size[1]} is stretched in width by {1 / stretch:.2f} to fit 192 x 336"
             yield _note("aspect", camera, message)
 
 

@@ -1,6 +1,6 @@
-"""The frozen networks of a method: its codec, its text encoder, its teacher.
+"""The frozen networks of a method: its codec, its text encoder and its teacher.
 
-A patch PCA is fit on the training episodes and kept in the cache folder.
+A patch-PCA codec is fit on the training episodes and stored in the cache folder.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _CODEC_EPISODES = 64  # enough for a 768 x 768 covariance of 8 x 8 x 4 patches
 def open_codec(
     method: MethodConfig, data: DataConfig, sources: Sequence[Source], *, device: torch.device | str = "cpu"
 ) -> Any:
-    """The frozen codec. A patch PCA is fit on the training episodes the first time."""
+    """Open the frozen codec. The first call fits a patch-PCA codec on the training episodes."""
     assert method.codec is not None
     if method.codec.kind != "patch_pca":
         return load_codec(method.codec).to(device)
@@ -41,8 +41,7 @@ def open_codec(
 
 
 def open_text_encoder(method: MethodConfig, *, device: torch.device | str = "cpu") -> Any:
-    """The frozen text encoder. Where the method has a frozen projection, tokens are projected at once: 1 MB per
-    instruction for Cosmos."""
+    """Open the frozen text encoder. A method's frozen projection is applied to its tokens, 1 MB for each Cosmos instruction."""
     assert method.text is not None
     projection = None
     if method.text_projection is not None:
@@ -51,32 +50,32 @@ def open_text_encoder(method: MethodConfig, *, device: torch.device | str = "cpu
 
 
 def open_teacher(method: MethodConfig, *, device: torch.device | str = "cpu") -> Teacher:
-    """The frozen teacher."""
+    """Open the frozen teacher."""
     assert method.teacher is not None
     return load_teacher(method.teacher).to(device)
 
 
 def codec_file(method: MethodConfig, data: DataConfig, sources: Sequence[Source]) -> Path:
-    """The file of the codec that is fit on the training episodes of these sources."""
+    """Return the file of the codec that is fit on the training episodes of these sources."""
     return Path(data.cache) / f"codec-{digest(codec_settings(method, sources))}.safetensors"
 
 
 def codec_settings(method: MethodConfig, sources: Sequence[Source]) -> dict[str, Any]:
-    """Every setting that decides a codec that is fit on data."""
+    """Return all settings that a fitted codec depends on."""
     assert method.codec is not None
     fit_on = [[s.dataset.fingerprint, dict(s.dataset.view), s.config.frame_stride, len(s.training)] for s in sources]
     return {"fit_on": fit_on, "frame_size": method.shapes.frame_size, "codec": asdict(method.codec)}
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """16 hex digits that identify JSON-serialisable settings."""
+    """Return 16 hex digits that identify JSON-serialisable settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _codec_videos(method: MethodConfig, sources: Sequence[Source]) -> Iterator[Tensor]:
     training = [(source, episode) for source in sources for episode in source.training]
-    picked = np.linspace(0, len(training) - 1, min(len(training), _CODEC_EPISODES)).round().astype(int)
-    for source, episode in (training[index] for index in picked):
+    indices = np.linspace(0, len(training) - 1, min(len(training), _CODEC_EPISODES)).round().astype(int)
+    for source, episode in (training[index] for index in indices):
         frames = source.dataset.frames(episode)[:: source.config.frame_stride]
-        whole = (len(frames) - 1) // 4 * 4 + 1
-        yield to_video(frames[:whole], method.shapes.frame_size)
+        length = (len(frames) - 1) // 4 * 4 + 1
+        yield to_video(frames[:length], method.shapes.frame_size)

@@ -1,6 +1,6 @@
-"""Tokens of instructions on disk, one file for each distinct text, shared by all datasets of a cache folder.
+"""Instruction tokens on disk, one file for each distinct text, shared by all datasets of a cache folder.
 
-Thousands of episodes share a few dozen texts, and Cosmos's tokens take 1 MB each: keyed by episode they would fill memory.
+Thousands of episodes share a few dozen texts, and Cosmos's tokens take 1 MB each, so files by episode would fill memory.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ _NAME = "tokens"
 
 
 class InstructionTokens:
-    """The tokens (L, E) float16 of every text in `folder`. The last ones read stay in memory, up to `memory_limit` bytes."""
+    """The tokens (L, E) float16 of the texts in `folder`. Recently read ones stay in memory, up to `memory_limit` bytes."""
 
     def __init__(self, folder: Path, *, memory_limit: int = 2 * 2**30) -> None:
         self.folder, self._limit = folder, memory_limit
@@ -25,16 +25,18 @@ class InstructionTokens:
         self._bytes = 0
 
     def missing(self, texts: Iterable[str]) -> list[str]:
-        """The distinct texts that have no tokens yet, in their order."""
+        """Return the distinct texts without tokens, in order."""
         return [text for text in dict.fromkeys(texts) if not self._path(text).is_file()]
 
     def write(self, text: str, tokens: np.ndarray) -> None:
-        """Keep the tokens of a text."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write the tokens of a text. Raises OSError, naming the file, where the disk is full."""
         save_arrays(self._path(text), {_NAME: tokens}, {"folder": self.folder.name, "text": text})
 
     def read(self, text: str) -> np.ndarray:
-        """(L, E) float16. Raises FileNotFoundError with the remedy, ValueError for a damaged file."""
+        """Return the tokens (L, E) float16 of a text.
+
+        Raises FileNotFoundError, which names the remedy, where they are missing, and ValueError for a damaged file.
+        """
         if text in self._memory:
             self._memory.move_to_end(text)
             return self._memory[text]

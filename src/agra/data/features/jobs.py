@@ -1,4 +1,4 @@
-"""Frozen features of whole episodes, as `agra prepare` computes them: latents, teacher grids, resized frames (C.1)."""
+"""The features that `agra prepare` computes for each episode: latents, teacher grids and resized frames (C.1)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _TEACHER_CHUNK = 8
 
 
 class Latents:
-    """Latents of the clip that starts at each control step: (N, C, T, h, w) float16."""
+    """Latents (N, C, T, h, w) float16 of the clip that starts at each control step."""
 
     name = "latents"
 
@@ -34,7 +34,7 @@ class Latents:
         }
 
     def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
-        """Past the episode's end the last frame repeats."""
+        """Encode the clips. Past the episode's end the last frame repeats."""
         video = to_video(episode.frames, self.frame_size)[0]  # (3, N, h, w)
         offsets = torch.arange(self.num_frames) * self.stride
         rows = (torch.arange(len(episode))[:, None] + offsets).clamp(max=len(episode) - 1)
@@ -43,7 +43,7 @@ class Latents:
 
 
 class FrameLatents:
-    """Latents of every frame, each encoded alone: (N, C, h, w) float16."""
+    """Latents (N, C, h, w) float16 of every frame, each encoded alone."""
 
     name = "frame_latents"
 
@@ -56,12 +56,12 @@ class FrameLatents:
         return {"codec": self.codec.key, "frame_size": list(self.frame_size)}
 
     def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
-        """Each frame as a clip of its own."""
+        """Encode each frame as a clip of one frame."""
         return {self.name: encode_frames(self.codec, episode.frames, self.frame_size).numpy()}
 
 
 class Frames:
-    """Every frame, resized: (N, H, W, 3) uint8."""
+    """Every frame, resized to (N, H, W, 3) uint8."""
 
     name = "frames"
 
@@ -74,14 +74,14 @@ class Frames:
         return {"frame_size": list(self.frame_size)}
 
     def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
-        """Bilinear and antialiased, as for the codec."""
+        """Resize the frames, bilinear with antialiasing, as for the codec."""
         return {self.name: resize(episode.frames, self.frame_size).numpy()}
 
 
 class Targets:
-    """The teacher's grid of every frame, interpolated to `grid`: (N, h, w, P) float16 (Eqs. 3, 4).
+    """The teacher's grid (N, h, w, P) float16 of every frame, interpolated to `grid` (Eqs. 3, 4).
 
-    With a `limit`, only of an episode's first so many frames.
+    `limit` is the number of first frames of an episode to encode. None: all.
     """
 
     name = "targets"
@@ -95,18 +95,18 @@ class Targets:
         return {"teacher": self.teacher.key, "grid": list(self.grid), "limit": self.limit}
 
     def compute(self, episode: Episode) -> Mapping[str, np.ndarray]:
-        """Each frame alone, from the recorded resolution."""
+        """Encode each frame alone, from the recorded resolution."""
         frames = torch.as_tensor(np.ascontiguousarray(episode.frames[: self.limit]))
         return {self.name: teacher_grids(self.teacher, frames, self.grid).numpy()}
 
 
 def resize(frames: np.ndarray, size: tuple[int, int]) -> UInt8[Tensor, "N H W 3"]:
-    """Frames (N, ., ., 3) uint8 at `size` (H, W)."""
+    """Resize frames (N, ., ., 3) uint8 to `size` (H, W)."""
     return torch.from_numpy(to_frames(to_video(frames, size))[0])
 
 
 def encode_frames(codec: Codec, frames: np.ndarray, size: tuple[int, int]) -> Float[Tensor, "N C h w"]:
-    """Latents of frames (N, ., ., 3) uint8, each encoded alone, float16 on the CPU."""
+    """Encode each of the frames (N, ., ., 3) uint8 alone. Returns float16 on the CPU."""
     video = to_video(frames, size)[0].transpose(0, 1)[:, :, None]  # (N, 3, 1, H, W)
     return torch.cat([codec.encode(chunk)[:, :, 0].half().cpu() for chunk in video.split(16)])
 
@@ -114,10 +114,10 @@ def encode_frames(codec: Codec, frames: np.ndarray, size: tuple[int, int]) -> Fl
 def teacher_grids(
     teacher: Teacher, frames: UInt8[Tensor, "N H W 3"], grid: tuple[int, int]
 ) -> Float[Tensor, "N h w P"]:
-    """The teacher's features of frames on a token grid (Eqs. 3, 4), float16 on the CPU.
+    """Compute the teacher's features of frames on a token grid (Eqs. 3, 4), float16 on the CPU.
 
-    Frames go through the teacher `_TEACHER_CHUNK` at a time, the last chunk padded. The kernels then see one shape, and a
-    frame's features are the same bits whatever other frames are encoded with it.
+    Frames go through the teacher in chunks of `_TEACHER_CHUNK`, the last one padded. Kernels then run on one shape, and the
+    features of a frame do not depend on the other frames, bit for bit.
     """
     grids = []
     for chunk in frames.split(_TEACHER_CHUNK):
@@ -130,7 +130,7 @@ def teacher_grids(
 def teacher_grids_of_windows(
     teacher: Teacher, windows: Sequence[np.ndarray], grid: tuple[int, int]
 ) -> Float[Tensor, "B T h w P"]:
-    """`teacher_grids` of the frames (T, ., ., 3) uint8 of several windows, whose frames may differ in size."""
+    """Compute `teacher_grids` of the frames (T, ., ., 3) uint8 of several windows. Windows may differ in frame size."""
     grids: list[Tensor | None] = [None] * len(windows)
     for size in {window.shape for window in windows}:
         rows = [row for row, window in enumerate(windows) if window.shape == size]

@@ -1,4 +1,4 @@
-"""Features that are not cached, encoded from decoded frames while training."""
+"""Encoding of uncached features from decoded frames during training."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -18,9 +18,9 @@ from agra.wam.codec import Codec, to_video
 
 
 class OnlineEncoder:
-    """The codec and the teacher of a method, in so far as their features are not cached.
+    """The codec and the teacher of a method. Each is None where its features are cached.
 
-    The values equal the cache's, bit for bit on one device: they go through the same networks, and are rounded to float16.
+    The values equal cached values bit for bit on one device. They come from the same networks and are rounded to float16.
     """
 
     def __init__(self, method: MethodConfig, codec: Codec | None, teacher: Teacher | None) -> None:
@@ -35,7 +35,7 @@ class OnlineEncoder:
         *,
         device: torch.device | str = "cpu",
     ) -> Self | None:
-        """The frozen networks of features that are not cached. None where all are, or need no network."""
+        """Open the networks of uncached features. Returns None where no feature needs a network."""
         needs = method.needs()
         codec = teacher = None
         if (needs.clip and "latents" not in data.cached) or (
@@ -47,17 +47,17 @@ class OnlineEncoder:
         return None if codec is None and teacher is None else cls(method, codec, teacher)
 
     def latents(self, clips: Sequence[np.ndarray]) -> Float[Tensor, "B C T h w"]:
-        """Latents of clips (T, H, W, 3) uint8, float16 on the CPU."""
+        """Encode clips (T, H, W, 3) uint8. Returns float16 on the CPU."""
         assert self.codec is not None
         videos = torch.cat([to_video(clip, self._shapes.frame_size) for clip in clips])
         return self.codec.encode(videos).half().cpu()
 
     def frame_latents(self, windows: Sequence[np.ndarray]) -> Float[Tensor, "B F C h w"]:
-        """Latents of the frames (F, H, W, 3) uint8 of each window, each encoded alone, float16 on the CPU."""
+        """Encode each of the frames (F, H, W, 3) uint8 of each window alone. Returns float16 on the CPU."""
         assert self.codec is not None
         return torch.stack([encode_frames(self.codec, window, self._shapes.frame_size) for window in windows])
 
     def teacher_grids(self, windows: Sequence[np.ndarray]) -> Float[Tensor, "B T h w P"]:
-        """The teacher's grids of the frames (T, H, W, 3) uint8 of each window, float16 on the CPU."""
+        """Compute the teacher's grids of the frames (T, H, W, 3) uint8 of each window. Returns float16 on the CPU."""
         assert self.teacher is not None
         return teacher_grids_of_windows(self.teacher, windows, self._shapes.feature_grid)

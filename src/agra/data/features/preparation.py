@@ -1,4 +1,4 @@
-"""`agra prepare`: the frozen features that a method needs, computed once for every dataset and found again by training."""
+"""`agra prepare`: the frozen features that a method needs, computed once for every dataset and read by training."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +25,13 @@ from agra.wam.text import TextEncoder
 from agra.weights import write_tensors
 
 _FEW = 16
-"""Instructions for each process up to which the first one encodes them all."""
-MAX_KNOWN = 256
-"""Training instructions up to which a checkpoint carries their tokens: 0.3 GB of Cosmos's."""
+"""Up to this many instructions for each process, the first process encodes all of them."""
+MAX_STORED_INSTRUCTIONS = 256
+"""Largest number of training instructions whose tokens a checkpoint stores. 256 take 0.3 GB for Cosmos."""
 
 
 class Preparation:
-    """The frozen features that a method needs of its data: their cost, and their computation."""
+    """The frozen features that a method needs of its data. Estimates their cost and computes them."""
 
     def __init__(
         self,
@@ -46,22 +46,23 @@ class Preparation:
 
     @cached_property
     def _features(self) -> dict[str, Callable[[Source], cache.Feature]]:
-        """A constructor of each cached feature for a source. The frozen networks are loaded once."""
+        """Constructors of the cached features for a source, by name. The frozen networks are loaded once."""
         names = needed_features(self.method, self.data)
         if names:
-            remember_fingerprints(self.data, self.sources)
+            reuse_fingerprints(self.data, self.sources)
         return _constructors(self.method, self.data, self.sources, names, self._device)
 
     def estimate(self) -> list[tuple[Source, cache.CacheEstimate]]:
-        """The cost of `run` for every source, measured on one episode of each."""
+        """Estimate the cost of `run` for every source from one episode of each."""
         sources = self.sources if self._features else ()
         return [(s, cache.estimate_cost(s.dataset, self._of(s), self.root, episodes=s.used)) for s in sources]
 
     def run(self, *, rank: int = 0, world_size: int = 1) -> list[Path]:
-        """Compute and cache the missing features of every source. Returns the features' folders.
+        """Compute and cache the missing features of each source. Returns the folders of the features.
 
-        Leaves a file beside each folder by which training finds it without loading a frozen network. Each of `world_size`
-        processes, numbered by `rank`, computes its share of the episodes and of the instructions.
+        An index file beside each folder leads training to it without loading a frozen network. Each of `world_size`
+        processes, numbered by `rank`, computes its part of the episodes and of the instructions. The caches do not depend on
+        the number of processes.
         """
         folders = [self._write_instructions(rank, world_size)] if self.method.needs().instruction else []
         for source in self.sources if self._features else ():
@@ -81,12 +82,12 @@ class Preparation:
         return folders
 
     def _of(self, source: Source) -> list[cache.Feature]:
-        return [make(source) for make in self._features.values()]
+        return [construct(source) for construct in self._features.values()]
 
     def _write_instructions(self, rank: int, world_size: int) -> Path:
-        """Encode the instructions that have no tokens yet.
+        """Encode the instructions without tokens.
 
-        The first process encodes a few alone, so that the others need no text encoder. Many are shared.
+        The first process encodes a small number alone, so that the others need no text encoder. A large number is divided.
         """
         index, texts = _instruction_index(self.method, self.data), _instruction_texts(self.sources)
         tokens = InstructionTokens(self.root / json.loads(index.read_text())) if index.is_file() else None
@@ -104,7 +105,7 @@ class Preparation:
 
 
 def needed_features(method: MethodConfig, data: DataConfig) -> tuple[str, ...]:
-    """Names of the features that are cached for a method."""
+    """Return the names of the features to cache for a method."""
     needs = method.needs()
     read = {
         "latents": needs.clip > 0,
@@ -116,10 +117,10 @@ def needed_features(method: MethodConfig, data: DataConfig) -> tuple[str, ...]:
 
 
 def open_features(method: MethodConfig, data: DataConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:
-    """The cached features of `prepare` for these settings, by source. Raises FileNotFoundError naming the remedy."""
+    """Open the cached features of each source, by name. Raises FileNotFoundError, which names the remedy, for missing ones."""
     opened, names = [], needed_features(method, data)
     if names:
-        remember_fingerprints(data, sources)
+        reuse_fingerprints(data, sources)
     for source in sources:
         features = {}
         for name in names:
@@ -132,15 +133,15 @@ def open_features(method: MethodConfig, data: DataConfig, sources: Sequence[Sour
 
 
 def open_instructions(method: MethodConfig, data: DataConfig, sources: Sequence[Source]) -> InstructionTokens | None:
-    """The instruction tokens of `prepare`. None where the method reads none.
+    """Open the cached instruction tokens. Returns None for a method without instructions.
 
-    Raises FileNotFoundError naming the remedy where some are missing.
+    Raises FileNotFoundError, which names the remedy, where tokens are missing.
     """
     if not method.needs().instruction:
         return None
     index = _instruction_index(method, data)
     if not index.is_file():
-        raise _unprepared(data, "instruction", "any dataset")
+        raise _unprepared(data, "instructions", "any dataset")
     tokens = InstructionTokens(index.parent / json.loads(index.read_text()))
     if missing := tokens.missing(_instruction_texts(sources)):
         raise _unprepared(data, f"tokens of the instruction {missing[0]!r}", "these datasets")
@@ -150,33 +151,33 @@ def open_instructions(method: MethodConfig, data: DataConfig, sources: Sequence[
 def write_tokens(
     method: MethodConfig, tokens: InstructionTokens, texts: Sequence[str], *, device: torch.device | str = "cpu"
 ) -> None:
-    """Encode further texts into an open folder. The text encoder is loaded only where some have no tokens."""
+    """Write the tokens of further texts. The text encoder is loaded only where tokens are missing."""
     if missing := tokens.missing(texts):
         _encode_missing(open_text_encoder(method, device=device), tokens, missing)
 
 
-def write_known_instructions(path: Path, tokens: InstructionTokens, sources: Sequence[Source]) -> None:
-    """Write a checkpoint's file of the tokens of its training instructions.
+def write_instruction_tokens(path: Path, tokens: InstructionTokens, sources: Sequence[Source]) -> None:
+    """Write the tokens of the training instructions into a file of a checkpoint.
 
-    Empty where there are more than `MAX_KNOWN`: they are then no fixed set, and the file would grow without bound.
+    The file is empty where there are more than `MAX_STORED_INSTRUCTIONS`, so that its size is bounded.
     """
     texts = _instruction_texts(sources)
-    known = texts if len(texts) <= MAX_KNOWN else []
-    write_tensors(path, {text: torch.from_numpy(tokens.read(text)) for text in known})
+    stored = texts if len(texts) <= MAX_STORED_INSTRUCTIONS else []
+    write_tensors(path, {text: torch.from_numpy(tokens.read(text)) for text in stored})
 
 
 def target_limit(method: MethodConfig, data: DataConfig, source: Source) -> int | None:
-    """The number of first frames of an episode that need teacher features. None: all."""
+    """Return how many first frames of an episode need teacher features. None: all."""
     needs = method.needs()
     if data.target_steps is None or needs.features:
         return None
     return data.target_steps + max(needs.targets) * source.config.frame_stride
 
 
-def remember_fingerprints(data: DataConfig, sources: Sequence[Source]) -> None:
-    """Take the fingerprints of datasets without checksums from the cache folder while their files stay as they are.
+def reuse_fingerprints(data: DataConfig, sources: Sequence[Source]) -> None:
+    """Store the fingerprints of unsealed datasets in the cache folder, and reuse them while the files are unchanged.
 
-    Otherwise every process would read every video at its start. A file counts as changed where its size or time has.
+    Otherwise every process would read every video at its start. A file counts as changed when its size or time changes.
     """
     for dataset in (source.dataset for source in sources):
         if dataset.seal.checksums:
@@ -184,11 +185,10 @@ def remember_fingerprints(data: DataConfig, sources: Sequence[Source]) -> None:
         stats = {name: (dataset.path / name).stat() for name in dataset_files(dataset.path)}
         state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         path = Path(data.cache) / f"fingerprint-{digest({'path': str(dataset.path.resolve())})}.json"
-        memory = json.loads(path.read_text()) if path.is_file() else {}
-        if memory.get("files") == state:
-            dataset.fingerprint = memory["fingerprint"]
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        if stored.get("files") == state:
+            dataset.fingerprint = stored["fingerprint"]
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             files.write_text(path, json.dumps({"files": state, "fingerprint": dataset.fingerprint}) + "\n")
 
 
@@ -200,20 +200,20 @@ def _constructors(
     device: torch.device | str,
 ) -> dict[str, Callable[[Source], cache.Feature]]:
     size, grid = method.shapes.frame_size, method.shapes.feature_grid
-    makers: dict[str, Callable[[Source], cache.Feature]] = {}
+    constructors: dict[str, Callable[[Source], cache.Feature]] = {}
     if "latents" in names or "frame_latents" in names:
         codec = open_codec(method, data, sources, device=device)
         if "latents" in names:
             clip = method.needs().clip
-            makers["latents"] = lambda source: Latents(codec, size, clip, source.config.frame_stride)
+            constructors["latents"] = lambda source: Latents(codec, size, clip, source.config.frame_stride)
         if "frame_latents" in names:
-            makers["frame_latents"] = lambda source: FrameLatents(codec, size)
+            constructors["frame_latents"] = lambda source: FrameLatents(codec, size)
     if "targets" in names:
         teacher = open_teacher(method, device=device)
-        makers["targets"] = lambda source: Targets(teacher, grid, target_limit(method, data, source))
+        constructors["targets"] = lambda source: Targets(teacher, grid, target_limit(method, data, source))
     if "frames" in names:
-        makers["frames"] = lambda source: Frames(size)
-    return makers
+        constructors["frames"] = lambda source: Frames(size)
+    return constructors
 
 
 def _encode_missing(encoder: TextEncoder, tokens: InstructionTokens, texts: Sequence[str]) -> None:
@@ -221,20 +221,20 @@ def _encode_missing(encoder: TextEncoder, tokens: InstructionTokens, texts: Sequ
         tokens.write(text, encoder.encode([text])[0].half().cpu().numpy())
 
 
-def _unprepared(data: DataConfig, what: str, where: str) -> FileNotFoundError:
+def _unprepared(data: DataConfig, feature: str, datasets: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{data.cache}: no {what} prepared for {where} with these settings; run agra prepare with the same recipe,"
+        f"{data.cache}: {feature} not prepared for {datasets} with these settings; run agra prepare with the same recipe,"
         " stage and flags"
     )
 
 
 def _instruction_texts(sources: Sequence[Source]) -> list[str]:
-    """The distinct instructions of all training and validation episodes."""
+    """Return the distinct instructions of all training and validation episodes."""
     return [*dict.fromkeys(source.dataset.instruction(episode) for source in sources for episode in source.used)]
 
 
 def _index(method: MethodConfig, data: DataConfig, sources: Sequence[Source], source: Source, name: str) -> Path:
-    """A file that names a feature's folder. Its own name is a digest of the config's settings of the feature."""
+    """Return the index file, which holds the name of a feature's folder. Its name is a digest of the feature's settings."""
     settings: dict[str, Any] = {"dataset": source.dataset.fingerprint, "view": dict(source.dataset.view)}
     if name == "targets":
         assert method.teacher is not None
@@ -254,7 +254,7 @@ def _index(method: MethodConfig, data: DataConfig, sources: Sequence[Source], so
 
 
 def _instruction_index(method: MethodConfig, data: DataConfig) -> Path:
-    """A file that names the folder of a text encoder's tokens."""
+    """Return the index file, which holds the name of the folder of a text encoder's tokens."""
     assert method.text is not None
     settings: Mapping[str, Any] = asdict(method.text)
     return Path(data.cache) / f"instructions-{digest(settings)}.json"

@@ -1,6 +1,6 @@
-"""Rotations to six dimensions and back: the first two columns of the matrix, one after the other (Zhou et al. 2019).
+"""Conversion of rotations to six numbers and back: the first two columns of the matrix (Zhou et al. 2019).
 
-GR00T's `rotation_type` names what is stored. Angles are radians, quaternions begin with their real part, and
+GR00T's `rotation_type` names the stored representation. Angles are radians, quaternions begin with their real part, and
 `euler_angles_rpy` multiplies the matrices about x, y and z in the order of its letters.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 WIDTHS = {"axis_angle": 3, "quaternion": 4, "matrix": 9, "rotation_6d": 6, "euler_angles": 3}
-"""Numbers that each type takes; euler angles carry their axes in the name, as in euler_angles_rpy."""
+"""Number of dimensions of each type. Euler angles have their axes in the name, as in euler_angles_rpy."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class _Type:
 
 
 def check_type(name: str) -> str:
-    """`name` itself. Raises ValueError where it is no rotation type."""
+    """Return `name`. Raises ValueError where it is not a rotation type."""
     base, axes = _parse(name)
     if base not in WIDTHS or (base == "euler_angles" and (len(axes) != 3 or not set(axes) <= set("XYZ"))):
         raise ValueError(f"rotation type: expected one of {', '.join(WIDTHS)}_rpy, got {name!r}")
@@ -29,12 +29,12 @@ def check_type(name: str) -> str:
 
 
 def width(name: str) -> int:
-    """How many numbers a rotation type takes."""
+    """Return the number of dimensions of a rotation type."""
     return WIDTHS[_parse(name)[0]]
 
 
 def to_six(values: np.ndarray, name: str) -> np.ndarray:
-    """(..., width) of a rotation type to (..., 6). A stored rotation_6d stays what it is."""
+    """Convert (..., width) of a rotation type to (..., 6). A rotation_6d is returned unchanged."""
     if name == "rotation_6d":
         return values
     flat = values.reshape(-1, values.shape[-1]).astype(np.float64)
@@ -43,9 +43,9 @@ def to_six(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def from_six(values: np.ndarray, name: str) -> np.ndarray:
-    """Inverse of `to_six`, also of six numbers that are no rotation: Gram-Schmidt takes the nearest frame.
+    """Invert `to_six`. Six numbers that are not a rotation are orthonormalised by Gram-Schmidt.
 
-    Quaternions come back with a real part of at least 0, axis-angle with an angle of at most pi.
+    Quaternions have a real part of at least 0, axis-angles an angle of at most pi.
     """
     if name == "rotation_6d":
         return values

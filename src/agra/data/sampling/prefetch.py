@@ -1,4 +1,4 @@
-"""Batches made ahead of time, and their copies to a GPU beside the computation."""
+"""Batches made in advance, and their copies to a GPU during the computation."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +10,10 @@ from agra.batch import Batch
 
 
 class Prefetched:
-    """`batch(step)`, with the next steps' batches being made meanwhile.
+    """Call `batch(step)` in threads, in advance of the following steps.
 
-    A step gets exactly `batch(step)`, whatever was requested before. An error raised while a batch is made is raised by
-    the step that the batch belongs to. Threads suffice, since decoding and reading release the interpreter. With `pin`,
-    batches lie in page-locked memory.
+    A step gets exactly `batch(step)`, independent of earlier requests. An error in the making of a batch is raised at its
+    step. Threads suffice, since decoding and reading release the GIL. With `pin`, batches are in page-locked memory.
     """
 
     def __init__(self, batch: Callable[[int], Batch], *, ahead: int = 2, workers: int = 1, pin: bool = False) -> None:
@@ -23,7 +22,7 @@ class Prefetched:
         self._pending: dict[int, Future[Batch]] = {}
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step. Starts those of the `ahead` following steps."""
+        """Return the batch of a step, and start the batches of the `ahead` following steps."""
         for upcoming in range(step, step + 1 + self._ahead):
             if upcoming not in self._pending:
                 self._pending[upcoming] = self._pool.submit(self._make, upcoming)
@@ -50,9 +49,9 @@ class Prefetched:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield every batch on `device`. On a GPU the next one is copied on a stream of its own meanwhile.
+    """Yield every batch on `device`. On a GPU the next batch is copied on a separate stream during the computation.
 
-    Pinned batches are copied without stopping the CPU. At most two batches are on the GPU at a time.
+    The CPU does not wait for the copy of a pinned batch. At most two batches are on the GPU.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -77,7 +76,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def _ready(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
-    """`batch` for use on the present stream, which waits for the copy and keeps its memory until it has been used."""
+    """Make the current stream wait for the copy of `batch`, and keep its memory until that stream has used it."""
     present = torch.cuda.current_stream(device)
     present.wait_event(copied)
     for tensor in batch.tensors.values():

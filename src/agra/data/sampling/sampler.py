@@ -1,7 +1,7 @@
-"""Episodes to batches: the windows of a training step, and their tensors (C.2.1, C.3).
+"""Sampling of batches from episodes: the windows of a training step, and their tensors (C.2.1, C.3).
 
-The windows of a step follow from (seed, step) alone, for one dataset or a mixture. A resumed run, and any number of ranks,
-see the windows of an uninterrupted single process.
+The windows of a step depend on (seed, step) alone, for one dataset or a mixture. A resumed run and any number of ranks train
+on the windows of an uninterrupted single process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ Window = tuple[int, int, int]
 
 
 class WindowSampler:
-    """Batches of windows in the shapes that a method needs."""
+    """Batches of windows with the content and shapes that a method needs."""
 
     def __init__(
         self,
@@ -44,13 +44,14 @@ class WindowSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`batch_size` counts all ranks. `features` are each source's cached ones, and `online` makes the others.
+        """`batch_size` counts the windows of all ranks. `features` are the cached features of each source, by name. `online`
+        encodes the others.
 
         Raises ValueError where the data does not fit the method or the config.
         """
         if batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_size {batch_size} must be a multiple of world_size {world_size}, rank {rank} in it"
+                f"batch_size {batch_size} must be a multiple of world_size {world_size}, with rank {rank} below it"
             )
         self.config, self.method, self.needs = config, method, method.needs()
         self.sources, self.instructions, self.online = tuple(sources), instructions, online
@@ -65,13 +66,13 @@ class WindowSampler:
         self.validation = [(k, e) for k, source in enumerate(sources) for e in source.validation]
 
     def windows(self, step: int) -> np.ndarray:
-        """(batch_size, 3) int64: source, episode and first control step of all ranks' windows of training step `step`.
+        """Return (batch_size, 3) int64: source, episode and first control step of each window of a training step, of all ranks.
 
-        Sources are drawn by their weight. Control steps are uniform over the training episodes, or, for the early fraction,
-        uniform over the episodes and then over their first steps.
+        Sources are drawn by weight. Windows are uniform over the control steps of the training episodes. The early fraction
+        is uniform over the episodes, and then over their first steps.
         """
         count = self.batch_size
-        # Sources have a stream of their own, so that one dataset is sampled alike alone and as a mixture of one.
+        # A separate stream for sources, so that one dataset and a mixture of one give the same windows.
         sources = np.random.default_rng([self.seed, step, 1]).choice(
             len(self.windows_of), size=count, p=self._probabilities
         )
@@ -91,16 +92,16 @@ class WindowSampler:
         return result
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of a training step's windows."""
+        """Return this rank's part of the batch of a training step."""
         rows = slice(self.rank, None, self.world_size)
         seeds = np.random.SeedSequence([self.seed, step, 2]).spawn(self.batch_size)[rows]
         return self._assemble(self.windows(step)[rows], seeds)
 
     def validation_batch(self) -> Batch:
-        """This rank's rows of `batch_size` windows spread evenly over the held-out episodes, always the same ones.
+        """Return this rank's part of `batch_size` windows at even distances over the held-out episodes, always the same.
 
-        Where there are fewer, some come more than once, so that they divide over ranks and micro-batches as a step's do.
-        Raises ValueError where nothing is held out.
+        Where there are fewer windows, some repeat, so that the batch divides over ranks and micro-batches as in training.
+        Raises ValueError without held-out episodes.
         """
         if not self.validation:
             raise ValueError("validation needs held-out episodes: set data.validation_fraction above 0")
@@ -110,7 +111,7 @@ class WindowSampler:
         return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
 
     def first_batch(self, source: int = 0) -> Batch:
-        """The first window of every held-out episode of a source, in order."""
+        """Return the first window of each held-out episode of a source, in order."""
         windows = [(k, episode, 0) for k, episode in self.validation if k == source]
         return self._assemble(np.array(windows, dtype=np.int64).reshape(-1, 3))
 
@@ -138,7 +139,7 @@ class WindowSampler:
     # --- frames and frozen features -----------------------------------------------------------------------------------
 
     def _features(self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None) -> dict[str, Tensor]:
-        """The fields of `Batch` that come from frames: read from the cache, or encoded from decoded frames."""
+        """Return the fields of `Batch` that come from frames, read from the cache or encoded from decoded frames."""
         needs, limit = self.needs, self.config.target_steps
         targeted = [row for row, (_, _, start) in enumerate(triples) if limit is None or start < limit]
         decoded = self._decode(triples, seeds, targeted)
@@ -160,22 +161,22 @@ class WindowSampler:
     def _decode(
         self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None, targeted: Sequence[int]
     ) -> "dict[int, _Decoded]":
-        """Decoded frames by row, augmented where `seeds` are given and the config asks for it. Only what is not cached.
+        """Decode the frames of uncached features, by row. `seeds` augment them where the config has an augmentation.
 
-        Where targets alone are missing, only the rows in `targeted` are decoded.
+        Where only targets are uncached, only the rows in `targeted` are decoded.
         """
         needs, cached = self.needs, self.config.cached
-        every_row = {
+        all_rows = {
             *(range(needs.clip) if "latents" not in cached else ()),
             *(needs.frame_latents if "frame_latents" not in cached else ()),
             *(needs.frames if "frames" not in cached else ()),
             *(needs.features if "targets" not in cached else ()),
         }
-        of_targets = set(needs.targets) if "targets" not in cached else set()
-        frames = sorted(every_row | of_targets)
+        target_frames = set(needs.targets) if "targets" not in cached else set()
+        frames = sorted(all_rows | target_frames)
         if not frames:
             return {}
-        rows = range(len(triples)) if every_row else (targeted or [0])  # one at least, for the shape
+        rows = range(len(triples)) if all_rows else (targeted or [0])  # at least one, for the shape
         decoded = {}
         for row in rows:
             source, episode, start = triples[row]
@@ -195,7 +196,7 @@ class WindowSampler:
     def _per_frame(
         self, name: str, triples: Sequence[Window], frames: Sequence[int], decoded: "Mapping[int, _Decoded]"
     ) -> Tensor:
-        """A feature of each of `frames` of every window: (B, F, ...)."""
+        """Return a feature (B, F, ...) of `frames` of every window."""
         if name in self.config.cached:
             read = [
                 self._cached(k, name).read(e, rows=self.windows_of[k].frame_steps(e, s, frames)) for k, e, s in triples
@@ -208,7 +209,7 @@ class WindowSampler:
         return self.online.frame_latents(selected) if name == "frame_latents" else self.online.teacher_grids(selected)
 
     def _targets(self, triples: Sequence[Window], targeted: Sequence[int], decoded: "Mapping[int, _Decoded]") -> Tensor:
-        """The teacher's grids of the windows in `targeted`, and zeros for the others."""
+        """Return the teacher's grids of the windows in `targeted`, and zeros for the others."""
         frames = self.needs.targets
         if "targets" in self.config.cached:
             grids = np.zeros((len(triples), len(frames), *self._cached(0, "targets").shape), np.float32)
@@ -229,17 +230,17 @@ class WindowSampler:
 
 
 class _Decoded:
-    """Decoded frames of a window by their numbers."""
+    """Decoded frames of a window, by frame number."""
 
     def __init__(self, numbers: Sequence[int], frames: np.ndarray) -> None:
         self._place, self._frames = {number: place for place, number in enumerate(numbers)}, frames
 
     def select(self, numbers: Sequence[int]) -> np.ndarray:
-        """(len(numbers), H, W, 3) uint8."""
+        """Return frames (len(numbers), H, W, 3) uint8."""
         return self._frames[[self._place[number] for number in numbers]]
 
 
 def _at(rows: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Rows counted over episodes that end at `ends` to (episode, step)."""
+    """Convert rows, counted over all episodes, to (episode, step). Episode i ends before row `ends[i]`."""
     episodes = np.searchsorted(ends, rows, side="right")
     return np.stack([episodes, rows - np.concatenate([[0], ends])[episodes]], axis=1)

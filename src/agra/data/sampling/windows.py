@@ -1,6 +1,7 @@
-"""Windows of one source: their possible starts, and their states, actions and frames (C.2.1).
+"""Windows of one source: their starts, and their states, actions and frames (C.2.1).
 
-A window starts at a control step, its observation. It has K actions from there on, and frames at the source's stride.
+A window starts at a control step, which is its observation. It has K actions from that step on, and frames at the source's
+frame stride.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,18 +18,18 @@ from agra.methods.method import MethodConfig
 class Numbers(NamedTuple):
     """States and actions of B windows, padded to the widest embodiment."""
 
-    state: np.ndarray  # (B, S) float32, normalised, zero where the embodiment lacks a dimension
+    state: np.ndarray  # (B, S) float32, normalised, zero in dimensions beyond the embodiment's
     actions: np.ndarray  # (B, K, D) float32, normalised
     action_mask: np.ndarray  # (B, K, D) bool
 
 
 class Windows:
-    """A source's windows, by episode and first control step."""
+    """The windows of a source, by episode and first control step."""
 
     def __init__(
         self, source: Source, features: Mapping[str, CachedFeature], stats: NormStats, method: MethodConfig
     ) -> None:
-        """Raises ValueError where the data does not fit the method, or no window fits into an episode."""
+        """Raises ValueError where the data does not fit the method, or no window fits into a training episode."""
         self.source, self.features, self.stats = source, features, stats
         shapes = method.shapes
         self.horizon, self.stride = shapes.horizon, source.config.frame_stride
@@ -36,8 +37,8 @@ class Windows:
         for quantity in QUANTITIES:
             if stats.width(quantity) > self.widths[quantity]:
                 raise ValueError(
-                    f"{source.dataset.path}: {quantity} has {stats.width(quantity)} dimensions, the method takes"
-                    f" {self.widths[quantity]}"
+                    f"{source.dataset.path}: {quantity} has {stats.width(quantity)} dimensions, the method takes at most"
+                    f" {self.widths[quantity]}; choose keys with data.{quantity}"
                 )
         self.learned = min(source.config.horizon or self.horizon, self.horizon)
         span = max(self.learned, method.needs().last_frame * self.stride + 1)
@@ -51,11 +52,11 @@ class Windows:
         self._action_mask = stats.mask("action", source.missing_keys)
 
     def rows(self, episode: int, start: int, offsets: np.ndarray) -> np.ndarray:
-        """The control steps `start + offsets`. Those outside the episode become its first or last one."""
+        """Return the control steps `start + offsets`, clipped to the episode."""
         return np.clip(start + offsets, 0, self.lengths[episode] - 1)
 
     def numbers(self, pairs: Sequence[tuple[int, int]]) -> Numbers:
-        """States and actions of windows, given as (episode, start)."""
+        """Return the states and actions of windows (episode, start)."""
         dataset, steps = self.source.dataset, np.arange(self.horizon)
         states = np.stack([dataset.states(e)[s] for e, s in pairs])
         actions = np.stack([dataset.actions(e)[self.rows(e, s, steps)] for e, s in pairs])
@@ -72,14 +73,14 @@ class Windows:
         )
 
     def frame_steps(self, episode: int, start: int, frames: Sequence[int]) -> np.ndarray:
-        """Control steps of a window's `frames`, which are counted at the source's stride from the observation."""
+        """Return the control steps of a window's `frames`, which count at the source's stride from the observation."""
         return self.rows(episode, start, np.asarray(frames) * self.stride)
 
     def clip(self, episode: int, start: int, frames: Sequence[int]) -> np.ndarray:
-        """(len(frames), H, W, 3) uint8: a window's ascending `frames`, decoded."""
+        """Decode a window's ascending `frames` to (len(frames), H, W, 3) uint8."""
         return self.source.dataset.clip(episode, self.frame_steps(episode, start, frames), threads=1)
 
 
 def _pad(rows: np.ndarray, width: int) -> np.ndarray:
-    """(..., D) to (..., width) with zeros."""
+    """Pad (..., D) to (..., width) with zeros."""
     return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])])
