@@ -1,24 +1,25 @@
-"""The model in the way of the public code, with our weights: what the speed claims compare with.
+"""The model in the way of the public code, with our weights: the alternative of the speed claims.
 
-diffusers' own `CosmosTransformer3DModel.forward`, called as its pipeline calls it, runs to its end whatever is wanted of it;
-forward hooks catch the hidden states, noise levels are spread over tokens before the modulation, each layer is bridged by
-itself, every draw of noise brings its own copy of the guidance, and a policy makes its guidance anew for each denoising
-step. The one thing taken from it is torchvision's nearest resize of the padding mask, replaced by torch's, so that it runs
-without torchvision.
+diffusers' own `CosmosTransformer3DModel.forward` is called as its pipeline calls it and runs to its end whatever is read of
+it. Forward hooks catch the hidden states, noise levels are spread over tokens before the modulation, each layer is bridged
+alone, every draw of noise brings its own copy of the guidance, and a policy makes its guidance anew for each denoising
+step. torchvision's nearest resize of the padding mask is replaced by torch's, so that it runs without torchvision.
 """
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers.models.transformers.transformer_cosmos as cosmos
 import torch
-from diffusers import CosmosTransformer3DModel
+from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from agra.policies.instructions import Instructions
-from agra.policies.load import load_policy
-from agra.types import ActionChunk, Observation
+from agra.batch import PolicyInputs
+from agra.methods.method import Continuation, Lap, Noise, PlainActor
+from agra.methods.wam import WAMMethod
 from agra.wam.action_dit import ActionDiT, ActionOutput
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoDiTConfig, VideoOutput
@@ -32,18 +33,20 @@ cosmos.transforms = SimpleNamespace(  # type: ignore[attr-defined]
 
 
 def stock_transformer(config: VideoDiTConfig, like: CosmosTransformer3DModel) -> CosmosTransformer3DModel:
-    """diffusers' own transformer with the weights of `like`."""
-    model = config.build()
-    model.load_state_dict(like.state_dict())
+    """diffusers' own transformer around the weights of `like`, which it shares."""
+    with torch.device("meta"):
+        model = config.build()
+    model.load_state_dict(like.state_dict(), assign=True)
     return model
 
 
 class StockWAM(WAM):
-    """`wam` again, computed the stock way."""
+    """`wam` again, computed the stock way. It shares the weights."""
 
     def __init__(self, wam: WAM) -> None:
-        super().__init__(wam.config)
-        self.load_state_dict(wam.state_dict())
+        with torch.device("meta"):
+            super().__init__(wam.config)
+        self.load_state_dict(wam.state_dict(), assign=True)
         self.video_dit.transformer = stock_transformer(wam.config.video_dit, wam.video_dit.transformer)
         self.action_dit.__class__ = StockActionDiT
 
@@ -70,22 +73,25 @@ class StockWAM(WAM):
     def _video_pass(
         self,
         noisy: Tensor,
-        latents: Tensor,
+        observation_latent: Tensor,
         noise_level: Tensor,
         instruction: Tensor,
         layers: Sequence[int],
         *,
         velocity: bool,
+        text_layers: Sequence[int] = (),
     ) -> VideoOutput:
-        latents = torch.cat([latents, noisy[:, :, 1:]], dim=2)
+        assert not text_layers, "the stock forward shows no attention"
+        latents = torch.cat([observation_latent, noisy[:, :, 1:]], dim=2).to(self.video_dit.dtype)
         condition_mask = torch.zeros_like(latents[:, :1])
         condition_mask[:, :, 0] = 1
         levels = noise_level[:, None].repeat(1, latents.shape[2])
-        levels[:, 0] = self.config.condition_noise_level
+        if self.config.condition_noise_level is not None:
+            levels[:, 0] = self.config.condition_noise_level
         transformer, hidden = self.video_dit.transformer, {}
 
-        def keep(layer: int):
-            def hook(block, arguments, output):
+        def keep(layer: int) -> Any:
+            def hook(block: Any, arguments: Any, output: Tensor) -> None:
                 hidden[layer] = output.unflatten(1, self.config.token_grid)
 
             return hook
@@ -95,7 +101,7 @@ class StockWAM(WAM):
             output = transformer(
                 latents,
                 levels[:, None, :, None, None],
-                instruction,
+                self._raw(instruction),
                 condition_mask=condition_mask,
                 padding_mask=latents.new_zeros(1, 1, *latents.shape[3:]),
                 return_dict=False,
@@ -105,38 +111,63 @@ class StockWAM(WAM):
                 hook.remove()
         return VideoOutput(velocity=output, hidden=hidden)
 
+    def _raw(self, instruction: Tensor) -> Tensor:
+        """The tokens in the transformer's type. Projected tokens pass its text projection by."""
+        model = self.video_dit.transformer
+        if instruction.shape[-1] == self.config.video_dit.text_dim:
+            model.register_to_config(use_crossattn_projection=False)
+        return instruction.to(self.video_dit.dtype)
+
 
 class StockActionDiT(ActionDiT):
     """Guidance as long as the batch: each draw has keys and values of its own."""
 
-    def forward(
-        self, noisy_actions: Tensor, state: Tensor, noise_level: Tensor, guidance, embodiment, **options
-    ) -> ActionOutput:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, noisy_actions: Tensor, state: Tensor, noise_level: Tensor, guidance: Sequence[Tensor], embodiment: Tensor,
+        **options: Any,
+    ) -> ActionOutput:  # fmt: skip
         """With the guidance repeated for every draw."""
         own = [one.repeat_interleave(len(noisy_actions) // len(one), dim=0) for one in guidance]
         return super().forward(noisy_actions, state, noise_level, own, embodiment, **options)
 
 
-class StockPolicy(MethodPolicy):
-    """`policy` again, the stock way: text, video pass and guidance anew for every denoising step."""
+class StockMethod(WAMMethod):
+    """`method` again, computed the stock way. It shares the weights."""
 
-    def __init__(self, policy: MethodPolicy) -> None:
-        model = StockWAM(policy.model)
-        instructions = Instructions(lambda: policy.text)
-        instructions.tokens = instructions._tokens  # encoded anew at every call
-        parts = {"codec": policy.codec, "instructions": instructions, "stats": policy.stats}
-        super().__init__(name="stock", config=policy.config, model=model, fast=False, **parts)
+    def __init__(self, method: WAMMethod) -> None:
+        with torch.device("meta"):
+            super().__init__(method.config)
+        self.wam, self.projectors = StockWAM(method.wam), method.projectors
 
-    @torch.inference_mode()
-    def act(self, observation: Observation, **options) -> ActionChunk:
-        """The next chunk of actions."""
-        inputs = self.prepare([observation])
-        video_noise, actions = self._draw(1, self._episode)
-        for step in range(self.action_steps):
-            guidance = self.model.guide(
-                self.model.condition(inputs.latents, video_noise, inputs.instruction)
+    def actor(self, **options: Any) -> "StockActor":
+        """The stock way to act."""
+        return StockActor(self, steps=options.get("action_steps"))
+
+
+class StockActor(PlainActor):
+    """Video pass and guidance anew for every denoising step."""
+
+    def act(
+        self,
+        inputs: PolicyInputs,
+        noise: Noise,
+        instructions: Sequence[Any],
+        *,
+        continuation: Continuation | None = None,
+        lap: Lap = lambda stage: None,
+    ) -> Float[Tensor, "B K D"]:
+        """A chunk of actions."""
+        assert isinstance(self.method, StockMethod)
+        assert continuation is None, "the stock way continues no chunk"
+        wam, actions, steps = self.method.wam, noise["action"], self.steps or 4
+        for step in range(steps):
+            hidden = self.method.hidden(inputs, noise)
+            lap("video")
+            guidance = wam.guide(hidden)
+            lap("bridge")
+            level = actions.new_full((len(actions),), 1 - step / steps)
+            actions = (
+                actions - wam.action_dit(actions, inputs.state, level, guidance, inputs.embodiment).velocity / steps
             )
-            level = torch.full((1,), 1 - step / self.action_steps)
-            velocity = self.model.action_dit(actions, inputs.state, level, guidance, inputs.embodiment).velocity
-            actions = actions - velocity / self.action_steps
-        return ActionChunk(actions=self.unnormalize(actions, observation.embodiment)[0], timings={})
+            lap("action")
+        return actions

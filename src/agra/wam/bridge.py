@@ -92,8 +92,9 @@ class Bridge(nn.Module):
 
 
 def _pool_after_first_frame(x: Float[Tensor, "B T H W D"], side: int) -> Float[Tensor, "B N D"]:
-    later = F.avg_pool3d(x[:, 1:].movedim(-1, 1), (1, side, side), ceil_mode=True)
-    return torch.cat([x[:, :1].flatten(1, 3), later.movedim(1, -1).flatten(1, 3)], dim=1)
+    # Frame by frame: torch pools three axes of bfloat16 numbers on a GPU only.
+    later = F.avg_pool2d(x[:, 1:].flatten(0, 1).movedim(-1, 1), side, ceil_mode=True).movedim(1, -1)
+    return torch.cat([x[:, :1].flatten(1, 3), later.unflatten(0, (len(x), -1)).flatten(1, 3)], dim=1)
 
 
 def grid_sinusoid(grid: tuple[int, int, int], width: int) -> Float[Tensor, "T H W D"]:

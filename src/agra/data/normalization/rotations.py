@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 WIDTHS = {"axis_angle": 3, "quaternion": 4, "matrix": 9, "rotation_6d": 6, "euler_angles": 3}
 """Number of dimensions of each type. Euler angles have their axes in the name, as in euler_angles_rpy."""
@@ -68,6 +67,9 @@ def _type(name: str) -> _Type:
     base, axes = _parse(name)
     if base == "matrix":
         return _Type(lambda v: v.reshape(-1, 3, 3), lambda m: m.reshape(-1, 9))
+    # Imported here: a policy without rotations to convert needs no scipy.
+    from scipy.spatial.transform import Rotation
+
     if base == "axis_angle":
         return _Type(lambda v: Rotation.from_rotvec(v).as_matrix(), lambda m: Rotation.from_matrix(m).as_rotvec())
     if base == "quaternion":
