@@ -84,7 +84,8 @@ def _run(options: Options, setting: Setting, report: Report) -> None:
         section = report.section(number, name)
         if report.left <= 0:
             section.skip("all", "the budget is spent")
-        elif number != 4:
+            continue
+        if number != 4:
             run(setting, section)
         elif counting is None:
             section.skip("all", f"{_SHORTEST_STEP:.0f} s needed, {report.left:.0f} s left")

@@ -50,7 +50,7 @@ def run(setting: Setting, section: Section) -> None:
     policies: dict[str, MethodPolicy] = {}
     chunks: dict[int, np.ndarray] = {}
     flops: dict[tuple[int, int], float] = {}
-    for batch in setting.pick((1, 8), (1, 2)):
+    for batch in setting.pick((1, 8), (1,)):
         for name, way in WAYS.items():
 
             def measure(name: str = name, way: Way = way, batch: int = batch) -> Figures:
