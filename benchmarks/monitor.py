@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from agra.diagnostics.monitors.grounding import GroundingMonitor, ProbeInputs
+from agra.diagnostics.monitors import GroundingMonitor, ProbeInputs
 from agra.training.memory_estimate import fake_batch
 from agra.recipes import tiny
 from agra.methods.wam import Objective

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from agra.diagnostics.instruments.intervention import (
-    KINDS,
-    Kind,
-    Probe,
+    INTERVENTION_KINDS,
+    InterventionKind,
+    InterventionInputs,
     action_deviation,
     intervene,
     shuffled_cells,
@@ -27,7 +27,7 @@ from agra.wam.model import WAM
 from benchmarks.side_by_side import compare, finish
 
 GRID = (3, 10, 10)
-Tables = dict[Kind, Tensor]
+Tables = dict[InterventionKind, Tensor]
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         kind: shuffled_cells(sets, generator=generator)
         if kind == "shuffle"
         else token_table(sets, kind, generator=generator)
-        for kind in (KINDS[1:2] if options.quick else KINDS)
+        for kind in (INTERVENTION_KINDS[1:2] if options.quick else INTERVENTION_KINDS)
     }
     ours = partial(_batched, model, probe, tables, options.batch)
     alternative = partial(_one_by_one, model, probe, tables)
@@ -73,7 +73,7 @@ def main() -> None:
     )
 
 
-def _policy() -> tuple[WAM, Probe]:
+def _policy() -> tuple[WAM, InterventionInputs]:
     """tiny_wam on a grid of 3 x 10 x 10 tokens, with fresh weights, and the hidden states of one observation."""
     torch.manual_seed(0)
     config = tiny_wam().model
@@ -90,7 +90,7 @@ def _policy() -> tuple[WAM, Probe]:
     with torch.no_grad():
         hidden = model.condition(torch.randn_like(noise[:, :, :1]), noise, instruction)
     head = config.action_dit
-    return model, Probe(
+    return model, InterventionInputs(
         hidden={layer: states[0] for layer, states in hidden.items()},
         state=torch.randn(head.state_dim),
         embodiment=torch.tensor(0),
@@ -98,12 +98,12 @@ def _policy() -> tuple[WAM, Probe]:
     )
 
 
-def _batched(model: WAM, probe: Probe, tables: Tables, batch: int) -> dict[Kind, Tensor]:
+def _batched(model: WAM, probe: InterventionInputs, tables: Tables, batch: int) -> dict[InterventionKind, Tensor]:
     return {kind: action_deviation(model, probe, table, batch=batch) for kind, table in tables.items()}
 
 
 @torch.no_grad()
-def _one_by_one(model: WAM, probe: Probe, tables: Tables) -> dict[Kind, Tensor]:
+def _one_by_one(model: WAM, probe: InterventionInputs, tables: Tables) -> dict[InterventionKind, Tensor]:
     def act(hidden: dict[int, Tensor]) -> Tensor:
         return model.act(model.guide(hidden), probe.state[None], probe.embodiment[None], probe.noise[None])
 

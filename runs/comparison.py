@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agra.diagnostics.visual_reliance import VisualReliance
-from agra.diagnostics.metrics import Estimate, bootstrap_interval, paired_difference
+from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
 from agra.diagnostics.record import read_diagnosis
 from agra.evaluation.results import read_results
 
@@ -128,7 +128,7 @@ def _of(measure: Measure, values: list[float]) -> float:
     return float(measure.statistic(known[np.isfinite(known)]))
 
 
-def _entry(estimate: Estimate, by_seed: dict[int, float]) -> dict:
+def _entry(estimate: IntervalEstimate, by_seed: dict[int, float]) -> dict:
     seeds = {str(seed): float(value) for seed, value in by_seed.items()}
     return {
         "value": estimate.value,

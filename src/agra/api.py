@@ -31,13 +31,12 @@ from agra.data.sampling.prefetch import Prefetched
 from agra.data.sampling.sampler import WindowSampler
 from agra.data.source import Source, embodiment_stats, open_sources
 from agra.diagnostics.diagnosis import diagnose as run_diagnosis
-from agra.diagnostics.instruments.sample import DiagnosisConfig
-from agra.diagnostics.monitors.grounding import GroundingMonitor
-from agra.diagnostics.monitors.visual_reliance import VisualRelianceMonitor
+from agra.diagnostics.measurement import DiagnosisConfig
+from agra.diagnostics.monitors import GroundingMonitor, VisualRelianceMonitor
 from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.report.page import PolicyEntry, build_report
 from agra.diagnostics.report.rerun_export import write_recording
-from agra.diagnostics.report.visual_reliance import VISUAL_RELIANCE
+from agra.diagnostics.report.visual_reliance_section import VISUAL_RELIANCE
 from agra.diagnostics.samples.masks import read_masks, with_masks
 from agra.diagnostics.samples.probe_sample import load_samples
 from agra.diagnostics.samples.sources import (
@@ -48,12 +47,12 @@ from agra.diagnostics.samples.sources import (
     probe_samples,
     trained_projectors,
 )
-from agra.diagnostics.study import Over
+from agra.diagnostics.study import StudyTopic
 from agra.diagnostics.study import study as run_study
 from agra.diagnostics.visual_reliance import measure_visual_reliance
 from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.rollout import evaluate as run_evaluation
-from agra.methods.method import Method, observation_inputs
+from agra.methods.method import Method, ReadsTokens, observation_inputs
 from agra.policies.instructions import FILE as INSTRUCTIONS
 from agra.policies.load import load_policy
 from agra.precision import allow_tensor_cores, local_device
@@ -273,7 +272,7 @@ def diagnose(
     annotations of their frames (`agra.diagnostics.samples.masks`).
     """
     policy = load_policy(run, device=device)
-    settings = comparison_teacher(policy.config, teacher)
+    settings = comparison_teacher(policy.config, teacher) if isinstance(policy.method, ReadsTokens) else None
     network = None if settings is None else load_teacher(settings).to(policy.device)
     projectors = trained_projectors(run) if network is not None and teacher == "own" else None
     if projectors is not None:  # in the type of the hidden states that they read
@@ -303,7 +302,8 @@ def diagnose(
         config=config,
     )
     if reliance is not None:
-        result = measure_visual_reliance(policy, initial, action_names, reliance, seed=seed)
+        reads = policy.config.method.needs_to_act().instruction
+        result = measure_visual_reliance(policy, initial, action_names, reliance, seed=seed, reads_instruction=reads)
         result.save(output / VISUAL_RELIANCE)
     return output
 
@@ -311,7 +311,7 @@ def diagnose(
 def study(
     config: RunConfig,
     *,
-    over: Over,
+    over: StudyTopic,
     output: Path,
     layers: Sequence[int] | None = None,
     init_from: str | Path | None = None,

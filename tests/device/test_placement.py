@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from agra import run
-from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.samples.probe_sample import save_samples
 from agra.diagnostics.samples.sources import dataset_samples
 from agra.policies.instructions import Instructions

@@ -1,7 +1,6 @@
-"""A stand-in for the world action model whose action and attention hang on exactly one known hidden token."""
+"""A stand-in for a method whose action and attention depend on exactly one known hidden token."""
 
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from agra.batch import PolicyInputs
 from agra.diagnostics.diagnosis import diagnose
-from agra.diagnostics.instruments.sample import DiagnosisConfig
-from agra.diagnostics.samples.probe_sample import ProbeSample
+from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.record import Diagnosis, write_diagnosis
 from agra.diagnostics.report.page import PolicyEntry
+from agra.diagnostics.samples.probe_sample import ProbeSample
 from agra.flow import euler
+from agra.methods.method import Method
 from agra.types import REGIMES
 from agra.wam.codec import to_frames
 
@@ -23,68 +24,104 @@ TARGET = (1, 2, 3)
 WIDTH, HORIZON, ACTION, HEADS, FRAMES = 6, 4, 3, 2, 5
 
 
-@dataclass
-class ActionOutput:
-    velocity: torch.Tensor
-    attention: tuple[torch.Tensor, ...] | None
+class PlainMethod(Method):
+    """A method without any capability beside acting: it reads the state and the image's mean."""
+
+    config = SimpleNamespace(kind="plain", aligned_layers=(), needs_to_act=lambda: SimpleNamespace(instruction=False))
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def loss(self, batch, denominators=None):
+        raise NotImplementedError
+
+    def parts(self):
+        return {"all": self}
+
+    def blocks(self):
+        return []
+
+    def noise_shapes(self):
+        return {"action": (HORIZON, ACTION)}
+
+    def act(self, inputs, noise, *, steps=None, continuation=None):
+        mean = inputs.state.mean(dim=1) + inputs.latents.mean(dim=(1, 2, 3, 4))
+        return self.weight * (noise["action"] + mean[:, None, None])
 
 
-class OneTokenWAM(nn.Module):
-    """Hidden states are fixed functions of the observation; velocity and attention read token TARGET alone."""
+class TokenReader(Method):
+    """Hidden states are fixed functions of the observation. The action reads token TARGET alone. Attention is not shown."""
 
-    bridged_layers = (0, 2)
+    config = SimpleNamespace(kind="token reader", aligned_layers=(2,))
+    read_layers = (0, 2)
+    token_grid = GRID
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.read = nn.Parameter(torch.randn(WIDTH, HORIZON * ACTION, generator=generator))
         t, h, w = TARGET
         self.target = (t * GRID[1] + h) * GRID[2] + w
-        self.condition_calls = 0
+        self.hidden_calls = 0
 
-    def condition(self, latents, noise, instruction, *, layers=()):
-        self.condition_calls += 1
-        base = latents.mean(dim=(1, 2, 3, 4))
-        wanted = sorted({*self.bridged_layers, *layers})
+    def loss(self, batch, denominators=None):
+        raise NotImplementedError
+
+    def parts(self):
+        return {"all": self}
+
+    def blocks(self):
+        return []
+
+    def noise_shapes(self):
+        return {"video": (2, *GRID), "action": (HORIZON, ACTION)}
+
+    def hidden(self, inputs, noise, *, layers=()):
+        self.hidden_calls += 1
+        base = inputs.latents.mean(dim=(1, 2, 3, 4))
         positions = torch.arange(np.prod(GRID)).view(GRID)[..., None] + torch.arange(WIDTH)
         return {
             layer: torch.sin(positions * (1 + layer) + base[:, None, None, None, None])
-            + noise.mean(dim=(1, 2, 3, 4), keepdim=True)
-            for layer in wanted
+            + noise["video"].mean(dim=(1, 2, 3, 4))[:, None, None, None, None]
+            for layer in sorted({*self.read_layers, *layers})
         }
 
-    def guide(self, hidden):
-        return tuple(hidden[layer].flatten(1, 3) for layer in self.bridged_layers)
+    def tokens_read(self, hidden):
+        """The part of the hidden states that moves the action, (B, WIDTH)."""
+        return sum(hidden[layer].flatten(1, 3)[:, self.target] for layer in self.read_layers)
 
-    def action_dit(self, noisy_actions, state, noise_level, guidance, embodiment, return_attention=False):
-        token = sum(g[:, self.target] for g in guidance)
-        velocity = noisy_actions + (token @ self.read).view(-1, HORIZON, ACTION) + state.mean(dim=1)[:, None, None]
-        attention = None
-        if return_attention:
-            weights = torch.zeros(len(state), HEADS, 1 + HORIZON, guidance[0].shape[1])
-            weights[:, :, 0, 0] = 1  # the state token looks elsewhere, and must not count
-            weights[:, :, 1:, self.target] = 1
-            attention = tuple(weights for _ in guidance)
-        return ActionOutput(velocity, attention)
+    def act_on(self, hidden, inputs, noise, *, steps=None):
+        push = (self.tokens_read(hidden) @ self.read).view(-1, HORIZON, ACTION) + inputs.state.mean(dim=1)[:, None, None]
+        return euler(lambda actions, level: actions + push, noise["action"], steps or 4)
 
-    def text_attention(self, latents, noise, instruction, *, layers):
+    def act(self, inputs, noise, *, steps=None, continuation=None):
+        return self.act_on(self.hidden(inputs, noise), inputs, noise, steps=steps)
+
+
+class OneTokenMethod(TokenReader):
+    """A token reader with every capability. All attention is on token TARGET, and the predicted video is static."""
+
+    config = SimpleNamespace(kind="one token", aligned_layers=(2,))
+
+    def visit_attention(self, hidden, inputs, noise, visit, *, steps=None):
+        count, tokens = len(inputs), int(np.prod(GRID))
+        weights = torch.zeros(count, HEADS, 1 + HORIZON, tokens)
+        weights[:, :, 0, 0] = 1  # the state token reads another token, and must not count
+        weights[:, :, 1:, self.target] = 1
+        for _ in range(steps or 4):
+            visit([weights] * len(self.read_layers))
+        return self.act_on(hidden, inputs, noise, steps=steps)
+
+    def text_attention(self, inputs, noise, *, layers):
         """Token 1 is read at TARGET alone, the others everywhere."""
-        weights = torch.full((1, *GRID, instruction.shape[1]), 0.1)
+        weights = torch.full((1, *GRID, inputs.instruction.shape[1]), 0.1)
         weights[..., 1] = 0
         weights[0, *TARGET, 1] = 1
         return dict.fromkeys(layers, weights)
 
-    def imagine(self, latents, noise, instruction, *, steps):
-        """Expects that nothing moves; StandInCodec makes FRAMES frames of one."""
-        return latents
-
-    def act(self, guidance, state, embodiment, noise, *, steps=4):
-        return euler(lambda x, level: self.action_dit(x, state, level, guidance, embodiment).velocity, noise, steps)
-
-
-class StandInCodec:
-    def decode(self, latents):
-        return 2 * latents.expand(-1, -1, FRAMES, -1, -1) - 1
+    def imagine(self, inputs, noise, *, steps):
+        return inputs.latents
 
 
 class StandInText:
@@ -93,38 +130,34 @@ class StandInText:
 
 
 class StandInPolicy:
-    """What `diagnose` asks of a policy."""
+    """The part of `MethodPolicy` that a diagnosis uses."""
 
     name = "stand-in"
-    action_steps = 4
     frame_size = (16, 20)
-    codec, text = StandInCodec(), StandInText()
-    config = SimpleNamespace(alignment=SimpleNamespace(layers=(2,)))
+    instructions = SimpleNamespace(encoder=StandInText())
 
-    def __init__(self, model) -> None:
-        self.model = model.eval()
+    def __init__(self, method):
+        self.method, self.options = method.eval(), {}
+        self.config = SimpleNamespace(method=method.config)
 
-    def prepare(self, observations):
+    def encode(self, observations):
         frames = torch.stack([torch.from_numpy(o.frame).float() / 255 for o in observations])
-        latent = frames.permute(0, 3, 1, 2)[:, :, None]
-        state = torch.stack([torch.from_numpy(o.state) for o in observations])
         count = len(observations)
-        return SimpleNamespace(
-            latents=latent,
+        return PolicyInputs(
+            latents=frames.permute(0, 3, 1, 2)[:, :, None],
             instruction=torch.zeros(count, 4, 2),
-            state=state,
+            state=torch.stack([torch.from_numpy(o.state) for o in observations]),
             embodiment=torch.zeros(count, dtype=torch.long),
         )
 
-    def video_noise(self, count, seed):
-        return torch.randn(count, 2, *GRID, generator=torch.Generator().manual_seed(seed))
+    def noise(self, count, seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = self.method.noise_shapes()
+        return {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes.items()}
 
     def imagine(self, inputs, noise, *, steps):
-        latents = self.model.imagine(inputs.latents, noise, inputs.instruction, steps=steps)
-        return to_frames(self.codec.decode(latents))
-
-    def action_noise(self, count, seed):
-        return torch.randn(count, HORIZON, ACTION, generator=torch.Generator().manual_seed(seed))
+        latents = self.method.imagine(inputs, noise, steps=steps)
+        return to_frames(2 * latents.expand(-1, -1, FRAMES, -1, -1) - 1)
 
     def unnormalize(self, actions, embodiment):
         return actions.numpy()
@@ -132,18 +165,30 @@ class StandInPolicy:
     def normalize(self, actions, embodiment):
         return actions
 
-    def seen(self, frames, embodiment):
+    def crop(self, frames, embodiment):
         return frames
 
 
 @pytest.fixture
-def wam():
-    return OneTokenWAM().eval()
+def method():
+    return OneTokenMethod().eval()
 
 
 @pytest.fixture
-def policy(wam):
-    return StandInPolicy(wam)
+def policy(method):
+    return StandInPolicy(method)
+
+
+@pytest.fixture
+def token_policy():
+    """A policy whose method reads token grids and has no other capability."""
+    return StandInPolicy(TokenReader())
+
+
+@pytest.fixture
+def plain_policy():
+    """A policy whose method has none of the capabilities that instruments use."""
+    return StandInPolicy(PlainMethod())
 
 
 @pytest.fixture
@@ -155,7 +200,7 @@ def target():
 def make_sample():
     """Frames of 16 x 20 pixels (4 x 4 a token), the mask on the target's spatial cell in every latent frame."""
 
-    def make(trial="trial-0", step=0, regime="in_distribution", seed=0, masked=True, known=True):
+    def make(trial="trial-0", step=0, regime="in_distribution", seed=0, masked=True, recorded=True):
         random = np.random.default_rng(seed)
         masks = np.zeros((GRID[0], 16, 20), dtype=bool)
         if masked:
@@ -163,7 +208,7 @@ def make_sample():
         frames = random.integers(0, 256, (GRID[0], 16, 20, 3), dtype=np.uint8)
         video = np.broadcast_to(frames[:1], (FRAMES, 16, 20, 3)).copy()
         video[-1] = random.integers(0, 256, (16, 20, 3), dtype=np.uint8)
-        more = {
+        optional = {
             "video": video,
             "actions": random.normal(size=(6, ACTION)).astype(np.float32),
             "position": random.random(2),
@@ -177,18 +222,18 @@ def make_sample():
             state=random.normal(size=4).astype(np.float32),
             frames=frames,
             masks=masks,
-            **(more if known else {}),
+            **(optional if recorded else {}),
         )
 
     return make
 
 
 @pytest.fixture
-def run(policy, make_sample, tmp_path):
-    """Writes the traces of a policy: a log, results of 10 trials a regime, a diagnosis and a config."""
+def write_policy(policy, make_sample, tmp_path):
+    """Write the files of a policy: a log, results of 10 trials of each regime, a diagnosis and a config."""
     samples = [make_sample(trial=f"t{i}", seed=i, regime=REGIMES[i % 4]) for i in range(6)]
 
-    def write(name, *, wins=3, teacher=None):
+    def write(name, *, wins=3, teacher=None, policy=policy):
         folder = tmp_path / name
         policy.name = name
         diagnose(policy, samples, folder / "diagnosis", teacher=teacher, teacher_name="pixels",
@@ -203,7 +248,7 @@ def run(policy, make_sample, tmp_path):
                  "progress": {"grasped": i < wins + 2}, "steps": 5, "calls": 1, "wall_s": 0.1,
                  "policy_ms": {"mean": 1.0, "p50": 1.0, "p95": 1.0}} for r in REGIMES for i in range(10)]  # fmt: skip
         (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
-        config = {"model": {"codec": {"kind": "patch_pca"}}, "name": name}
+        config = {"method": {"kind": "wam", "model": {"codec": {"kind": "patch_pca"}}}, "name": name}
         (folder / "config.json").write_text(json.dumps(config))
         return PolicyEntry(
             name=name,
@@ -219,14 +264,14 @@ def run(policy, make_sample, tmp_path):
 
 @pytest.fixture
 def pictured(policy, make_sample, tmp_path):
-    """Writes the diagnosis of a policy whose pictures are random, of any size, so that every control must change some."""
+    """Write the diagnosis of a policy with random pictures of any size, so that every control must change some."""
 
     def write(name, *, samples, grid, blocks, heads, actions, frame, seed=0):
         random = np.random.default_rng(seed)
         policy.name = name
-        given = [make_sample(trial=f"t{i}", seed=i, regime=REGIMES[i % 4]) for i in range(samples)]
+        few = [make_sample(trial=f"t{i}", seed=i, regime=REGIMES[i % 4]) for i in range(samples)]
         config = DiagnosisConfig(background_sets=1, noise_samples=1, gallery=samples, map_kinds=())
-        found = diagnose(policy, given, tmp_path / f"{name}-small", config=config, progress=False)
+        diagnosis = diagnose(policy, few, tmp_path / f"{name}-small", config=config, progress=False)
         frames, (height, width) = 4 * (grid[0] - 1) + 1, frame
 
         def photos(count):
@@ -251,11 +296,11 @@ def pictured(policy, make_sample, tmp_path):
             **{f"text_attention_{i}": grids(blocks, 5).astype(np.float16) for i in range(samples)},
             **{f"pca_layer_{i}": (grids(samples, 3).transpose(0, 2, 3, 4, 1) * 255).astype(np.uint8) for i in layers},
         }  # fmt: skip
-        header = {**found.header, "grid": list(grid), "layers": layers, "aligned_layers": [1], "bridged_layers": layers,
+        header = {**diagnosis.header, "grid": list(grid), "layers": layers, "aligned_layers": [1], "bridged_layers": layers,
                   "words": [["put", "the", "red", "banana", "box"]] * samples}  # fmt: skip
         header["settings"] = {**header["settings"], "map_unit": "token"}
         rows = [{**row, "frame_size": [height + 6, width], "crop": [4, 0], "teacher_similarity_by_layer": [0.1] * blocks,
-                 "alignment_cosine_by_layer": None, "probe_error_by_layer": [1.0] * blocks} for row in found.rows]  # fmt: skip
+                 "alignment_cosine_by_layer": None, "probe_error_by_layer": [1.0] * blocks} for row in diagnosis.rows]  # fmt: skip
         folder = tmp_path / name
         write_diagnosis(Diagnosis(header=header, rows=rows, arrays=arrays), folder)
         return PolicyEntry(name=name, description=f"The policy {name}", diagnosis=folder)

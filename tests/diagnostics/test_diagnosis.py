@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agra.diagnostics.diagnosis import diagnose
-from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.record import read_diagnosis
 
 
@@ -69,11 +69,11 @@ def test_sample_order_does_not_matter(policy, samples, tmp_path):
 
 def test_the_video_pass_runs_once_a_sample(policy, samples, tmp_path):
     diagnose(policy, samples, tmp_path / "d", config=DiagnosisConfig(gallery=2), progress=False)
-    assert policy.model.condition_calls == len(samples)
+    assert policy.method.hidden_calls == len(samples)
 
 
 def test_diagnose_refuses(policy, samples, make_sample, tmp_path):
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match="got none"):
         diagnose(policy, [], tmp_path)
     with pytest.raises(ValueError, match="same trial and step"):
         diagnose(policy, [samples[0], samples[0]], tmp_path, progress=False)
@@ -92,16 +92,10 @@ def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
     assert 10 < row["psnr"] == row["still_psnr"] < 15
     assert 0.75 <= row["ssim"] == row["still_ssim"] < 0.85
     np.testing.assert_array_equal(found.arrays["imagined"][0], found.arrays["recorded"][0][[0] * 5])
-    wanted = samples[0].actions[:4]
-    chunks = [
-        policy.model.act(
-            policy.model.guide(policy.model.condition(p.latents, policy.video_noise(1, s), p.instruction)),
-            p.state, p.embodiment, policy.action_noise(1, s),
-        )[0].detach().numpy()
-        for p in [policy.prepare([samples[0].observation])]
-        for s in (zlib.crc32(b"0/t0/0"), zlib.crc32(b"0/t0/0") + 1)
-    ]  # fmt: skip
-    errors = [np.sqrt(np.square(chunk - wanted).mean()) for chunk in chunks]
+    demonstrated, inputs = samples[0].actions[:4], policy.encode([samples[0].observation])
+    seed = zlib.crc32(b"0/t0/0")
+    chunks = [policy.method.act(inputs, policy.noise(1, seed + number))[0].detach().numpy() for number in range(2)]
+    errors = [np.sqrt(np.square(chunk - demonstrated).mean()) for chunk in chunks]
     assert row["action_error"] == pytest.approx(np.mean(errors), rel=1e-5)
     assert len(row["probe_error_by_layer"]) == 2
     others = np.mean([sample.position for sample in samples[1:]], axis=0)
@@ -109,7 +103,7 @@ def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
 
 
 def test_samples_without_a_recording_are_measured_all_the_same(policy, make_sample, tmp_path):
-    samples = [make_sample(trial=f"t{i}", seed=i, known=False) for i in range(3)]
+    samples = [make_sample(trial=f"t{i}", seed=i, recorded=False) for i in range(3)]
     found = diagnose(policy, samples, tmp_path / "d", config=DiagnosisConfig(background_sets=1, map_kinds=()), progress=False)
     missing = ("psnr", "action_error", "probe_error_by_layer", "teacher_similarity_by_layer")
     assert all(row[name] is None for row in found.rows for name in missing)
@@ -127,12 +121,10 @@ def test_projectors_are_read_where_they_belong(policy, make_sample, tmp_path):
             return [hidden[2] * 3]
 
     def teacher(frames):
-        hidden = policy.model.condition(*inputs, layers=(2,))[2][0]
-        return hidden.numpy()
+        return policy.method.hidden(inputs, noise, layers=(2,))[2][0].numpy()
 
     sample = make_sample()
-    prepared = policy.prepare([sample.observation])
-    inputs = (prepared.latents, policy.video_noise(1, zlib.crc32(b"0/trial-0/0")), prepared.instruction)
+    inputs, noise = policy.encode([sample.observation]), policy.noise(1, zlib.crc32(b"0/trial-0/0"))
     config = DiagnosisConfig(background_sets=1, noise_samples=1, map_kinds=())
     found = diagnose(
         policy, [sample], tmp_path / "d", teacher=teacher, projectors=Exact(), config=config, progress=False

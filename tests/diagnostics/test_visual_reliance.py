@@ -1,10 +1,9 @@
-"""Policies of which it is known whether they look, and the measures that must tell."""
+"""Measures of visual reliance, on policies that are known to use the image and the instruction, or not."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from agra.diagnostics.visual_reliance import (
     InitialObservation,
@@ -12,13 +11,11 @@ from agra.diagnostics.visual_reliance import (
     Swaps,
     VisualRelianceConfig,
     groups_by_instruction,
-    look,
+    measure_visual_reliance,
     observations,
     rivals,
 )
-from agra.diagnostics.monitors.visual_reliance import VisualRelianceMonitor
 from agra.types import ActionChunk, Observation
-from agra.wam.model import WAM
 
 NAMES = ("hand_x", "hand_y", "grip")
 COLOURS = {"red": 0, "green": 1}
@@ -33,7 +30,7 @@ def scene(places):
     return frame
 
 
-def first_look(places, colour, trial):
+def initial_observation(places, colour, trial):
     observation = Observation(
         frame=scene(places), state=np.zeros(3, np.float32), instruction=f"take the {colour} one", embodiment="dot"
     )
@@ -43,33 +40,33 @@ def first_look(places, colour, trial):
 
 
 @pytest.fixture
-def looks():
+def initial():
     rng = np.random.default_rng(0)
-    found = []
+    observations = []
     for i in range(20):
         places = {c: (int(rng.integers(60)), int(rng.integers(20) + 20 * k)) for k, c in enumerate(COLOURS)}
-        found += [first_look(places, colour, f"{i}/{colour}") for colour in COLOURS]
-    return found
+        observations += [initial_observation(places, colour, f"{i}/{colour}") for colour in COLOURS]
+    return observations
 
 
 class Dotter:
-    """Goes to a dot: the one that it is told, or always the red one; or, blind, to the same place ever."""
+    """Goes to the dot of the instruction, or always to the red dot. Without the image it goes to a fixed place."""
 
-    def __init__(self, *, sees=True, listens=True):
-        self.sees, self.listens = sees, listens
+    def __init__(self, *, uses_image=True, uses_instruction=True):
+        self.uses_image, self.uses_instruction = uses_image, uses_instruction
 
     def reset(self, seed):
         pass
 
     def act(self, observation):
-        colour = "green" if self.listens and "green" in observation.instruction else "red"
+        colour = "green" if self.uses_instruction and "green" in observation.instruction else "red"
         bright = observation.frame[..., COLOURS[colour]] == 255
-        place = np.argwhere(bright)[0, ::-1] / 100 if self.sees and bright.any() else np.array([0.3, 0.2])
+        place = np.argwhere(bright)[0, ::-1] / 100 if self.uses_image and bright.any() else np.array([0.3, 0.2])
         return ActionChunk(actions=np.tile(np.append(place, 0), (8, 1)).astype(np.float32))
 
 
-def test_a_policy_that_sees_and_listens(looks):
-    means = look(Dotter(), looks, NAMES, VisualRelianceConfig()).means()
+def test_a_policy_that_uses_image_and_instruction(initial):
+    means = measure_visual_reliance(Dotter(), initial, NAMES, VisualRelianceConfig()).means()
     assert means["error"] == pytest.approx(0, abs=1e-6)
     assert means["constant_error"] > 0.1
     assert means["image_swap_shift"] > 0.1
@@ -78,39 +75,49 @@ def test_a_policy_that_sees_and_listens(looks):
     assert means["follows_instruction"] == 1
 
 
-def test_a_blind_policy_is_no_better_than_a_constant(looks):
-    means = look(Dotter(sees=False), looks, NAMES, VisualRelianceConfig()).means()
+def test_a_policy_without_the_image_is_no_better_than_a_constant(initial):
+    means = measure_visual_reliance(Dotter(uses_image=False), initial, NAMES, VisualRelianceConfig()).means()
     assert means["image_swap_shift"] == means["image_mask_shift"] == means["instruction_swap_shift"] == 0
     assert means["error"] > 0.9 * means["constant_error"]
 
 
-def test_a_deaf_policy_moves_with_the_image_only(looks):
-    means = look(Dotter(listens=False), looks, NAMES, VisualRelianceConfig()).means()
+def test_a_policy_without_the_instruction_moves_with_the_image_alone(initial):
+    means = measure_visual_reliance(Dotter(uses_instruction=False), initial, NAMES, VisualRelianceConfig()).means()
     assert means["instruction_swap_shift"] == 0
     assert means["follows_instruction"] == 0.5  # right for the scenes in which the rival is the red one
     assert means["image_swap_shift"] > 0.1
 
 
+def test_a_policy_that_reads_no_instruction_has_no_measure_of_it(initial):
+    """Not applicable, and not a shift of zero."""
+    policy = Dotter(uses_instruction=False)
+    reliance = measure_visual_reliance(policy, initial, NAMES, VisualRelianceConfig(), reads_instruction=False)
+    for name in ("instruction_swap_shift", "follows_instruction"):
+        assert np.isnan(reliance.values[name]).all()
+        assert name not in reliance.means()
+    assert reliance.means()["image_swap_shift"] > 0.1
+
+
 def test_constant_is_the_mean_of_the_others_in_the_group():
-    wanted = np.array([[0.0, 0.0], [1.0, 0.0], [5.0, 5.0]])
+    demonstrated = np.array([[0.0, 0.0], [1.0, 0.0], [5.0, 5.0]])
     swaps = Swaps.of(["a", "a", "b"], ["x", "y", "z"], {})
-    nothing = dict.fromkeys(("seen", "image_swapped", "image_masked", "instruction_swapped"), wanted)
-    found = VisualReliance.of(nothing, wanted, swaps, trials=["0", "1", "2"], groups=["a", "a", "b"]).values
-    np.testing.assert_allclose(found["constant_error"], [1, 1, np.nan])
-    np.testing.assert_allclose(found["image_swap_shift"], [0, 0, np.nan])  # the third is alone: nothing to swap with
+    same = dict.fromkeys(("unchanged", "image_swapped", "image_masked", "instruction_swapped"), demonstrated)
+    values = VisualReliance.of(same, demonstrated, swaps, trials=["0", "1", "2"], groups=["a", "a", "b"]).values
+    np.testing.assert_allclose(values["constant_error"], [1, 1, np.nan])
+    np.testing.assert_allclose(values["image_swap_shift"], [0, 0, np.nan])  # the third is alone: nothing to swap with
 
 
-def test_swaps_stay_within_the_group_and_rivals_share_the_scene(looks):
+def test_swaps_stay_within_the_group_and_rivals_share_the_scene(initial):
     groups = ["left"] * 10 + ["right"] * 30
-    found = Swaps.of(groups, [x.observation.instruction for x in looks], rivals(looks))
-    assert all(groups[row] == groups[other] and row != other for row, other in enumerate(found.image))
-    assert len(found.rival) == 40
-    for row, other in found.rival.items():
-        assert looks[row].trial.split("/")[0] == looks[other].trial.split("/")[0]
-    shown = observations(looks, found)
+    swaps = Swaps.of(groups, [x.observation.instruction for x in initial], rivals(initial))
+    assert all(groups[row] == groups[other] and row != other for row, other in enumerate(swaps.image))
+    assert len(swaps.rival) == 40
+    for row, other in swaps.rival.items():
+        assert initial[row].trial.split("/")[0] == initial[other].trial.split("/")[0]
+    shown = observations(initial, swaps)
     assert shown["image_masked"][0].frame.std() == 0
     assert shown["instruction_swapped"][0].instruction == "take the green one"
-    np.testing.assert_array_equal(shown["instruction_swapped"][0].frame, looks[0].observation.frame)
+    np.testing.assert_array_equal(shown["instruction_swapped"][0].frame, initial[0].observation.frame)
     same = Swaps.of(["a"] * 4, ["x"] * 4, {})
     np.testing.assert_array_equal(same.instruction, np.arange(4))
 
@@ -119,48 +126,30 @@ def test_groups_by_instruction():
     assert groups_by_instruction(["a"] * 8 + ["b", "c"]) == ["a"] * 8 + ["other", "other"]
 
 
-def test_what_is_not_there_is_named(looks):
-    with pytest.raises(ValueError, match=r"name none of the actions \('hand_x', 'hand_y', 'grip'\)"):
-        look(Dotter(), looks, NAMES, VisualRelianceConfig(dimensions=("arm_*",)))
-    with pytest.raises(ValueError, match="no first looks"):
-        look(Dotter(), [], NAMES, VisualRelianceConfig())
-    with pytest.raises(ValueError, match="looking"):
+def test_bad_settings_are_named(initial):
+    with pytest.raises(ValueError, match=r"match none of the actions \('hand_x', 'hand_y', 'grip'\)"):
+        measure_visual_reliance(Dotter(), initial, NAMES, VisualRelianceConfig(dimensions=("arm_*",)))
+    with pytest.raises(ValueError, match="no initial observations"):
+        measure_visual_reliance(Dotter(), [], NAMES, VisualRelianceConfig())
+    with pytest.raises(ValueError, match=r"visual_reliance\.step"):
         VisualRelianceConfig(step=-1)
 
 
-def test_a_short_episode_ends_at_its_last_action(looks):
-    short = [replace(x, actions=x.actions[:3]) for x in looks]
-    assert look(Dotter(), short, NAMES, VisualRelianceConfig()).means()["error"] == pytest.approx(0, abs=1e-6)
+def test_a_short_episode_ends_at_its_last_action(initial):
+    short = [replace(x, actions=x.actions[:3]) for x in initial]
+    assert measure_visual_reliance(Dotter(), short, NAMES, VisualRelianceConfig()).means()["error"] == pytest.approx(0, abs=1e-6)
 
 
-def test_looking_survives_the_round_trip(looks, tmp_path):
-    found = look(Dotter(), looks[:1] + looks[2:], NAMES, VisualRelianceConfig())
-    found.save(tmp_path / "visual_reliance.json")
+def test_visual_reliance_survives_the_round_trip(initial, tmp_path):
+    reliance = measure_visual_reliance(Dotter(), initial[:1] + initial[2:], NAMES, VisualRelianceConfig())
+    reliance.save(tmp_path / "visual_reliance.json")
     again = VisualReliance.load(tmp_path / "visual_reliance.json")
-    assert (again.trials, again.groups) == (found.trials, found.groups)
-    for name, values in found.values.items():
+    assert (again.trials, again.groups) == (reliance.trials, reliance.groups)
+    for name, values in reliance.values.items():
         np.testing.assert_array_equal(again.values[name], values)
     (tmp_path / "visual_reliance.json").write_text('{"trials": ["a"], "groups": ["b"], "values": {}}')
     with pytest.raises(ValueError, match="expected a value of each of error"):
         VisualReliance.load(tmp_path / "visual_reliance.json")
-
-
-def test_the_monitor_tells_the_same_and_leaves_the_model_as_it_was(small_config, make_batch):
-    torch.manual_seed(0)
-    wam, batch = WAM(small_config.model).train(), make_batch(small_config, 12)
-    monitor = VisualRelianceMonitor(batch, ["go"] * 12, lambda actions: actions[:, 1, :2].numpy())
-    before = torch.get_rng_state()
-    first, second = monitor(wam), monitor(wam)
-    assert first == second
-    assert torch.equal(before, torch.get_rng_state())
-    assert wam.training
-    assert first["image_swap_shift"] > 0
-    assert first["error_ratio"] == pytest.approx(first["error"] / first["constant_error"])
-    assert "instruction_swap_shift" not in first  # all have the same
-    with torch.no_grad():
-        wam.video_dit.transformer.patch_embed.proj.weight.zero_()
-    blind = monitor(wam)
-    assert blind["image_swap_shift"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_target_is_planar_where_it_can_be_and_else_the_whole_action():

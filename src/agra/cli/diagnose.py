@@ -45,7 +45,7 @@ def diagnose(
         device: the policies' device.
     """
     from agra.api import diagnose as run
-    from agra.diagnostics.instruments.sample import DiagnosisConfig
+    from agra.diagnostics.measurement import DiagnosisConfig
 
     config = DiagnosisConfig(
         noise_samples=noise_samples,

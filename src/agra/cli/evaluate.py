@@ -128,7 +128,7 @@ def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.co
     """
     if (a / "diagnosis.json").is_file() or (b / "diagnosis.json").is_file():
         from agra.diagnostics.record import read_diagnosis
-        from agra.diagnostics.report.grounding import print_grounding
+        from agra.diagnostics.report.grounding_section import print_grounding
 
         diagnoses = [read_diagnosis(folder) for folder in (a, b)]
         print_grounding([(i, str(d.header["policy"]), d) for i, d in enumerate(diagnoses)])

@@ -1,7 +1,7 @@
-"""`agra diagnose`: every instrument on one policy, sample by sample, into one folder (3.2, 4.2.1; Table 1).
+"""`agra diagnose` (3.2, 4.2.1, Table 1): every instrument on one policy, sample by sample, into one folder.
 
-The random numbers of a sample (video noise, action noise, background sets) follow from its name and the seed alone. Neither
-the order of the samples nor their number matters, and two policies are diagnosed under the same noise.
+The random numbers of a sample (video noise, action noise, background sets) follow from its name and the seed alone. They do
+not depend on the order or number of the samples, and two policies are diagnosed under the same noise.
 """
 
 from collections import defaultdict
@@ -16,16 +16,22 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agra.alignment.loss import Projectors
-from agra.diagnostics.instruments.features import held_out_mean, probed_positions
-from agra.diagnostics.instruments.sample import DiagnosisConfig, Instrument, Teacher, measured_layers
+from agra.diagnostics.instruments.hidden_states import held_out_mean, probed_positions
 from agra.diagnostics.instruments.pca import pca_rgb
-from agra.diagnostics.samples.probe_sample import ProbeSample
+from agra.diagnostics.measurement import (
+    DiagnosisConfig,
+    SampleMeasurement,
+    TeacherFeatures,
+    applicable_instruments,
+    measured_layers,
+)
 from agra.diagnostics.record import Diagnosis, summarise, write_diagnosis
+from agra.diagnostics.samples.probe_sample import ProbeSample
 from agra.methods.method import ReadsTokens
 from agra.policies.policy import MethodPolicy
 
 FEWEST_TRIALS = 8
-"""Trials that a linear probe needs."""
+"""Trials with a known object position that a linear probe needs."""
 
 
 @torch.no_grad()
@@ -34,7 +40,7 @@ def diagnose(
     samples: Sequence[ProbeSample],
     output: Path,
     *,
-    teacher: Teacher | None = None,
+    teacher: TeacherFeatures | None = None,
     teacher_name: str = "",
     projectors: Projectors | None = None,
     seed: int = 0,
@@ -43,15 +49,16 @@ def diagnose(
 ) -> Diagnosis:
     """Measure `policy` on `samples` and write the folder `output` (see `agra.diagnostics.record`).
 
-    `projectors` are those of the policy's alignment and belong to `teacher`. Samples whose mask is empty, or too large to
-    be matched with background, keep a row with nulls and a `note`, and stay out of the averages. `ValueError` if there
-    are no samples or a sample has not the model's latent frames.
+    `projectors` are those of the policy's alignment and belong to `teacher`. A sample whose mask is empty, or too large to be
+    matched with background, keeps a row with nulls and a `note`, and is left out of the averages. Instruments that do not
+    apply to the method are listed in the header as `not_applicable`, and their values are null. Raises ValueError without
+    samples, for duplicate samples, and for a sample with other frames than the method's token grid.
     """
     config = config or DiagnosisConfig()
     if not samples:
-        raise ValueError("diagnose: no samples")
+        raise ValueError("diagnose: expected at least one sample, got none")
     if len({(s.trial, s.step) for s in samples}) != len(samples):
-        raise ValueError("diagnose: two samples have the same trial and step")
+        raise ValueError("diagnose: two samples have the same trial and step; they name a sample, so remove one")
     gallery = np.unique(np.linspace(0, len(samples) - 1, min(config.gallery, len(samples))).round().astype(int))
     layers = measured_layers(policy, config)
     shown = {int(i) for i in gallery}
@@ -65,27 +72,30 @@ def diagnose(
     with bar if progress else nullcontext():
         task = bar.add_task(f"Diagnosing {policy.name}", total=len(samples))
         for index, sample in enumerate(samples):
-            instrument = Instrument(policy, sample, seed, config, teacher=teacher, projectors=projectors)
-            rows.append(instrument.measure(arrays))
+            measurement = SampleMeasurement(policy, sample, seed, config, teacher=teacher, projectors=projectors)
+            rows.append(measurement.measure(arrays))
             if sample.position is not None:
                 for layer in layers:
-                    states[layer].append(instrument.states(layer).astype(np.float16))
+                    states[layer].append(measurement.states(layer).astype(np.float16))
             if index in shown:
-                instrument.picture(arrays, features)
-                if (text_attention := instrument.text_attention()) is not None:
+                measurement.picture(arrays, features)
+                if (text_attention := measurement.text_attention()) is not None:
                     words[str(len(words))] = text_attention
             bar.advance(task)
 
     stacked = {name: np.stack(parts) for name, parts in arrays.items() if _complete(name, parts, rows, gallery)}
     stacked |= {name: np.stack(pca_rgb(parts)) for name, parts in features.items()}
     stacked |= {f"text_attention_{place}": attention for place, (_, attention) in words.items()}
-    _add_probe_errors(rows, samples, states, stacked["mask"].shape[2:])
+    grid = stacked["mask"].shape[1:] if "mask" in stacked else None
+    _add_probe_errors(rows, samples, states, None if grid is None else grid[1:])
     header = {
         "policy": policy.name,
         "seed": seed,
         "settings": asdict(config),
         "teacher": teacher_name if teacher is not None else None,
-        "grid": list(stacked["mask"].shape[1:]),
+        "method": policy.config.method.kind,
+        "not_applicable": [name for name, applies in applicable_instruments(policy.method).items() if not applies],
+        "grid": None if grid is None else list(grid),
         "bridged_layers": list(policy.method.read_layers) if isinstance(policy.method, ReadsTokens) else [],
         "aligned_layers": list(policy.config.method.aligned_layers),
         "layers": list(layers),
@@ -99,7 +109,7 @@ def diagnose(
 
 
 def _complete(name: str, parts: list[np.ndarray], rows: list[dict[str, Any]], gallery: np.ndarray) -> bool:
-    """Whether every sample, or every one of the gallery, gave its part: some may have come without a video."""
+    """Whether every sample (for pictures, every sample of the gallery) has a part. Samples without a video have none."""
     return len(parts) == (len(rows) if name in ("attention", "mask") else len(gallery))
 
 
@@ -107,19 +117,22 @@ def _add_probe_errors(
     rows: list[dict[str, Any]],
     samples: Sequence[ProbeSample],
     states: dict[int, list[np.ndarray]],
-    grid: tuple[int, int],
+    grid: tuple[int, ...] | None,
 ) -> None:
-    """The distance in grid units between the object and where a linear probe of each layer sees it, held out by trial."""
-    seen = {row: sample.position for row, sample in enumerate(samples) if sample.position is not None}
-    known = [*seen]
-    trials = [samples[row].trial for row in known]
+    """Add the distance in grid units between the object and a linear probe's prediction, by layer and held out by trial.
+
+    `grid` is (H, W) of the tokens. The errors are None without one, and with too few trials to fit a probe.
+    """
     for row in rows:
         row |= {"probe_error_by_layer": None, "blind_probe_error": None}
-    if len(set(trials)) < FEWEST_TRIALS:
+    located = [(row, sample) for row, sample in enumerate(samples) if sample.position is not None]
+    trials = [sample.trial for _, sample in located]
+    if grid is None or len(set(trials)) < FEWEST_TRIALS:
         return
-    positions = np.stack([*seen.values()]) * np.array(grid)
-    read = [probed_positions(np.stack(parts), positions, trials) for parts in states.values()]
-    errors = [np.linalg.norm(found - positions, axis=1) for found in (*read, held_out_mean(positions, trials))]
-    for place, row in enumerate(known):
+    positions = np.stack([sample.position for _, sample in located]) * np.array(grid)
+    predictions = [probed_positions(np.stack(parts), positions, trials) for parts in states.values()]
+    predictions.append(held_out_mean(positions, trials))
+    errors = [np.linalg.norm(predicted - positions, axis=1) for predicted in predictions]
+    for place, (row, _) in enumerate(located):
         rows[row]["probe_error_by_layer"] = [float(error[place]) for error in errors[:-1]]
         rows[row]["blind_probe_error"] = float(errors[-1][place])

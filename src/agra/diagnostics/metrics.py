@@ -1,21 +1,22 @@
-"""Grounding metrics and their intervals: where the action head looks, what moves the action.   4.2.1, Fig. 4(c), Table 1
+"""Grounding metrics and their intervals (4.2.1, Fig. 4(c), Table 1): where the action head looks, and what moves the action.
 
-numpy in, numpy out, no torch. Grids are (..., T, H, W): latent frame, token row, token column; (H, W) is one latent
-frame. A grid unit is the side of one token of the video DiT.
+numpy in, numpy out, no torch. Grids are (..., T, H, W): latent frame, token row, token column. A grid unit is the side of
+one token of the video DiT. Intervals are those of `agra.evaluation.statistics`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+
+from agra.evaluation.statistics import expanded_percentile_interval
 
 Statistic = Callable[..., np.ndarray | float | np.floating]
 """Reduces the axis that it is given, as np.mean and np.median do."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class IntervalEstimate:
     """A statistic over `count` samples from `groups` independent units, with its bootstrap interval."""
 
     value: float
@@ -25,28 +26,28 @@ class Estimate:
     groups: int
 
     def includes(self, reference: float) -> bool:
-        """Whether the interval allows `reference`; an undefined interval allows everything."""
+        """Whether `reference` lies in the interval. An undefined interval includes everything."""
         return not (reference < self.low or reference > self.high)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SensitivityRatio:
-    """The Matched Sensitivity Ratio over samples, in the three usual ways of averaging; `ratio` is the one we quote.
+    """The matched sensitivity ratio over samples, averaged in the three usual ways. Reports quote `ratio`.
 
-    `ratio` is the median of the per-sample ratios: the paper defines R per sample, and the median is the average that
-    a few samples with a background deviation near zero cannot take over, and that gives 1/R when both sides trade
-    places. `mean` is the plain mean of the ratios, `ratio_of_means` the quotient of the two summed deviations.
+    `ratio` is the median of the per-sample ratios. The paper defines R per sample. A few samples with a background
+    deviation near zero cannot dominate a median, and it becomes 1/R when both sides trade places. `mean` is the plain mean
+    of the ratios, `ratio_of_means` the quotient of the two summed deviations.
     """
 
-    ratio: Estimate
-    mean: Estimate
-    ratio_of_means: Estimate
+    ratio: IntervalEstimate
+    mean: IntervalEstimate
+    ratio_of_means: IntervalEstimate
     per_sample: np.ndarray  # (N,), NaN where neither side moves the action
-    undefined: int  # how many NaN, left out of every average
+    undefined: int  # number of NaN, left out of every average
 
 
 def _grid(attention: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as (..., T, H, W), mask broadcast; checks that attention is a mass and the mask a mask."""
+    """Both as (..., T, H, W), the mask broadcast. Raises ValueError for negative attention and masks of other values."""
     attention, mask = np.asarray(attention, dtype=np.float64), np.asarray(mask)
     if mask.dtype != np.bool_ and not np.isin(mask, (0, 1)).all():
         raise ValueError("mask: expected booleans (or 0 and 1), got other values; threshold it first")
@@ -63,21 +64,21 @@ def _grid(attention: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def attention_in_mask_ratio(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Share of the attention mass that falls inside the interaction mask, in [0, 1].                        4.2.1
+    """Fraction of the attention mass inside the interaction mask, in [0, 1] (4.2.1).
 
-    `attention` is (..., T, H, W) or (H, W), of any scale; `mask` broadcasts to it. All mass of a sample counts
-    together, whatever its latent frame; the answer has the leading shape. Uniform attention scores the mask's own
-    share of the grid, which is the baseline to compare with. Raises `ValueError` where there is no mass at all.
+    `attention` is (..., T, H, W) or (H, W), of any scale. `mask` broadcasts to it. The mass of all latent frames of a sample
+    is added up. The result has the leading shape. Uniform attention scores the mask's fraction of the grid, which is the
+    baseline to compare with. Raises ValueError where a sample has no mass.
     """
     attention, mask = _grid(attention, mask)
     total = attention.sum(axis=(-3, -2, -1))
     if (total == 0).any():
-        raise ValueError("attention: a sample has no mass at all, its share inside the mask is undefined")
+        raise ValueError("attention: a sample has no mass at all, its fraction inside the mask is undefined")
     return np.where(mask, attention, 0).sum(axis=(-3, -2, -1)) / total
 
 
 def _centroid(mass: np.ndarray) -> np.ndarray:
-    """(..., H, W) -> (..., 2): mean (row + .5, column + .5) under `mass`, NaN where there is none."""
+    """(..., H, W) -> (..., 2): mean (row + .5, column + .5) under `mass`. NaN where the mass is zero."""
     rows, columns = np.arange(mass.shape[-2]) + 0.5, np.arange(mass.shape[-1]) + 0.5
     total = mass.sum(axis=(-2, -1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -87,28 +88,28 @@ def _centroid(mass: np.ndarray) -> np.ndarray:
 
 
 def centroid_error(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Distance between the attention's centroid and the mask's centroid, in grid units.                     4.2.1
+    """Distance between the attention's centroid and the mask's centroid, in grid units (4.2.1).
 
-    Shapes as in `attention_in_mask_ratio`. Both centroids are weighted means of (row + .5, column + .5), taken in
-    each latent frame by itself and averaged over the latent frames; a frame with an empty mask or without attention
-    has no centroid and is left out. A sample without any frame left is NaN.
+    Shapes as in `attention_in_mask_ratio`. Both centroids are weighted means of (row + .5, column + .5), computed per latent
+    frame. The distances are averaged over the latent frames that have both: an empty mask or zero attention has no
+    centroid. NaN where no latent frame is left.
     """
     attention, mask = _grid(attention, mask)
     distance = np.linalg.norm(_centroid(attention) - _centroid(mask.astype(np.float64)), axis=-1)
-    known = np.isfinite(distance)
+    defined = np.isfinite(distance)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, distance, 0).sum(axis=-1) / known.sum(axis=-1)
+        return np.where(defined, distance, 0).sum(axis=-1) / defined.sum(axis=-1)
 
 
 def mask_to_grid(mask: np.ndarray, grid: tuple[int, int], *, threshold: float = 0.25) -> np.ndarray:
     """Pixel masks (..., H, W) as token masks (..., h, w), bool.
 
-    A token belongs to the mask when at least `threshold` of its area is covered (areas are exact, also where H/h is
-    no integer). A mask too small or too scattered for any token to reach the threshold keeps its most covered token,
-    so that only an empty mask stays empty.
+    A token belongs to the mask where at least the fraction `threshold` of its area is covered. Areas are exact, also where
+    H/h is no integer. If no token of a mask reaches the threshold, its most covered token is kept, so that only an empty
+    mask becomes empty.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold: expected a share in (0, 1], got {threshold}")
+        raise ValueError(f"threshold: expected a fraction in (0, 1], got {threshold}")
     mask = np.asarray(mask)
     if mask.ndim < 2 or min(grid) < 1:
         raise ValueError(f"expected a mask (..., H, W) and a grid of at least 1 x 1, got {mask.shape} and {grid}")
@@ -118,7 +119,7 @@ def mask_to_grid(mask: np.ndarray, grid: tuple[int, int], *, threshold: float = 
 
 
 def _overlap(cells: int, pixels: int) -> np.ndarray:
-    """(cells, pixels): the share of each cell's length that each pixel covers; rows sum to one."""
+    """(cells, pixels): the fraction of each cell's length that each pixel covers. Rows sum to 1."""
     edges = np.arange(cells + 1) * pixels / cells
     starts = np.arange(pixels)
     lengths = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
@@ -126,7 +127,7 @@ def _overlap(cells: int, pixels: int) -> np.ndarray:
 
 
 def _units(rows: np.ndarray, groups: Sequence[object] | None) -> list[np.ndarray]:
-    """`rows` sorted into independent units: one unit a row without `groups`."""
+    """`rows` split into independent units. Without `groups` every row is a unit."""
     if groups is None:
         return [np.array([row]) for row in rows]
     units: dict[object, list[int]] = {}
@@ -135,49 +136,37 @@ def _units(rows: np.ndarray, groups: Sequence[object] | None) -> list[np.ndarray
     return [np.array(unit) for unit in units.values()]
 
 
-def _resample(
+def _estimate(
     statistic: Callable[[np.ndarray], np.ndarray],
-    known: np.ndarray,
+    defined: np.ndarray,
     groups: Sequence[object] | None,
     *,
     confidence: float,
     resamples: int,
     seed: int,
-) -> Estimate:
-    """Percentile bootstrap of `statistic(rows)` over the row numbers where `known`, drawing whole groups of them.
+) -> IntervalEstimate:
+    """`statistic(rows)` over the row numbers where `defined`, and its interval over resamples of whole groups.
 
-    `statistic` reduces the last axis of `rows`; where every group is one row, all resamples are computed at once.
+    `statistic` reduces the last axis of `rows`. Where every group is one row, all resamples are computed at once.
     """
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"expected a confidence in (0, 1) and at least one resample, got {confidence}, {resamples}")
-    if groups is not None and len(groups) != len(known):
-        raise ValueError(f"groups: expected one label for each of {len(known)} values, got {len(groups)}")
-    rows = np.flatnonzero(known)
+    if groups is not None and len(groups) != len(defined):
+        raise ValueError(f"groups: expected one label for each of {len(defined)} values, got {len(groups)}")
+    rows = np.flatnonzero(defined)
     units = _units(rows, groups)
     value = float(statistic(rows)) if len(rows) else float("nan")
     low = high = float("nan")
     if len(units) > 1 and np.isfinite(value):
-        alone = len(units) == len(rows)
-        order = np.concatenate(units)
+        vectorized, order = len(units) == len(rows), np.concatenate(units)
 
-        def together(chosen: np.ndarray, axis: int = -1) -> np.ndarray:
-            assert axis == -1
-            return statistic(order[chosen])
+        def resampled(drawn: np.ndarray) -> np.ndarray:
+            return statistic(order[drawn] if vectorized else np.concatenate([units[unit] for unit in drawn]))
 
-        def one(chosen: np.ndarray) -> np.ndarray:
-            return statistic(np.concatenate([units[unit] for unit in chosen]))
-
-        drawn = stats.bootstrap(
-            (np.arange(len(units)),),
-            together if alone else one,
-            vectorized=alone,
-            n_resamples=resamples,
-            confidence_level=confidence,
-            method="percentile",
-            rng=np.random.default_rng(seed),
+        low, high = expanded_percentile_interval(
+            resampled, len(units), confidence=confidence, resamples=resamples, seed=seed, vectorized=vectorized
         )
-        low, high = map(float, drawn.confidence_interval)
-    return Estimate(value=value, low=low, high=high, count=len(rows), groups=len(units))
+    return IntervalEstimate(value=value, low=low, high=high, count=len(rows), groups=len(units))
 
 
 def bootstrap_interval(
@@ -188,16 +177,16 @@ def bootstrap_interval(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> Estimate:
-    """`statistic` of the finite entries of `values` (N,) with its percentile bootstrap interval.
+) -> IntervalEstimate:
+    """`statistic` of the finite entries of `values` (N,), with its bootstrap interval.
 
-    `groups` names the independent unit of each value: samples cut from one trial resemble each other, so whole
-    trials are drawn. With fewer than two units the interval is NaN.
+    `groups` names the independent unit of each value. Samples of one trial resemble each other, so whole trials are drawn.
+    With fewer than two units the interval is NaN.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"values: expected one axis, got shape {values.shape}")
-    return _resample(
+    return _estimate(
         lambda rows: np.asarray(statistic(values[rows], axis=-1)),
         np.isfinite(values),
         groups,
@@ -216,15 +205,15 @@ def paired_difference(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> Estimate:
+) -> IntervalEstimate:
     """`statistic(a) - statistic(b)` for two measurements (N,) of the same samples, with its bootstrap interval.
 
-    Pairs are kept together; a pair with a value that is not finite is left out on both sides.
+    Pairs are drawn together. A pair with a value that is not finite is left out on both sides.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"paired_difference: expected two arrays of one shape (N,), got {a.shape} and {b.shape}")
-    return _resample(
+    return _estimate(
         lambda rows: np.asarray(statistic(a[rows], axis=-1) - statistic(b[rows], axis=-1)),
         np.isfinite(a) & np.isfinite(b),
         groups,
@@ -243,12 +232,12 @@ def matched_sensitivity_ratio(
     resamples: int = 2000,
     seed: int = 0,
 ) -> SensitivityRatio:
-    """R = Delta(I) / Delta(B): how much more the action heeds the interaction tokens than as many others.      4.2.1
+    """R = Delta(I) / Delta(B) (4.2.1): the effect of the interaction tokens over that of as many background tokens.
 
-    `deviation_interaction` is (N,) or (N, noises); `deviation_background`, for background sets with |B| = |I|, is (N,),
-    (N, draws) or (N, noises, draws). Each side of a sample is averaged over noises and draws first. A sample in which
-    neither side moves the action has no ratio and is left out and counted; one in which only the background does not
-    move it has an infinite one.
+    `deviation_interaction` is (N,) or (N, noise samples). `deviation_background`, for background sets with |B| = |I|, is
+    (N,), (N, background sets) or (N, noise samples, background sets). Each side of a sample is averaged first. A sample in
+    which neither side moves the action has no ratio: it is left out and counted. If only the background does not move the
+    action, the ratio is infinite.
     """
     inside = np.asarray(deviation_interaction, dtype=np.float64)
     outside = np.asarray(deviation_background, dtype=np.float64)
@@ -259,16 +248,16 @@ def matched_sensitivity_ratio(
         or 0 in (*inside.shape[1:], *outside.shape[1:])
     ):
         raise ValueError(
-            f"deviations: expected (N,) or (N, noises) and (N,), (N, draws) or (N, noises, draws), got {inside.shape} "
-            f"and {outside.shape}"
+            f"deviations: expected (N,) or (N, noise samples), and (N,), (N, background sets) or (N, noise samples, "
+            f"background sets), got {inside.shape} and {outside.shape}"
         )
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()) or (inside < 0).any() or (outside < 0).any():
         raise ValueError("deviations: expected finite, non-negative distances")
     inside, outside = (side.reshape(len(side), -1).mean(axis=1) if len(side) else side for side in (inside, outside))
-    known = inside + outside > 0
+    defined = inside + outside > 0
 
-    def estimate(statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        return _resample(statistic, known, groups, confidence=confidence, resamples=resamples, seed=seed)
+    def estimate(statistic: Callable[[np.ndarray], np.ndarray]) -> IntervalEstimate:
+        return _estimate(statistic, defined, groups, confidence=confidence, resamples=resamples, seed=seed)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = inside / outside
@@ -277,5 +266,5 @@ def matched_sensitivity_ratio(
             mean=estimate(lambda rows: np.mean(ratios[rows], axis=-1)),
             ratio_of_means=estimate(lambda rows: np.divide(inside[rows].sum(axis=-1), outside[rows].sum(axis=-1))),
             per_sample=ratios,
-            undefined=int((~known).sum()),
+            undefined=int((~defined).sum()),
         )

@@ -1,10 +1,10 @@
-"""What a diagnosis leaves behind: a folder that `agra report` and other programs read without torch.
+"""The folder of a diagnosis, which `agra report` and other programs read without torch.
 
-    diagnosis.json   policy, seed, settings, grid, and a summary with intervals
+    diagnosis.json   policy, seed, settings, grid, instruments that are not applicable, and a summary with intervals
     metrics.jsonl    one object per sample
-    arrays.npz       attention and masks of every sample; pictures of the gallery's samples
+    arrays.npz       attention and masks of every sample, pictures of the gallery's samples
 
-Written to temporary names and renamed, `diagnosis.json` last. Nothing is pickled.
+Files are written to temporary names and renamed, `diagnosis.json` last. Nothing is pickled.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from agra import files
-from agra.diagnostics.metrics import Estimate, bootstrap_interval, matched_sensitivity_ratio
+from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, matched_sensitivity_ratio
 
 FORMAT = 2
 FILES = ("metrics.jsonl", "arrays.npz", "diagnosis.json")
@@ -27,11 +27,12 @@ FILES = ("metrics.jsonl", "arrays.npz", "diagnosis.json")
 class Diagnosis:
     """One policy's diagnosis. Letters: n samples, g of them in the gallery, J cross-attention blocks.
 
-    `arrays` holds `attention` (n, J, T, H, W) float32 and `mask` (n, T, H, W) bool on the token grid; for the gallery
-    `frames` (g, T, h, w, 3) uint8, `frame_masks` (g, T, h, w) bool, `sensitivity_KIND` (g, H, W) or (g, T, H, W)
+    `arrays` holds, on the token grid, `attention` (n, J, T, H, W) float32 and `mask` (n, T, H, W) bool. For the gallery it
+    holds `frames` (g, T, h, w, 3) uint8, `frame_masks` (g, T, h, w) bool, `sensitivity_KIND` (g, H, W) or (g, T, H, W)
     float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8, `attention_by_steps`, `_heads`
-    and `_actions` (g, so many, J, T, H, W) float16, `imagined` and `recorded` (g, F, h, w, 3) uint8, and for the sample at
-    place p of the gallery `text_attention_p` (layers, words, T, H, W) float16.
+    and `_actions` (g, number of them, J, T, H, W) float16, `imagined` and `recorded` (g, F, h, w, 3) uint8, and for the
+    sample at place p of the gallery `text_attention_p` (layers, words, T, H, W) float16. Arrays of instruments that are not
+    applicable, or were not used, are absent.
     """
 
     header: Mapping[str, Any]
@@ -43,22 +44,26 @@ class Diagnosis:
         """(trial, step) of every sample."""
         return [(row["trial"], row["step"]) for row in self.rows]
 
+    def applies(self, instrument: str) -> bool:
+        """Whether the policy's method can offer the instrument (`agra.diagnostics.measurement.InstrumentName`)."""
+        return instrument not in self.header["not_applicable"]
+
     def values(self, name: str) -> np.ndarray:
-        """A number of every sample (n,), NaN where it is null."""
+        """A measure of every sample (n,), NaN for null."""
         return np.array([math.nan if row[name] is None else row[name] for row in self.rows], dtype=np.float64)
 
     def layer_values(self, name: str, layer: int) -> np.ndarray:
-        """A layer's number of every sample (n,), NaN where there is none: `name` without its "_by_layer"."""
+        """A layer's measure of every sample (n,), NaN for null. `name` is without its "_by_layer"."""
         place = self.header["layers"].index(layer) if layer in self.header["layers"] else None
         cells = [row[f"{name}_by_layer"] for row in self.rows]
-        known = [None if cell is None or place is None else cell[place] for cell in cells]
-        return np.array([math.nan if value is None else value for value in known], dtype=np.float64)
+        values = [None if cell is None or place is None else cell[place] for cell in cells]
+        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
     def of_regime(self, regime: str) -> "Diagnosis":
-        """The samples of one regime; the gallery stays behind."""
-        chosen = [place for place, row in enumerate(self.rows) if row["regime"] == regime]
-        arrays = {name: self.arrays[name][chosen] for name in ("attention", "mask")}
-        return Diagnosis(header=self.header, rows=[self.rows[place] for place in chosen], arrays=arrays)
+        """The samples of one regime, without the gallery."""
+        places = [place for place, row in enumerate(self.rows) if row["regime"] == regime]
+        arrays = {name: self.arrays[name][places] for name in ("attention", "mask") if name in self.arrays}
+        return Diagnosis(header=self.header, rows=[self.rows[place] for place in places], arrays=arrays)
 
     def deviations(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         """Delta(I) (n, noise samples) and Delta(B) (n, noise samples, background sets), NaN for unmatched samples."""
@@ -70,14 +75,14 @@ class Diagnosis:
         return np.array(inside).reshape(-1, samples), np.array(outside).reshape(-1, samples, sets)
 
     def ratios(self, kind: str) -> np.ndarray:
-        """The matched sensitivity ratio Delta(I) / Delta(B) of every sample (n,), each side averaged first."""
+        """The matched sensitivity ratio Delta(I) / Delta(B) of every sample (n,). Each side is averaged first."""
         inside, outside = self.deviations(kind)
         with np.errstate(divide="ignore", invalid="ignore"):
             return inside.mean(axis=1) / outside.mean(axis=(1, 2))
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
-    """The grounding metrics over all samples, with bootstrap intervals that draw whole trials."""
+    """The grounding metrics over all samples, with bootstrap intervals over trials."""
 
     def mean(name: str) -> dict[str, float]:
         values = [math.nan if row[name] is None else row[name] for row in rows]
@@ -98,17 +103,17 @@ def summarise(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], *, seed: 
     return summary
 
 
-def estimate(entry: Mapping[str, float | int | None]) -> Estimate:
-    """An `Estimate` as it was before it became JSON, where null stands for NaN."""
-    return Estimate(**{name: math.nan if value is None else value for name, value in entry.items()})  # type: ignore[arg-type]
+def estimate(entry: Mapping[str, float | int | None]) -> IntervalEstimate:
+    """An `IntervalEstimate` from its JSON, in which null stands for NaN."""
+    return IntervalEstimate(**{name: math.nan if value is None else value for name, value in entry.items()})  # type: ignore[arg-type]
 
 
 def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
-    """Write the three files."""
+    """Write the three files. A diagnosis that was in `folder` is replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(plain(row), allow_nan=False) + "\n" for row in diagnosis.rows]
-    # Whoever reads an older diagnosis here meanwhile finds it unfinished, never half of each.
+    # Without this file the folder counts as unfinished, so that a reader never mixes the old and the new diagnosis.
     (folder / "diagnosis.json").unlink(missing_ok=True)
     files.write_text(folder / "metrics.jsonl", "".join(lines))
     with files.replacing(folder / "arrays.npz") as temporary, temporary.open("wb") as file:
@@ -118,28 +123,35 @@ def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
 
 
 def read_diagnosis(folder: Path) -> Diagnosis:
-    """Read what `write_diagnosis` wrote; `FileNotFoundError` or `ValueError` names what is missing or unfit."""
+    """Inverse of `write_diagnosis`. Raises FileNotFoundError for a missing file, ValueError for files that do not fit."""
     folder = Path(folder)
     for name in FILES:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: no {name}; run `agra diagnose` with this folder as output")
+            raise FileNotFoundError(f"{folder}: no {name}; run `agra diagnose` on this policy")
     header = json.loads((folder / "diagnosis.json").read_text())
-    settings = header.get("settings", {})
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder}/diagnosis.json: expected format {FORMAT}, got {header.get('format')}; diagnose the policy again"
+        )
+    settings = header["settings"]
     for earlier, present in (("noises", "noise_samples"), ("draws", "background_sets")):  # names until version 0.1
         if earlier in settings:
             settings[present] = settings.pop(earlier)
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{folder}/diagnosis.json: expected format {FORMAT}, got {header.get('format')}")
+    header.setdefault("not_applicable", [])  # until version 0.1 every diagnosed policy was a WAM
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     with np.load(folder / "arrays.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    if len(arrays["attention"]) != len(rows):
-        raise ValueError(f"{folder}: {len(rows)} samples in metrics.jsonl, {len(arrays['attention'])} in arrays.npz")
+    for name in ("attention", "mask"):
+        if name in arrays and len(arrays[name]) != len(rows):
+            raise ValueError(
+                f"{folder}: {len(rows)} samples in metrics.jsonl, but {len(arrays[name])} in {name} of arrays.npz; "
+                "diagnose the policy again"
+            )
     return Diagnosis(header=header, rows=rows, arrays=arrays)
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers that are not finite become null, numpy scalars become Python numbers."""
+    """`value` as JSON: numbers that are not finite become None, numpy scalars become Python numbers."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

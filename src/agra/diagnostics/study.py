@@ -1,7 +1,7 @@
-"""Layer studies: the same training once for every layer that is aligned alone, or read alone (Figs. 10, 11).
+"""Layer studies (Figs. 10, 11): one training for every layer, in which that layer alone is aligned, or read.
 
-Each variant is a run with a folder of its own. `study.json` lists them for the report. After an interruption the same command
-continues: a finished stage, finished trials and a finished diagnosis are not repeated.
+Each variant is a run with its own folder. `study.json` lists them for the report. After an interruption the same command
+continues: finished training, trials and diagnoses are not repeated.
 """
 
 import json
@@ -12,26 +12,27 @@ from typing import Literal
 
 from agra import files
 from agra.config import RunConfig
-from agra.diagnostics.report.study import STUDY
+from agra.diagnostics.report.study_section import STUDY
 from agra.methods.wam import WAMMethodConfig
 
-Over = Literal["alignment", "bridge"]
+StudyTopic = Literal["alignment", "bridge"]
 
 
-def variants(config: RunConfig, over: Over, layers: Sequence[int] | None = None) -> dict[str, RunConfig]:
-    """The config of every variant by name, the one without the change first. By default all bridged layers.
+def variants(config: RunConfig, over: StudyTopic, layers: Sequence[int] | None = None) -> dict[str, RunConfig]:
+    """The config of every variant by name, the baseline first. By default `layers` are all bridged layers.
 
-    `alignment`: no layer, then each layer aligned alone (Fig. 10). `bridge`: the multi-layer bridge, then one whose blocks
-    all read the same layer (Fig. 11). Raises ValueError where the method is no WAM, or aligns nothing in this stage.
+    `alignment` compares no alignment with each layer aligned alone (Fig. 10). `bridge` compares the multi-layer bridge with
+    bridges whose blocks all read the same layer (Fig. 11). Raises ValueError for a method that is no WAM, and for an
+    alignment study of a stage or recipe that does not align.
     """
     method = config.method
     if not isinstance(method, WAMMethodConfig):
-        raise ValueError(f"a layer study needs a WAM, got the method {method.kind}")
+        raise ValueError(f"a layer study is not applicable to the method {method.kind}; it needs a WAM, such as the recipe tiny")
     studied = sorted(set(method.model.bridge.layers if layers is None else layers))
     if over == "alignment":
         if method.alignment is None or not method.aligns:
             raise ValueError(
-                "an alignment study needs a recipe and a stage that align; take `tiny` and the joint stage"
+                "an alignment study needs a recipe and a stage that align, such as the recipe tiny at the joint stage"
             )
         alignment = method.alignment
         return {"without": replace(config, method=replace(method, alignment=None))} | {
@@ -53,7 +54,7 @@ def variants(config: RunConfig, over: Over, layers: Sequence[int] | None = None)
 def study(
     config: RunConfig,
     *,
-    over: Over,
+    over: StudyTopic,
     output: Path,
     layers: Sequence[int] | None = None,
     train: Callable[[RunConfig, Path], bool],
@@ -61,14 +62,14 @@ def study(
 ) -> Path:
     """Train and judge every variant in a folder under `output`. Returns `output`/study.json.
 
-    `train` trains a config into a folder and returns False where it was stopped. `judge` evaluates and diagnoses a run by
+    `train` trains a config into a folder and returns False if it was stopped. `judge` evaluates and diagnoses a run, given
     its folder and name.
     """
     configs = variants(config, over, layers)
     output.mkdir(parents=True, exist_ok=True)
     for name, variant in configs.items():
         if not train(variant, output / name):
-            raise KeyboardInterrupt  # SIGTERM, and the checkpoint is written
+            raise KeyboardInterrupt  # stopped by SIGTERM, after its checkpoint was written
         judge(output / name, name)
     rows = [{"name": name, "layers": _changed(variant, over)} for name, variant in configs.items()]
     content = {"over": over, "steps": config.stage.steps, "stage": config.stage.name, "variants": rows}
@@ -76,7 +77,7 @@ def study(
     return output / STUDY
 
 
-def _changed(config: RunConfig, over: Over) -> list[int]:
+def _changed(config: RunConfig, over: StudyTopic) -> list[int]:
     method = config.method
     assert isinstance(method, WAMMethodConfig)
     return sorted(set(method.model.bridge.layers)) if over == "bridge" else list(method.aligned_layers)

@@ -1,9 +1,9 @@
-"""Visual reliance of a policy: the error of its first chunk's target, and the inputs that move the target (B.2.2).
+"""Visual reliance of a policy (B.2.2): the error of its first chunk's target, and the inputs that move the target.
 
-A falling action loss does not show it, since most of an action can be read off the state vector. An episode's first
-observation does, since the state is nearly always the same there. A policy that uses the image puts the hand where the object
-is, and moves it when the image shows another scene. The *target* of a chunk is the (planar) position that it asks for at one
-of its steps.
+A falling action loss does not show it, since most of an action can be predicted from the state vector. The first observation
+of an episode does, since the state is nearly always the same there. A policy that uses the image moves the hand to the object,
+and moves it elsewhere when the image shows another scene. The *target* of a chunk is the (planar) position that it asks for at
+one of its steps.
 """
 
 import json
@@ -19,8 +19,8 @@ from agra import files
 from agra.config import VisualRelianceConfig
 from agra.types import Episode, Observation, Policy
 
-Variant = Literal["seen", "image_swapped", "image_masked", "instruction_swapped"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
+InputVariant = Literal["unchanged", "image_swapped", "image_masked", "instruction_swapped"]
+VARIANTS: tuple[InputVariant, ...] = get_args(InputVariant)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,7 +28,7 @@ class InitialObservation:
     """The first observation of a demonstrated episode, and the demonstration's actions."""
 
     trial: str
-    group: str  # those of one group, for example a task, share the constant predictor
+    group: str  # such as a task; the constant predictor is the mean of a group
     observation: Observation
     actions: np.ndarray  # (N, D), the episode's actions in the robot's units
 
@@ -45,54 +45,61 @@ class InitialObservation:
 
 
 def groups_by_instruction(instructions: Sequence[str], *, least: int = 8) -> list[str]:
-    """A group for each instruction: itself where at least `least` share it, "other" for the rest."""
+    """A group for each instruction: the instruction itself where at least `least` episodes have it, else "other"."""
     counts = Counter(instructions)
     return [text if counts[text] >= least else "other" for text in instructions]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Swaps:
-    """The rows whose image and instruction replace each row's. A row's own number means that nothing is swapped."""
+    """The rows whose image and instruction replace each row's. A row that keeps its own has its own number."""
 
-    image: np.ndarray  # (N,) rows
-    instruction: np.ndarray  # (N,)
+    image: np.ndarray  # (N,) row numbers
+    instruction: np.ndarray  # (N,) row numbers
     rival: Mapping[int, int]  # rows with the same scene under another instruction
 
     @classmethod
     def of(cls, groups: Sequence[str], instructions: Sequence[str], rival: Mapping[int, int]) -> "Swaps":
-        """Images come from the row half a group away. Instructions come from the rival, or else from there as well."""
+        """Take images from the row half a group away, and instructions from the rival or, without one, from the same row."""
         image = np.arange(len(groups))
         for group in dict.fromkeys(groups):
             rows = np.flatnonzero(np.asarray(groups) == group)
             image[rows] = np.roll(rows, len(rows) // 2)
-        other = [rival.get(row, int(partner)) for row, partner in enumerate(image)]
-        instruction = [o if instructions[o] != instructions[row] else row for row, o in enumerate(other)]
+        donors = [rival.get(row, int(partner)) for row, partner in enumerate(image)]
+        instruction = [
+            donor if instructions[donor] != instructions[row] else row for row, donor in enumerate(donors)
+        ]
         return cls(image=image, instruction=np.array(instruction, dtype=np.int64), rival=rival)
 
 
 def rivals(initial: Sequence[InitialObservation]) -> dict[int, int]:
-    """Row to row with the same scene under another instruction, where there is one."""
+    """Map rows to a row with the same first frame under another instruction, where there is one."""
     scenes: dict[bytes, list[int]] = {}
-    for row, each in enumerate(initial):
-        scenes.setdefault(each.observation.frame.tobytes(), []).append(row)
+    for row, start in enumerate(initial):
+        scenes.setdefault(start.observation.frame.tobytes(), []).append(row)
     pairs = {}
     for rows in scenes.values():
         for row in rows:
-            others = [o for o in rows if initial[o].observation.instruction != initial[row].observation.instruction]
-            if others:
-                pairs[row] = others[0]
+            instruction = initial[row].observation.instruction
+            different = [other for other in rows if initial[other].observation.instruction != instruction]
+            if different:
+                pairs[row] = different[0]
     return pairs
 
 
-def observations(initial: Sequence[InitialObservation], swaps: Swaps) -> dict[Variant, list[Observation]]:
-    """The observations of each variant, in which the named part alone changes. A masked image is its mean colour."""
-    seen = [each.observation for each in initial]
+def observations(initial: Sequence[InitialObservation], swaps: Swaps) -> dict[InputVariant, list[Observation]]:
+    """The observations of each variant. Only the named part changes. A masked image has its mean colour everywhere."""
+    unchanged = [start.observation for start in initial]
     return {
-        "seen": seen,
-        "image_swapped": [replace(o, frame=seen[i].frame) for o, i in zip(seen, swaps.image, strict=True)],
-        "image_masked": [replace(o, frame=_blank(o.frame)) for o in seen],
+        "unchanged": unchanged,
+        "image_swapped": [
+            replace(observation, frame=unchanged[row].frame)
+            for observation, row in zip(unchanged, swaps.image, strict=True)
+        ],
+        "image_masked": [replace(observation, frame=_blank(observation.frame)) for observation in unchanged],
         "instruction_swapped": [
-            replace(o, instruction=seen[i].instruction) for o, i in zip(seen, swaps.instruction, strict=True)
+            replace(observation, instruction=unchanged[row].instruction)
+            for observation, row in zip(unchanged, swaps.instruction, strict=True)
         ],
     }
 
@@ -104,34 +111,38 @@ def measure_visual_reliance(
     config: VisualRelianceConfig,
     *,
     seed: int = 0,
+    reads_instruction: bool = True,
 ) -> "VisualReliance":
-    """Compare any policy's first chunk between the variants, under the same seed.
+    """Compare a policy's first chunk between the variants, under the same seed. Works for any policy, also a remote one.
 
-    Raises ValueError without initial observations.
+    For a policy that reads no instruction, the measures of the swapped instruction are not applicable. Raises ValueError
+    without initial observations.
     """
     if not initial:
         raise ValueError("visual reliance: no initial observations")
     dimensions = config.select(action_names)
-    groups = [each.group for each in initial]
-    swaps = Swaps.of(groups, [each.observation.instruction for each in initial], rivals(initial))
-    targets: dict[Variant, np.ndarray] = {}
+    groups = [start.group for start in initial]
+    swaps = Swaps.of(groups, [start.observation.instruction for start in initial], rivals(initial))
+    targets: dict[InputVariant, np.ndarray] = {}
     for variant, changed in observations(initial, swaps).items():
+        if variant == "instruction_swapped" and not reads_instruction:
+            continue
         rows = []
         for observation in changed:
             policy.reset(seed)
             rows.append(_target(policy.act(observation).actions, dimensions, config.step))
         targets[variant] = np.stack(rows)
-    demonstrated = np.stack([_target(each.actions, dimensions, config.step) for each in initial])
-    return VisualReliance.of(targets, demonstrated, swaps, trials=[each.trial for each in initial], groups=groups)
+    demonstrated = np.stack([_target(start.actions, dimensions, config.step) for start in initial])
+    return VisualReliance.of(targets, demonstrated, swaps, trials=[start.trial for start in initial], groups=groups)
 
 
 MEASURES = (
-    "error",  # distance of the target from the demonstrated one
-    "constant_error",  # the same for the mean of the others of the group
-    "image_swap_shift",  # distance by which the target moves
-    "image_mask_shift",
-    "instruction_swap_shift",
-    "follows_instruction",  # 1 where the rival's instruction brings the target nearer to the rival's, else 0
+    "error",  # distance of the target from the demonstrated target
+    "constant_error",  # the same for a constant: the mean demonstrated target of the rest of the group
+    "image_swap_shift",  # distance that the target moves under another trial's image
+    "image_mask_shift",  # distance that it moves under a blank image
+    "instruction_swap_shift",  # distance that it moves under another instruction
+    "follows_instruction",  # 1 where the rival's instruction brings the target nearer to the rival's target, else 0
 )
 
 
@@ -146,30 +157,30 @@ class VisualReliance:
     @classmethod
     def of(
         cls,
-        targets: Mapping[Variant, np.ndarray],
+        targets: Mapping[InputVariant, np.ndarray],
         demonstrated: np.ndarray,
         swaps: Swaps,
         *,
         trials: Sequence[str],
         groups: Sequence[str],
     ) -> "VisualReliance":
-        """The measures of the targets (N, d) of every variant, given the demonstrated ones (N, d).
+        """The measures of the targets (N, d) of every variant, given the demonstrated targets (N, d).
 
-        A missing variant gives NaN.
+        The measures of a missing variant are NaN.
         """
-        seen = targets["seen"]
-        missing = np.full_like(seen, np.nan)
+        unchanged = targets["unchanged"]
+        missing = np.full_like(unchanged, np.nan)
         image_swapped, image_masked, instruction_swapped = (targets.get(variant, missing) for variant in VARIANTS[1:])
         follows = np.full(len(demonstrated), np.nan)
         for row, other in swaps.rival.items():
             distance, rival_distance = np.linalg.norm(instruction_swapped[row] - demonstrated[[row, other]], axis=-1)
             follows[row] = rival_distance < distance if np.isfinite(distance) else np.nan
         values = {
-            "error": np.linalg.norm(seen - demonstrated, axis=-1),
+            "error": np.linalg.norm(unchanged - demonstrated, axis=-1),
             "constant_error": np.linalg.norm(_constant(demonstrated, groups) - demonstrated, axis=-1),
-            "image_swap_shift": _shift(image_swapped, seen, swaps.image),
-            "image_mask_shift": np.linalg.norm(image_masked - seen, axis=-1),
-            "instruction_swap_shift": _shift(instruction_swapped, seen, swaps.instruction),
+            "image_swap_shift": _shift(image_swapped, unchanged, swaps.image),
+            "image_mask_shift": np.linalg.norm(image_masked - unchanged, axis=-1),
+            "instruction_swap_shift": _shift(instruction_swapped, unchanged, swaps.instruction),
             "follows_instruction": follows,
         }
         return cls(trials=tuple(trials), groups=tuple(groups), values=values)
@@ -184,11 +195,11 @@ class VisualReliance:
         )
 
     def means(self) -> dict[str, float]:
-        """The mean of every measure that is applicable to some observation."""
+        """The mean of every measure over the observations that it applies to. Measures that apply to none are left out."""
         return {name: float(np.nanmean(v)) for name, v in self.values.items() if np.isfinite(v).any()}
 
     def save(self, path: Path) -> None:
-        """Write JSON under a temporary name and rename it."""
+        """Write JSON, with null for NaN."""
         values = {name: [None if np.isnan(v) else v for v in row.tolist()] for name, row in self.values.items()}
         files.write_text(path, json.dumps({"trials": self.trials, "groups": self.groups, "values": values}) + "\n")
 
@@ -198,7 +209,9 @@ class VisualReliance:
         content = json.loads(path.read_text())
         values = {name: np.array(row, dtype=np.float64) for name, row in content["values"].items()}
         if set(values) != set(MEASURES) or any(len(row) != len(content["trials"]) for row in values.values()):
-            raise ValueError(f"{path}: expected a value of each of {', '.join(MEASURES)} for every trial")
+            raise ValueError(
+                f"{path}: expected a value of each of {', '.join(MEASURES)} for every trial; diagnose the policy again"
+            )
         return cls(trials=tuple(content["trials"]), groups=tuple(content["groups"]), values=values)
 
 
@@ -208,12 +221,12 @@ def _blank(frame: np.ndarray) -> np.ndarray:
 
 
 def _target(actions: np.ndarray, dimensions: Sequence[int], step: int) -> np.ndarray:
-    """The target of a chunk or episode. The last action stands for those after the end."""
+    """The target of a chunk or episode. After the end it is that of the last action."""
     return actions[min(step, len(actions) - 1), list(dimensions)].astype(np.float64)
 
 
 def _constant(targets: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """The mean of the others of the group. NaN in a group of one."""
+    """For each row the mean target of the rest of its group. NaN in a group of one."""
     means = np.full(targets.shape, np.nan)
     for group in dict.fromkeys(groups):
         rows = np.flatnonzero(np.asarray(groups) == group)
@@ -222,7 +235,7 @@ def _constant(targets: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     return means
 
 
-def _shift(moved: np.ndarray, seen: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Distances between targets. NaN where nothing was swapped."""
-    distance = np.linalg.norm(moved - seen, axis=-1)
-    return np.where(source == np.arange(len(source)), np.nan, distance)
+def _shift(moved: np.ndarray, unchanged: np.ndarray, donors: np.ndarray) -> np.ndarray:
+    """Distances between targets. NaN for rows that kept their own input."""
+    distance = np.linalg.norm(moved - unchanged, axis=-1)
+    return np.where(donors == np.arange(len(donors)), np.nan, distance)

@@ -6,7 +6,7 @@ bootstrap).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +45,39 @@ def mcnemar(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> McNemar:
     return McNemar(float(p_value), only_a, only_b, int((a & b).sum()), int((~a & ~b).sum()))
 
 
+def expanded_percentile_interval(
+    statistic: Callable[[np.ndarray], np.ndarray | float],
+    units: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int = 0,
+    vectorized: bool = True,
+) -> tuple[float, float]:
+    """Bootstrap interval (low, high) of a statistic over independent units, the only one of the package.
+
+    `statistic` takes the numbers, 0 to `units` - 1, of the resampled units. If it is `vectorized`, it takes many resamples at
+    once and reduces the last axis. The percentile bootstrap of few units is too narrow, because it uses a normal quantile and
+    a variance over n instead of n - 1. Its percentiles are widened to Student's (Hesterberg 2015, "expanded percentile").
+    Raises ValueError for fewer than two units.
+    """
+    if units < 2:
+        raise ValueError(f"bootstrap: expected at least two independent units, got {units}")
+    quantile = math.sqrt(units / (units - 1)) * stats.t.ppf((1 - confidence) / 2, units - 1)
+    resampled = stats.bootstrap(
+        (np.arange(units),),
+        (lambda numbers, axis=-1: statistic(numbers)) if vectorized else statistic,
+        n_resamples=resamples,
+        batch=1000,
+        vectorized=vectorized,
+        confidence_level=float(1 - 2 * stats.norm.cdf(quantile)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = resampled.confidence_interval
+    return float(low), float(high)
+
+
 class Average(NamedTuple):
     """A mean over `clusters` independent units, with its interval."""
 
@@ -64,9 +97,7 @@ def clustered_bootstrap(
 ) -> Average:
     """The mean of the cluster means of `values` (N,), with an interval that resamples whole clusters.
 
-    `clusters` labels each value. The percentile bootstrap of few units is too narrow, because it uses a normal quantile and
-    a variance over n instead of n - 1. Its percentiles are widened to Student's (Hesterberg 2015, "expanded percentile").
-    If all clusters agree, the interval is a point. Raises ValueError for fewer than two clusters.
+    `clusters` labels each value. If all clusters agree, the interval is a point. Raises ValueError for fewer than two clusters.
     """
     means = np.array(list(_cluster_means(values, clusters).values()))
     count = len(means)
@@ -74,18 +105,10 @@ def clustered_bootstrap(
         raise ValueError(f"clustered_bootstrap: expected at least two clusters, got {count}")
     if np.ptp(means) == 0:
         return Average(float(means[0]), float(means[0]), float(means[0]), count)
-    quantile = math.sqrt(count / (count - 1)) * stats.t.ppf((1 - confidence) / 2, count - 1)
-    resampled = stats.bootstrap(
-        (means,),
-        np.mean,
-        n_resamples=resamples,
-        batch=1000,
-        confidence_level=float(1 - 2 * stats.norm.cdf(quantile)),
-        method="percentile",
-        rng=np.random.default_rng(seed),
+    low, high = expanded_percentile_interval(
+        lambda numbers: means[numbers].mean(axis=-1), count, confidence=confidence, resamples=resamples, seed=seed
     )
-    low, high = resampled.confidence_interval
-    return Average(float(means.mean()), float(low), float(high), count)
+    return Average(float(means.mean()), low, high, count)
 
 
 def stratified_average(

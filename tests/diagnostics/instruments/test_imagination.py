@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agra.diagnostics.instruments.imagination import compare_videos, nothing_moves
+from agra.diagnostics.instruments.imagination import compare_videos, static_video
 
 
 def test_scores_follow_the_noise():
@@ -21,7 +21,7 @@ def test_only_the_future_counts():
     assert compare_videos(other, real).psnr == np.inf
     moved = real.copy()
     moved[2] = 100
-    still = compare_videos(nothing_moves(moved), moved)
+    still = compare_videos(static_video(moved), moved)
     assert still.psnr == pytest.approx(10 * np.log10(255**2 / (100**2 / 2)))
     assert still.ssim < 1
     with pytest.raises(ValueError, match="after the first"):

@@ -36,5 +36,5 @@ def test_flat_features_and_bad_input():
     assert pca_rgb([np.ones((2, 3, 4))])[0].shape == (2, 3, 3)
     with pytest.raises(ValueError, match="one width"):
         pca_rgb([np.ones((2, 3)), np.ones((2, 4))])
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="expected finite features"):
         pca_rgb([np.full((3, 4), np.nan)])

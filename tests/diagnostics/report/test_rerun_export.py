@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from agra.diagnostics.diagnosis import diagnose
-from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.report.rerun_export import write_recording
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from agra.diagnostics.visual_reliance import VisualReliance, Swaps
-from agra.diagnostics.metrics import Estimate
+from agra.diagnostics.metrics import IntervalEstimate
 from agra.diagnostics.record import Diagnosis, read_diagnosis, write_diagnosis
 from agra.diagnostics.report.page import PolicyEntry, build_report, read_log
-from agra.diagnostics.report.tables import difference_cell, mcnemar_cell, number, percent
+from agra.diagnostics.report.comparison_table import difference_cell, mcnemar_cell, number, percent
 from agra.types import REGIMES
 
 
@@ -50,8 +50,8 @@ def teach(frames):
     return frames.reshape(len(frames), 4, 4, 5, 4, 3).mean(axis=(2, 4))
 
 
-def test_the_report_holds_everything_and_loads_nothing(run, tmp_path):
-    entries = [run("baseline"), run("aligned", wins=8, teacher=teach), run("third")]
+def test_the_report_holds_everything_and_loads_nothing(write_policy, tmp_path):
+    entries = [write_policy("baseline"), write_policy("aligned", wins=8, teacher=teach), write_policy("third")]
     output = build_report(entries, tmp_path / "site" / "report.html", notes=["A note of the caller."])
     text = output.read_text()
     page = Page(text)
@@ -73,8 +73,8 @@ def test_the_report_holds_everything_and_loads_nothing(run, tmp_path):
     assert not list(output.parent.glob("*.tmp"))
 
 
-def test_verdicts_in_the_report(run, tmp_path):
-    words = Page(build_report([run("baseline"), run("aligned", wins=8)], tmp_path / "r.html").read_text()).words
+def test_verdicts_in_the_report(write_policy, tmp_path):
+    words = Page(build_report([write_policy("baseline"), write_policy("aligned", wins=8)], tmp_path / "r.html").read_text()).words
     # 5 more of 10 in each regime: McNemar p = .0625 in one, far below in all
     assert "30 % (3/10)" in words
     assert "of 10 trials aligned alone succeeded in 5, baseline alone in 0; p = 0.062" in words
@@ -82,8 +82,8 @@ def test_verdicts_in_the_report(run, tmp_path):
     assert "no difference shown difference 0 [0, 0]" in words  # the same weights, so the same grounding
 
 
-def test_one_policy_and_missing_parts(run, tmp_path):
-    whole = run("alone")
+def test_one_policy_and_missing_parts(write_policy, tmp_path):
+    whole = write_policy("alone")
     bare = PolicyEntry(name="bare", description="nothing was measured")
     words = Page(build_report([whole], tmp_path / "a.html").read_text()).words
     assert "against" not in words.split("Evaluation")[0]
@@ -93,8 +93,8 @@ def test_one_policy_and_missing_parts(run, tmp_path):
     assert not {"training", "evaluation", "grounding", "gallery"} & page.ids
 
 
-def test_different_trials_are_not_compared(run, tmp_path):
-    one, two = run("one"), run("two")
+def test_different_trials_are_not_compared(write_policy, tmp_path):
+    one, two = write_policy("one"), write_policy("two")
     lines = two.results.read_text().replace('"trials_sha256": "x"', '"trials_sha256": "y"')
     two.results.write_text(lines)
     assert (
@@ -102,8 +102,8 @@ def test_different_trials_are_not_compared(run, tmp_path):
     )
 
 
-def test_samples_are_paired_by_name(run, tmp_path):
-    one, two = run("one"), run("two")
+def test_samples_are_paired_by_name(write_policy, tmp_path):
+    one, two = write_policy("one"), write_policy("two")
     read = read_diagnosis(two.diagnosis)
     rows = [{**row, "trial": row["trial"] if i < 2 else f"other-{i}"} for i, row in enumerate(read.rows)]
     write_diagnosis(Diagnosis(header=read.header, rows=rows, arrays=read.arrays), two.diagnosis)
@@ -131,7 +131,7 @@ def test_refusals(tmp_path):
 
 
 def estimate(value, low, high):
-    return Estimate(value=value, low=low, high=high, count=9, groups=9)
+    return IntervalEstimate(value=value, low=low, high=high, count=9, groups=9)
 
 
 def test_wording_follows_the_interval():
@@ -152,17 +152,17 @@ def test_numbers_read_well():
 
 def looking(error, shift, trials):
     """Looks in two groups whose error and shift are known."""
-    wanted = np.random.default_rng(0).uniform(-0.1, 0.1, (len(trials), 2))
-    seen = wanted + np.array([error, 0])
-    moved = seen + np.array([0, shift])
-    targets = {"seen": seen, "image_swapped": moved, "image_masked": moved, "instruction_swapped": seen}
+    demonstrated = np.random.default_rng(0).uniform(-0.1, 0.1, (len(trials), 2))
+    unchanged = demonstrated + np.array([error, 0])
+    moved = unchanged + np.array([0, shift])
+    targets = {"unchanged": unchanged, "image_swapped": moved, "image_masked": moved, "instruction_swapped": unchanged}
     groups = ["in_distribution" if i % 2 else "semantic" for i in range(len(trials))]
     swaps = Swaps.of(groups, [f"take {i}" for i in range(len(trials))], {0: 2, 2: 0})
-    return VisualReliance.of(targets, wanted, swaps, trials=trials, groups=groups)
+    return VisualReliance.of(targets, demonstrated, swaps, trials=trials, groups=groups)
 
 
-def test_looking_is_compared_on_the_same_trials(run, tmp_path):
-    entries = [run("wam"), run("agra")]
+def test_looking_is_compared_on_the_same_trials(write_policy, tmp_path):
+    entries = [write_policy("wam"), write_policy("agra")]
     trials = [f"trial {i}" for i in range(24)]
     looking(0.06, 0.004, trials).save(tmp_path / "wam" / "diagnosis" / "visual_reliance.json")
     looking(0.02, 0.05, trials).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")

@@ -1,7 +1,7 @@
-"""What the video DiT expects to happen, beside what did: was the video right and the action wrong?              Fig. 1
+"""Comparison of the predicted video with the recording (Fig. 1), to tell a wrong prediction from a wrong action.
 
-The predicted latents are decoded and compared with the recorded frames at the size that the model sees. Predicting
-that nothing moves is the baseline: in a nearly static scene its scores are high.
+The predicted latents are decoded and compared with the recorded frames at the model's frame size. The baseline repeats the
+observation. In a nearly static scene its scores are high.
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoLikeness:
-    """How near future frames are to the recorded ones."""
+class VideoScores:
+    """Similarity of predicted future frames to the recorded frames."""
 
-    psnr: float  # dB, of the squared error over all of them
-    ssim: float  # at most 1, mean over them
+    psnr: float  # dB, from the squared error over all future frames
+    ssim: float  # at most 1, mean over the future frames
 
 
-def compare_videos(predicted: np.ndarray, recorded: np.ndarray) -> VideoLikeness:
-    """PSNR and SSIM of frames (F, H, W, 3) uint8 after the first, which both share.
+def compare_videos(predicted: np.ndarray, recorded: np.ndarray) -> VideoScores:
+    """PSNR and SSIM of the frames (F, H, W, 3) uint8 after the first, which is the observation in both.
 
-    Equal frames have an infinite PSNR. Raises ValueError where the shapes differ or there is no future frame.
+    Equal frames have an infinite PSNR. Raises ValueError for different shapes and for videos without a future frame.
     """
     if predicted.shape != recorded.shape or predicted.dtype != np.uint8 or recorded.dtype != np.uint8:
         raise ValueError(f"expected two uint8 videos of one shape, got {predicted.shape} and {recorded.shape}")
@@ -30,9 +30,9 @@ def compare_videos(predicted: np.ndarray, recorded: np.ndarray) -> VideoLikeness
     with np.errstate(divide="ignore"):
         psnr = peak_signal_noise_ratio(recorded[1:], predicted[1:])
     ssim = [structural_similarity(*pair, channel_axis=-1) for pair in zip(recorded[1:], predicted[1:], strict=True)]
-    return VideoLikeness(psnr=float(psnr), ssim=float(np.mean(ssim)))
+    return VideoScores(psnr=float(psnr), ssim=float(np.mean(ssim)))
 
 
-def nothing_moves(recorded: np.ndarray) -> np.ndarray:
-    """The observation repeated: the prediction that costs nothing."""
+def static_video(recorded: np.ndarray) -> np.ndarray:
+    """The baseline: the observation, repeated."""
     return np.broadcast_to(recorded[:1], recorded.shape)

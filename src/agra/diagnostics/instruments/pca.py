@@ -1,7 +1,7 @@
-"""Joint PCA of patch features as colour: one basis for all samples of one source.                    3.2; Figs. 3, 16
+"""Joint PCA of patch features as colours (3.2, Figs. 3, 16): one basis for all samples of one source.
 
-Fitted jointly, so that equal colours mean equal features across samples and positions of the same source. Colours of
-two sources (a layer and the teacher, or two policies) cannot be compared, only how they lie in the picture.
+Because the fit is joint, equal colours mean equal features across samples and positions of one source. Colours of two
+sources (a layer and the teacher, or two policies) cannot be compared, only their spatial layout.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ import numpy as np
 def principal_components(features: np.ndarray, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Mean (P,) and the leading components (count, P) of rows (N, P), in float64.
 
-    Each component's largest entry in absolute value is positive, so that the answer is unique. Directions without
-    variance come out as zeros.
+    The entry of largest absolute value of each component is positive, so that the result is unique. Directions without
+    variance are zeros.
     """
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"PCA needs at least two rows of features (N, P), got shape {features.shape}")
     if not np.isfinite(features).all():
-        raise ValueError("PCA: the features hold values that are not finite")
+        raise ValueError("PCA: expected finite features, got NaN or infinity")
     mean = features.mean(axis=0)
     centred = features - mean
     variances, vectors = np.linalg.eigh(centred.T @ centred / len(features))
@@ -35,14 +35,14 @@ def principal_components(features: np.ndarray, count: int = 3) -> tuple[np.ndarr
 def pca_rgb(features: Sequence[np.ndarray], *, percentiles: tuple[float, float] = (2, 98)) -> list[np.ndarray]:
     """Features (..., P) of several samples as images (..., 3), uint8: the first three components as red, green, blue.
 
-    All samples are fitted jointly. Each channel is stretched so that the joint `percentiles` become 0 and 255; what
-    lies beyond is clipped, so that a few outlying tokens do not take the contrast.
+    All samples are fitted jointly. Each channel is stretched so that the joint `percentiles` become 0 and 255. Values beyond
+    them are clipped, so that a few outliers do not use up the contrast.
     """
     if not features:
-        raise ValueError("PCA: no features given")
+        raise ValueError("PCA: expected the features of at least one sample, got none")
     widths = {array.shape[-1] for array in features}
     if len(widths) != 1:
-        raise ValueError(f"PCA: all samples need features of one width, got {sorted(widths)}")
+        raise ValueError(f"PCA: expected features of one width, got {sorted(widths)}")
     rows = np.concatenate([np.asarray(array, dtype=np.float64).reshape(-1, array.shape[-1]) for array in features])
     mean, components = principal_components(rows)
     low, high = np.percentile((rows - mean) @ components.T, percentiles, axis=0)

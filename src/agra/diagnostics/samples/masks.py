@@ -1,7 +1,7 @@
-"""Interaction masks of real frames: read from COCO, CVAT and labelme files.                                       4.2.1
+"""Interaction masks of real frames (4.2.1), read from COCO, CVAT and labelme files.
 
-Whatever the tool, the union of everything that is annotated in a picture is its mask; `labels` restricts that to some
-labels. A picture is found by its file's name, `ProbeSample.image_names`. The report's page saves COCO.
+The mask of a picture is the union of its annotations, or of those with certain labels. Pictures are matched by file name
+(`ProbeSample.image_names`). The report's mask editor saves COCO.
 """
 
 import json
@@ -18,14 +18,14 @@ from agra.diagnostics.samples.probe_sample import ProbeSample
 
 MAX_SIDE = 16384
 MAX_PIXELS = 2**31
-"""Largest height and width of an annotated picture, and pixels of a file's pictures together: what a file says of them is
-checked before memory is taken."""
+"""Limits of an annotated picture's height and width, and of the pixels of a file in total. Sizes are checked before memory is
+allocated."""
 
 
 def read_masks(path: Path, labels: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Picture name to mask (H, W) bool: a COCO or labelme .json, a CVAT 1.1 .xml, or a folder of labelme files.
 
-    Raises FileNotFoundError, or ValueError naming the file and what it holds instead.
+    Raises FileNotFoundError for a missing path, ValueError with the file's name for any other content.
     """
     path = Path(path)
     if path.is_dir():
@@ -39,7 +39,7 @@ def read_masks(path: Path, labels: Sequence[str] | None = None) -> dict[str, np.
 
 
 def _read(path: Path, labels: Sequence[str] | None, *, labelme: bool = False) -> dict[str, np.ndarray]:
-    """The masks of one file. Whatever its content makes Python raise becomes a ValueError that names it."""
+    """The masks of one file. Errors of malformed content become a ValueError with the file's name."""
     try:
         if path.suffix == ".xml":
             return _cvat(path, labels)
@@ -52,42 +52,42 @@ def _read(path: Path, labels: Sequence[str] | None, *, labelme: bool = False) ->
             raise
         raise ValueError(f"{path}: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
-        raise ValueError(f"{path}: not annotations as COCO, CVAT or labelme write them ({error!r})") from error
+        raise ValueError(f"{path}: not annotations in the format of COCO, CVAT or labelme ({error!r})") from error
 
 
 def _blanks(sizes: Iterable[tuple[Any, Any]]) -> list[np.ndarray]:
-    """Empty masks of (height, width). Raises ValueError for sizes that no pictures have, before any memory is taken."""
-    whole = [tuple(int(side) if str(side).isdecimal() else 0 for side in size) for size in sizes]
-    for size in whole:
+    """Empty masks of (height, width). Raises ValueError for impossible sizes before any memory is allocated."""
+    shapes = [tuple(int(side) if str(side).isdecimal() else 0 for side in size) for size in sizes]
+    for size in shapes:
         if not all(1 <= side <= MAX_SIDE for side in size):
             raise ValueError(f"expected heights and widths of 1 to {MAX_SIDE}, got {size[0]} and {size[1]}")
-    if sum(height * width for height, width in whole) > MAX_PIXELS:
-        raise ValueError(f"expected pictures of at most {MAX_PIXELS} pixels together")
-    return [np.zeros(size, bool) for size in whole]
+    if sum(height * width for height, width in shapes) > MAX_PIXELS:
+        raise ValueError(f"expected pictures of at most {MAX_PIXELS} pixels in total")
+    return [np.zeros(size, bool) for size in shapes]
 
 
 def with_masks(samples: Sequence[ProbeSample], masks: Mapping[str, np.ndarray]) -> list[ProbeSample]:
-    """The samples with those frames' masks that are known; the others keep theirs.
+    """The samples with the masks of annotated frames replaced.
 
-    Raises ValueError where no frame is found, or a mask has another size than its frame.
+    Raises ValueError if no annotation belongs to a frame, or a mask has another size than its frame.
     """
-    found, count = [], 0
+    annotated, count = [], 0
     for sample in samples:
-        own = sample.masks.copy()
+        frame_masks = sample.masks.copy()
         for frame, name in enumerate(sample.image_names()):
             mask = masks.get(name)
             if mask is None:
                 continue
-            if mask.shape != own.shape[1:]:
-                raise ValueError(f"mask of {name}: expected {own.shape[1:]} pixels, got {mask.shape}")
-            own[frame], count = mask, count + 1
-        found.append(replace(sample, masks=own))
+            if mask.shape != frame_masks.shape[1:]:
+                raise ValueError(f"mask of {name}: expected {frame_masks.shape[1:]} pixels, got {mask.shape}")
+            frame_masks[frame], count = mask, count + 1
+        annotated.append(replace(sample, masks=frame_masks))
     if not count:
         raise ValueError(
             f"masks: none of the {len(masks)} annotated pictures belongs to a sample; expected names such as "
             f"{samples[0].image_names()[0]}, got {sorted(masks)[:3]}"
         )
-    return found
+    return annotated
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _coco(content: dict[str, Any], labels: Sequence[str] | None, path: Path) -> dict[str, np.ndarray]:
-    """Polygons, run lengths (plain or compressed) and, where there is nothing else, boxes."""
+    """Read COCO: polygons, run lengths (plain or compressed), and boxes of annotations without a segmentation."""
     missing = {"images", "annotations", "categories"} - content.keys()
     if missing:
         raise ValueError(f"{path}: neither COCO nor labelme: no {', '.join(sorted(missing))}")
@@ -114,7 +114,7 @@ def _coco(content: dict[str, Any], labels: Sequence[str] | None, path: Path) -> 
             continue
         if annotation["image_id"] not in masks:
             raise ValueError(
-                f"{path}: annotation {annotation.get('id')} is of an image {annotation['image_id']!r} not listed"
+                f"{path}: annotation {annotation.get('id')} refers to image {annotation['image_id']!r}, which is not listed"
             )
         mask = masks[annotation["image_id"]]
         mask |= _coco_shape(annotation, mask.shape)
@@ -122,40 +122,40 @@ def _coco(content: dict[str, Any], labels: Sequence[str] | None, path: Path) -> 
 
 
 def _coco_shape(annotation: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-    shape_of = annotation.get("segmentation")
-    if not shape_of:
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
         x, y, width, height = annotation["bbox"]
         return _filled("rectangle", [(x, y), (x + width, y + height)], shape)
-    if isinstance(shape_of, dict):
-        return _coco_runs(shape_of, shape)
-    return np.any([_filled("polygon", list(zip(p[::2], p[1::2], strict=True)), shape) for p in shape_of], axis=0)
+    if isinstance(segmentation, dict):
+        return _coco_runs(segmentation, shape)
+    return np.any([_filled("polygon", list(zip(p[::2], p[1::2], strict=True)), shape) for p in segmentation], axis=0)
 
 
 def _coco_runs(runs: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Run lengths, down the columns. Their size is compared with the picture's before they are unrolled."""
+    """Read run lengths, which go down the columns. Their size is checked against the picture's before they are expanded."""
     if list(runs["size"]) != list(shape):
-        raise ValueError(f"run lengths of a picture of {runs['size']}, the image is of {list(shape)}")
+        raise ValueError(f"expected run lengths of an image of {list(shape)}, got {runs['size']}")
     counts = runs["counts"]
     if isinstance(counts, str):
         counts = _unpacked_runs(counts)
     if not all(type(run) is int and run >= 0 for run in counts) or sum(counts) != shape[0] * shape[1]:
-        raise ValueError(f"run lengths that do not cover the {shape[0] * shape[1]} pixels of their image")
+        raise ValueError(f"expected run lengths that cover the {shape[0] * shape[1]} pixels of their image")
     return _from_runs(counts).reshape(shape[1], shape[0]).T
 
 
 def _from_runs(runs: Sequence[int]) -> np.ndarray:
-    """Runs of False and True in turn, False first, flat."""
+    """A flat mask from alternating runs of False and True, False first."""
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
 
 
 def _unpacked_runs(text: str) -> list[int]:
-    """COCO's compressed run lengths: five bits a character, lowest first, each the difference to the run before the last."""
+    """Decode COCO's compressed run lengths: five bits a character, lowest first, each a difference to the run two before."""
     runs: list[int] = []
     value = shift = 0
     for character in text:
         bits = ord(character) - 48
         if not 0 <= bits < 64:
-            raise ValueError(f"compressed run lengths with the character {character!r}")
+            raise ValueError(f"compressed run lengths: invalid character {character!r}")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:
@@ -167,7 +167,7 @@ def _unpacked_runs(text: str) -> list[int]:
 
 
 def _cvat(path: Path, labels: Sequence[str] | None) -> dict[str, np.ndarray]:
-    """CVAT for images 1.1: polygons, boxes, ellipses and masks."""
+    """Read CVAT for images 1.1: polygons, boxes, ellipses and masks."""
     try:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
@@ -175,34 +175,34 @@ def _cvat(path: Path, labels: Sequence[str] | None) -> dict[str, np.ndarray]:
     images = root.findall("image")
     if root.tag != "annotations" or not images:
         raise ValueError(f"{path}: expected CVAT for images 1.1, <annotations> with <image>s, got <{root.tag}>")
-    found = {}
+    masks = {}
     blanks = _blanks((image.attrib["height"], image.attrib["width"]) for image in images)
     for image, mask in zip(images, blanks, strict=True):
         for shape in image:
             if labels is None or shape.attrib.get("label") in labels:
                 mask |= _cvat_shape(shape, mask.shape, path)
-        found[PurePath(image.attrib["name"]).name] = mask
-    return found
+        masks[PurePath(image.attrib["name"]).name] = mask
+    return masks
 
 
 def _cvat_shape(shape: ElementTree.Element, size: tuple[int, ...], path: Path) -> np.ndarray:
-    given = shape.attrib
+    attributes = shape.attrib
     if shape.tag == "polygon":
-        points = [tuple(map(float, point.split(","))) for point in given["points"].split(";")]
+        points = [tuple(map(float, point.split(","))) for point in attributes["points"].split(";")]
         return _filled("polygon", points, size)
     if shape.tag == "box":
-        corners = [(float(given["xtl"]), float(given["ytl"])), (float(given["xbr"]), float(given["ybr"]))]
+        corners = [(float(attributes["xtl"]), float(attributes["ytl"])), (float(attributes["xbr"]), float(attributes["ybr"]))]
         return _filled("rectangle", corners, size)
     if shape.tag == "ellipse":
-        cx, cy, rx, ry = (float(given[name]) for name in ("cx", "cy", "rx", "ry"))
+        cx, cy, rx, ry = (float(attributes[name]) for name in ("cx", "cy", "rx", "ry"))
         return _filled("ellipse", [(cx - rx, cy - ry), (cx + rx, cy + ry)], size)
-    if shape.tag == "mask":  # runs along the rows of its box, outside first
-        left, top, width, height = (int(given[name]) for name in ("left", "top", "width", "height"))
+    if shape.tag == "mask":  # runs along the rows of its box, starting outside the mask
+        left, top, width, height = (int(attributes[name]) for name in ("left", "top", "width", "height"))
         if not (left >= 0 and top >= 0 and 0 < width <= size[1] - left and 0 < height <= size[0] - top):
-            raise ValueError(f"{path}: a mask's box of {width} x {height} at {left}, {top} lies outside its image")
-        runs = [int(run) for run in given["rle"].split(",")]
+            raise ValueError(f"{path}: the box of a mask, {width} x {height} at {left}, {top}, lies outside its image")
+        runs = [int(run) for run in attributes["rle"].split(",")]
         if min(runs) < 0 or sum(runs) != width * height:
-            raise ValueError(f"{path}: a mask's runs cover {sum(runs)} pixels, its box has {width * height}")
+            raise ValueError(f"{path}: the runs of a mask cover {sum(runs)} pixels, but its box has {width * height}")
         mask = np.zeros(size, bool)
         mask[top : top + height, left : left + width] = _from_runs(runs).reshape(height, width)
         return mask
@@ -210,7 +210,7 @@ def _cvat_shape(shape: ElementTree.Element, size: tuple[int, ...], path: Path) -
 
 
 def _labelme(content: dict[str, Any], labels: Sequence[str] | None, path: Path) -> tuple[str, np.ndarray]:
-    """Polygons, rectangles and circles of one picture."""
+    """Read labelme: polygons, rectangles and circles of one picture."""
     missing = {"shapes", "imagePath", "imageHeight", "imageWidth"} - content.keys()
     if missing:
         raise ValueError(f"{path}: not a labelme file: no {', '.join(sorted(missing))}")
@@ -226,15 +226,15 @@ def _labelme(content: dict[str, Any], labels: Sequence[str] | None, path: Path) 
         if kind in ("polygon", "rectangle", "ellipse"):
             mask |= _filled(kind, points, mask.shape)
         elif kind == "mask":
-            raise ValueError(f"{path}: labelme's raster masks are not read; convert them to polygons or to COCO")
+            raise ValueError(f"{path}: raster masks of labelme are not supported; convert them to polygons or to COCO")
     return PurePath(content["imagePath"].replace("\\", "/")).name, mask
 
 
 def _filled(kind: str, points: Iterable[tuple[float, ...]], shape: tuple[int, ...]) -> np.ndarray:
-    """(H, W) bool: the pixels whose middle lies inside; corners of boxes may come in any order."""
+    """(H, W) bool: the pixels whose centre lies inside. The corners of a box may be in any order."""
     places = [(float(x) - 0.5, float(y) - 0.5) for x, y in points]
     if not all(abs(number) < 1e6 for place in places for number in place):
-        raise ValueError(f"a {kind} with corners beyond any picture")
+        raise ValueError(f"a {kind} has corners far outside any picture")
     if kind != "polygon":
         xs, ys = zip(*places, strict=True)
         low, high = (min(xs), min(ys)), (max(xs), max(ys))

@@ -1,10 +1,9 @@
-"""Probe samples: moments of recorded episodes at which a policy is examined, with their interaction masks.   4.2.1
+"""Probe samples (4.2.1): moments of recorded episodes at which a policy is diagnosed, with interaction masks.
 
-A sample holds what the policy sees at one control step and, for every latent frame, the recorded reference frame and
-its interaction mask. The policy gets the observation only; the later frames come from the recording and serve to say
-where the interaction was. Where they are known, the whole window's frames, the demonstrated actions and the object's
-position come along, to judge the predicted video, the predicted actions and what the hidden states hold. numpy only, and
-stored without pickle.
+A sample holds the observation at one control step and, for every latent frame, the recorded reference frame and its
+interaction mask. The policy gets the observation alone. The later frames come from the recording and locate the interaction.
+The frames of the whole window, the demonstrated actions and the object's position are optional. They serve to measure the
+predicted video, the predicted actions and the hidden states. numpy only, stored without pickle.
 """
 
 import json
@@ -25,7 +24,7 @@ TEXTS = ("trial", "step", "regime", "instruction", "embodiment")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProbeSample:
-    """One moment of one trial; (trial, step) names it."""
+    """One moment of one trial, named by (trial, step)."""
 
     trial: str
     step: int  # control step of the observation
@@ -33,11 +32,11 @@ class ProbeSample:
     instruction: str
     embodiment: str
     state: np.ndarray  # (S,) float32, in the robot's units
-    frames: np.ndarray  # (T, H, W, 3) uint8 RGB: the reference frame of every latent frame; 0 is the observation
-    masks: np.ndarray  # (T, H, W) bool: acting hand and target object in those frames
-    video: np.ndarray | None = None  # (F, H, W, 3) uint8 RGB: every frame of the model's window
-    actions: np.ndarray | None = None  # (N, D) float32: what the demonstration did from here, in the robot's units
-    position: np.ndarray | None = None  # (2,) row and column of the target object's middle, as shares of the frame
+    frames: np.ndarray  # (T, H, W, 3) uint8 RGB: the reference frame of every latent frame, the observation first
+    masks: np.ndarray  # (T, H, W) bool: the acting hand and the target object
+    video: np.ndarray | None = None  # (F, H, W, 3) uint8 RGB: every frame of the method's window
+    actions: np.ndarray | None = None  # (N, D) float32: the demonstration from here on, in the robot's units
+    position: np.ndarray | None = None  # (2,) row and column of the target object's centre, as fractions of the frame
 
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
@@ -64,16 +63,16 @@ class ProbeSample:
 
     @property
     def name(self) -> str:
-        """Trial and step in one word, for files."""
+        """Trial and step, as part of a file name."""
         return f"{self.trial}-step{self.step:05d}".replace("/", "-")
 
     def image_names(self) -> list[str]:
-        """The file name of every reference frame, by which annotations find it."""
+        """The file name of every reference frame, by which annotations refer to it."""
         return [f"{self.name}-frame{frame}.png" for frame in range(len(self.frames))]
 
     @property
     def observation(self) -> Observation:
-        """What the policy is shown."""
+        """The policy's input."""
         return Observation(
             frame=self.frames[0], state=self.state, instruction=self.instruction, embodiment=self.embodiment
         )
@@ -91,10 +90,10 @@ def samples_from_episode(
 ) -> list[ProbeSample]:
     """The samples of an episode at the control steps `steps`.
 
-    `reference_offsets` are the control steps from the observation to the reference frame of each latent frame, (0, 1,
-    5, 9, 13) times the video stride for five latent frames; `window_offsets`, if given, those to every frame of the
-    window. Past the end of the episode its last frame repeats. An episode without masks gives empty ones, to be drawn.
-    Raises `ValueError` if a step lies outside the episode.
+    `reference_offsets` are the control steps from the observation to the reference frame of each latent frame: (0, 1, 5, 9,
+    13) times the video stride for five latent frames. `window_offsets` are those to every frame of the window. After the end
+    of the episode its last frame repeats. An episode without masks gives empty masks, to be drawn later. Raises ValueError
+    for a step outside the episode.
     """
     offsets = np.asarray(reference_offsets)
     if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (offsets < 0).any():
@@ -126,7 +125,7 @@ def samples_from_episode(
 
 
 def save_samples(samples: Sequence[ProbeSample], folder: Path) -> None:
-    """Write `samples.npz` (arrays) and `samples.json` (the rest) into `folder`, each by renaming."""
+    """Write `samples.npz` (arrays) and `samples.json` (the rest) into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -142,27 +141,28 @@ def save_samples(samples: Sequence[ProbeSample], folder: Path) -> None:
 
 
 def load_samples(folder: Path) -> list[ProbeSample]:
-    """The samples that `save_samples` wrote; `ValueError` names what does not fit."""
+    """Inverse of `save_samples`. Raises FileNotFoundError for a missing file, ValueError for files that do not fit."""
     folder = Path(folder)
     if not (folder / "samples.json").is_file() or not (folder / "samples.npz").is_file():
-        raise FileNotFoundError(f"{folder}: expected samples.json and samples.npz")
+        raise FileNotFoundError(f"{folder}: expected samples.json and samples.npz, as `agra probes` writes them")
     try:
         return _load_samples(folder)
     except ValueError as error:
         raise error if str(folder) in str(error) else ValueError(f"{folder}: not probe samples ({error})") from error
     except (LookupError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{folder}: not samples as agra probes writes them ({error!r})") from error
+        raise ValueError(f"{folder}: not probe samples ({error!r}); write them with `agra probes`") from error
 
 
 def _load_samples(folder: Path) -> list[ProbeSample]:
     texts = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]
     with np.load(folder / "samples.npz", allow_pickle=False) as arrays:
-        wanted = {f"{i}/{name}" for i in range(len(texts)) for name in ARRAYS}
-        allowed = wanted | {f"{i}/{name}" for i in range(len(texts)) for name in OPTIONAL}
-        if not wanted <= set(arrays.files) <= allowed:
-            odd = sorted((wanted - set(arrays.files)) | (set(arrays.files) - allowed))
+        required = {f"{i}/{name}" for i in range(len(texts)) for name in ARRAYS}
+        allowed = required | {f"{i}/{name}" for i in range(len(texts)) for name in OPTIONAL}
+        if not required <= set(arrays.files) <= allowed:
+            differing = sorted((required - set(arrays.files)) | (set(arrays.files) - allowed))
             raise ValueError(
-                f"{folder}: samples.json lists {len(texts)} samples, and samples.npz does not fit: {odd[:3]}"
+                f"{folder}: samples.npz does not hold the {len(texts)} samples of samples.json; missing or unknown arrays:"
+                f" {', '.join(differing[:3])}"
             )
         present = [[n for n in (*ARRAYS, *OPTIONAL) if f"{i}/{n}" in arrays.files] for i in range(len(texts))]
         return [

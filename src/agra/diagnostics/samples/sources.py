@@ -1,4 +1,4 @@
-"""Sources of a diagnosis: moments of recorded episodes, a visual encoder to compare with, the policy's own projectors."""
+"""Inputs of a diagnosis: probe samples from a simulator or a dataset, a visual encoder to compare with, and projectors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from agra import files
 from agra.alignment.dinov2_onnx import PACKAGE
 from agra.alignment.loss import Projectors
 from agra.alignment.teacher import TeacherConfig
@@ -23,7 +24,7 @@ from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.normalization.normalize import NormStats
 from agra.data.source import Source, open_sources
 from agra.diagnostics.metrics import mask_to_grid
-from agra.diagnostics.monitors.grounding import ProbeInputs
+from agra.diagnostics.monitors import ProbeInputs, require_token_grids
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, samples_from_episode
 from agra.diagnostics.visual_reliance import InitialObservation
 from agra.evaluation.protocols import regime_trials
@@ -45,10 +46,10 @@ _SIGLIP = "google/siglip-base-patch16-384"
 
 
 def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[ProbeSample]:
-    """Moments of the scripted expert's episodes on evaluation trials, one for each trial.
+    """Moments of the scripted expert's episodes on evaluation trials, one for each trial, with masks.
 
-    They are evenly spread over regimes and over the first part of an episode, and come with the frames of the window that
-    the method of `config` predicts.
+    They are evenly spread over the regimes and over the first part of an episode, and hold the frames of the window that the
+    method of `config` predicts.
     """
     demonstrator = expert(simulator)
     stride = config.data.source(simulator.embodiment.name).frame_stride
@@ -71,8 +72,8 @@ def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[P
 def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
     """Moments of the held-out episodes of the config's first dataset, without masks, evenly spread.
 
-    All episodes are used where none is held out. Frames come as they were recorded, before the recipe's crop: the policy
-    crops them itself. The regime is `in_distribution`.
+    If none is held out, all episodes are used. Frames are those of the recording, before the recipe's crop, since the policy
+    crops them. The regime is `in_distribution`.
     """
     source = open_sources(config.data)[0]
     uncropped = LeRobotDataset.of(replace(source.config, crop_rows=None, crop_columns=None), config.data.root)
@@ -94,13 +95,12 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
 
 
 def write_pictures(samples: Sequence[ProbeSample], folder: Path) -> None:
-    """Write every reference frame as a PNG into `folder`, named as annotations must name it."""
+    """Write every reference frame as a PNG into `folder`, under the name by which annotations refer to it."""
     folder.mkdir(parents=True, exist_ok=True)
     for sample in samples:
         for name, frame in zip(sample.image_names(), sample.frames, strict=True):
-            temporary = folder / f".{name}"
-            Image.fromarray(frame).save(temporary)
-            temporary.rename(folder / name)
+            with files.replacing(folder / name) as temporary:
+                Image.fromarray(frame).save(temporary, format="PNG")
 
 
 def probe_inputs(
@@ -110,32 +110,37 @@ def probe_inputs(
     tokens: InstructionTokens | None,
     context: DistributedContext,
 ) -> ProbeInputs:
-    """The masked samples of the folder `config.monitor.probes` as the method takes them.
+    """The samples with a mask of the folder `config.monitor.probes`, as the method takes them.
 
-    The frozen networks of this step are freed at once. Instructions without cached tokens are encoded by the main process
-    alone. Raises ValueError where a sample has other frames than the method's token grid.
+    The frozen networks are freed afterwards. Only the main process encodes instructions without cached tokens. Raises
+    ValueError for a method without token grids, and for a sample with other frames than the method's token grid.
     """
+    with torch.device("meta"):
+        require_token_grids(config.method.build())
     method, samples = config.method, load_samples(Path(config.monitor.probes))
     encoder = ObservationEncoder(
         config,
         None if method.codec is None else open_codec(method, config.data, sources, device=context.device),
-        None if tokens is None else _known(method, tokens, samples, context),
+        None if tokens is None else _instructions(method, tokens, samples, context),
         stats,
         teacher=open_teacher(method, device=context.device) if method.needs_to_act().features else None,
     )
     frames, grid = len(method.grid_frames), method.shapes.feature_grid
-    odd = [sample.name for sample in samples if len(sample.masks) != frames]
-    if odd:
-        raise ValueError(f"{config.monitor.probes}: {odd[0]} does not have the {frames} frames of this method's grid")
+    for sample in samples:
+        if len(sample.masks) != frames:
+            raise ValueError(
+                f"{config.monitor.probes}: sample {sample.name} has {len(sample.masks)} frames, but this method's token grid"
+                f" has {frames}; write the samples again with this recipe"
+            )
     masks = [
         mask_to_grid(encoder.crop(sample.masks[..., None], sample.embodiment)[..., 0], grid) for sample in samples
     ]
-    kept = [place for place, mask in enumerate(masks) if mask.any()]
-    if not kept:
-        raise ValueError(f"{config.monitor.probes}: no probe sample has a mask")
+    masked = [place for place, mask in enumerate(masks) if mask.any()]
+    if not masked:
+        raise ValueError(f"{config.monitor.probes}: no probe sample has a mask; draw them in a report and add them")
     return ProbeInputs(
-        inputs=encoder.encode([samples[place].observation for place in kept]),
-        masks=torch.from_numpy(np.stack([masks[place] for place in kept])),
+        inputs=encoder.encode([samples[place].observation for place in masked]),
+        masks=torch.from_numpy(np.stack([masks[place] for place in masked])),
     )
 
 
@@ -160,8 +165,8 @@ def initial_observations(
 def comparison_teacher(config: RunConfig, kind: TeacherKind) -> TeacherConfig | None:
     """The visual encoder that hidden states are compared with.
 
-    `own` is the recipe's. A recipe without one gets the packaged encoder where that is installed, so that a policy without
-    alignment can be compared with an aligned one.
+    `own` is the recipe's. A recipe without one gets the packaged encoder, if it is installed, so that a policy without
+    alignment can be compared with an aligned policy. None for no encoder.
     """
     if kind == "own" and config.method.teacher is not None:
         return config.method.teacher
@@ -174,9 +179,9 @@ def comparison_teacher(config: RunConfig, kind: TeacherKind) -> TeacherConfig | 
 
 
 def trained_projectors(policy: str | Path) -> Projectors | None:
-    """The projectors of the last stage that aligned. None where there are none.
+    """The projectors of the last stage that aligned, if every stage after it froze the video DiT. Otherwise None.
 
-    Only stages that leave the video DiT alone may have followed, so the projectors still belong to its hidden states.
+    Only then do the projectors belong to the policy's hidden states.
     """
     for stage in reversed(lineage(policy)):
         if stage.checkpoint is not None and "projectors" in stored_parts(stage.checkpoint):
@@ -191,9 +196,10 @@ def trained_projectors(policy: str | Path) -> Projectors | None:
     return None
 
 
-def _known(
+def _instructions(
     method: MethodConfig, tokens: InstructionTokens, samples: Sequence[ProbeSample], context: DistributedContext
 ) -> Instructions:
+    """The tokens of the samples' instructions. The main process encodes and caches the missing ones."""
     texts = [*dict.fromkeys(sample.instruction for sample in samples)]
     if context.is_main:
         write_tokens(method, tokens, texts, device=context.device)
@@ -212,7 +218,7 @@ def _window_steps(method: MethodConfig, stride: int) -> list[int]:
 
 
 def _position(simulator: Simulator, trial: Trial) -> np.ndarray | None:
-    """Row and column of the target object's middle, as fractions of the frame. None where the simulator gives none."""
+    """Row and column of the target object's centre, as fractions of the frame. None if the simulator does not give it."""
     if not isinstance(simulator, LocatesTarget):
         return None
     simulator.reset(trial)

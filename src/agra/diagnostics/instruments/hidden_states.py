@@ -1,6 +1,6 @@
-"""What a video layer's hidden states hold: likeness to a teacher, alignment, the object's position.   3.3, 4.2.2 a, D.2
+"""Measures of a layer's hidden states (3.3, 4.2.2 a, D.2): similarity to a teacher, alignment, the object's position.
 
-numpy in, numpy out. Everything is measured on the conditioning pass, the hidden states that the action head reads.
+numpy in, numpy out. Measure the hidden states that the action head reads, for a WAM those of the conditioning pass.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ PENALTIES = tuple(10.0**exponent for exponent in range(-3, 5))
 
 
 def teacher_similarity(hidden: np.ndarray, teacher: np.ndarray) -> float:
-    """Whether tokens that are alike in `hidden` (N, D) are alike in `teacher` (N, P): debiased linear CKA, at most 1.
+    """Debiased linear CKA of `hidden` (N, D) and `teacher` (N, P), at most 1: agreement on which tokens are similar.
 
-    No map is fitted, so layers without a projector can be compared. 0 is what unrelated features of any width get on
-    average (the plain CKA of few tokens of great width is near 1 whatever they hold). NaN where all tokens are equal.
-    Kornblith et al. 2019 (CKA), Song et al. 2012 (the unbiased HSIC). Raises ValueError for fewer than 4 tokens.
+    No map is fitted, so layers without a projector can be compared. Unrelated features of any width score 0 on average.
+    The plain CKA of few wide tokens is near 1 for any features. NaN where all tokens are equal. References: Kornblith et al.
+    2019 (CKA), Song et al. 2012 (unbiased HSIC). Raises ValueError for fewer than 4 tokens.
     """
     if hidden.ndim != 2 or teacher.ndim != 2 or len(hidden) != len(teacher) or len(hidden) < 4:
         raise ValueError(f"expected (N, D) and (N, P) with N of at least 4, got {hidden.shape} and {teacher.shape}")
@@ -36,15 +36,16 @@ def _similarities(tokens: np.ndarray) -> np.ndarray:
 
 
 def _hsic(first: np.ndarray, second: np.ndarray) -> float:
+    """Unbiased HSIC of two similarity matrices with zero diagonals (Song et al. 2012)."""
     count = len(first)
-    own = (first * second).sum()
+    paired = (first * second).sum()
     whole = first.sum() * second.sum() / ((count - 1) * (count - 2))
     mixed = 2 * (first.sum(axis=0) @ second.sum(axis=0)) / (count - 2)
-    return float((own + whole - mixed) / (count * (count - 3)))
+    return float((paired + whole - mixed) / (count * (count - 3)))
 
 
 def mean_cosine(projected: np.ndarray, targets: np.ndarray, epsilon: float = 1e-8) -> float:
-    """Mean over tokens of the cosine between `projected` and `targets` (..., P): minus Eq. 6 for one layer."""
+    """Mean over tokens of the cosine between `projected` and `targets` (..., P): the negative of Eq. 6 for one layer."""
     projected, targets = (np.asarray(x, dtype=np.float64) for x in (projected, targets))
     if projected.shape != targets.shape:
         raise ValueError(f"expected two arrays of one shape, got {projected.shape} and {targets.shape}")
@@ -55,10 +56,10 @@ def mean_cosine(projected: np.ndarray, targets: np.ndarray, epsilon: float = 1e-
 def probed_positions(
     features: np.ndarray, positions: np.ndarray, groups: Sequence[object], *, folds: int = 10
 ) -> np.ndarray:
-    """Positions (n, 2) as a linear map reads them from `features` (n, P), fitted on the other groups' samples.
+    """Positions (n, 2) predicted from `features` (n, P) by a linear map that is fitted on the samples of other groups.
 
-    Ridge regression on features divided by their overall spread; the penalty is chosen by leave-one-out within the
-    fitted samples. Whole groups (trials) are held out. Raises ValueError for fewer than two groups.
+    Ridge regression on features divided by their overall standard deviation. The penalty is chosen by leave-one-out within
+    the fitted samples. Whole groups (trials) are held out. Raises ValueError for fewer than two groups.
     """
     distinct = len(set(groups))
     if distinct < 2:
@@ -71,6 +72,6 @@ def probed_positions(
 
 
 def held_out_mean(positions: np.ndarray, groups: Sequence[object]) -> np.ndarray:
-    """What a probe that sees nothing would say: the mean position (n, 2) over the other groups' samples."""
+    """The baseline of a probe without features: the mean position (n, 2) over the samples of other groups."""
     names = np.array([str(group) for group in groups])
     return np.stack([positions[names != name].mean(axis=0) for name in names])

@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from agra.diagnostics.report.figures import outline, packed, packed_colours, packed_slices, photo_uri, run_lengths
 from agra.diagnostics.record import Diagnosis
-from agra.diagnostics.report.grounding import TITLES, Column, block_names
-from agra.diagnostics.report.tables import number, percent
+from agra.diagnostics.report.grounding_section import TITLES, DiagnosisColumn, block_names
+from agra.diagnostics.report.comparison_table import number, percent
 
 RAMP = ((0, 0, 4), (50, 10, 94), (120, 28, 109), (188, 55, 84), (236, 105, 37), (251, 180, 26), (252, 255, 164))
 """Dark to bright with steadily rising lightness, readable under every common colour vision deficiency."""
@@ -49,7 +49,7 @@ class _Arm:
         return self.diagnosis.arrays[f"sensitivity_{kind}"][self.place]
 
 
-def gallery_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+def gallery_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None:
     """The samples that all diagnosed policies have pictures of; None if there are none."""
     known = [(i, d) for i, _, d in columns if d is not None and d.header["gallery"]]
     samples = _common_samples(known)

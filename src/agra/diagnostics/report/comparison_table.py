@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import rich.console
 import rich.table
 
-from agra.diagnostics.metrics import Estimate
+from agra.diagnostics.metrics import IntervalEstimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TableRow:
     """One quantity: a cell a policy, and a verdict for each policy but the first."""
 
     label: str
@@ -38,7 +38,7 @@ class Table:
     """Rows under a common head; `extra` heads one more column, for a baseline."""
 
     corner: str
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     extra: str = ""
 
 
@@ -85,14 +85,14 @@ def between(low: float, high: float, form=number) -> str:
     return f"[{form(low)}, {form(high)}]"
 
 
-def estimate_cell(estimate: Estimate | None, form=number) -> Cell:
+def estimate_cell(estimate: IntervalEstimate | None, form=number) -> Cell:
     """A metric's value over its interval."""
     if estimate is None or not estimate.count:
         return MISSING
     return Cell(text=form(estimate.value), range=between(estimate.low, estimate.high, form))
 
 
-def difference_cell(difference: Estimate | None, *, name: str, form=number) -> Cell:
+def difference_cell(difference: IntervalEstimate | None, *, name: str, form=number) -> Cell:
     """What a paired difference, `name` minus the reference, allows to say: higher, lower or no difference shown."""
     if difference is None or not difference.count:
         return Cell(text="not comparable: no finite values in common")

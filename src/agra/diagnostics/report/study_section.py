@@ -9,7 +9,7 @@ from typing import Any
 
 from agra.diagnostics.report.figures import Interval, interval_chart
 from agra.diagnostics.record import read_diagnosis
-from agra.diagnostics.report.tables import MISSING, Cell, between, number, percent
+from agra.diagnostics.report.comparison_table import MISSING, Cell, between, number, percent
 from agra.evaluation.results import read_results
 from agra.evaluation.statistics import wilson_interval
 
@@ -22,7 +22,7 @@ COLUMNS = ("success", "attention in mask", "sensitivity ratio, mean", "held-out 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class StudyVariant:
     """One training of a study: what it was judged by, where it was."""
 
     name: str
@@ -57,7 +57,7 @@ def _section(folder: Path) -> dict[str, Any]:
     }
 
 
-def _variant(run: Path, name: str) -> Variant:
+def _variant(run: Path, name: str) -> StudyVariant:
     success, dot = MISSING, None
     if (run / "results.jsonl").is_file():
         trials = read_results(run / "results.jsonl").trials
@@ -70,7 +70,7 @@ def _variant(run: Path, name: str) -> Variant:
         summary = read_diagnosis(run / "diagnosis").header["summary"]
         attention = _summed(summary["in_mask_ratio"], percent)
         ratio = _summed(summary["sensitivity_mean"]["ratio"], number) if "sensitivity_mean" in summary else MISSING
-    return Variant(name=name, cells=(success, attention, ratio, _held_out(run / "metrics.jsonl")), success=dot)
+    return StudyVariant(name=name, cells=(success, attention, ratio, _held_out(run / "metrics.jsonl")), success=dot)
 
 
 def _summed(entry: dict[str, float | None], form) -> Cell:

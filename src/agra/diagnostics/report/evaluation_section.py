@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from agra.diagnostics.report.figures import Interval, interval_chart
-from agra.diagnostics.report.tables import MISSING, Cell, Row, Table, between, mcnemar_cell, number, percent
+from agra.diagnostics.report.comparison_table import MISSING, Cell, TableRow, Table, between, mcnemar_cell, number, percent
 from agra.evaluation.results import Results, TrialResult, summarise
 from agra.evaluation.statistics import mcnemar, wilson_interval
 
-Column = tuple[int, str, Results | None]
+ResultsColumn = tuple[int, str, Results | None]
 """A policy's number, name and results."""
 
 Judge = Callable[[TrialResult], bool | None]
@@ -17,7 +17,7 @@ Judge = Callable[[TrialResult], bool | None]
 SAME = ("simulator", "trials_sha256", "protocol", "max_steps")
 
 
-def evaluation_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+def evaluation_section(columns: Sequence[ResultsColumn]) -> dict[str, Any] | None:
     """Tables and charts of the evaluation; None if no policy was evaluated."""
     known = [(i, name, r) for i, name, r in columns if r is not None]
     if not known:
@@ -64,7 +64,7 @@ def _outcomes(results: Results, regime: str, judge: Judge) -> dict[str, bool]:
     return {trial.trial: bool(judged) for trial in trials if (judged := judge(trial)) is not None}
 
 
-def _row(columns: Sequence[Column], regime: str, judge: Judge, label: str) -> Row:
+def _row(columns: Sequence[ResultsColumn], regime: str, judge: Judge, label: str) -> TableRow:
     outcomes = [None if r is None else _outcomes(r, regime, judge) for _, _, r in columns]
     _, reference_name, reference = columns[0]
 
@@ -79,7 +79,7 @@ def _row(columns: Sequence[Column], regime: str, judge: Judge, label: str) -> Ro
         test = mcnemar([a[key] for key in a], [b[key] for key in a])
         return mcnemar_cell(test.only_a, test.only_b, test.p_value, len(a), name=name, reference=reference_name)
 
-    return Row(
+    return TableRow(
         label=label,
         cells=[_rate(one) for one in outcomes],
         verdicts=[verdict(place) for place in range(1, len(columns))],

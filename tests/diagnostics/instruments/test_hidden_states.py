@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agra.diagnostics.instruments.features import held_out_mean, mean_cosine, probed_positions, teacher_similarity
+from agra.diagnostics.instruments.hidden_states import held_out_mean, mean_cosine, probed_positions, teacher_similarity
 
 
 def test_similarity_knows_rotation_and_scale_from_chance():

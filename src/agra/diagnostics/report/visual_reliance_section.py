@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from agra.diagnostics.metrics import Estimate, bootstrap_interval, paired_difference
-from agra.diagnostics.report.tables import Row, Table, difference_cell, estimate_cell, number, percent
+from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
+from agra.diagnostics.report.comparison_table import TableRow, Table, difference_cell, estimate_cell, number, percent
 from agra.diagnostics.visual_reliance import VisualReliance
 
 VISUAL_RELIANCE = "visual_reliance.json"
 """The file in a diagnosis folder."""
 
-Column = tuple[int, str, VisualReliance | None]
+VisualRelianceColumn = tuple[int, str, VisualReliance | None]
 
 
 def _centimetres(metres: float) -> str:
@@ -42,7 +42,7 @@ def read_visual_reliance(diagnosis: Path | None) -> VisualReliance | None:
     return None if path is None or not path.is_file() else VisualReliance.load(path)
 
 
-def visual_reliance_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+def visual_reliance_section(columns: Sequence[VisualRelianceColumn]) -> dict[str, Any] | None:
     """None where it was measured for no policy."""
     measured = [reliance for _, _, reliance in columns if reliance is not None]
     if not measured:
@@ -62,11 +62,11 @@ def _has(reliance: VisualReliance, group: str, measure: str) -> bool:
     return bool(np.isfinite(reliance.group(group).values[measure]).any())
 
 
-def _row(columns: Sequence[Column], group: str, measure: str, label: str, hint: str, form) -> Row:
+def _row(columns: Sequence[VisualRelianceColumn], group: str, measure: str, label: str, hint: str, form) -> TableRow:
     parts = [(name, None if reliance is None else reliance.group(group)) for _, name, reliance in columns]
     reference = parts[0][1]
 
-    def estimate(reliance: VisualReliance | None, name: str = measure) -> Estimate | None:
+    def estimate(reliance: VisualReliance | None, name: str = measure) -> IntervalEstimate | None:
         return None if reliance is None else bootstrap_interval(reliance.values[name], groups=reliance.trials)
 
     verdicts = []
@@ -78,7 +78,7 @@ def _row(columns: Sequence[Column], group: str, measure: str, label: str, hint: 
             difference = paired_difference(ours.values[measure], reference.values[measure], groups=ours.trials)
         verdicts.append(difference_cell(difference, name=name, form=form))
     constant = next((part for _, part in parts if part is not None), None) if measure == "error" else None
-    return Row(
+    return TableRow(
         label=label,
         hint=hint,
         cells=[estimate_cell(estimate(part), form) for _, part in parts],

@@ -10,17 +10,17 @@ from markupsafe import Markup
 
 from agra.diagnostics.report.figures import Interval, interval_chart
 from agra.diagnostics.metrics import (
-    Estimate,
+    IntervalEstimate,
     SensitivityRatio,
     bootstrap_interval,
     matched_sensitivity_ratio,
     paired_difference,
 )
 from agra.diagnostics.record import Diagnosis
-from agra.diagnostics.report.tables import (
+from agra.diagnostics.report.comparison_table import (
     MISSING,
     Cell,
-    Row,
+    TableRow,
     Table,
     difference_cell,
     estimate_cell,
@@ -29,7 +29,7 @@ from agra.diagnostics.report.tables import (
     print_table,
 )
 
-Column = tuple[int, str, Diagnosis | None]
+DiagnosisColumn = tuple[int, str, Diagnosis | None]
 """A policy's number, name and diagnosis."""
 
 METRICS = (
@@ -45,7 +45,7 @@ TITLES = {
 
 
 def paired_rows(ours: Diagnosis, reference: Diagnosis) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Row numbers of the samples that both policies were probed on, and their trials."""
+    """TableRow numbers of the samples that both policies were probed on, and their trials."""
     there = {key: row for row, key in enumerate(reference.keys)}
     common = [(row, there[key]) for row, key in enumerate(ours.keys) if key in there]
     rows = np.array(common, dtype=int).reshape(-1, 2)
@@ -64,7 +64,7 @@ def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
     return matched_sensitivity_ratio(inside[known], outside[known], groups=trials)
 
 
-def _verdicts(columns: Sequence[Column], compare, margin, *, better: str, baseline: str, form=number) -> list[Cell]:
+def _verdicts(columns: Sequence[DiagnosisColumn], compare, margin, *, better: str, baseline: str, form=number) -> list[Cell]:
     """A difference cell for every policy but the first.
 
     `compare(ours, reference)` is the difference, `margin(diagnosis)` how far a policy is beyond the baseline that needs
@@ -85,20 +85,20 @@ def _verdicts(columns: Sequence[Column], compare, margin, *, better: str, baseli
     return cells
 
 
-def _metric_row(columns: Sequence[Column], name: str, label: str, hint: str, better: str, form) -> Row:
-    def estimate(diagnosis: Diagnosis | None, name: str = name) -> Estimate | None:
+def _metric_row(columns: Sequence[DiagnosisColumn], name: str, label: str, hint: str, better: str, form) -> TableRow:
+    def estimate(diagnosis: Diagnosis | None, name: str = name) -> IntervalEstimate | None:
         return None if diagnosis is None else bootstrap_interval(diagnosis.values(name), groups=_trials(diagnosis))
 
-    def compare(ours: Diagnosis, reference: Diagnosis) -> Estimate:
+    def compare(ours: Diagnosis, reference: Diagnosis) -> IntervalEstimate:
         left, right, trials = paired_rows(ours, reference)
         return paired_difference(ours.values(name)[left], reference.values(name)[right], groups=trials)
 
-    def margin(diagnosis: Diagnosis) -> Estimate:
+    def margin(diagnosis: Diagnosis) -> IntervalEstimate:
         pair = diagnosis.values(name), diagnosis.values(f"uniform_{name}")
         return paired_difference(*(pair if better == "higher" else pair[::-1]), groups=_trials(diagnosis))
 
     any_one = next(d for _, _, d in columns if d is not None)
-    return Row(
+    return TableRow(
         label=label,
         hint=hint,
         cells=[estimate_cell(estimate(d), form) for _, _, d in columns],
@@ -119,17 +119,17 @@ def _points(share: float) -> str:
     return f"{number(100 * share, 2)}\u00a0pts"
 
 
-def _ratio_row(columns: Sequence[Column], kind: str, ratios: dict[tuple[int, str], SensitivityRatio]) -> Row:
-    def compare(ours: Diagnosis, reference: Diagnosis) -> Estimate:
+def _ratio_row(columns: Sequence[DiagnosisColumn], kind: str, ratios: dict[tuple[int, str], SensitivityRatio]) -> TableRow:
+    def compare(ours: Diagnosis, reference: Diagnosis) -> IntervalEstimate:
         left, right, trials = paired_rows(ours, reference)
         a, b = ours.ratios(kind)[left], reference.ratios(kind)[right]
         return paired_difference(a, b, statistic=np.median, groups=trials)
 
-    def margin(diagnosis: Diagnosis) -> Estimate:
+    def margin(diagnosis: Diagnosis) -> IntervalEstimate:
         ratio = _ratio(diagnosis, kind).ratio
         return replace(ratio, value=ratio.value - 1, low=ratio.low - 1, high=ratio.high - 1)
 
-    return Row(
+    return TableRow(
         label=f"Sensitivity ratio, {kind}",
         hint=f"{TITLES[kind]}; higher is better",
         cells=[estimate_cell(ratios[i, kind].ratio) if (i, kind) in ratios else MISSING for i, _, _ in columns],
@@ -138,7 +138,7 @@ def _ratio_row(columns: Sequence[Column], kind: str, ratios: dict[tuple[int, str
     )
 
 
-def grounding_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+def grounding_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None:
     """Tables and charts of the grounding metrics; None if no policy was diagnosed."""
     known = [(i, name, d) for i, name, d in columns if d is not None]
     if not known:
@@ -175,24 +175,24 @@ def _samples(known: Sequence[tuple[int, str, Diagnosis]], kinds: Sequence[str]) 
     return {"heads": heads, "rows": rows}
 
 
-def grounding_rows(columns: Sequence[Column], kinds: Sequence[str]) -> tuple[list[Row], list[Row]]:
+def grounding_rows(columns: Sequence[DiagnosisColumn], kinds: Sequence[str]) -> tuple[list[TableRow], list[TableRow]]:
     """The rows of attention's metrics and those of the sensitivity ratios."""
     ratios = {(i, kind): _ratio(d, kind) for i, _, d in columns if d is not None for kind in kinds}
     return [_metric_row(columns, *metric) for metric in METRICS], [_ratio_row(columns, kind, ratios) for kind in kinds]
 
 
-def of_regime(columns: Sequence[Column], regime: str) -> list[Column]:
+def of_regime(columns: Sequence[DiagnosisColumn], regime: str) -> list[DiagnosisColumn]:
     """The same policies on one regime's samples."""
     return [(i, name, None if d is None else d.of_regime(regime)) for i, name, d in columns]
 
 
-def regime_table(columns: Sequence[Column], kinds: Sequence[str], regime: str) -> Table:
+def regime_table(columns: Sequence[DiagnosisColumn], kinds: Sequence[str], regime: str) -> Table:
     """Attention and sensitivity on one regime's samples."""
     attention, sensitivity = grounding_rows(of_regime(columns, regime), kinds)
     return Table(corner="metric", rows=[*attention, *sensitivity], extra="evenly spread")
 
 
-def print_grounding(columns: Sequence[Column]) -> None:
+def print_grounding(columns: Sequence[DiagnosisColumn]) -> None:
     """The same for a terminal: all samples, then every regime."""
     known = [d for _, _, d in columns if d is not None]
     kinds = [kind for kind in TITLES if all(kind in d.header["settings"]["kinds"] for d in known)]
@@ -204,7 +204,7 @@ def print_grounding(columns: Sequence[Column]) -> None:
         print_table(regime_table(columns, kinds, regime), names, title=_heading(columns, regime))
 
 
-def _heading(columns: Sequence[Column], regime: str) -> str:
+def _heading(columns: Sequence[DiagnosisColumn], regime: str) -> str:
     counts = {sum(row["regime"] == regime for row in d.rows) for _, _, d in columns if d is not None}
     masked = {
         sum(row["regime"] == regime and row["deviation"] is not None for row in d.rows)
@@ -216,15 +216,15 @@ def _heading(columns: Sequence[Column], regime: str) -> str:
 
 
 def _average_rows(
-    columns: Sequence[Column], kinds: Sequence[str], ratios: dict[tuple[int, str], SensitivityRatio]
-) -> list[Row]:
+    columns: Sequence[DiagnosisColumn], kinds: Sequence[str], ratios: dict[tuple[int, str], SensitivityRatio]
+) -> list[TableRow]:
     averages = (
         ("ratio", "median of the ratios"),
         ("mean", "mean of the ratios"),
         ("ratio_of_means", "ratio of the means"),
     )
     return [
-        Row(
+        TableRow(
             label=f"{kind}, {label}",
             cells=[
                 estimate_cell(getattr(ratios[i, kind], name)) if (i, kind) in ratios else MISSING for i, _, _ in columns
@@ -275,7 +275,7 @@ def block_names(diagnoses: Sequence[Diagnosis]) -> list[str]:
 Groups = list[tuple[str, list[Interval]]]
 
 
-def _dot(name: str, index: int, estimate: Estimate, form=number) -> Interval:
+def _dot(name: str, index: int, estimate: IntervalEstimate, form=number) -> Interval:
     label = f"{name}: {form(estimate.value)}"
     return Interval(label=label, index=index, value=estimate.value, low=estimate.low, high=estimate.high)
 
@@ -287,7 +287,7 @@ def _ceiling(groups: Groups, least: float) -> float:
 
 
 def _block_chart(known: Sequence[tuple[int, str, Diagnosis]]) -> Markup:
-    def estimate(diagnosis: Diagnosis, block: int) -> Estimate:
+    def estimate(diagnosis: Diagnosis, block: int) -> IntervalEstimate:
         rows = [row["in_mask_ratio_by_block"] for row in diagnosis.rows]
         values = np.array([math.nan if row is None or block >= len(row) else row[block] for row in rows])
         return bootstrap_interval(values, groups=_trials(diagnosis), resamples=500)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from agra.diagnostics.report.figures import Interval, interval_chart
-from agra.diagnostics.metrics import Estimate, bootstrap_interval, paired_difference
+from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
 from agra.diagnostics.record import Diagnosis
-from agra.diagnostics.report.grounding import Column, paired_rows
-from agra.diagnostics.report.tables import Cell, Row, Table, difference_cell, estimate_cell, number
+from agra.diagnostics.report.grounding_section import DiagnosisColumn, paired_rows
+from agra.diagnostics.report.comparison_table import Cell, TableRow, Table, difference_cell, estimate_cell, number
 
 MEASURES = (
     (
@@ -28,7 +28,7 @@ VIDEO = (
 )
 
 
-def layers_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+def layers_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None:
     """A chart and a table of every measure that some policy has; None if none has any."""
     known = [(i, name, d) for i, name, d in columns if d is not None]
     shown = [measure for measure in MEASURES if any(_has(d, measure[0]) for _, _, d in known)]
@@ -47,7 +47,7 @@ def layers_section(columns: Sequence[Column]) -> dict[str, Any] | None:
     }
 
 
-def imagination_section(columns: Sequence[Column]) -> dict[str, Any] | None:
+def imagination_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None:
     """The predicted video against the recorded one, beside the predicted actions; None where nothing was recorded."""
     known = [d for _, _, d in columns if d is not None]
     rows = [_plain_row(columns, *row) for row in VIDEO if any(np.isfinite(d.values(row[0])).any() for d in known)]
@@ -56,7 +56,7 @@ def imagination_section(columns: Sequence[Column]) -> dict[str, Any] | None:
     return {"table": Table(corner="measure", rows=rows, extra="nothing moves"), "agreement": _agreement(columns)}
 
 
-def _agreement(columns: Sequence[Column]) -> str:
+def _agreement(columns: Sequence[DiagnosisColumn]) -> str:
     """How often a good video comes with bad actions."""
     parts = []
     for _, name, diagnosis in columns:
@@ -80,7 +80,7 @@ def _has(diagnosis: Diagnosis, name: str) -> bool:
     return any(np.isfinite(diagnosis.layer_values(name, layer)).any() for layer in diagnosis.header["layers"])
 
 
-def _estimate(diagnosis: Diagnosis, values: np.ndarray) -> Estimate:
+def _estimate(diagnosis: Diagnosis, values: np.ndarray) -> IntervalEstimate:
     return bootstrap_interval(values, groups=[row["trial"] for row in diagnosis.rows], resamples=500)
 
 
@@ -109,7 +109,7 @@ def _blind(diagnoses: Sequence[Diagnosis]) -> float | None:
     return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
-def _row(columns: Sequence[Column], layer: int, name: str, title: str, hint: str) -> Row | None:
+def _row(columns: Sequence[DiagnosisColumn], layer: int, name: str, title: str, hint: str) -> TableRow | None:
     found = [None if d is None else d.layer_values(name, layer) for _, _, d in columns]
     if not any(values is not None and np.isfinite(values).any() for values in found):
         return None
@@ -123,15 +123,15 @@ def _row(columns: Sequence[Column], layer: int, name: str, title: str, hint: str
     )
 
 
-def _plain_row(columns: Sequence[Column], name: str, baseline: str | None, title: str, hint: str) -> Row:
+def _plain_row(columns: Sequence[DiagnosisColumn], name: str, baseline: str | None, title: str, hint: str) -> TableRow:
     first = next(d for _, _, d in columns if d is not None)
     extra = None if baseline is None else _estimate(first, first.values(baseline))
     return _compared(columns, [None if d is None else d.values(name) for _, _, d in columns], title, hint, extra)
 
 
 def _compared(
-    columns: Sequence[Column], found: Sequence[np.ndarray | None], label: str, hint: str, extra: Estimate | None
-) -> Row:
+    columns: Sequence[DiagnosisColumn], found: Sequence[np.ndarray | None], label: str, hint: str, extra: IntervalEstimate | None
+) -> TableRow:
     """A cell a policy and paired differences from the first."""
     reference, theirs = columns[0][2], found[0]
     verdicts: list[Cell] = []
@@ -145,4 +145,4 @@ def _compared(
         estimate_cell(None if d is None or values is None else _estimate(d, values))
         for (_, _, d), values in zip(columns, found, strict=True)
     ]
-    return Row(label=label, hint=hint, cells=cells, extra=estimate_cell(extra), verdicts=verdicts)
+    return TableRow(label=label, hint=hint, cells=cells, extra=estimate_cell(extra), verdicts=verdicts)
