@@ -110,7 +110,7 @@ class GroundingMonitor:
             inside, outside = (
                 np.array([getattr(deviation, side) for deviation in deviations]) for side in ("interaction", "background")
             )
-            ratio = matched_sensitivity_ratio(inside, outside, resamples=1).ratio.value
+            ratio = matched_sensitivity_ratio(inside, outside, resamples=2).ratio.value  # the interval is not used
             if np.isfinite(ratio):
                 figures["sensitivity_ratio"] = ratio
         return figures
