@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from agra.api import diagnose, prepare, train
+from agra.api import diagnose, prepare, report, train
 from agra.checkpoints.folder import newest, resolve
 from agra.checkpoints.read import read_config
 from agra.cli.main import main
 from agra.config import RunConfig
 from agra.data.config import DataConfig
+from agra.diagnostics.record import read_diagnosis
 from agra.evaluation.collect import collect
 from agra.evaluation.results import read_results
 from agra.methods.method import Losses, Method, MethodConfig, Needs, Shapes
@@ -188,12 +189,20 @@ def test_it_is_planned(trained):
     assert plan(config, Machines(gpus=1, gpu_memory=80)).hours < 1
 
 
-def test_instruments_do_not_apply(trained, monkeypatch):
-    """An instrument that the method cannot offer is refused by name, or left out. It never reports zero."""
-    run, _ = trained
+def test_instruments_do_not_apply(trained, monkeypatch, tmp_path):
+    """An instrument that the method cannot offer is named as not applicable. It never reports zero."""
+    run, config = trained
     monkeypatch.setitem(SUITES, "point", Suite(make=PointWorld, install="", expert=Expert))
-    with pytest.raises(ValueError, match="linear"):
-        diagnose(run, simulator="point", samples=2)
+    read = read_diagnosis(diagnose(run, simulator="point", samples=4))
+    assert set(read.header["not_applicable"]) == {
+        "attention", "interventions", "hidden_states", "text_attention", "imagination"
+    }  # fmt: skip
+    assert all(row["in_mask_ratio"] is row["deviation"] is row["psnr"] is None for row in read.rows)
+    assert all(row["action_error"] > 0 for row in read.rows)
+    assert "not applicable" in report([run], output=tmp_path / "report.html").read_text()
+    monitored = replace(config, monitor=replace(config.monitor, probes=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"monitor\.probes: not applicable to the method linear"):
+        train(monitored, output=tmp_path / "run")
 
 
 def test_a_stage_that_it_does_not_have_is_refused():

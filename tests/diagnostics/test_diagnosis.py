@@ -1,3 +1,4 @@
+import json
 import zlib
 
 import numpy as np
@@ -134,3 +135,67 @@ def test_projectors_are_read_where_they_belong(policy, make_sample, tmp_path):
     assert row["alignment_cosine_by_layer"] == [None, pytest.approx(1)]
     assert row["teacher_similarity_by_layer"][1] == pytest.approx(1)
     assert row["teacher_similarity_by_layer"][0] < 0.9
+
+
+MEASURES = {
+    "attention": ("in_mask_ratio", "in_mask_ratio_by_block", "centroid_error", "uniform_in_mask_ratio"),
+    "interventions": ("deviation", "tokens_in_mask"),
+    "hidden_states": ("teacher_similarity_by_layer", "alignment_cosine_by_layer", "probe_error_by_layer"),
+    "imagination": ("psnr", "ssim", "still_psnr"),
+}
+ARRAYS = {
+    "attention": "attention",
+    "interventions": "sensitivity_",
+    "hidden_states": "pca_layer_",
+    "text_attention": "text_attention_",
+    "imagination": "imagined",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("policy", set()),
+        ("token_policy", {"attention", "text_attention", "imagination"}),
+        ("plain_policy", {"attention", "interventions", "hidden_states", "text_attention", "imagination"}),
+    ],
+)
+def test_an_instrument_that_the_method_cannot_offer_is_not_applicable_and_never_zero(
+    name, missing, request, make_sample, tmp_path
+):
+    samples = [make_sample(trial=f"t{i}", seed=i) for i in range(8)]
+    config = DiagnosisConfig(background_sets=1, gallery=2)
+
+    def teacher(frames):
+        return frames.reshape(len(frames), 4, 4, 5, 4, 3).mean(axis=(2, 4))
+
+    policy = request.getfixturevalue(name)
+    diagnose(policy, samples, tmp_path / "d", teacher=teacher, config=config, progress=False)
+    read = read_diagnosis(tmp_path / "d")
+    assert set(read.header["not_applicable"]) == missing
+    for instrument, measures in MEASURES.items():
+        assert read.applies(instrument) == (instrument not in missing)
+        for row in read.rows:
+            absent = [row[measure] is None for measure in measures if measure != "alignment_cosine_by_layer"]
+            assert absent == [instrument in missing] * len(absent)
+    for instrument, array in ARRAYS.items():
+        assert any(key.startswith(array) for key in read.arrays if key != "attention_by_") == (instrument not in missing)
+    assert all(row["action_error"] > 0 for row in read.rows)  # applies to every method
+    summary = read.header["summary"]["in_mask_ratio"]
+    assert (summary["value"], summary["count"]) == ((None, 0) if "attention" in missing else (pytest.approx(1), 8))
+
+
+def test_a_diagnosis_of_an_earlier_version_is_read(policy, samples, tmp_path):
+    diagnose(policy, samples, tmp_path / "d", config=DiagnosisConfig(gallery=0), progress=False)
+    path = tmp_path / "d" / "diagnosis.json"
+    header = json.loads(path.read_text())
+    del header["not_applicable"], header["method"]
+    settings = header["settings"]
+    settings["noises"], settings["draws"] = settings.pop("noise_samples"), settings.pop("background_sets")
+    path.write_text(json.dumps(header))
+    read = read_diagnosis(tmp_path / "d")
+    assert read.applies("attention")
+    assert read.deviations("zero")[1].shape == (6, 2, 2)
+    path.write_text(json.dumps({**header, "format": 1}))
+    with pytest.raises(ValueError, match="expected format 2, got 1; diagnose the policy again"):
+        read_diagnosis(tmp_path / "d")

@@ -9,6 +9,7 @@ from agra.diagnostics.metrics import (
     matched_sensitivity_ratio,
     paired_difference,
 )
+from agra.evaluation.statistics import clustered_bootstrap
 
 
 def test_in_mask_ratio_by_hand():
@@ -107,7 +108,14 @@ def test_matched_sensitivity_ratio_without_background_effect():
         matched_sensitivity_ratio(np.ones(3), np.ones((2, 3)))
 
 
-def test_noises_and_draws_are_averaged_before_the_ratio():
+def test_no_matched_sample_gives_no_ratio():
+    """As in a diagnosis without masks."""
+    result = matched_sensitivity_ratio(np.zeros((0, 2)), np.zeros((0, 2, 3)))
+    assert np.isnan(result.ratio.value)
+    assert (result.ratio.count, result.undefined) == (0, 0)
+
+
+def test_noise_samples_and_background_sets_are_averaged_before_the_ratio():
     inside, outside = np.array([[1.0, 3.0], [6.0, 6.0]]), np.array([[[0.5, 1.5], [1.0, 1.0]], [[2.0, 4.0], [3.0, 3.0]]])
     result = matched_sensitivity_ratio(inside, outside)
     np.testing.assert_allclose(result.per_sample, [2, 2])
@@ -146,3 +154,22 @@ def test_paired_difference_uses_the_pairing():
     assert paired_difference(holes, b).count == 35
     with pytest.raises(ValueError, match="one shape"):
         paired_difference(a, b[:3])
+
+
+def test_the_interval_is_that_of_the_evaluation():
+    """One bootstrap for success rates and for diagnostics, widened for few units."""
+    values = np.random.default_rng(4).normal(size=40)
+    grouped = bootstrap_interval(values, groups=list(range(40)), resamples=9999)
+    expected = clustered_bootstrap(values, range(40))
+    assert (grouped.low, grouped.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert grouped.value == pytest.approx(expected.value)
+
+
+@pytest.mark.parametrize(("trials", "wider"), [(10, 1.217), (40, 1.045), (160, 1.011)])
+def test_the_interval_is_wider_than_a_plain_percentile_bootstrap(trials, wider):
+    """Student's quantile and the variance over n - 1: 4.5 % of the width at 40 trials."""
+    values = np.random.default_rng(0).normal(size=trials)
+    drawn = np.random.default_rng(1).integers(0, trials, (40_000, trials))
+    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975))
+    estimate = bootstrap_interval(values, resamples=40_000)
+    assert (estimate.high - estimate.low) / (high - low) == pytest.approx(wider, rel=0.03)

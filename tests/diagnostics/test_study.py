@@ -1,23 +1,21 @@
-"""Layer studies and probe samples, on a world without a renderer."""
+"""Layer studies, and probe samples of a dataset, on a world without a renderer."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from agra import run
+from agra import api
+from agra.checkpoints.folder import best, resolve
+from agra.checkpoints.read import read_config
 from agra.cli.main import main
-from agra.evaluation.collect import collect
 from agra.diagnostics.samples.probe_sample import load_samples, save_samples
-from agra.diagnostics.report.page import build_report
 from agra.diagnostics.samples.sources import dataset_samples, write_pictures
+from agra.diagnostics.study import variants
+from agra.evaluation.collect import collect
 from agra.recipes import agra_dino_l8, tiny
-from agra.diagnostics.study import Judgement, study, variants
-from agra.training import checkpoint
 from agra.wam.bridge import bridged_layers
 from tests.support.point_world import demonstrator
 
@@ -28,63 +26,71 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     collect("point", folder / "demonstrations", episodes=8, seed=0, demonstrator=demonstrator, progress=False)
     small = tiny()
+    model, alignment = small.method.model, small.method.alignment
     model = replace(
-        small.model,
+        model,
         frame_size=(32, 48),
-        video_dit=replace(small.model.video_dit, num_layers=3, head_dim=16),
-        bridge=replace(small.model.bridge, layers=bridged_layers(3, 2), head_dim=16, position_grid=(2, 2, 3)),
-        action_dit=replace(small.model.action_dit, num_blocks=2, horizon=8, head_dim=16, guidance_dim=32),
+        video_dit=replace(model.video_dit, num_layers=3, head_dim=16),
+        bridge=replace(model.bridge, layers=bridged_layers(3, 2), head_dim=16, position_grid=(2, 2, 3)),
+        action_dit=replace(model.action_dit, num_blocks=2, horizon=8, head_dim=16, guidance_dim=32),
     )
-    teacher = replace(small.alignment.teacher, input_size=(28, 42))
-    found = replace(
+    teacher = replace(alignment.teacher, input_size=(28, 42))
+    alignment = replace(alignment, layers=(1,), hidden_dim=16, teacher=teacher)
+    smaller = replace(
         small,
-        model=model,
-        alignment=replace(small.alignment, layers=(1,), hidden_dim=16, teacher=teacher),
+        method=replace(small.method, model=model, alignment=alignment),
         data=replace(
             small.data, path=str(folder / "demonstrations"), cache=str(folder / "cache"), embodiments=("dot",),
             frame_stride=1,
         ),
         stage=replace(small.stage, steps=2, batch_size=4, save_every=2, validate_every=1, log_every=1),
     )  # fmt: skip
-    run.prepare(found)
-    return found
+    api.prepare(smaller)
+    return smaller
+
+
+def with_alignment(config, alignment):
+    return replace(config, method=replace(config.method, alignment=alignment))
 
 
 def test_variants_change_one_thing():
     config = agra_dino_l8()
-    found = variants(config, "alignment")
-    assert list(found) == ["without", *(f"layer_{layer}" for layer in bridged_layers(28, 8))]
-    assert found["layer_8"] == config
-    assert found["without"] == replace(config, alignment=None)
-    assert found["layer_15"] == replace(config, alignment=replace(config.method.alignment, layers=(15,)))
+    alignment = config.method.alignment
+    aligned = variants(config, "alignment")
+    assert list(aligned) == ["without", *(f"layer_{layer}" for layer in bridged_layers(28, 8))]
+    assert aligned["layer_8"] == config
+    assert aligned["without"] == with_alignment(config, None)
+    assert aligned["layer_15"] == with_alignment(config, replace(alignment, layers=(15,)))
     bridges = variants(config, "bridge", layers=[4])
     assert list(bridges) == ["all_layers", "layer_4"]
-    assert bridges["layer_4"].model.bridge.layers == (4,) * 8
+    assert bridges["layer_4"].method.model.bridge.layers == (4,) * 8
     assert bridges["layer_4"].stage == config.stage
     with pytest.raises(ValueError, match="a recipe and a stage that align"):
-        variants(replace(config, alignment=None), "alignment")
+        variants(with_alignment(config, None), "alignment")
 
 
 def test_a_study_trains_every_variant_and_reaches_the_report(config, tmp_path):
-    judgement = Judgement(simulator=None)
-    path = study(config, over="alignment", output=tmp_path / "study", layers=(0, 2), judgement=judgement)
+    folder = tmp_path / "study"
+    path = api.study(config, over="alignment", output=folder, layers=(0, 2), simulator=None)
     content = json.loads(path.read_text())
-    assert [(v["name"], v["layers"]) for v in content["variants"]] == [
+    assert [(variant["name"], variant["layers"]) for variant in content["variants"]] == [
         ("without", []),
         ("layer_0", [0]),
         ("layer_2", [2]),
     ]
     for name, layers in (("layer_0", (0,)), ("layer_2", (2,))):
-        assert checkpoint.read_config(checkpoint.resolve(tmp_path / "study" / name)).alignment.layers == layers
-    page = build_report([run._entry(tmp_path / "study" / "layer_2")], tmp_path / "r.html", studies=[tmp_path / "study"])
-    text = page.read_text()
+        assert read_config(resolve(folder / name)).method.alignment.layers == layers
+    checkpoints = sorted(file.stat().st_mtime_ns for file in folder.rglob("*.safetensors"))
+    api.study(config, over="alignment", output=folder, layers=(0, 2), simulator=None)
+    assert sorted(file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")) == checkpoints  # nothing is repeated
+    text = api.report([folder / "layer_2"], output=tmp_path / "r.html", studies=[folder]).read_text()
     assert 'id="figure-10"' in text
     assert "layer 0" in text
-    with pytest.raises(FileNotFoundError, match="`agra study` writes it"):
-        build_report([run._entry(tmp_path / "study" / "layer_2")], tmp_path / "r.html", studies=[tmp_path])
+    with pytest.raises(FileNotFoundError, match="that `agra study` wrote"):
+        api.report([folder / "layer_2"], output=tmp_path / "r.html", studies=[tmp_path])
 
 
-def test_a_dataset_gives_samples_to_annotate_and_a_training_run_that_watches_them(config, tmp_path, capsys):
+def test_dataset_samples_are_annotated_and_monitored_in_training(config, tmp_path, capsys):
     samples = dataset_samples(config, 3)
     assert len({sample.name for sample in samples}) == 3
     assert all(not sample.masks.any() and len(sample.video) == 5 for sample in samples)
@@ -94,21 +100,21 @@ def test_a_dataset_gives_samples_to_annotate_and_a_training_run_that_watches_the
     np.testing.assert_array_equal(np.asarray(Image.open(picture)), samples[1].frames[0])
     read = load_samples(tmp_path / "probes")
     np.testing.assert_array_equal(read[2].actions, samples[2].actions)
-    watched = replace(config, monitor=replace(config.monitor, probes=str(tmp_path / "probes")))
+    monitored = replace(config, monitor=replace(config.monitor, probes=str(tmp_path / "probes")))
     with pytest.raises(ValueError, match="no probe sample has a mask"):
-        run.train(watched, output=tmp_path / "run")
+        api.train(monitored, output=tmp_path / "run")
 
     masks = np.zeros_like(samples[0].masks)
     masks[:, :16, :16] = True
     save_samples([replace(sample, masks=masks) for sample in samples], tmp_path / "probes")
-    watched = replace(watched, stage=replace(watched.stage, keep_best="max:grounding/in_mask_ratio"))
-    assert run.train(watched, output=tmp_path / "run")
+    monitored = replace(monitored, stage=replace(monitored.stage, keep_best="max:grounding/in_mask_ratio"))
+    assert api.train(monitored, output=tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [row["grounding/in_mask_ratio"] for row in rows if "grounding/in_mask_ratio" in row]
     assert len(logged) == 2
-    assert checkpoint.best(tmp_path / "run")[1] == max(logged)
+    assert best(tmp_path / "run")[1] == max(logged)
 
-    run.diagnose(tmp_path / "run", simulator="none", samples=0, probes=tmp_path / "probes", teacher="none")
+    api.diagnose(tmp_path / "run", simulator="none", samples=0, probes=tmp_path / "probes", teacher="none")
     assert (tmp_path / "run" / "diagnosis" / "diagnosis.json").is_file()
     with pytest.raises(SystemExit):
         main(["study", "tiny", "--over", "depth", "--output", str(tmp_path / "x")])

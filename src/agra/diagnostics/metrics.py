@@ -253,7 +253,9 @@ def matched_sensitivity_ratio(
         )
     if not (np.isfinite(inside).all() and np.isfinite(outside).all()) or (inside < 0).any() or (outside < 0).any():
         raise ValueError("deviations: expected finite, non-negative distances")
-    inside, outside = (side.reshape(len(side), -1).mean(axis=1) if len(side) else side for side in (inside, outside))
+    inside, outside = (
+        side.reshape(len(side), -1).mean(axis=1) if len(side) else side.reshape(0) for side in (inside, outside)
+    )
     defined = inside + outside > 0
 
     def estimate(statistic: Callable[[np.ndarray], np.ndarray]) -> IntervalEstimate:

@@ -137,6 +137,31 @@ def test_a_mask_is_drawn_by_keyboard_and_pointer_and_saved_as_coco(page, tmp_pat
 
 
 @needs_browser
+def test_policies_without_some_instruments_stand_beside_one_with_all(
+    browser, write_policy, policy, token_policy, plain_policy, tmp_path
+):
+    """Their panels are absent, and no control fails."""
+    entries = [write_policy("plain", policy=plain_policy), write_policy("tokens", policy=token_policy), write_policy("all", policy=policy)]
+    context, troubles = browser.new_context(), []
+    context.set_default_timeout(PATIENCE)
+    opened = context.new_page()
+    opened.on("pageerror", lambda error: troubles.append(str(error)))
+    opened.goto(build_report(entries, tmp_path / "report.html").as_uri())
+    samples = 2
+    assert [kinds(opened, name) for name in ("attention", "map", "pca", "imagined")] == [samples, 4 * samples, 2 * samples, samples]
+    for selector, value in (("#block", "1"), ("#part", "heads"), ("#scale", "shared"), ("#layer", "2")):
+        opened.select_option(selector, value)
+    opened.locator("#figure-15 [data-pick=frame]").focus()
+    opened.keyboard.press("ArrowLeft")
+    assert opened.locator("#figure-15 canvas").count() == 2  # two blocks of the one policy with attention
+    opened.goto(build_report(entries[:1], tmp_path / "plain.html").as_uri())
+    assert kinds(opened, "attention") == 0
+    assert opened.locator("#block").count() == 0
+    assert not troubles
+    context.close()
+
+
+@needs_browser
 def test_a_phone_needs_no_sideways_scrolling(page):
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from agra.diagnostics.visual_reliance import VisualReliance, Swaps
 from agra.diagnostics.metrics import IntervalEstimate
 from agra.diagnostics.record import Diagnosis, read_diagnosis, write_diagnosis
-from agra.diagnostics.report.page import PolicyEntry, build_report, read_log
 from agra.diagnostics.report.comparison_table import difference_cell, mcnemar_cell, number, percent
+from agra.diagnostics.report.page import PolicyEntry, build_report, read_log
+from agra.diagnostics.visual_reliance import Swaps, VisualReliance
 from agra.types import REGIMES
 
 
@@ -120,7 +120,7 @@ def test_a_cut_log_is_read_and_a_broken_one_is_not(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="no policies"):
+    with pytest.raises(ValueError, match="got none"):
         build_report([], tmp_path / "r.html")
     entry = PolicyEntry(name="a", description="", diagnosis=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="must differ"):
@@ -150,8 +150,8 @@ def test_numbers_read_well():
     assert [percent(v) for v in (0, 0.3, 0.052, 1)] == ["0\u00a0%", "30\u00a0%", "5.2\u00a0%", "100\u00a0%"]
 
 
-def looking(error, shift, trials):
-    """Looks in two groups whose error and shift are known."""
+def make_reliance(error, shift, trials):
+    """Initial observations in two groups, with known error and shift."""
     demonstrated = np.random.default_rng(0).uniform(-0.1, 0.1, (len(trials), 2))
     unchanged = demonstrated + np.array([error, 0])
     moved = unchanged + np.array([0, shift])
@@ -161,17 +161,41 @@ def looking(error, shift, trials):
     return VisualReliance.of(targets, demonstrated, swaps, trials=trials, groups=groups)
 
 
-def test_looking_is_compared_on_the_same_trials(write_policy, tmp_path):
+def test_visual_reliance_is_compared_on_the_same_trials(write_policy, tmp_path):
     entries = [write_policy("wam"), write_policy("agra")]
     trials = [f"trial {i}" for i in range(24)]
-    looking(0.06, 0.004, trials).save(tmp_path / "wam" / "diagnosis" / "visual_reliance.json")
-    looking(0.02, 0.05, trials).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
+    make_reliance(0.06, 0.004, trials).save(tmp_path / "wam" / "diagnosis" / "visual_reliance.json")
+    make_reliance(0.02, 0.05, trials).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
     page = Page(build_report(entries, tmp_path / "report.html").read_text())
-    assert "looking" in page.ids
-    assert "Target error, one thing in distribution; lower is better 6.0 cm [6.0 cm, 6.0 cm] 2.0 cm" in page.words
+    assert "visual-reliance" in page.ids
+    assert "Target error, one object in distribution; lower is better 6.0 cm [6.0 cm, 6.0 cm] 2.0 cm" in page.words
     assert "agra lower difference −4.0 cm" in page.words
     assert "agra higher difference +4.6 cm" in page.words
     assert page.words.count("Image swapped") == 2  # in the summary as well
-    looking(0.02, 0.05, trials[::-1]).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
-    with pytest.raises(ValueError, match="agra and wam were shown different trials; diagnose them again"):
+    make_reliance(0.02, 0.05, trials[::-1]).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
+    with pytest.raises(ValueError, match="agra and wam: visual reliance was measured on different trials; diagnose them again"):
         build_report(entries, tmp_path / "report.html")
+
+
+def test_an_instrument_that_a_method_cannot_offer_is_not_applicable(
+    write_policy, policy, token_policy, plain_policy, tmp_path
+):
+    entries = [
+        write_policy("whole", policy=policy, teacher=teach),
+        write_policy("tokens", policy=token_policy, teacher=teach),
+        write_policy("plain", policy=plain_policy),
+    ]
+    page = Page(build_report(entries, tmp_path / "r.html").read_text())
+    words = page.words
+    row = words.split("Attention in mask fraction of the attention mass; higher is better")[1][:90]
+    assert "100 % [100 %, 100 %] not applicable not applicable" in row
+    row = words.split("Sensitivity ratio, mean mean replacement; higher is better")[1]
+    assert row.startswith(" ∞ no interval ∞ no interval not applicable")
+    row = words.split("PSNR of the imagined video dB; higher is better")[1][:90]
+    assert row.count("not applicable") == 2
+    assert "Not applicable: attention, sensitivity, PCA, predicted video." in words
+    assert "Not applicable: attention, predicted video." in words
+    assert "nan" not in words.lower().split()
+    words = Page(build_report(entries[2:], tmp_path / "alone.html").read_text()).words
+    assert "No policy reads token grids: grounding is not applicable." in words
+    assert "Error of the predicted actions" in words

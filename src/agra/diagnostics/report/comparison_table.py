@@ -1,6 +1,6 @@
-"""The report's comparison tables: one column a policy, then each policy against the first, in words.
+"""Comparison tables of the report: one column for each policy, then a verdict in words for each policy against the first.
 
-Every statement of a difference carries its interval, and one whose interval includes no difference says so.
+Every difference is given with its interval. If the interval includes zero, the verdict is that no difference is shown.
 """
 
 import math
@@ -15,16 +15,16 @@ from agra.diagnostics.metrics import IntervalEstimate
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A number, and under it its interval or count."""
+    """A number or phrase, with its interval or count below it."""
 
     text: str
     range: str = ""
-    clear: bool = False  # whether the evidence settles a comparison
+    clear: bool = False  # whether the interval or test shows a difference
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One quantity: a cell a policy, and a verdict for each policy but the first."""
+    """One quantity: a cell for each policy, and a verdict for each policy except the first."""
 
     label: str
     hint: str = ""
@@ -35,7 +35,7 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under a common head; `extra` heads one more column, for a baseline."""
+    """Rows under a common head. `extra` is the head of one more column, for a baseline."""
 
     corner: str
     rows: Sequence[TableRow]
@@ -43,7 +43,7 @@ class Table:
 
 
 def print_table(table: Table, names: Sequence[str], *, title: str) -> None:
-    """The table in a terminal: intervals under the numbers, verdicts last."""
+    """Print the table in a terminal, with intervals below the numbers and verdicts last."""
     shown = rich.table.Table(title=title, title_justify="left", show_lines=True)
     verdicts = [f"{name} against {names[0]}" for name in names[1:]]
     for head in (table.corner, *names, *([table.extra] if table.extra else []), *verdicts):
@@ -56,10 +56,13 @@ def print_table(table: Table, names: Sequence[str], *, title: str) -> None:
 
 
 MISSING = Cell(text="–")
+"""The cell of a quantity that was not measured."""
+NOT_APPLICABLE = Cell(text="not applicable")
+"""The cell of an instrument that the policy's method cannot offer."""
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits and a true minus sign, without exponents where it is readable."""
+    """`value` with `digits` significant digits and a minus sign, without an exponent down to about 1e-5."""
     if not math.isfinite(value):
         return "∞" if value == math.inf else "–"
     if value == 0:
@@ -69,31 +72,31 @@ def number(value: float, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def percent(share: float) -> str:
-    """A share as a percentage; one decimal below ten per cent unless it is whole."""
-    if not math.isfinite(share):
+def percent(fraction: float) -> str:
+    """A fraction as a percentage. Below 10 % it has one decimal, unless it is whole."""
+    if not math.isfinite(fraction):
         return "–"
-    value = 100 * share
+    value = 100 * fraction
     whole = abs(value) >= 10 or abs(value - round(value)) < 0.05
     return f"{value:.0f}\u00a0%" if whole else f"{value:.1f}\u00a0%"
 
 
 def between(low: float, high: float, form=number) -> str:
-    """An interval in brackets, or a remark that there is none."""
+    """An interval in brackets, or "no interval"."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return "no interval"
     return f"[{form(low)}, {form(high)}]"
 
 
 def estimate_cell(estimate: IntervalEstimate | None, form=number) -> Cell:
-    """A metric's value over its interval."""
+    """A metric's value and its interval."""
     if estimate is None or not estimate.count:
         return MISSING
     return Cell(text=form(estimate.value), range=between(estimate.low, estimate.high, form))
 
 
 def difference_cell(difference: IntervalEstimate | None, *, name: str, form=number) -> Cell:
-    """What a paired difference, `name` minus the reference, allows to say: higher, lower or no difference shown."""
+    """The verdict on a paired difference, `name` minus the reference: higher, lower or no difference shown."""
     if difference is None or not difference.count:
         return Cell(text="not comparable: no finite values in common")
     signed = f"{'+' if difference.value > 0 else ''}{form(difference.value)}"
@@ -108,7 +111,7 @@ def difference_cell(difference: IntervalEstimate | None, *, name: str, form=numb
 def mcnemar_cell(
     only_ours: int, only_reference: int, p: float, trials: int, *, name: str, reference: str, alpha: float = 0.05
 ) -> Cell:
-    """McNemar's test in words: trials that exactly one of the two policies solved, and the p value."""
+    """McNemar's test in words: the trials that exactly one of the two policies solved, and the p value."""
     if not trials:
         return Cell(text="not comparable: no common trials")
     shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"

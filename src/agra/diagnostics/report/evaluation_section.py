@@ -1,4 +1,4 @@
-"""The report's evaluation section: the four regimes, partial scores, and the paired comparison.                 C.2.2"""
+"""The report's evaluation section (C.2.2): success and partial scores by regime, and the paired comparison."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,41 +12,43 @@ ResultsColumn = tuple[int, str, Results | None]
 """A policy's number, name and results."""
 
 Judge = Callable[[TrialResult], bool | None]
-"""Whether a trial counts; None where the question does not arise in its task."""
+"""Whether a trial counts. None if its task does not have the score."""
 
-SAME = ("simulator", "trials_sha256", "protocol", "max_steps")
+SHARED_HEADER = ("simulator", "trials_sha256", "protocol", "max_steps")
 
 
 def evaluation_section(columns: Sequence[ResultsColumn]) -> dict[str, Any] | None:
-    """Tables and charts of the evaluation; None if no policy was evaluated."""
-    known = [(i, name, r) for i, name, r in columns if r is not None]
-    if not known:
+    """Tables and charts of the evaluation. None if no policy was evaluated."""
+    evaluated = [(i, name, r) for i, name, r in columns if r is not None]
+    if not evaluated:
         return None
-    regimes = list(dict.fromkeys(regime for _, _, r in known for regime in r.regimes))
+    regimes = list(dict.fromkeys(regime for _, _, r in evaluated for regime in r.regimes))
     groups = [*regimes, "all"] if len(regimes) > 1 else regimes
-    scores = list(dict.fromkeys(s for _, _, r in known for t in r.trials for s in t.progress))
+    scores = list(dict.fromkeys(score for _, _, r in evaluated for trial in r.trials for score in trial.progress))
     progress = [
-        _row(columns, regime, _reached(s), f"{_words(regime)}: {_words(s)}") for regime in groups for s in scores
+        _row(columns, regime, _reached(score), f"{_words(regime)}: {_words(score)}")
+        for regime in groups
+        for score in scores
     ]
     return {
-        "intro": _intro(known),
+        "intro": _intro(evaluated),
         "success": Table(corner="success", rows=[_row(columns, r, lambda t: t.success, _words(r)) for r in groups]),
         "progress": Table(corner="partial score", rows=progress),
         "chart": interval_chart(
-            [(_words(regime), _dots(known, regime, lambda t: t.success)) for regime in groups],
+            [(_words(regime), _dots(evaluated, regime, lambda t: t.success)) for regime in groups],
             title="Success by regime",
             limits=(0.0, 1.0),
             percent=True,
         ),
         "progress_chart": interval_chart(
-            [(_words(s), _dots(known, "all", _reached(s))) for s in scores],
+            [(_words(score), _dots(evaluated, "all", _reached(score))) for score in scores],
             title="Partial scores",
             limits=(0.0, 1.0),
             percent=True,
         )
         if scores
         else None,
-        "note": _note(known),
+        "note": _note(evaluated),
     }
 
 
@@ -59,7 +61,7 @@ def _reached(score: str) -> Judge:
 
 
 def _outcomes(results: Results, regime: str, judge: Judge) -> dict[str, bool]:
-    """Trial name to outcome, over one regime or all."""
+    """Trial name to outcome, for one regime or for all."""
     trials = results.trials if regime == "all" else results.regime(regime)
     return {trial.trial: bool(judged) for trial in trials if (judged := judge(trial)) is not None}
 
@@ -73,7 +75,7 @@ def _row(columns: Sequence[ResultsColumn], regime: str, judge: Judge, label: str
         a, b = outcomes[place], outcomes[0]
         if ours is None or reference is None or a is None or b is None:
             return Cell(text="not comparable: not evaluated")
-        differing = [key for key in SAME if ours.header.get(key) != reference.header.get(key)]
+        differing = [key for key in SHARED_HEADER if ours.header.get(key) != reference.header.get(key)]
         if differing or set(a) != set(b):
             return Cell(text=f"not comparable: {', '.join(differing) or 'the finished trials'} differ")
         test = mcnemar([a[key] for key in a], [b[key] for key in a])
@@ -81,7 +83,7 @@ def _row(columns: Sequence[ResultsColumn], regime: str, judge: Judge, label: str
 
     return TableRow(
         label=label,
-        cells=[_rate(one) for one in outcomes],
+        cells=[_rate(by_trial) for by_trial in outcomes],
         verdicts=[verdict(place) for place in range(1, len(columns))],
     )
 
@@ -95,9 +97,9 @@ def _rate(outcomes: dict[str, bool] | None) -> Cell:
     )
 
 
-def _dots(known: Sequence[tuple[int, str, Results]], regime: str, judge: Judge) -> list[Interval]:
+def _dots(evaluated: Sequence[tuple[int, str, Results]], regime: str, judge: Judge) -> list[Interval]:
     dots = []
-    for index, name, results in known:
+    for index, name, results in evaluated:
         outcomes = _outcomes(results, regime, judge)
         if outcomes:
             count, total = sum(outcomes.values()), len(outcomes)
@@ -108,18 +110,18 @@ def _dots(known: Sequence[tuple[int, str, Results]], regime: str, judge: Judge) 
     return dots
 
 
-def _intro(known: Sequence[tuple[int, str, Results]]) -> str:
-    header = known[0][2].header
+def _intro(evaluated: Sequence[tuple[int, str, Results]]) -> str:
+    header = evaluated[0][2].header
     total = sum(int(regime["full"]) for regime in header["regimes"].values())
-    played = len(known[0][2].trials)
+    played = len(evaluated[0][2].trials)
     part = "" if played == total else f", evenly spread over the {total} of the full lists"
     return (
-        f"{played} trials in {header['simulator']}{part}; every policy meets the same scenes, instructions and seeds. Intervals are Wilson's. "
-        "Policies are compared on the same trials by McNemar's exact test, which only heeds the trials that exactly one of "
-        "the two solved."
+        f"{played} trials in {header['simulator']}{part}. Every policy gets the same scenes, instructions and seeds. Intervals "
+        "are Wilson's. Policies are compared on the same trials by McNemar's exact test, which uses only the trials that "
+        "exactly one of the two solved."
     )
 
 
-def _note(known: Sequence[tuple[int, str, Results]]) -> str:
-    calls = [f"{name} {number(summarise(results)[-1].median_policy_ms)} ms" for _, name, results in known]
-    return f"Median time of a policy call on the machine of the evaluation: {', '.join(calls)}."
+def _note(evaluated: Sequence[tuple[int, str, Results]]) -> str:
+    calls = [f"{name} {number(summarise(results)[-1].median_policy_ms)} ms" for _, name, results in evaluated]
+    return f"Median time of a policy call on the machine that ran the evaluation: {', '.join(calls)}."

@@ -1,7 +1,7 @@
-"""The report's figures as inline SVG and data URIs: themed by the page's CSS, sharp at any size, no network.
+"""Figures of the report as inline SVG and data URIs, which load nothing from the network.
 
-Colours are not set here: every series carries a class `p0`, `p1`, ... whose colour the page's style sheet defines for
-light and dark, so that a policy looks the same in every figure. Text is real text.
+Colours are not set here. Every series has a class `p0`, `p1`, ... and the page's style sheet defines its colour for light and
+dark mode, so that a policy has the same colour in every figure. Text is text, not paths.
 """
 
 import base64
@@ -21,7 +21,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 10, 10, 24
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Series:
-    """One line of a chart; `index` is the policy's colour. `points` are marks without a line."""
+    """One line of a chart. `index` is the policy's colour. (point_x, point_y) are marks without a line."""
 
     label: str
     index: int
@@ -33,7 +33,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """One dot with its whiskers; `low` and `high` may be NaN."""
+    """One dot with its whiskers. `low` and `high` may be NaN."""
 
     label: str
     index: int
@@ -54,15 +54,15 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick label: at most four significant digits, thousands as k, a true minus sign."""
+    """A tick label: at most four significant digits, from 10,000 on in thousands (k), with a minus sign."""
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     return f"{value:.4g}".replace("-", "−")
 
 
-def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
-    """Centred running mean over `share` of the points (at least 3); the window shrinks at the ends."""
-    half = max(1, round(len(values) * share / 2))
+def smooth(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
+    """Centred running mean over `fraction` of the points, at least 3. The window shrinks at the ends."""
+    half = max(1, round(len(values) * fraction / 2))
     total = np.concatenate([[0.0], np.cumsum(values)])
     start = np.maximum(np.arange(len(values)) - half, 0)
     stop = np.minimum(np.arange(len(values)) + half + 1, len(values))
@@ -70,7 +70,7 @@ def smooth(values: np.ndarray, share: float = 0.05) -> np.ndarray:
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """At most `limit` evenly spread points, the first and last kept."""
+    """At most `limit` evenly spread points, including the first and the last."""
     if len(x) <= limit:
         return x, y
     keep = np.unique(np.linspace(0, len(x) - 1, limit).round().astype(int))
@@ -78,14 +78,14 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = 300) -> tuple[np.ndarray, np
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """The span to draw: everything but the outermost per cent at the top, with a little air."""
+    """The limits of an axis: up to the 99th percentile, with a margin."""
     low, high = float(values.min()), float(np.percentile(values, 99))
-    air = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - air, high + air
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
 
 
 def line_chart(series: Sequence[Series], *, title: str) -> Markup:
-    """Lines over training steps: the logged values thin, their running mean bold, marks for held-out data."""
+    """Lines over training steps: thin for the logged values, bold for their running mean, marks for held-out data."""
     xs = np.concatenate([np.concatenate([s.x, s.point_x]) for s in series])
     ys = np.concatenate([np.concatenate([s.y, s.point_y]) for s in series])
     low, high = _range(ys)
@@ -104,13 +104,13 @@ def line_chart(series: Sequence[Series], *, title: str) -> Markup:
     for tick in ticks(first, last):
         ((x, _),) = at(np.array([tick]), np.array([low]))
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>')
-    for one in series:
-        for name, (x, y) in (("raw", thin(one.x, one.y)), ("mean", thin(one.x, smooth(one.y)))):
+    for line in series:
+        for name, (x, y) in (("raw", thin(line.x, line.y)), ("mean", thin(line.x, smooth(line.y)))):
             if len(x):
                 path = " ".join(f"{px:.1f},{py:.1f}" for px, py in at(x, y))
-                parts.append(f'<polyline class="{name} p{one.index}" points="{path}"/>')
-        for px, py in at(one.point_x, one.point_y):
-            parts.append(_mark(px, py, one.index))
+                parts.append(f'<polyline class="{name} p{line.index}" points="{path}"/>')
+        for px, py in at(line.point_x, line.point_y):
+            parts.append(_mark(px, py, line.index))
     return Markup("".join([*parts, "</svg>"]))
 
 
@@ -122,7 +122,7 @@ def interval_chart(
     percent: bool = False,
     reference: float | None = None,
 ) -> Markup:
-    """Dots with whiskers on one horizontal axis, one band a group and one row a policy."""
+    """Dots with whiskers on one horizontal axis: a band for each group, a row for each policy."""
     row, gap, left, width = 17, 12, 8, 450
     height = 8 + sum(20 + row * len(rows) + gap for _, rows in groups) + 18
     low, high = limits
@@ -159,7 +159,7 @@ def _svg(width: int, height: float, title: str, kind: str = "lines") -> str:
 
 
 def _mark(x: float, y: float, index: int, *, size: float = 3.2, title: str = "") -> str:
-    """A policy's mark: the shape tells policies apart where colour does not."""
+    """A policy's mark. Its shape distinguishes policies without colour."""
     shapes = (
         [(math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 17)[:-1]],  # disc
         [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],  # diamond
@@ -177,7 +177,7 @@ def swatch(index: int) -> Markup:
 
 
 def outline(mask: np.ndarray) -> str:
-    """The border of a pixel mask (H, W) as SVG path data in pixel units: runs of horizontal and vertical edges."""
+    """The border of a pixel mask (H, W) as SVG path data in pixels: runs of horizontal and vertical edges."""
     padded = np.pad(mask.astype(bool), 1)
     parts = []
     for flip, edges in ((False, padded[1:] != padded[:-1]), (True, (padded[:, 1:] != padded[:, :-1]).T)):
@@ -188,18 +188,8 @@ def outline(mask: np.ndarray) -> str:
     return "".join(parts)
 
 
-def data_uri(frame: np.ndarray, *, widest: int = 448) -> str:
-    """An image (H, W, 3) uint8 as a PNG data URI, shrunk if wider than `widest` pixels."""
-    image = Image.fromarray(frame)
-    if image.width > widest:
-        image = image.resize((widest, round(image.height * widest / image.width)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def photo_uri(frame: np.ndarray, *, widest: int = 448) -> str:
-    """A camera image (H, W, 3) uint8 as a JPEG data URI, shrunk if wider than `widest`: a sixth of a PNG's size."""
+    """A camera image (H, W, 3) uint8 as a JPEG data URI, reduced to at most `widest` pixels: a sixth of a PNG's size."""
     image = Image.fromarray(frame)
     if image.width > widest:
         image = image.resize((widest, round(image.height * widest / image.width)), Image.Resampling.LANCZOS)
@@ -209,16 +199,16 @@ def photo_uri(frame: np.ndarray, *, widest: int = 448) -> str:
 
 
 def packed(values: np.ndarray) -> dict[str, object]:
-    """An array as base64 bytes of little-endian float32: a latent frame's values may be far below the peak of all."""
+    """An array as base64 bytes of little-endian float32, since values of one latent frame may be far below the maximum."""
     numbers = np.ascontiguousarray(values, dtype="<f4")
     return {"shape": list(values.shape), "bytes": base64.b64encode(numbers.tobytes()).decode()}
 
 
 def packed_slices(values: np.ndarray) -> dict[str, object]:
-    """Grids (..., H, W) as bytes, each slice (H, W) scaled to its own maximum: a quarter of float32's size."""
+    """Grids (..., H, W) as bytes, each slice (H, W) scaled to its maximum: a quarter of float32's size."""
     top = values.reshape(*values.shape[:-2], -1).max(axis=-1).astype(np.float64)
-    shares = np.divide(values, top[..., None, None], where=top[..., None, None] > 0, out=np.zeros(values.shape))
-    data = (shares * 255).round().astype(np.uint8)
+    scaled = np.divide(values, top[..., None, None], where=top[..., None, None] > 0, out=np.zeros(values.shape))
+    data = (scaled * 255).round().astype(np.uint8)
     return {
         "shape": list(values.shape),
         "scales": [float(f"{scale / 255:.4g}") for scale in top.ravel()],
@@ -227,7 +217,7 @@ def packed_slices(values: np.ndarray) -> dict[str, object]:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """A mask (H, W) as COCO's plain run lengths: column by column, outside first."""
+    """A mask (H, W) as COCO's plain run lengths: column by column, starting outside the mask."""
     flat = mask.flatten(order="F").astype(np.int8)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
     return np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()

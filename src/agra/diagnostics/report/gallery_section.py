@@ -1,7 +1,7 @@
-"""The report's gallery: for a few samples, what each policy reads and what moves its action.                  Figs. 2-5
+"""The report's gallery (Figs. 2-5, 14-16): attention, sensitivity, PCA and predicted video of each policy, for a few samples.
 
-The pictures are small grids; the page's script paints them over the recorded frames, so the file stays light and one
-can look through blocks, latent frames and layers.
+The pictures are small grids. The page's script paints them over the recorded frames, so that the file stays small and readers
+can step through blocks, latent frames and layers.
 """
 
 import json
@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from agra.diagnostics.report.figures import outline, packed, packed_colours, packed_slices, photo_uri, run_lengths
 from agra.diagnostics.record import Diagnosis
-from agra.diagnostics.report.grounding_section import TITLES, DiagnosisColumn, block_names
 from agra.diagnostics.report.comparison_table import number, percent
+from agra.diagnostics.report.figures import outline, packed, packed_colours, packed_slices, photo_uri, run_lengths
+from agra.diagnostics.report.grounding_section import TITLES, DiagnosisColumn, block_names
 
 RAMP = ((0, 0, 4), (50, 10, 94), (120, 28, 109), (188, 55, 84), (236, 105, 37), (251, 180, 26), (252, 255, 164))
 """Dark to bright with steadily rising lightness, readable under every common colour vision deficiency."""
-
-
 PARTS = {"steps": "denoising step", "heads": "head", "actions": "action token"}
-"""Along what the attention can be looked at in parts."""
+"""The axes along which attention can be shown in parts."""
 PARTS_BUDGET = 12_000_000
-"""Bytes that attention in parts may take in the page; beyond it the longest parts are left out."""
+"""Bytes of the page for attention in parts. Beyond it the axes with the most parts are left out."""
+PICTURES = {"attention": "attention", "interventions": "sensitivity", "hidden_states": "PCA", "imagination": "predicted video"}
+"""The pictures of each instrument."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,118 +36,137 @@ class _Arm:
     place: int  # the sample's place in the gallery's arrays
 
     @property
-    def number(self) -> int:
+    def row(self) -> int:
         """The sample's row among all samples."""
         return self.diagnosis.header["gallery"][self.place]
 
     def array(self, name: str) -> np.ndarray | None:
-        """The sample's part of an array of the gallery, None if this diagnosis has no such array."""
+        """The sample's part of an array of the gallery. None if the diagnosis does not have the array."""
         return self.diagnosis.arrays[name][self.place] if name in self.diagnosis.arrays else None
 
-    def sensitivity(self, kind: str) -> np.ndarray:
-        """The sample's map of one intervention."""
-        return self.diagnosis.arrays[f"sensitivity_{kind}"][self.place]
+    @property
+    def attention(self) -> np.ndarray | None:
+        """(1 + J, T, H, W): the mean over the blocks, then every block. None if not applicable."""
+        if "attention" not in self.diagnosis.arrays:
+            return None
+        blocks = self.diagnosis.arrays["attention"][self.row]
+        return np.concatenate([blocks.mean(axis=0, keepdims=True), blocks])
+
+    @property
+    def text_attention(self) -> np.ndarray | None:
+        """(layers, words, T, H, W). None if not applicable."""
+        weights = self.diagnosis.arrays.get(f"text_attention_{self.place}")
+        return None if weights is None else weights.astype(np.float32)
 
 
 def gallery_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None:
-    """The samples that all diagnosed policies have pictures of; None if there are none."""
-    known = [(i, d) for i, _, d in columns if d is not None and d.header["gallery"]]
-    samples = _common_samples(known)
+    """The samples of which all diagnosed policies have pictures. None without one."""
+    pictured = [(i, name, d) for i, name, d in columns if d is not None and d.header["gallery"]]
+    samples = _common_samples([(i, d) for i, _, d in pictured])
     if not samples:
         return None
-    diagnoses = [d for _, d in known]
-    first = diagnoses[0]
-    kinds = [kind for kind in TITLES if all(f"sensitivity_{kind}" in d.arrays for d in diagnoses)]
-    pictured = {name for d in diagnoses for name in d.arrays if name.startswith("pca_layer_")}
-    layers = sorted(int(name.removeprefix("pca_layer_")) for name in pictured)
+    diagnoses = [d for _, _, d in pictured]
+    kinds = [kind for kind in TITLES if any(f"sensitivity_{kind}" in d.arrays for d in diagnoses)]
+    arrays = {name for d in diagnoses for name in d.arrays if name.startswith("pca_layer_")}
+    layers = sorted(int(name.removeprefix("pca_layer_")) for name in arrays)
     aligned = [layer for d in diagnoses for layer in d.header["aligned_layers"] if layer in layers]
     parts = _affordable(diagnoses, len(samples))
     drawn = [_drawn(arms, kinds, layers, parts) for arms in samples]
+    frames = max(d.arrays["frames"].shape[1] for d in diagnoses)
     data = {
-        "frames": first.header["grid"][0],
+        "frames": frames,
         "ramp": RAMP,
         "samples": drawn,
         "layers": layers,
         "blocks": block_names(diagnoses),
-        "names": [name for _, name, d in columns if d is not None and d.header["gallery"]],
+        "names": [name for _, name, _ in pictured],
     }
+    imagined = any("imagined" in d.arrays for d in diagnoses)
     return {
         "parts": {name: PARTS[name] for name in parts},
-        "imagined": any("imagined" in d.arrays for d in diagnoses),
+        "imagined": imagined,
+        "attention": any("attention" in d.arrays for d in diagnoses),
         "texts": any(d.header["words"] for d in diagnoses),
-        "samples": [_printed(arms, one, kinds, pca=bool(layers)) for arms, one in zip(samples, drawn, strict=True)],
+        "samples": [_printed(arms, sample, kinds) for arms, sample in zip(samples, drawn, strict=True)],
         "data": Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),
-        "frames": first.header["grid"][0],
+        "frames": frames,
         "blocks": ["mean of all blocks", *block_names(diagnoses)],
         "layers": layers,
         "layer": (aligned or layers[len(layers) // 2 :] or [None])[0],
-        "columns": 1 + len(kinds) + bool(layers) + any("imagined" in d.arrays for d in diagnoses),
+        "columns": max(1, 1 + len(kinds) + bool(layers) + imagined),
         "teacher": next((d.header["teacher"] for d in diagnoses if d.header["teacher"]), None),
         "intro": (
-            "What each policy reads, and what moves its action, at the same moments under the same noise. The policy sees "
-            "the first frame only; the later frames and masks come from the recording and stand for the latent frames "
-            "that the video DiT imagines. Samples are spread evenly over the list, not chosen."
+            "Attention and sensitivity of each policy at the same moments under the same noise. The policy's input is the "
+            "first frame alone. The later frames and masks come from the recording and stand for the latent frames that the "
+            "policy predicts. Samples are spread evenly over the list, not selected."
         ),
-        "legend": _legend(first, kinds, bool(layers)),
+        "legend": _legend(diagnoses, kinds, bool(layers)),
     }
 
 
-def _common_samples(known: Sequence[tuple[int, Diagnosis]]) -> list[list[_Arm]]:
-    """For each sample that all of them pictured, every policy's arm."""
-    places = [{d.keys[row]: place for place, row in enumerate(d.header["gallery"])} for _, d in known]
-    keys = [key for key in places[0] if all(key in other for other in places)] if known else []
+def _common_samples(pictured: Sequence[tuple[int, Diagnosis]]) -> list[list[_Arm]]:
+    """The pictures of every policy, for each sample that all of them have in the gallery."""
+    places = [{d.keys[row]: place for place, row in enumerate(d.header["gallery"])} for _, d in pictured]
+    keys = [key for key in places[0] if all(key in other for other in places)] if pictured else []
     return [
-        [_Arm(index=i, diagnosis=d, place=there[key]) for (i, d), there in zip(known, places, strict=True)]
+        [_Arm(index=i, diagnosis=d, place=place[key]) for (i, d), place in zip(pictured, places, strict=True)]
         for key in keys
     ]
 
 
 def _affordable(diagnoses: Sequence[Diagnosis], samples: int) -> list[str]:
-    """The parts of the attention that the page has room for, the shortest first."""
-    chosen, used = [], 0
-    for name in sorted(PARTS, key=lambda part: sum(d.arrays[f"attention_by_{part}"][0].size for d in diagnoses)):
-        used += sum(d.arrays[f"attention_by_{name}"][0].size for d in diagnoses) * samples * 4 // 3
+    """The axes of attention whose parts fit into the page, those with the fewest parts first."""
+    sizes = {
+        name: sum(d.arrays[array][0].size for d in diagnoses if array in d.arrays)
+        for name in PARTS
+        if any((array := f"attention_by_{name}") in d.arrays for d in diagnoses)
+    }
+    affordable, used = [], 0
+    for name in sorted(sizes, key=lambda name: sizes[name]):
+        used += sizes[name] * samples * 4 // 3
         if used <= PARTS_BUDGET:
-            chosen.append(name)
-    return chosen
+            affordable.append(name)
+    return affordable
 
 
 def _drawn(arms: Sequence[_Arm], kinds: Sequence[str], layers: Sequence[int], parts: Sequence[str]) -> dict[str, Any]:
-    """What the page's script draws from, for one sample."""
-    frames = arms[0].diagnosis.header["grid"][0]
+    """The data of one sample for the page's script. Pictures that are not applicable are null or absent."""
+    base = max(arms, key=lambda arm: arm.diagnosis.arrays["frames"].shape[1])  # a method may need fewer frames
+    frames, masks = base.array("frames"), base.array("frame_masks")
+    assert frames is not None
+    assert masks is not None
 
-    def arm(one: _Arm) -> dict[str, Any]:
-        attention = one.diagnosis.arrays["attention"][one.number]
-        colours = {str(layer): one.array(f"pca_layer_{layer}") for layer in layers}
+    def arm_data(arm: _Arm) -> dict[str, Any]:
+        by_part = {name: arm.array(f"attention_by_{name}") for name in parts}
+        maps = {kind: arm.array(f"sensitivity_{kind}") for kind in kinds}
+        colours = {str(layer): arm.array(f"pca_layer_{layer}") for layer in layers}
+        words, text = arm.diagnosis.header["words"], arm.text_attention
         return {
-            "attention": packed(np.concatenate([attention.mean(axis=0, keepdims=True), attention])),
-            "parts": {name: packed_slices(_with_mean(one.array(f"attention_by_{name}"))) for name in parts},
-            "words": one.diagnosis.header["words"][one.place],
-            "text": packed_slices(one.diagnosis.arrays[f"text_attention_{one.place}"].astype(np.float32)),
-            "text_layers": one.diagnosis.header["layers"],
-            "imagined": _last_covered(one.array("imagined"), frames),
-            "maps": {kind: packed(one.sensitivity(kind)) for kind in kinds},
+            "attention": None if arm.attention is None else packed(arm.attention),
+            "parts": {name: packed_slices(_with_mean(part)) for name, part in by_part.items() if part is not None},
+            "words": [] if text is None else words[arm.place],
+            "text": None if text is None else packed_slices(text),
+            "text_layers": arm.diagnosis.header["layers"],
+            "imagined": _last_covered(arm.array("imagined"), len(frames)),
+            "maps": {kind: packed(heat) for kind, heat in maps.items() if heat is not None},
             "pca": {layer: packed_colours(image) for layer, image in colours.items() if image is not None},
         }
 
     teachers = {
-        str(one.diagnosis.header["teacher"]).replace("_", " "): packed_colours(image)
-        for one in arms
-        if (image := one.array("pca_teacher")) is not None
+        str(arm.diagnosis.header["teacher"]).replace("_", " "): packed_colours(image)
+        for arm in arms
+        if (image := arm.array("pca_teacher")) is not None
     }
-    arrays, place = arms[0].diagnosis.arrays, arms[0].place
+    names = ("images", "frame_size", "crop", "instruction")
     return {
-        "frames": [photo_uri(frame) for frame in arrays["frames"][place]],
-        "outlines": [outline(mask) for mask in arrays["frame_masks"][place]],
-        "masks": [run_lengths(mask) for mask in arrays["frame_masks"][place]],
-        "size": list(arrays["frames"].shape[2:4]),
-        **{
-            name: arms[0].diagnosis.rows[arms[0].number][name]
-            for name in ("images", "frame_size", "crop", "instruction")
-        },
-        "later": _last_covered(arms[0].array("recorded"), frames),
+        "frames": [photo_uri(frame) for frame in frames],
+        "outlines": [outline(mask) for mask in masks],
+        "masks": [run_lengths(mask) for mask in masks],
+        "size": list(frames.shape[1:3]),
+        **{name: base.diagnosis.rows[base.row][name] for name in names},
+        "later": _last_covered(base.array("recorded"), len(frames)),
         "teachers": list(teachers.items()),
-        "arms": [arm(one) for one in arms],
+        "arms": [arm_data(arm) for arm in arms],
     }
 
 
@@ -159,37 +178,43 @@ def _last_covered(video: np.ndarray | None, latent_frames: int) -> list[str] | N
     return [photo_uri(video[min(stride * frame, len(video) - 1)]) for frame in range(latent_frames)]
 
 
-def _with_mean(part: np.ndarray | None) -> np.ndarray:
-    """(so many, J, T, H, W) with the blocks' mean before them, as the page counts blocks."""
-    assert part is not None
+def _with_mean(part: np.ndarray) -> np.ndarray:
+    """(parts, 1 + J, T, H, W) from (parts, J, T, H, W): the mean over the blocks first, as the page counts blocks."""
     values = part.astype(np.float32)
     return np.concatenate([values.mean(axis=1, keepdims=True), values], axis=1)
 
 
-def _printed(arms: Sequence[_Arm], drawn: dict[str, Any], kinds: Sequence[str], *, pca: bool) -> dict[str, Any]:
-    """What the template prints around one sample's pictures."""
+def _panels(arm: _Arm, kinds: Sequence[str]) -> list[dict[str, str]]:
+    """The panels of one policy and sample, with their captions."""
+    row, panels = arm.diagnosis.rows[arm.row], []
+    if arm.attention is not None:
+        fraction, uniform = row["in_mask_ratio"], row["uniform_in_mask_ratio"]
+        caption = "" if fraction is None else f"{percent(fraction)} in mask, uniform {percent(uniform)}"
+        panels.append({"kind": "attention", "name": "", "title": "Attention", "caption": caption})
+    for kind in kinds:
+        heat = arm.array(f"sensitivity_{kind}")
+        if heat is not None:
+            peak = f"peak\u00a0Δ\u00a0{number(float(heat.max()), 2)}"
+            panels.append({"kind": "map", "name": kind, "title": f"Sensitivity, {kind}", "caption": peak})
+    if any(name.startswith("pca_layer_") for name in arm.diagnosis.arrays):
+        panels.append({"kind": "pca", "name": "", "title": "Hidden state PCA", "caption": ""})
+    if arm.array("imagined") is not None:
+        caption = ""
+        if row["psnr"] is not None:
+            caption = f"{number(row['psnr'])}\u00a0dB, static {number(row['still_psnr'])}"
+        panels.append({"kind": "imagined", "name": "", "title": "Predicted video", "caption": caption})
+    return panels
 
-    def panels(one: _Arm) -> list[dict[str, str]]:
-        row = one.diagnosis.rows[one.number]
-        share, even = row["in_mask_ratio"], row["uniform_in_mask_ratio"]
-        caption = "" if share is None else f"{percent(share)} in mask, evenly {percent(even)}"
-        found = [{"kind": "attention", "name": "", "title": "Attention", "caption": caption}]
-        for kind in kinds:
-            peak = f"peak\u00a0Δ\u00a0{number(float(one.sensitivity(kind).max()), 2)}"
-            found.append({"kind": "map", "name": kind, "title": f"Sensitivity, {kind}", "caption": peak})
-        if pca:
-            found.append({"kind": "pca", "name": "", "title": "Video DiT PCA", "caption": ""})
-        if one.array("imagined") is not None:
-            score = (
-                ""
-                if row["psnr"] is None
-                else f"{number(row['psnr'])}\u00a0dB, nothing moving {number(row['still_psnr'])}"
-            )
-            found.append({"kind": "imagined", "name": "", "title": "Imagined", "caption": score})
-        return found
 
-    row = arms[0].diagnosis.rows[arms[0].number]
-    height, width = arms[0].diagnosis.arrays["frames"].shape[2:4]
+def _printed(arms: Sequence[_Arm], drawn: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """The text of the template around one sample's pictures."""
+
+    def missing(arm: _Arm) -> str:
+        names = [title for instrument, title in PICTURES.items() if not arm.diagnosis.applies(instrument)]
+        return f"Not applicable: {', '.join(names)}." if names else ""
+
+    row = arms[0].diagnosis.rows[arms[0].row]
+    height, width = drawn["size"]
     return {
         "instruction": row["instruction"],
         "regime": row["regime"].replace("_", " "),
@@ -201,36 +226,41 @@ def _printed(arms: Sequence[_Arm], drawn: dict[str, Any], kinds: Sequence[str], 
         "teacher": bool(drawn["teachers"]),
         "later": drawn["later"] is not None,
         "arms": [
-            {"index": one.index, "position": position, "panels": panels(one)} for position, one in enumerate(arms)
+            {"index": arm.index, "position": position, "panels": _panels(arm, kinds), "missing": missing(arm)}
+            for position, arm in enumerate(arms)
         ],
     }
 
 
-def _legend(first: Diagnosis, kinds: Sequence[str], pictured: bool) -> list[str]:
-    lines = [
-        "Attention: averaged over heads, action tokens and denoising steps, without the state token. The colours of a "
-        "picture run from its least to its greatest value, so a dull picture may still be an even one: compare the "
-        "percentage in the mask with what evenly spread attention would give."
-    ]
+def _legend(diagnoses: Sequence[Diagnosis], kinds: Sequence[str], pictured: bool) -> list[str]:
+    lines = []
+    if any("attention" in diagnosis.arrays for diagnosis in diagnoses):
+        lines.append(
+            "Attention: averaged over heads, action tokens and denoising steps, without the state token. The colours of a "
+            "picture run from its minimum to its maximum, so a picture with contrast may still be nearly uniform: compare the "
+            "percentage in the mask with that of uniform attention."
+        )
     if kinds:
         cell = (
             "one position in all latent frames at once, so these maps do not change with the latent frame"
-            if first.header["settings"]["map_unit"] == "column"
+            if diagnoses[0].header["settings"]["map_unit"] == "column"
             else "one token of one latent frame"
         )
         lines.append(
-            f"Sensitivity: how far the normalised action chunk moves (Δ, Euclidean) when the hidden tokens of a cell, {cell}, "
-            "are replaced in every bridged layer by their mean over the sample, or by zeros; same action noise on both sides."
+            f"Sensitivity: change of the normalised action chunk (Δ, Euclidean) when the hidden tokens of a cell, {cell}, are "
+            "replaced in every layer that the action head reads by their mean over the sample, or by zeros, under the same "
+            "action noise."
         )
-    if "imagined" in first.arrays:
+    if any("imagined" in diagnosis.arrays for diagnosis in diagnoses):
         lines.append(
-            "Imagined: the video that the video DiT predicts from this observation, decoded, at the last frame that the latent "
-            "frame covers; the recording beside it shows the same instant. The caption compares all future frames with the "
-            "recorded ones, beside a prediction that nothing moves."
+            "Predicted video: the decoded prediction from this observation, at the last frame that the latent frame covers. "
+            "The recording beside it shows the same instant. The caption compares all future frames with the recorded frames, "
+            "and a static video with them."
         )
     if pictured:
         lines.append(
-            "PCA: the first three principal components as red, green and blue, fitted jointly over all samples shown, for "
-            "each layer and the teacher alone. Colours can be compared between samples of one source, not between sources."
+            "PCA: the first three principal components as red, green and blue, fitted jointly over all samples of this page, "
+            "for each layer and the teacher separately. Colours can be compared between samples of one source, not between "
+            "sources."
         )
     return lines

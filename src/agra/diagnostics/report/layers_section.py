@@ -1,4 +1,4 @@
-"""The report on what the video layers hold and what the video DiT expects: layer by layer, and beside the recording."""
+"""The report's sections on hidden states (3.3, D.2), layer by layer, and on the predicted video (Fig. 1)."""
 
 import math
 from collections.abc import Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from agra.diagnostics.report.figures import Interval, interval_chart
 from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
 from agra.diagnostics.record import Diagnosis
-from agra.diagnostics.report.grounding_section import DiagnosisColumn, paired_rows
-from agra.diagnostics.report.comparison_table import Cell, TableRow, Table, difference_cell, estimate_cell, number
+from agra.diagnostics.report.comparison_table import Table, TableRow, difference_cell, estimate_cell, number
+from agra.diagnostics.report.figures import Interval, interval_chart
+from agra.diagnostics.report.grounding_section import DiagnosisColumn, instrument_cell, paired_rows
 
 MEASURES = (
     (
         "teacher_similarity",
-        "Likeness to the teacher",
-        "debiased linear CKA; 0 is chance, 1 is equal up to rotation and scale",
+        "Similarity to the teacher",
+        "debiased linear CKA; 0 is chance, 1 is equality up to rotation and scale",
     ),
-    ("alignment_cosine", "Alignment cosine", "of the layer's own projector; only aligned layers have one"),
+    ("alignment_cosine", "Alignment cosine", "with the layer's projector; only aligned layers have one"),
     ("probe_error", "Position error of a linear probe", "grid units, held out by trial; lower is better"),
 )
 VIDEO = (
@@ -29,50 +29,50 @@ VIDEO = (
 
 
 def layers_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None:
-    """A chart and a table of every measure that some policy has; None if none has any."""
-    known = [(i, name, d) for i, name, d in columns if d is not None]
-    shown = [measure for measure in MEASURES if any(_has(d, measure[0]) for _, _, d in known)]
+    """A chart and a table of every measure of some policy. None without any measure."""
+    measured = [(i, name, d) for i, name, d in columns if d is not None and d.applies("hidden_states")]
+    shown = [measure for measure in MEASURES if any(_has(d, measure[0]) for _, _, d in measured)]
     if not shown:
         return None
-    layers = sorted({layer for _, _, d in known for layer in d.header["layers"]})
-    teachers = dict.fromkeys(d.header["teacher"] for _, _, d in known if d.header["teacher"])
+    layers = sorted({layer for _, _, d in measured for layer in d.header["layers"]})
+    teachers = dict.fromkeys(d.header["teacher"] for _, _, d in measured if d.header["teacher"])
     return {
-        "charts": [_chart(known, layers, *measure) for measure in shown],
+        "charts": [_chart(measured, layers, *measure) for measure in shown],
         "table": Table(
-            corner="measure and video layer",
+            corner="measure and layer",
             rows=[row for measure in shown for layer in layers if (row := _row(columns, layer, *measure)) is not None],
-            extra="sees nothing",
+            extra="without features",
         ),
         "teacher": ", ".join(teachers),
     }
 
 
 def imagination_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None:
-    """The predicted video against the recorded one, beside the predicted actions; None where nothing was recorded."""
-    known = [d for _, _, d in columns if d is not None]
-    rows = [_plain_row(columns, *row) for row in VIDEO if any(np.isfinite(d.values(row[0])).any() for d in known)]
+    """The predicted video against the recording, and the predicted actions. None without a recording."""
+    diagnosed = [d for _, _, d in columns if d is not None]
+    rows = [_plain_row(columns, *row) for row in VIDEO if any(np.isfinite(d.values(row[0])).any() for d in diagnosed)]
     if not rows:
         return None
-    return {"table": Table(corner="measure", rows=rows, extra="nothing moves"), "agreement": _agreement(columns)}
+    return {"table": Table(corner="measure", rows=rows, extra="static video"), "agreement": _agreement(columns)}
 
 
 def _agreement(columns: Sequence[DiagnosisColumn]) -> str:
-    """How often a good video comes with bad actions."""
+    """The number of samples with a good video and bad actions."""
     parts = []
     for _, name, diagnosis in columns:
         if diagnosis is None:
             continue
         video, action = diagnosis.values("psnr"), diagnosis.values("action_error")
-        known = np.isfinite(video) & np.isfinite(action)
-        if known.sum() < 8:
+        both = np.isfinite(video) & np.isfinite(action)
+        if both.sum() < 8:
             continue
-        good, bad = video > np.median(video[known]), action > np.median(action[known])
-        parts.append(f"{name}: {int((known & good & bad).sum())} of {int(known.sum())}")
+        good, bad = video > np.median(video[both]), action > np.median(action[both])
+        parts.append(f"{name}: {int((both & good & bad).sum())} of {int(both.sum())}")
     if not parts:
         return ""
     return (
-        "The video was right and the action wrong: samples whose video is better than the policy's median and whose actions "
-        f"are worse (a quarter, if the two had nothing to do with each other). {'; '.join(parts)}."
+        "Right video, wrong action: samples whose video is better than the policy's median and whose actions are worse than "
+        f"its median (a quarter of all samples, if the two were independent). {'; '.join(parts)}."
     )
 
 
@@ -85,23 +85,23 @@ def _estimate(diagnosis: Diagnosis, values: np.ndarray) -> IntervalEstimate:
 
 
 def _chart(
-    known: Sequence[tuple[int, str, Diagnosis]], layers: Sequence[int], name: str, title: str, hint: str
+    measured: Sequence[tuple[int, str, Diagnosis]], layers: Sequence[int], name: str, title: str, hint: str
 ) -> dict[str, Any]:
     groups = []
     for layer in layers:
         dots = []
-        for index, policy, diagnosis in known:
-            found = _estimate(diagnosis, diagnosis.layer_values(name, layer))
+        for index, policy, diagnosis in measured:
+            mean = _estimate(diagnosis, diagnosis.layer_values(name, layer))
             aligned = ", aligned" if layer in diagnosis.header["aligned_layers"] else ""
-            label = f"{policy}{aligned}: {number(found.value)}"
-            dots.append(Interval(label=label, index=index, value=found.value, low=found.low, high=found.high))
-        groups.append((f"video layer {layer}", dots))
+            label = f"{policy}{aligned}: {number(mean.value)}"
+            dots.append(Interval(label=label, index=index, value=mean.value, low=mean.low, high=mean.high))
+        groups.append((f"layer {layer}", dots))
     ends = [end for _, dots in groups for dot in dots for end in (dot.value, dot.low, dot.high) if math.isfinite(end)]
-    blind = _blind([d for _, _, d in known]) if name == "probe_error" else None
+    blind = _blind([d for _, _, d in measured]) if name == "probe_error" else None
     ends += [] if blind is None else [blind]
     low, high = min(0.0, *ends), max(ends)
     chart = interval_chart(groups, title=title, limits=(low, high + 0.06 * (high - low)), reference=blind)
-    return {"title": title, "svg": chart, "caption": hint + ("; dashed: a probe that sees nothing" if blind else "")}
+    return {"title": title, "svg": chart, "caption": hint + ("; dashed: a probe without features" if blind else "")}
 
 
 def _blind(diagnoses: Sequence[Diagnosis]) -> float | None:
@@ -110,39 +110,46 @@ def _blind(diagnoses: Sequence[Diagnosis]) -> float | None:
 
 
 def _row(columns: Sequence[DiagnosisColumn], layer: int, name: str, title: str, hint: str) -> TableRow | None:
-    found = [None if d is None else d.layer_values(name, layer) for _, _, d in columns]
-    if not any(values is not None and np.isfinite(values).any() for values in found):
+    values = [None if d is None else d.layer_values(name, layer) for _, _, d in columns]
+    if not any(column is not None and np.isfinite(column).any() for column in values):
         return None
-    blind = next((d for _, _, d in columns if d is not None), None) if name == "probe_error" else None
-    return _compared(
-        columns,
-        found,
-        f"{title}, layer {layer}",
-        hint,
-        None if blind is None else _estimate(blind, blind.values("blind_probe_error")),
-    )
+    probed = next((d for _, _, d in columns if d is not None and d.applies("hidden_states")), None)
+    blind = None
+    if name == "probe_error" and probed is not None:
+        blind = _estimate(probed, probed.values("blind_probe_error"))
+    return _compared(columns, values, f"{title}, layer {layer}", hint, blind, instrument="hidden_states")
 
 
-def _plain_row(columns: Sequence[DiagnosisColumn], name: str, baseline: str | None, title: str, hint: str) -> TableRow:
-    first = next(d for _, _, d in columns if d is not None)
-    extra = None if baseline is None else _estimate(first, first.values(baseline))
-    return _compared(columns, [None if d is None else d.values(name) for _, _, d in columns], title, hint, extra)
+def _plain_row(
+    columns: Sequence[DiagnosisColumn], name: str, baseline: str | None, title: str, hint: str
+) -> TableRow:
+    instrument = None if name == "action_error" else "imagination"
+    diagnoses = [d for _, _, d in columns if d is not None and (instrument is None or d.applies(instrument))]
+    extra = None if baseline is None else _estimate(diagnoses[0], diagnoses[0].values(baseline))
+    values = [None if d is None else d.values(name) for _, _, d in columns]
+    return _compared(columns, values, title, hint, extra, instrument=instrument)
 
 
 def _compared(
-    columns: Sequence[DiagnosisColumn], found: Sequence[np.ndarray | None], label: str, hint: str, extra: IntervalEstimate | None
+    columns: Sequence[DiagnosisColumn],
+    values: Sequence[np.ndarray | None],
+    label: str,
+    hint: str,
+    extra: IntervalEstimate | None,
+    *,
+    instrument: str | None,
 ) -> TableRow:
-    """A cell a policy and paired differences from the first."""
-    reference, theirs = columns[0][2], found[0]
-    verdicts: list[Cell] = []
-    for (_, name, ours), values in zip(columns[1:], found[1:], strict=True):
+    """A cell for each policy, and paired differences from the first."""
+    reference, theirs = columns[0][2], values[0]
+    cells, verdicts = [], []
+    for place, ((_, name, ours), measured) in enumerate(zip(columns, values, strict=True)):
+        estimate = None if ours is None or measured is None else _estimate(ours, measured)
+        cells.append(instrument_cell(ours, instrument, estimate))
+        if not place:
+            continue
         difference = None
-        if ours is not None and reference is not None and values is not None and theirs is not None:
+        if ours is not None and reference is not None and measured is not None and theirs is not None:
             left, right, trials = paired_rows(ours, reference)
-            difference = paired_difference(values[left], theirs[right], groups=trials, resamples=500)
+            difference = paired_difference(measured[left], theirs[right], groups=trials, resamples=500)
         verdicts.append(difference_cell(difference, name=name))
-    cells = [
-        estimate_cell(None if d is None or values is None else _estimate(d, values))
-        for (_, _, d), values in zip(columns, found, strict=True)
-    ]
     return TableRow(label=label, hint=hint, cells=cells, extra=estimate_cell(extra), verdicts=verdicts)

@@ -1,7 +1,7 @@
-"""`agra report`: several policies side by side in one self-contained HTML file.
+"""`agra report`: a comparison of policies in one self-contained HTML file.
 
-Training curves, the four regimes with paired comparisons, grounding metrics with intervals, and a gallery. The file
-refers to nothing outside itself. Reads logs, results and diagnosis folders; needs no torch.
+It holds training curves, the four regimes with paired comparisons, visual reliance, grounding metrics with intervals, and a
+gallery. The file loads nothing from the network. It is made from logs, results and diagnosis folders, without torch.
 """
 
 import json
@@ -39,20 +39,20 @@ CURVES = (
     ("video_loss", "Video loss"),
     ("action_loss", "Action loss"),
     ("alignment_loss", "Alignment loss (minus the cosine)"),
-    ("alignment_cosine_gain", "Cosine gained over the mean feature"),
+    ("alignment_cosine_gain", "Cosine gain over the mean feature"),
     ("visual_reliance/error_ratio", "First target's error over a constant's"),
-    ("visual_reliance/image_swap_shift", "Target's shift when the image is swapped"),
+    ("visual_reliance/image_swap_shift", "Shift of the target when the image is swapped"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyEntry:
-    """One policy of the report and where its traces lie; what is None is left out."""
+    """One policy of the report and its files. Parts without a file are left out."""
 
     name: str
     description: str
-    training_logs: Mapping[str, Path] = field(default_factory=dict)  # stage -> metrics.jsonl
-    results: Path | None = None  # of `agra evaluate`
+    training_logs: Mapping[str, Path] = field(default_factory=dict)  # stage to metrics.jsonl
+    results: Path | None = None  # file of `agra evaluate`
     diagnosis: Path | None = None  # folder of `agra diagnose`
     config: Path | None = None  # config.json of the checkpoint
 
@@ -61,19 +61,19 @@ def build_report(
     policies: Sequence[PolicyEntry],
     output: Path,
     *,
-    title: str = "What the action head reads",
+    title: str = "Action grounding report",
     notes: Sequence[str] = (),
     studies: Sequence[Path] = (),
 ) -> Path:
-    """Write the report of `policies` to `output`; the first one is what the others are compared with.
+    """Write the report of `policies` to `output`. The first policy is the reference of all comparisons.
 
-    `studies` are folders of `agra study` (Figs. 10, 11). `notes` are printed first under "What stands in for what", before what the configurations tell by themselves.
-    Raises `ValueError` or `FileNotFoundError` naming the policy's file that is missing or unfit.
+    `studies` are folders of `agra study` (Figs. 10, 11). `notes` precede the list of substitutes for the paper's parts, which
+    is read from the configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid one.
     """
     if not policies:
-        raise ValueError("report: no policies given")
+        raise ValueError("report: expected at least one policy, got none")
     if len({p.name for p in policies}) != len(policies):
-        raise ValueError(f"report: policy names must differ, got {[p.name for p in policies]}")
+        raise ValueError(f"report: policy names must differ, got {[p.name for p in policies]}; rename a run folder")
     diagnoses = [None if p.diagnosis is None else read_diagnosis(p.diagnosis) for p in policies]
     columns = [(i, p.name, d) for i, (p, d) in enumerate(zip(policies, diagnoses, strict=True))]
     results = [(i, p.name, None if p.results is None else read_results(p.results)) for i, p in enumerate(policies)]
@@ -86,7 +86,7 @@ def build_report(
         title=title,
         lede=_lede(policies, results, diagnoses),
         policies=[{"name": p.name, "description": p.description, "swatch": swatch(i)} for i, p in enumerate(policies)],
-        stand_ins=[*notes, *_stand_ins(configs)],
+        substitutes=[*notes, *_substitutes(configs)],
         summary=_summary(evaluation, reliance, grounding),
         training=_training(policies),
         evaluation=evaluation,
@@ -114,7 +114,7 @@ def _template() -> jinja2.Template:
 
 
 def isolated(value: Any) -> Any:
-    """A text with characters that turn the direction of writing, set apart so that what stands beside it keeps its order."""
+    """A text in Unicode isolates if it has bidirectional controls, so that the text around it keeps its order."""
     if isinstance(value, str) and not isinstance(value, Markup) and DIRECTIONS.search(value):
         return f"\u2068{value}\u2069"
     return value
@@ -128,7 +128,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a training log; a last line cut off by a crash is dropped, any other bad line is an error."""
+    """The rows of a training log. A last line that a crash cut off is dropped. Raises ValueError for any other bad line."""
     lines = Path(path).read_text().splitlines()
     rows = []
     for place, line in enumerate(lines):
@@ -145,18 +145,16 @@ def _lede(
     results: Sequence[tuple[int, str, Results | None]],
     diagnoses: Sequence[Diagnosis | None],
 ) -> str:
-    """What was done, in one or two sentences."""
+    """A summary of the measurements, in at most three sentences."""
     names = [isolated(p.name) for p in policies]
-    who = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    parts = [f"{who}{', trained and examined side by side' if len(names) > 1 else ''}."]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    parts = [f"Comparison of {listed}." if len(names) > 1 else f"Report on {listed}."]
     trials = [len(r.trials) for _, _, r in results if r is not None]
     if trials:
-        parts.append(f"Each was evaluated on {_span(trials)} seeded trials.")
+        parts.append(f"Evaluated on {_span(trials)} seeded trials.")
     samples = [len(d.rows) for d in diagnoses if d is not None]
     if samples:
-        parts.append(
-            f"On {_span(samples)} recorded moments we looked at what its action head reads and what moves its action."
-        )
+        parts.append(f"Diagnosed on {_span(samples)} recorded moments.")
     return " ".join(parts)
 
 
@@ -167,18 +165,19 @@ def _span(counts: Sequence[int]) -> str:
 def _summary(
     evaluation: dict[str, Any] | None, reliance: dict[str, Any] | None, grounding: dict[str, Any] | None
 ) -> Table:
-    """The rows that matter most, taken from the sections' own tables so that they cannot disagree."""
+    """The most important rows of the sections' tables."""
     rows = []
     if evaluation:
-        chosen = [row for row in evaluation["success"].rows if row.label in ("in distribution", "all regimes")]
         rows += [
-            replace(row, label=f"Success, {row.label}", hint="share of trials; higher is better") for row in chosen
+            replace(row, label=f"Success, {row.label}", hint="fraction of trials; higher is better")
+            for row in evaluation["success"].rows
+            if row.label in ("in distribution", "all regimes")
         ]
     if reliance:
         rows += [row for row in reliance["table"].rows if row.label in ("Target error, one object", "Image swapped")]
     if grounding:
-        wanted = ("Attention in mask", "Centroid error", "Sensitivity ratio, mean", "Sensitivity ratio, zero")
-        rows += [row for row in (*grounding["table"].rows, *grounding["table_1"].rows) if row.label in wanted]
+        labels = ("Attention in mask", "Centroid error", "Sensitivity ratio, mean", "Sensitivity ratio, zero")
+        rows += [row for row in (*grounding["table"].rows, *grounding["table_1"].rows) if row.label in labels]
     return Table(corner="", rows=rows)
 
 
@@ -187,14 +186,14 @@ def _series(index: int, name: str, rows: Sequence[Mapping[str, float]], key: str
         pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         return np.array([p[0] for p in pairs], dtype=float), np.array([p[1] for p in pairs], dtype=float)
 
-    (x, y), (held_x, held_y) = points(key), points(f"validation/{key}")
-    if not len(x) and not len(held_x):
+    (x, y), (validation_x, validation_y) = points(key), points(f"validation/{key}")
+    if not len(x) and not len(validation_x):
         return None
-    return Series(label=name, index=index, x=x, y=y, point_x=held_x, point_y=held_y)
+    return Series(label=name, index=index, x=x, y=y, point_x=validation_x, point_y=validation_y)
 
 
 def _training(policies: Sequence[PolicyEntry]) -> list[dict[str, Any]]:
-    """The curves of every stage that some policy has a log of."""
+    """The curves of every stage with a log."""
     logged = {stage for p in policies for stage in p.training_logs}
     sections = []
     for stage in [*(s for s in STAGES if s in logged), *sorted(logged - set(STAGES))]:
@@ -209,7 +208,7 @@ def _training(policies: Sequence[PolicyEntry]) -> list[dict[str, Any]]:
 
 
 def _logs(policies: Sequence[PolicyEntry], stage: str) -> list[tuple[int, str, list[dict[str, float]]]]:
-    """The stage's logs with the first policy's number; policies that share one run are named together."""
+    """The stage's logs, each with the number of the first policy that has it. Policies that share a log are named together."""
     sharing: dict[Path, list[int]] = {}
     for index, policy in enumerate(policies):
         if stage in policy.training_logs:
@@ -223,11 +222,11 @@ def _logs(policies: Sequence[PolicyEntry], stage: str) -> list[tuple[int, str, l
 def _last(series: Sequence[Series]) -> str:
     """The mean over the last tenth of each curve."""
     ends = []
-    for one in series:
-        if len(one.y):
-            tail = one.y[-max(1, len(one.y) // 10) :]
-            held = f" (held out {number(one.point_y[-1])})" if len(one.point_y) else ""
-            ends.append(f"{one.label} {number(float(tail.mean()))}{held}")
+    for line in series:
+        if len(line.y):
+            tail = line.y[-max(1, len(line.y) // 10) :]
+            validation = f" (held out {number(line.point_y[-1])})" if len(line.point_y) else ""
+            ends.append(f"{line.label} {number(float(tail.mean()))}{validation}")
     return "Last tenth: " + ", ".join(ends) if ends else "Held-out windows only"
 
 
@@ -242,24 +241,24 @@ def _speed(logs: Sequence[tuple[int, str, Sequence[Mapping[str, float]]]]) -> st
 
 
 def _settings(configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys in which the policies' configurations differ, and each configuration in full."""
+    """The fields in which the policies' configs differ, and each config in full."""
     fields = [flat(config) for config in configs.values()]
-    keys = list(dict.fromkeys(key for each in fields for key in each))
-    shown = [[json.dumps(each[key]) if key in each else "–" for each in fields] for key in keys]
+    keys = list(dict.fromkeys(key for config in fields for key in config))
+    shown = [[json.dumps(config[key]) if key in config else "–" for config in fields] for key in keys]
     differing = [{"key": key, "cells": values} for key, values in zip(keys, shown, strict=True) if len(set(values)) > 1]
     full = [{"name": name, "text": json.dumps(plain(config), indent=2)} for name, config in configs.items()]
     return {"names": list(configs), "differences": differing, "full": full}
 
 
-def _stand_ins(configs: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What the configurations say was used in the place of the paper's parts; each line once."""
+def _substitutes(configs: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Substitutes for the paper's data and networks that the configs name, each line once."""
     lines: list[str] = []
     for config in configs.values():
         fields = flat(config)
         if "tabletop" in fields.get("data.embodiments", ()):
             lines.append(
-                "Demonstrations: recorded from a scripted expert in the embedded MuJoCo tabletop scene, not tele-operated "
-                "on a robot."
+                "Demonstrations: recorded from a scripted expert in the embedded MuJoCo tabletop scene, not teleoperated on a "
+                "robot."
             )
         if fields.get("method.model.codec.kind") == "patch_pca":
             lines.append(
@@ -274,6 +273,6 @@ def _stand_ins(configs: Mapping[str, dict[str, Any]]) -> list[str]:
         if layers and heads and width and layers < 28:
             lines.append(
                 f"Video DiT: {layers} layers of width {heads * width}, trained from scratch, not the 28 layers of width 2048 "
-                "of Cosmos-Predict2.5-2B pre-trained on video."
+                "of Cosmos-Predict2.5-2B, which is pre-trained on video."
             )
     return list(dict.fromkeys(lines))

@@ -1,7 +1,7 @@
 """A diagnosis as a recording for the Rerun viewer (`.rrd`): frames, masks, attention, maps, PCA and metrics.
 
-One entity tree a policy under one sample index: `sample` steps through the gallery, `latent_frame` through a window.
-Needs `agra[rerun]`.
+Each policy is an entity tree. The timeline `sample` steps through the gallery, `latent_frame` through a window. Needs
+`agra[rerun]`.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from agra.diagnostics.record import Diagnosis
 
 
 def write_recording(diagnoses: Sequence[tuple[str, Diagnosis]], output: Path) -> Path:
-    """Write the galleries of named diagnoses into one `.rrd` file, by renaming.
+    """Write the galleries of named diagnoses into one `.rrd` file.
 
-    Raises ImportError with the remedy without rerun, ValueError where no diagnosis has a gallery.
+    Raises ImportError without the Rerun SDK, ValueError if no diagnosis has a gallery.
     """
     try:
         import rerun
     except ImportError as error:
-        raise ImportError("a .rrd file needs the Rerun SDK: pip install 'agra[rerun]'") from error
+        raise ImportError("--rerun: a .rrd file needs the Rerun SDK; pip install 'agra[rerun]'") from error
     if not any(diagnosis.header["gallery"] for _, diagnosis in diagnoses):
         raise ValueError("rerun: none of the diagnoses has a gallery; diagnose with --gallery above 0")
     recording = rerun.RecordingStream("agra")
@@ -54,17 +54,16 @@ def _sample(recording: Any, rerun: Any, policy: str, diagnosis: Diagnosis, place
         recording.log(
             f"{root}/camera/mask", rerun.SegmentationImage(arrays["frame_masks"][place, frame].astype(np.uint8))
         )
-        attention = arrays["attention"][row, :, frame]
-        for block, heat in enumerate(attention):
+        for block, heat in enumerate(arrays["attention"][row, :, frame] if "attention" in arrays else ()):
             recording.log(
-                f"{root}/attention/block_{block + 1}", rerun.DepthImage(_grown(heat, size), colormap="inferno")
+                f"{root}/attention/block_{block + 1}", rerun.DepthImage(_heat(heat, size), colormap="inferno")
             )
         for array in arrays:
             if array.startswith("sensitivity_"):
                 heat = arrays[array][place]
                 recording.log(
                     f"{root}/{array.replace('_', '/', 1)}",
-                    rerun.DepthImage(_grown(heat if heat.ndim == 2 else heat[frame], size), colormap="inferno"),
+                    rerun.DepthImage(_heat(heat if heat.ndim == 2 else heat[frame], size), colormap="inferno"),
                 )
             elif array.startswith("pca_"):
                 recording.log(
@@ -73,13 +72,14 @@ def _sample(recording: Any, rerun: Any, policy: str, diagnosis: Diagnosis, place
                 )
 
 
-def _grown(heat: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """A token grid at the frame's size, stretched to [0, 1], so that it lies over the frame."""
+def _heat(heat: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A token grid stretched to [0, 1] and enlarged to the frame's size."""
     low, high = float(heat.min()), float(heat.max())
-    shares = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
-    picture = Image.fromarray(shares.astype(np.float32))
+    scaled = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
+    picture = Image.fromarray(scaled.astype(np.float32))
     return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def _enlarged(colours: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A grid of colours at the frame's size."""
     return np.asarray(Image.fromarray(colours).resize((size[1], size[0]), Image.Resampling.NEAREST))

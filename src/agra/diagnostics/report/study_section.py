@@ -1,15 +1,14 @@
-"""The report's layer studies: success and grounding of a policy for every layer aligned or read alone.   Figs. 10, 11"""
+"""The report's layer studies (Figs. 10, 11): success and grounding of a policy for every layer aligned, or read, alone."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agra.diagnostics.report.figures import Interval, interval_chart
-from agra.diagnostics.record import read_diagnosis
-from agra.diagnostics.report.comparison_table import MISSING, Cell, between, number, percent
+from agra.diagnostics.record import estimate, read_diagnosis
+from agra.diagnostics.report.comparison_table import MISSING, Cell, between, estimate_cell, number, percent
 from agra.evaluation.results import read_results
 from agra.evaluation.statistics import wilson_interval
 
@@ -23,35 +22,36 @@ COLUMNS = ("success", "attention in mask", "sensitivity ratio, mean", "held-out 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyVariant:
-    """One training of a study: what it was judged by, where it was."""
+    """One training of a study and its measures."""
 
     name: str
-    cells: Sequence[Cell]  # one for each of COLUMNS
+    cells: Sequence[Cell]  # for each of COLUMNS
     success: Interval | None
 
 
 def study_sections(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """A section for each folder of `agra study`. Raises FileNotFoundError or ValueError naming what is unfit."""
+    """A section for each folder of `agra study`. Raises FileNotFoundError for a missing file, ValueError for an invalid one."""
     return [_section(Path(folder)) for folder in folders]
 
 
 def _section(folder: Path) -> dict[str, Any]:
     path = folder / STUDY
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `agra study` writes it")
+        raise FileNotFoundError(f"{path}: no such file; expected a folder that `agra study` wrote")
     content = json.loads(path.read_text())
     if content.get("over") not in FIGURES or not content.get("variants"):
         raise ValueError(f"{path}: expected a study over {' or '.join(FIGURES)} with variants")
     identity, title, figure = FIGURES[content["over"]]
-    variants = [_variant(folder / one["name"], one["name"].replace("_", " ")) for one in content["variants"]]
-    known = [(one.name, [one.success]) for one in variants if one.success is not None]
+    names = [variant["name"] for variant in content["variants"]]
+    variants = [_variant(folder / name, name.replace("_", " ")) for name in names]
+    evaluated = [(variant.name, [variant.success]) for variant in variants if variant.success is not None]
     return {
         "id": identity,
         "title": title,
         "figure": figure,
-        "intro": f"One training of the {content['stage']} stage ({content['steps']:,} steps) for each row, everything else equal: "
-        "one seed each, so differences of a few trials say nothing.",
-        "chart": interval_chart(known, title=title, limits=(0.0, 1.0), percent=True) if known else None,
+        "intro": f"Each row is one training of the {content['stage']} stage ({content['steps']:,} steps). Everything else is "
+        "equal. There is one seed for each row, so differences of a few trials are no evidence.",
+        "chart": interval_chart(evaluated, title=title, limits=(0.0, 1.0), percent=True) if evaluated else None,
         "columns": COLUMNS,
         "variants": variants,
     }
@@ -68,17 +68,13 @@ def _variant(run: Path, name: str) -> StudyVariant:
     attention = ratio = MISSING
     if (run / "diagnosis").is_dir():
         summary = read_diagnosis(run / "diagnosis").header["summary"]
-        attention = _summed(summary["in_mask_ratio"], percent)
-        ratio = _summed(summary["sensitivity_mean"]["ratio"], number) if "sensitivity_mean" in summary else MISSING
+        attention = estimate_cell(estimate(summary["in_mask_ratio"]), percent)
+        ratio = estimate_cell(estimate(summary["sensitivity_mean"]["ratio"])) if "sensitivity_mean" in summary else MISSING
     return StudyVariant(name=name, cells=(success, attention, ratio, _held_out(run / "metrics.jsonl")), success=dot)
 
 
-def _summed(entry: dict[str, float | None], form) -> Cell:
-    value, low, high = (math.nan if entry[key] is None else float(entry[key] or 0) for key in ("value", "low", "high"))
-    return Cell(text=form(value), range=between(low, high, form)) if math.isfinite(value) else MISSING
-
-
 def _held_out(log: Path) -> Cell:
+    """The last action loss on held-out windows."""
     if not log.is_file():
         return MISSING
     rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]

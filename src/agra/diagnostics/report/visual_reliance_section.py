@@ -1,4 +1,4 @@
-"""The report's section on visual reliance: the target of each policy's first chunk, and the inputs that move it."""
+"""The report's section on visual reliance (B.2.2): the target of each policy's first chunk, and the inputs that move it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,13 +7,23 @@ from typing import Any
 import numpy as np
 
 from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
-from agra.diagnostics.report.comparison_table import TableRow, Table, difference_cell, estimate_cell, number, percent
+from agra.diagnostics.report.comparison_table import (
+    NOT_APPLICABLE,
+    Cell,
+    Table,
+    TableRow,
+    difference_cell,
+    estimate_cell,
+    number,
+    percent,
+)
 from agra.diagnostics.visual_reliance import VisualReliance
 
 VISUAL_RELIANCE = "visual_reliance.json"
 """The file in a diagnosis folder."""
 
 VisualRelianceColumn = tuple[int, str, VisualReliance | None]
+"""A policy's number, name and visual reliance."""
 
 
 def _centimetres(metres: float) -> str:
@@ -43,7 +53,7 @@ def read_visual_reliance(diagnosis: Path | None) -> VisualReliance | None:
 
 
 def visual_reliance_section(columns: Sequence[VisualRelianceColumn]) -> dict[str, Any] | None:
-    """None where it was measured for no policy."""
+    """The table of visual reliance. None if it was measured for no policy."""
     measured = [reliance for _, _, reliance in columns if reliance is not None]
     if not measured:
         return None
@@ -51,10 +61,10 @@ def visual_reliance_section(columns: Sequence[VisualRelianceColumn]) -> dict[str
     count = len(measured[0].trials)
     return {
         "table": Table(corner="measure", rows=rows, extra="a constant"),
-        "intro": f"The first observation of {count} trials, where the state is nearly the same. The target is the planar position "
-        "that a policy's first chunk asks for at about the time at which the hand arrives. The demonstrated target is the "
-        "scripted expert's. A policy that does not use the image cannot be nearer to it than a constant, the mean of the "
-        "other trials' targets, and its target does not move when the image is another trial's.",
+        "intro": f"Measured on the first observation of {count} trials, where the state is nearly the same. The target is the "
+        "planar position that a policy's first chunk asks for at about the time when the hand arrives. The demonstrated target "
+        "is the scripted expert's. A policy that does not use the image cannot be nearer to it than a constant, the mean of "
+        "the other trials' targets, and its target does not move when the image is replaced by another trial's.",
     }
 
 
@@ -66,6 +76,11 @@ def _row(columns: Sequence[VisualRelianceColumn], group: str, measure: str, labe
     parts = [(name, None if reliance is None else reliance.group(group)) for _, name, reliance in columns]
     reference = parts[0][1]
 
+    def cell(reliance: VisualReliance | None) -> Cell:
+        if reliance is not None and not np.isfinite(reliance.values[measure]).any():
+            return NOT_APPLICABLE
+        return estimate_cell(estimate(reliance), form)
+
     def estimate(reliance: VisualReliance | None, name: str = measure) -> IntervalEstimate | None:
         return None if reliance is None else bootstrap_interval(reliance.values[name], groups=reliance.trials)
 
@@ -74,14 +89,16 @@ def _row(columns: Sequence[VisualRelianceColumn], group: str, measure: str, labe
         difference = None
         if ours is not None and reference is not None:
             if ours.trials != reference.trials:
-                raise ValueError(f"{name} and {parts[0][0]}: visual reliance was measured on different trials; diagnose them again")
+                raise ValueError(
+                    f"{name} and {parts[0][0]}: visual reliance was measured on different trials; diagnose them again"
+                )
             difference = paired_difference(ours.values[measure], reference.values[measure], groups=ours.trials)
         verdicts.append(difference_cell(difference, name=name, form=form))
     constant = next((part for _, part in parts if part is not None), None) if measure == "error" else None
     return TableRow(
         label=label,
         hint=hint,
-        cells=[estimate_cell(estimate(part), form) for _, part in parts],
+        cells=[cell(part) for _, part in parts],
         extra=estimate_cell(estimate(constant, "constant_error"), form),
         verdicts=verdicts,
     )
