@@ -92,7 +92,9 @@ class TokenReader(Method):
         return sum(hidden[layer].flatten(1, 3)[:, self.target] for layer in self.read_layers)
 
     def act_on(self, hidden, inputs, noise, *, steps=None):
-        push = (self.tokens_read(hidden) @ self.read).view(-1, HORIZON, ACTION) + inputs.state.mean(dim=1)[:, None, None]
+        push = (self.tokens_read(hidden) @ self.read).view(-1, HORIZON, ACTION) + inputs.state.mean(dim=1)[
+            :, None, None
+        ]
         return euler(lambda actions, level: actions + push, noise["action"], steps or 4)
 
     def act(self, inputs, noise, *, steps=None, continuation=None):

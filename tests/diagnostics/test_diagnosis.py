@@ -105,7 +105,9 @@ def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
 
 def test_samples_without_a_recording_are_measured_all_the_same(policy, make_sample, tmp_path):
     samples = [make_sample(trial=f"t{i}", seed=i, recorded=False) for i in range(3)]
-    found = diagnose(policy, samples, tmp_path / "d", config=DiagnosisConfig(background_sets=1, map_kinds=()), progress=False)
+    found = diagnose(
+        policy, samples, tmp_path / "d", config=DiagnosisConfig(background_sets=1, map_kinds=()), progress=False
+    )
     missing = ("psnr", "action_error", "probe_error_by_layer", "teacher_similarity_by_layer")
     assert all(row[name] is None for row in found.rows for name in missing)
     assert "imagined" not in found.arrays
@@ -179,7 +181,9 @@ def test_an_instrument_that_the_method_cannot_offer_is_not_applicable_and_never_
             absent = [row[measure] is None for measure in measures if measure != "alignment_cosine_by_layer"]
             assert absent == [instrument in missing] * len(absent)
     for instrument, array in ARRAYS.items():
-        assert any(key.startswith(array) for key in read.arrays if key != "attention_by_") == (instrument not in missing)
+        assert any(key.startswith(array) for key in read.arrays if key != "attention_by_") == (
+            instrument not in missing
+        )
     assert all(row["action_error"] > 0 for row in read.rows)  # applies to every method
     summary = read.header["summary"]["in_mask_ratio"]
     assert (summary["value"], summary["count"]) == ((None, 0) if "attention" in missing else (pytest.approx(1), 8))

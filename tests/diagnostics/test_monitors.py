@@ -89,7 +89,10 @@ def test_monitors_run_in_chunks_and_in_the_training_s_precision(
 
 
 def test_figures_do_not_depend_on_the_chunk(wam, probes, small_config, make_batch, monkeypatch):
-    monitor, visual = GroundingMonitor(probes, MonitorConfig()), make_visual_reliance(small_config, make_batch(small_config, 5))
+    monitor, visual = (
+        GroundingMonitor(probes, MonitorConfig()),
+        make_visual_reliance(small_config, make_batch(small_config, 5)),
+    )
     figures, measures = monitor(wam), visual(wam)
     monkeypatch.setattr(monitors, "CHUNK", 1)
     assert monitor(wam) == pytest.approx(figures, rel=1e-4)

@@ -82,7 +82,9 @@ def test_a_study_trains_every_variant_and_reaches_the_report(config, tmp_path):
         assert read_config(resolve(folder / name)).method.alignment.layers == layers
     checkpoints = sorted(file.stat().st_mtime_ns for file in folder.rglob("*.safetensors"))
     api.study(config, over="alignment", output=folder, layers=(0, 2), simulator=None)
-    assert sorted(file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")) == checkpoints  # nothing is repeated
+    assert (
+        sorted(file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")) == checkpoints
+    )  # nothing is repeated
     text = api.report([folder / "layer_2"], output=tmp_path / "r.html", studies=[folder]).read_text()
     assert 'id="figure-10"' in text
     assert "layer 0" in text

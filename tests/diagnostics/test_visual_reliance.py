@@ -7,8 +7,8 @@ import pytest
 
 from agra.diagnostics.visual_reliance import (
     InitialObservation,
-    VisualReliance,
     Swaps,
+    VisualReliance,
     VisualRelianceConfig,
     groups_by_instruction,
     measure_visual_reliance,
@@ -137,7 +137,9 @@ def test_bad_settings_are_named(initial):
 
 def test_a_short_episode_ends_at_its_last_action(initial):
     short = [replace(x, actions=x.actions[:3]) for x in initial]
-    assert measure_visual_reliance(Dotter(), short, NAMES, VisualRelianceConfig()).means()["error"] == pytest.approx(0, abs=1e-6)
+    assert measure_visual_reliance(Dotter(), short, NAMES, VisualRelianceConfig()).means()["error"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_visual_reliance_survives_the_round_trip(initial, tmp_path):

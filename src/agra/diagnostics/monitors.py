@@ -108,7 +108,8 @@ class GroundingMonitor:
             figures["centroid_error"] = float(np.nanmean(centroid_error(maps, masks)))
         if deviations:
             inside, outside = (
-                np.array([getattr(deviation, side) for deviation in deviations]) for side in ("interaction", "background")
+                np.array([getattr(deviation, side) for deviation in deviations])
+                for side in ("interaction", "background")
             )
             ratio = matched_sensitivity_ratio(inside, outside, resamples=2).ratio.value  # the interval is not used
             if np.isfinite(ratio):

@@ -27,7 +27,9 @@ def variants(config: RunConfig, over: StudyTopic, layers: Sequence[int] | None =
     """
     method = config.method
     if not isinstance(method, WAMMethodConfig):
-        raise ValueError(f"a layer study is not applicable to the method {method.kind}; it needs a WAM, such as the recipe tiny")
+        raise ValueError(
+            f"a layer study is not applicable to the method {method.kind}; it needs a WAM, such as the recipe tiny"
+        )
     studied = sorted(set(method.model.bridge.layers if layers is None else layers))
     if over == "alignment":
         if method.alignment is None or not method.aligns:
@@ -36,9 +38,7 @@ def variants(config: RunConfig, over: StudyTopic, layers: Sequence[int] | None =
             )
         alignment = method.alignment
         return {"without": replace(config, method=replace(method, alignment=None))} | {
-            f"layer_{layer}": replace(
-                config, method=replace(method, alignment=replace(alignment, layers=(layer,)))
-            )
+            f"layer_{layer}": replace(config, method=replace(method, alignment=replace(alignment, layers=(layer,))))
             for layer in studied
         }
     model, blocks = method.model, method.model.action_dit.num_blocks

@@ -66,9 +66,7 @@ class Swaps:
             rows = np.flatnonzero(np.asarray(groups) == group)
             image[rows] = np.roll(rows, len(rows) // 2)
         donors = [rival.get(row, int(partner)) for row, partner in enumerate(image)]
-        instruction = [
-            donor if instructions[donor] != instructions[row] else row for row, donor in enumerate(donors)
-        ]
+        instruction = [donor if instructions[donor] != instructions[row] else row for row, donor in enumerate(donors)]
         return cls(image=image, instruction=np.array(instruction, dtype=np.int64), rival=rival)
 
 

@@ -160,7 +160,10 @@ def test_set_deviation_sees_the_interaction(method, policy, sample, target):
         assert answer[kind].background == ((0,) * 5,) * 2
     again = set_deviation(method, samples, inside, background_sets=5, seed=7)
     assert answer["swap"].background == again["swap"].background
-    assert set_deviation(method, samples[:1], inside, background_sets=5, seed=7)["swap"].background == answer["swap"].background[:1]
+    assert (
+        set_deviation(method, samples[:1], inside, background_sets=5, seed=7)["swap"].background
+        == answer["swap"].background[:1]
+    )
     with pytest.raises(ValueError, match="non-empty"):
         set_deviation(method, samples, torch.zeros(GRID, dtype=torch.bool))
 

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from agra.diagnostics.samples.masks import read_masks
 from agra.diagnostics.report.page import build_report
+from agra.diagnostics.samples.masks import read_masks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 120_000
@@ -141,14 +141,23 @@ def test_policies_without_some_instruments_stand_beside_one_with_all(
     browser, write_policy, policy, token_policy, plain_policy, tmp_path
 ):
     """Their panels are absent, and no control fails."""
-    entries = [write_policy("plain", policy=plain_policy), write_policy("tokens", policy=token_policy), write_policy("all", policy=policy)]
+    entries = [
+        write_policy("plain", policy=plain_policy),
+        write_policy("tokens", policy=token_policy),
+        write_policy("all", policy=policy),
+    ]
     context, troubles = browser.new_context(), []
     context.set_default_timeout(PATIENCE)
     opened = context.new_page()
     opened.on("pageerror", lambda error: troubles.append(str(error)))
     opened.goto(build_report(entries, tmp_path / "report.html").as_uri())
     samples = 2
-    assert [kinds(opened, name) for name in ("attention", "map", "pca", "imagined")] == [samples, 4 * samples, 2 * samples, samples]
+    assert [kinds(opened, name) for name in ("attention", "map", "pca", "imagined")] == [
+        samples,
+        4 * samples,
+        2 * samples,
+        samples,
+    ]
     for selector, value in (("#block", "1"), ("#part", "heads"), ("#scale", "shared"), ("#layer", "2")):
         opened.select_option(selector, value)
     opened.locator("#figure-15 [data-pick=frame]").focus()

@@ -74,7 +74,9 @@ def test_the_report_holds_everything_and_loads_nothing(write_policy, tmp_path):
 
 
 def test_verdicts_in_the_report(write_policy, tmp_path):
-    words = Page(build_report([write_policy("baseline"), write_policy("aligned", wins=8)], tmp_path / "r.html").read_text()).words
+    words = Page(
+        build_report([write_policy("baseline"), write_policy("aligned", wins=8)], tmp_path / "r.html").read_text()
+    ).words
     # 5 more of 10 in each regime: McNemar p = .0625 in one, far below in all
     assert "30 % (3/10)" in words
     assert "of 10 trials aligned alone succeeded in 5, baseline alone in 0; p = 0.062" in words
@@ -173,7 +175,9 @@ def test_visual_reliance_is_compared_on_the_same_trials(write_policy, tmp_path):
     assert "agra higher difference +4.6 cm" in page.words
     assert page.words.count("Image swapped") == 2  # in the summary as well
     make_reliance(0.02, 0.05, trials[::-1]).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
-    with pytest.raises(ValueError, match="agra and wam: visual reliance was measured on different trials; diagnose them again"):
+    with pytest.raises(
+        ValueError, match="agra and wam: visual reliance was measured on different trials; diagnose them again"
+    ):
         build_report(entries, tmp_path / "report.html")
 
 

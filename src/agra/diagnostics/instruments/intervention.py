@@ -134,7 +134,9 @@ def action_deviation(
     read = set(method.read_layers)
     affected = read if layers is None else set(layers)
     if not affected <= read:
-        raise ValueError(f"layers: expected some of {sorted(read)}, which the action head reads, got {sorted(affected)}")
+        raise ValueError(
+            f"layers: expected some of {sorted(read)}, which the action head reads, got {sorted(affected)}"
+        )
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     count = table.shape[1]

@@ -3,8 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from agra.diagnostics.report.comparison_table import (
+    MISSING,
+    Cell,
+    Table,
+    TableRow,
+    between,
+    mcnemar_cell,
+    number,
+    percent,
+)
 from agra.diagnostics.report.figures import Interval, interval_chart
-from agra.diagnostics.report.comparison_table import MISSING, Cell, TableRow, Table, between, mcnemar_cell, number, percent
 from agra.evaluation.results import Results, TrialResult, summarise
 from agra.evaluation.statistics import mcnemar, wilson_interval
 

@@ -23,7 +23,12 @@ PARTS = {"steps": "denoising step", "heads": "head", "actions": "action token"}
 """The axes along which attention can be shown in parts."""
 PARTS_BUDGET = 12_000_000
 """Bytes of the page for attention in parts. Beyond it the axes with the most parts are left out."""
-PICTURES = {"attention": "attention", "interventions": "sensitivity", "hidden_states": "PCA", "imagination": "predicted video"}
+PICTURES = {
+    "attention": "attention",
+    "interventions": "sensitivity",
+    "hidden_states": "PCA",
+    "imagination": "predicted video",
+}
 """The pictures of each instrument."""
 
 

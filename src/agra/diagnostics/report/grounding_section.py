@@ -73,7 +73,9 @@ def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
     return matched_sensitivity_ratio(inside[matched], outside[matched], groups=trials)
 
 
-def _verdicts(columns: Sequence[DiagnosisColumn], compare, margin, *, better: str, baseline: str, form=number) -> list[Cell]:
+def _verdicts(
+    columns: Sequence[DiagnosisColumn], compare, margin, *, better: str, baseline: str, form=number
+) -> list[Cell]:
     """A difference cell for every policy except the first.
 
     `compare(ours, reference)` is the difference. `margin(diagnosis)` is a policy's advantage over a baseline that ignores the
@@ -128,7 +130,9 @@ def _points(difference: float) -> str:
     return f"{number(100 * difference, 2)}\u00a0pts"
 
 
-def _ratio_row(columns: Sequence[DiagnosisColumn], kind: str, ratios: dict[tuple[int, str], SensitivityRatio]) -> TableRow:
+def _ratio_row(
+    columns: Sequence[DiagnosisColumn], kind: str, ratios: dict[tuple[int, str], SensitivityRatio]
+) -> TableRow:
     def compare(ours: Diagnosis, reference: Diagnosis) -> IntervalEstimate:
         left, right, trials = paired_rows(ours, reference)
         a, b = ours.ratios(kind)[left], reference.ratios(kind)[right]
@@ -336,6 +340,7 @@ def _ratio_chart(
     if not kinds or not intervened:
         return None
     groups: Groups = [
-        (TITLES[kind], [_dot(name, index, ratios[index, kind].ratio) for index, name, _ in intervened]) for kind in kinds
+        (TITLES[kind], [_dot(name, index, ratios[index, kind].ratio) for index, name, _ in intervened])
+        for kind in kinds
     ]
     return interval_chart(groups, title="Matched sensitivity ratio", limits=(0.0, _ceiling(groups, 1.2)), reference=1.0)

@@ -120,9 +120,7 @@ def _row(columns: Sequence[DiagnosisColumn], layer: int, name: str, title: str, 
     return _compared(columns, values, f"{title}, layer {layer}", hint, blind, instrument="hidden_states")
 
 
-def _plain_row(
-    columns: Sequence[DiagnosisColumn], name: str, baseline: str | None, title: str, hint: str
-) -> TableRow:
+def _plain_row(columns: Sequence[DiagnosisColumn], name: str, baseline: str | None, title: str, hint: str) -> TableRow:
     instrument = None if name == "action_error" else "imagination"
     diagnoses = [d for _, _, d in columns if d is not None and (instrument is None or d.applies(instrument))]
     extra = None if baseline is None else _estimate(diagnoses[0], diagnoses[0].values(baseline))

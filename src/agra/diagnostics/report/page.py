@@ -21,15 +21,15 @@ from markupsafe import Markup
 from agra import files
 from agra.checkpoints.migration import current_config
 from agra.config import flat
-from agra.diagnostics.report.figures import Series, line_chart, swatch
 from agra.diagnostics.record import Diagnosis, plain, read_diagnosis
+from agra.diagnostics.report.comparison_table import Table, number
 from agra.diagnostics.report.evaluation_section import evaluation_section
+from agra.diagnostics.report.figures import Series, line_chart, swatch
 from agra.diagnostics.report.gallery_section import RAMP, gallery_section
 from agra.diagnostics.report.grounding_section import grounding_section
 from agra.diagnostics.report.layers_section import imagination_section, layers_section
-from agra.diagnostics.report.visual_reliance_section import read_visual_reliance, visual_reliance_section
 from agra.diagnostics.report.study_section import study_sections
-from agra.diagnostics.report.comparison_table import Table, number
+from agra.diagnostics.report.visual_reliance_section import read_visual_reliance, visual_reliance_section
 from agra.evaluation.results import Results, read_results
 
 STAGES = ("adapt", "joint", "finetune")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agra.diagnostics.report.figures import Interval, interval_chart
 from agra.diagnostics.record import estimate, read_diagnosis
 from agra.diagnostics.report.comparison_table import MISSING, Cell, between, estimate_cell, number, percent
+from agra.diagnostics.report.figures import Interval, interval_chart
 from agra.evaluation.results import read_results
 from agra.evaluation.statistics import wilson_interval
 
@@ -69,7 +69,9 @@ def _variant(run: Path, name: str) -> StudyVariant:
     if (run / "diagnosis").is_dir():
         summary = read_diagnosis(run / "diagnosis").header["summary"]
         attention = estimate_cell(estimate(summary["in_mask_ratio"]), percent)
-        ratio = estimate_cell(estimate(summary["sensitivity_mean"]["ratio"])) if "sensitivity_mean" in summary else MISSING
+        ratio = (
+            estimate_cell(estimate(summary["sensitivity_mean"]["ratio"])) if "sensitivity_mean" in summary else MISSING
+        )
     return StudyVariant(name=name, cells=(success, attention, ratio, _held_out(run / "metrics.jsonl")), success=dot)
 
 

@@ -191,7 +191,10 @@ def _cvat_shape(shape: ElementTree.Element, size: tuple[int, ...], path: Path) -
         points = [tuple(map(float, point.split(","))) for point in attributes["points"].split(";")]
         return _filled("polygon", points, size)
     if shape.tag == "box":
-        corners = [(float(attributes["xtl"]), float(attributes["ytl"])), (float(attributes["xbr"]), float(attributes["ybr"]))]
+        corners = [
+            (float(attributes["xtl"]), float(attributes["ytl"])),
+            (float(attributes["xbr"]), float(attributes["ybr"])),
+        ]
         return _filled("rectangle", corners, size)
     if shape.tag == "ellipse":
         cx, cy, rx, ry = (float(attributes[name]) for name in ("cx", "cy", "rx", "ry"))

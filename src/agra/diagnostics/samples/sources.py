@@ -132,9 +132,7 @@ def probe_inputs(
                 f"{config.monitor.probes}: sample {sample.name} has {len(sample.masks)} frames, but this method's token grid"
                 f" has {frames}; write the samples again with this recipe"
             )
-    masks = [
-        mask_to_grid(encoder.crop(sample.masks[..., None], sample.embodiment)[..., 0], grid) for sample in samples
-    ]
+    masks = [mask_to_grid(encoder.crop(sample.masks[..., None], sample.embodiment)[..., 0], grid) for sample in samples]
     masked = [place for place, mask in enumerate(masks) if mask.any()]
     if not masked:
         raise ValueError(f"{config.monitor.probes}: no probe sample has a mask; draw them in a report and add them")
