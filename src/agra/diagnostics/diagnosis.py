@@ -125,14 +125,14 @@ def _add_probe_errors(
     """
     for row in rows:
         row |= {"probe_error_by_layer": None, "blind_probe_error": None}
-    located = [(row, sample) for row, sample in enumerate(samples) if sample.position is not None]
-    trials = [sample.trial for _, sample in located]
+    located = [(row, s.trial, s.position) for row, s in enumerate(samples) if s.position is not None]
+    trials = [trial for _, trial, _ in located]
     if grid is None or len(set(trials)) < FEWEST_TRIALS:
         return
-    positions = np.stack([sample.position for _, sample in located]) * np.array(grid)
+    positions = np.stack([position for _, _, position in located]) * np.array(grid)
     predictions = [probed_positions(np.stack(parts), positions, trials) for parts in states.values()]
     predictions.append(held_out_mean(positions, trials))
     errors = [np.linalg.norm(predicted - positions, axis=1) for predicted in predictions]
-    for place, (row, _) in enumerate(located):
+    for place, (row, _, _) in enumerate(located):
         rows[row]["probe_error_by_layer"] = [float(error[place]) for error in errors[:-1]]
         rows[row]["blind_probe_error"] = float(errors[-1][place])

@@ -158,7 +158,7 @@ class VisualRelianceMonitor:
     def __call__(self, method: Method) -> dict[str, float]:
         """The means of `VisualReliance`, by name, and `error_ratio`, the error over the constant error."""
         with _evaluating(method):
-            targets = {variant: self._targets(method, inputs) for variant, inputs in self._variants().items()}
+            targets = self._targets_by_variant(method)
         names = [str(row) for row in range(len(self.groups))]
         reliance = VisualReliance.of(targets, self.demonstrated, self.swaps, trials=names, groups=self.groups)
         means = reliance.means()
@@ -180,6 +180,9 @@ class VisualRelianceMonitor:
             tokens = self.inputs.instruction[torch.as_tensor(self.swaps.instruction)]
             variants["instruction_swapped"] = replace(self.inputs, instruction=tokens)
         return variants
+
+    def _targets_by_variant(self, method: Method) -> dict[InputVariant, np.ndarray]:
+        return {variant: self._targets(method, inputs) for variant, inputs in self._variants().items()}
 
     def _targets(self, method: Method, inputs: PolicyInputs) -> np.ndarray:
         device, noise = next(method.parameters()).device, draw_noise(method, len(inputs), self.seed)

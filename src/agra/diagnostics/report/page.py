@@ -254,7 +254,7 @@ def _substitutes(configs: Mapping[str, dict[str, Any]]) -> list[str]:
     """Substitutes for the paper's data and networks that the configs name, each line once."""
     lines: list[str] = []
     for config in configs.values():
-        fields = flat(config)
+        fields: dict[str, Any] = flat(config)
         if "tabletop" in fields.get("data.embodiments", ()):
             lines.append(
                 "Demonstrations: recorded from a scripted expert in the embedded MuJoCo tabletop scene, not teleoperated on a "
