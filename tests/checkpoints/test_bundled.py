@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agra.checkpoints.folder import BUNDLED, resolve
+from agra.checkpoints.lineage import lineage
 from agra.cli.deploy import _policy_source
 from agra.evaluation.results import read_results, summarise
 from agra.methods.wam_actor import FastActor, TrainingActor
 from agra.policies.load import load_policy
-from agra.checkpoints.folder import BUNDLED, resolve
-from agra.checkpoints.lineage import lineage
 from agra.stages import Stage
 from agra.types import REGIMES, Observation
 from tests.support.small import with_objective

@@ -7,8 +7,8 @@ import pytest
 
 from agra.data.config import SourceConfig
 from agra.diagnostics.samples.sources import dataset_samples
-from agra.training.memory_estimate import flops_per_sample, teacher_width
 from agra.recipes import agra_dino_hierarchical, agra_dino_l8, agra_siglip_l8
+from agra.training.memory_estimate import flops_per_sample, teacher_width
 
 
 def test_the_teacher_s_width_comes_from_its_own_config(make_config, recorded, tmp_path):

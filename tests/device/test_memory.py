@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.profiler import ProfilerActivity, profile
 
-from agra.training.memory_estimate import CudaAutocastRules, fake_batch, fake_objective, measure
-from agra.training.plan import SHARES, Machines, lay_out
 from agra.recipes import agra_dino_l8, tiny
-from agra.training.parallelize import ParallelConfig, apply
+from agra.training.memory_estimate import CudaAutocastRules, fake_batch, fake_objective, measure
 from agra.training.optimization import parameter_groups
+from agra.training.parallelize import ParallelConfig, apply
+from agra.training.plan import SHARES, Machines, lay_out
 
 CALLS = {
     "torch.Tensor.add": lambda x: x + x,

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from agra import run
+from agra.data.features.preparation import Preparation
 from agra.diagnostics.instruments.sample import DiagnosisConfig
 from agra.diagnostics.samples.probe_sample import save_samples
 from agra.diagnostics.samples.sources import dataset_samples
+from agra.diagnostics.study import Judgement, study
 from agra.policies.instructions import Instructions
 from agra.policies.latency import answering, random_policy
 from agra.policies.load import load_policy
-from agra.data.features.preparation import Preparation
 from agra.recipes import at_stage
-from agra.diagnostics.study import Judgement, study
-from agra.training import checkpoint
 from agra.stages import Stage
+from agra.training import checkpoint
 
 
 def test_the_stand_in_refuses_mixtures(meta):

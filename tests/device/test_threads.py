@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import small_cosmos
 from agra import run
+from agra.api import make_sampler
+from agra.data.features.preparation import OnlineEncoder, open_features, open_instructions
 from agra.data.sampling.prefetch import Prefetched
 from agra.data.source import embodiment_stats
-from agra.data.features.preparation import OnlineEncoder, open_features, open_instructions
-from agra.api import make_sampler
 from agra.wam.codec import WanCodec
+from tests.support import small_cosmos
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agra.training import checkpoint
-from agra.training.trainer import Trainer
 from agra.methods.wam import Objective
+from agra.training import checkpoint
 from agra.training.parallelize import ParallelConfig
+from agra.training.trainer import Trainer
 from agra.wam.model import WAM
 from tests.support.small import random_batch
 

@@ -84,11 +84,11 @@ def serve(
     import ssl
 
     from agra.files import write_text
+    from agra.serving.protocol.messages import WireKeys
     from agra.serving.server.app import run
     from agra.serving.server.groot import GrootNames, GrootServer
-    from agra.serving.protocol.messages import WireKeys
-    from agra.serving.server.websocket import LOOPBACK, WebsocketServer
     from agra.serving.server.service import Limits, PolicyService, check_key
+    from agra.serving.server.websocket import LOOPBACK, WebsocketServer
 
     key = os.environ.get("AGRA_API_KEY")
     check_key(key)
@@ -138,7 +138,9 @@ def serve(
             address, groot_address = f"{scheme}://{host}:{server.port}", ""
             if groot is not None:
                 groot_address = f"tcp://{host}:{groot.port}"
-            print(" and ".join([f"serving {service.spec.name} on {address}", *filter(None, [groot_address])]), flush=True)
+            print(
+                " and ".join([f"serving {service.spec.name} on {address}", *filter(None, [groot_address])]), flush=True
+            )
             if ready_file is not None:
                 write_text(ready_file, json.dumps({"address": address, "groot_address": groot_address}) + "\n")
 
