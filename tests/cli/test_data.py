@@ -10,7 +10,7 @@ from agra.evaluation.collect import collect
 from tests.support.layouts import CAMERAS, write_hdf5, write_v2
 from tests.support.point_world import demonstrator
 
-SMALL = ["--data.embodiments", "dot", "--alignment.teacher.input-size", "28", "42"]
+SMALL = ["--data.embodiments", "dot", "--method.alignment.teacher.input-size", "28", "42"]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from agra.cli import main
+from agra.cli.main import main
 
 SERVE = ("serve", "tabletop-agra")
 TLS = ("--tls-certificate", "a.pem", "--tls-key", "b.pem", "--groot-port", "5555")
@@ -29,7 +29,7 @@ def test_ports_have_a_range(capsys, flag, port):
 def test_groots_wire_is_not_in_clear_beside_tls_by_accident(capsys, monkeypatch):
     monkeypatch.setenv("AGRA_API_KEY", "key")
     assert "GR00T's wire has no TLS" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS)
-    assert "No such file" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS, "--groot-in-clear")
+    assert "No such file" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS, "--groot-allow-plaintext")
     assert "No such file" in refused(capsys, *SERVE, *TLS)  # this machine alone
 
 

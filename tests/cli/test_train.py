@@ -13,10 +13,10 @@ from agra.cli.main import main
 from agra.evaluation.collect import collect
 from agra.policies.load import load_policy
 from agra.recipes import PRESETS, RECIPES
-from agra.training import checkpoint
+from agra.checkpoints.folder import newest
 from tests.support.point_world import demonstrator
 
-SMALL = ["--data.embodiments", "dot", "--data.frame-stride", "1", "--alignment.teacher.input-size", "28", "42"]
+SMALL = ["--data.embodiments", "dot", "--data.frame-stride", "1", "--method.alignment.teacher.input-size", "28", "42"]
 TRAIN = [
     "--stage.steps",
     "9",
@@ -69,13 +69,13 @@ def test_unknown_names_suggest_the_closest(capsys):
 
 def test_what_does_not_fit_the_machine_is_said_before_anything_starts(capsys, prepared, tmp_path):
     command = train(prepared, tmp_path / "run")
-    assert "batch_size: 2 does not divide into 1 processes times 3" in fails(
-        capsys, *command, "--parallel.gradient_accumulation_steps", "3"
+    assert "batch_size: 2 does not divide into 1 processes with 3 micro-batches each" in fails(
+        capsys, *command, "--parallel.gradient-accumulation-steps", "3"
     )
-    assert "video_batch_fraction: 0.25 of 2 samples does not divide into 1 processes times 2" in fails(
-        capsys, *command, "--parallel.gradient_accumulation_steps", "2"
+    assert "is 1 samples in a micro-batch; the method needs a multiple of 4" in fails(
+        capsys, *command, "--parallel.gradient-accumulation-steps", "2"
     )
-    assert "8 processes are to share the model, but there is 1" in fails(capsys, *command, "--parallel.shards", "8")
+    assert "8 processes are to share the model, but there is 1" in fails(capsys, *command, "--parallel.shard-degree", "8")
     assert "agra_dino_l8" not in fails(capsys, *command, "--init-from", tmp_path / "nowhere")
     assert not list((tmp_path / "run").glob("*step*"))
 
@@ -169,12 +169,14 @@ def test_interrupted_by_kill_resumes_to_the_same_bits(prepared, tmp_path, capsys
         process.kill()
         process.wait()
         steps.append(len(log.read_text().splitlines()))
-    assert checkpoint.newest(killed).name != "step_000009", f"killed too late to mean anything: {steps}"
+    assert newest(killed).name != "step_000009", f"killed too late to mean anything: {steps}"
     main(train(prepared, killed))
     for name in (
-        "model.safetensors",
-        "optimizer.safetensors",
+        "video_dit.safetensors",
+        "bridge.safetensors",
+        "action_dit.safetensors",
         "projectors.safetensors",
+        "optimizer.safetensors",
         "norm_stats.json",
         "config.json",
     ):
@@ -212,12 +214,12 @@ def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys)
     assert (last / "sharded").is_dir()
     shutil.rmtree(last)  # as if the run had been cut short: one process goes on from step 8
     main([*train(prepared, tmp_path / "two"), *eight])
-    assert (last / "model.safetensors").is_file()
+    assert (last / "video_dit.safetensors").is_file()
     capsys.readouterr()
     main(["export", str(tmp_path / "two" / "step_000008"), "--output", str(tmp_path / "policy")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "policy")
     policy = load_policy(tmp_path / "policy")
-    assert sum(p.numel() for p in policy.model.parameters()) > 1e6
+    assert sum(p.numel() for p in policy.method.parameters()) > 1e6
 
 
 @pytest.mark.slow
@@ -228,7 +230,7 @@ def test_sigterm_ends_a_run_with_exit_code_0(prepared, tmp_path):
         time.sleep(0.02)
     process.terminate()
     assert process.wait() == 0
-    assert checkpoint.newest(run) is not None
+    assert newest(run) is not None
 
 
 def rows(folder):
@@ -239,7 +241,7 @@ def rows(folder):
 def test_a_checkpoint_with_a_flipped_byte(capsys, prepared, tmp_path):
     run = tmp_path / "run"
     main([*train(prepared, run), "--stage.steps", "1"])
-    weights = run / "step_000001" / "model.safetensors"
+    weights = run / "step_000001" / "video_dit.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 3] ^= 1
     weights.write_bytes(content)
