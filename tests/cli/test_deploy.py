@@ -26,9 +26,9 @@ def test_ports_have_a_range(capsys, flag, port):
     assert f"{flag} {port}: expected 0 to 65535" in refused(capsys, *SERVE, flag, port)
 
 
-def test_groots_wire_is_not_in_clear_beside_tls_by_accident(capsys, monkeypatch):
+def test_groots_protocol_is_not_in_plaintext_beside_tls_by_accident(capsys, monkeypatch):
     monkeypatch.setenv("AGRA_API_KEY", "key")
-    assert "GR00T's wire has no TLS" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS)
+    assert "GR00T's protocol has no TLS" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS)
     assert "No such file" in refused(capsys, *SERVE, "--host", "0.0.0.0", *TLS, "--groot-allow-plaintext")
     assert "No such file" in refused(capsys, *SERVE, *TLS)  # this machine alone
 

@@ -9,7 +9,7 @@ import torch.utils._foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from agra import run
+from agra import api
 from agra.evaluation.collect import collect
 from tests.support import small_cosmos
 from tests.support.point_world import demonstrator
@@ -39,7 +39,7 @@ def make_config(recorded, tmp_path):
 def prepared(make_config):
     """That recipe with its features cached."""
     config = make_config()
-    run.prepare(config)
+    api.prepare(config)
     return config
 
 
