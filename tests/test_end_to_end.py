@@ -11,18 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agra import hub, run
+from agra import api
 from agra.evaluation.collect import collect
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import evaluate
 from agra.policies.load import load_policy
 from agra.recipes import at_stage, tiny
-from agra.training import checkpoint
+from agra.checkpoints.folder import newest, resolve
+from agra.policies.export import export
 from agra.lora import LoRAConfig
 from agra.stages import Stage
 from agra.wam.bridge import bridged_layers
 from tests.support.point_world import PointWorld, demonstrator, make_trial
+from tests.support.small import with_alignment, with_model
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,14 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("end_to_end")
     collect("point", folder / "demonstrations", episodes=12, seed=0, demonstrator=demonstrator, progress=False)
     config = tiny()
-    model = replace(
-        config.method.model,
-        frame_size=(32, 48),
-        video_dit=replace(config.method.model.video_dit, num_layers=3),
-        bridge=replace(config.method.model.bridge, layers=bridged_layers(3, 2), position_grid=(2, 2, 3)),
-        action_dit=replace(config.method.model.action_dit, num_blocks=2, horizon=8),
-    )
+    model = {
+        "frame_size": (32, 48),
+        "video_dit": replace(config.method.model.video_dit, num_layers=3),
+        "bridge": replace(config.method.model.bridge, layers=bridged_layers(3, 2), position_grid=(2, 2, 3)),
+        "action_dit": replace(config.method.model.action_dit, num_blocks=2, horizon=8),
+    }
     teacher = replace(config.method.alignment.teacher, input_size=(28, 42))
-    alignment = replace(config.method.alignment, layers=(1,), teacher=teacher)
+    config = with_alignment(with_model(config, **model), layers=(1,), teacher=teacher)
     data = replace(
         config.data,
         path=str(folder / "demonstrations"),
@@ -48,16 +49,16 @@ def world(tmp_path_factory):
         frame_stride=1,
     )
     stage = replace(config.stage, steps=6, batch_size=8, save_every=3, validate_every=3, log_every=1)
-    return folder, replace(config, model=model, alignment=alignment, data=data, stage=stage)
+    return folder, replace(config, data=data, stage=stage)
 
 
 @pytest.fixture(scope="module")
 def trained(world):
     folder, config = world
-    run.prepare(config)
+    api.prepare(config)
     previous = None
     for stage in Stage:
-        assert run.train(at_stage(config, stage), output=folder / stage, init_from=previous)
+        assert api.train(at_stage(config, stage), output=folder / stage, init_from=previous)
         previous = folder / stage
     return folder, config
 
@@ -66,13 +67,13 @@ def test_adapters_make_a_policy(trained):
     """The video DiT of the adapt stage with adapters on it: loaded and exported they are part of the weights."""
     folder, config = trained
     config = replace(config, stage=replace(config.stage, lora=LoRAConfig(rank=4), steps=2))
-    assert run.train(config, output=folder / "adapters", init_from=folder / Stage.ADAPT)
-    whole = load_policy(hub.export(folder / "adapters", folder / "adapters_policy"))
+    assert api.train(config, output=folder / "adapters", init_from=folder / Stage.ADAPT)
+    whole = load_policy(export(folder / "adapters", folder / "adapters_policy"))
     policy = load_policy(folder / "adapters")
     layer = "video_dit.transformer.transformer_blocks.0.attn1.to_q.weight"
-    base = load_file(checkpoint.resolve(folder / Stage.ADAPT) / "model.safetensors")[layer]
-    assert torch.equal(base, load_file(checkpoint.resolve(folder / "adapters") / "model.safetensors")[layer])
-    assert not torch.equal(base, policy.model.state_dict()[layer])
+    base = load_file(resolve(folder / Stage.ADAPT) / "video_dit.safetensors")[layer]
+    assert torch.equal(base, load_file(resolve(folder / "adapters") / "video_dit.safetensors")[layer])
+    assert not torch.equal(base, policy.method.parts()["video_dit"].state_dict()[layer.removeprefix("video_dit.")])
     observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
     assert np.array_equal(policy.act(observation).actions, whole.act(observation).actions)
 
@@ -80,8 +81,10 @@ def test_adapters_make_a_policy(trained):
 def test_training_needs_prepared_features(world):
     folder, config = world
     data = replace(config.data, cache=str(folder / "empty"))
-    with pytest.raises(FileNotFoundError, match="latents not prepared for"):
-        run.train(replace(config, data=data), output=folder / "nowhere")
+    with pytest.raises(
+        FileNotFoundError, match="no instruction prepared for any dataset with these settings; run agra prepare"
+    ):
+        api.train(replace(config, data=data), output=folder / "nowhere")
 
 
 def test_each_stage_computes_its_losses(trained):
@@ -93,21 +96,25 @@ def test_each_stage_computes_its_losses(trained):
     assert losses[Stage.FINETUNE] == {"action_loss"}
 
 
-def test_looking_is_monitored_where_the_action_head_learns(trained):
+def test_visual_reliance_is_monitored_where_the_action_head_learns(trained):
     folder, _ = trained
     rows = {stage: [json.loads(line) for line in (folder / stage / "metrics.jsonl").open()] for stage in Stage}
-    looked = {stage: [row for row in rows[stage] if "looking/error" in row] for stage in Stage}
-    assert [row["step"] for row in looked[Stage.JOINT]] == [3, 6]
-    assert not looked[Stage.ADAPT]
+    measured = {stage: [row for row in rows[stage] if "visual_reliance/error" in row] for stage in Stage}
+    assert [row["step"] for row in measured[Stage.JOINT]] == [3, 6]
+    assert not measured[Stage.ADAPT]
     # One held-out episode: there is nothing to swap its image with.
-    assert set(looked[Stage.FINETUNE][0]) >= {"looking/error", "looking/image_mask_shift", "validation/action_loss"}
+    assert set(measured[Stage.FINETUNE][0]) >= {
+        "visual_reliance/error",
+        "visual_reliance/image_mask_shift",
+        "validation/action_loss",
+    }
 
 
 @pytest.mark.parametrize("stage", [Stage.JOINT, Stage.FINETUNE])
 def test_a_policy_is_rebuilt_from_its_checkpoint_alone(trained, tmp_path, stage):
     folder, _ = trained
     copy = tmp_path / "elsewhere"
-    shutil.copytree(checkpoint.newest(folder / stage), copy)
+    shutil.copytree(newest(folder / stage), copy)
     policy, moved = load_policy(folder / stage), load_policy(copy)
     observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
     policy.reset(5)
@@ -136,7 +143,7 @@ def test_a_report_follows_the_stages_back_also_after_a_move(trained, tmp_path):
     folder, _ = trained
     for stage in Stage:
         shutil.copytree(folder / stage, tmp_path / "moved" / stage)
-    page = run.report([tmp_path / "moved" / Stage.FINETUNE], output=tmp_path / "report.html").read_text()
+    page = api.report([tmp_path / "moved" / Stage.FINETUNE], output=tmp_path / "report.html").read_text()
     for stage in Stage:
         assert f"<code>{stage}</code>" in page
     assert "weight 0.2" in page
@@ -171,10 +178,10 @@ def test_what_cannot_act_is_refused(trained):
 def test_a_flipped_byte_is_named(trained, tmp_path):
     folder, _ = trained
     copy = tmp_path / "copy"
-    shutil.copytree(checkpoint.newest(folder / Stage.JOINT), copy)
-    weights = copy / "model.safetensors"
+    shutil.copytree(newest(folder / Stage.JOINT), copy)
+    weights = copy / "video_dit.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 4
     weights.write_bytes(data)
-    with pytest.raises(ValueError, match=r"model\.safetensors: checksum differs"):
+    with pytest.raises(ValueError, match=r"video_dit\.safetensors: checksum differs"):
         load_policy(copy)

@@ -1,4 +1,4 @@
-"""The policies that come with agra are what they are said to be."""
+"""The bundled policies: their weights, training, results and cards."""
 
 import json
 import re
@@ -8,23 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agra.checkpoints.folder import BUNDLED, resolve
+from agra.checkpoints.lineage import lineage
 from agra.cli.deploy import _policy_source
 from agra.evaluation.results import read_results, summarise
+from agra.methods.wam_actor import FastActor, TrainingActor
 from agra.policies.load import load_policy
-from agra.training import checkpoint
-from agra.checkpoints.lineage import lineage
 from agra.stages import Stage
 from agra.types import REGIMES, Observation
+from tests.support.small import with_objective
 
 NAMES = ("tabletop-wam", "tabletop-agra")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_loads_by_name_and_looks(name, tmp_path, monkeypatch):
+def test_it_loads_by_name_and_reads_the_image(name, tmp_path, monkeypatch):
     """The same seed and observation give the same chunk, another picture another one."""
     monkeypatch.chdir(tmp_path)
-    folder = checkpoint.resolve(name)
-    assert folder.parent == checkpoint.SHIPPED
+    folder = resolve(name)
+    assert folder.parent == BUNDLED
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert weights <= 10e6
     policy = load_policy(name)
@@ -48,10 +50,10 @@ def test_the_two_differ_in_the_alignment_alone():
     assert [config.stage.name for config in agra] == [Stage.ADAPT, Stage.JOINT]
     assert wam[0] == agra[0]
     joint = agra[1]
-    assert joint.aligns
-    assert not wam[1].aligns
-    objective = replace(joint.method.objective, alignment_weight=0.0)
-    assert wam[1] == replace(joint, alignment=None, stage=replace(joint.stage, objective=objective))
+    assert joint.method.aligns
+    assert not wam[1].method.aligns
+    unaligned = with_objective(joint, alignment_weight=0.0)
+    assert wam[1] == replace(unaligned, method=replace(unaligned.method, alignment=None))
     logs = [stage.metrics.read_text().splitlines() for name in NAMES for stage in lineage(name)]
     assert [max(json.loads(row)["step"] for row in rows) for rows in logs] == [
         stage.config.stage.steps for name in NAMES for stage in lineage(name)
@@ -60,13 +62,13 @@ def test_the_two_differ_in_the_alignment_alone():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_evaluation_is_the_whole_one_and_the_card_says_the_same(name):
-    folder = checkpoint.resolve(name)
+    folder = resolve(name)
     results = read_results(folder / "results.jsonl")
     assert results.header["policy"] == name
     assert {regime: len(results.regime(regime)) for regime in REGIMES} == {
         "in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40,
     }  # fmt: skip
-    card = (checkpoint.SHIPPED / "README.md").read_text()
+    card = (BUNDLED / "README.md").read_text()
     rows = re.findall(rf"^\| `{name}` \|(.*)\|$", card, re.M)
     counts = [tuple(map(int, cell)) for cell in re.findall(r"(\d+) of (\d+)", rows[0])]
     assert counts == [(s.successes, s.trials) for s in summarise(results) if s.regime != "all"]
@@ -76,5 +78,5 @@ def test_its_evaluation_is_the_whole_one_and_the_card_says_the_same(name):
 def test_a_server_takes_the_path_that_it_is_told(fast):
     """`agra serve NAME`, with and without --no-fast."""
     source = _policy_source(Path("tabletop-wam"), device="cpu", fast=fast)
-    assert (source.load()._fast is not None) == fast
-    assert source.stamp() == checkpoint.SHIPPED / "tabletop-wam"
+    assert type(source.load()._actor) is (FastActor if fast else TrainingActor)
+    assert source.stamp() == BUNDLED / "tabletop-wam"

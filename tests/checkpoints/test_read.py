@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from agra import files
+from agra.checkpoints.folder import BUNDLED, verify
+from agra.checkpoints.read import reading
 from agra.policies.load import load_policy
-from agra.training import checkpoint
 
-SHIPPED = checkpoint.SHIPPED / "tabletop-agra"
+BUNDLED_POLICY = BUNDLED / "tabletop-agra"
 
 
 def seal(folder):
@@ -23,7 +24,7 @@ def seal(folder):
 
 @pytest.fixture
 def copy(tmp_path):
-    return shutil.copytree(SHIPPED, tmp_path / "odd")
+    return shutil.copytree(BUNDLED_POLICY, tmp_path / "odd")
 
 
 def change_config(copy, name, value):
@@ -59,15 +60,15 @@ def test_a_config_that_is_none_is_named(copy, name):
 
 
 NUMBERS = {
-    "model.video_dit.num_layers": 3000,
-    "model.action_dit.num_blocks": 10**6,
-    "model.video_dit.num_heads": 0,
-    "model.video_dit.head_dim": -64,
-    "model.action_dit.hidden_dim": 2**62,
-    "model.action_dit.num_embodiments": 10**9,
-    "model.action_dit.max_horizon": 10**10,
-    "model.action_dit.state_dim": 0,
-    "model.video_dit.latent_channels": 10**30,
+    "method.model.video_dit.num_layers": 3000,
+    "method.model.action_dit.num_blocks": 10**6,
+    "method.model.video_dit.num_heads": 0,
+    "method.model.video_dit.head_dim": -64,
+    "method.model.action_dit.hidden_dim": 2**62,
+    "method.model.action_dit.num_embodiments": 10**9,
+    "method.model.action_dit.max_horizon": 10**10,
+    "method.model.action_dit.state_dim": 0,
+    "method.model.video_dit.latent_channels": 10**30,
 }
 
 
@@ -81,13 +82,13 @@ def test_numbers_that_the_weights_do_not_bear_out_build_nothing(copy, name):
 
 
 def test_a_check_of_the_config_gives_its_reason(copy):
-    change_config(copy, "model.action_dit.horizon", 1025)
+    change_config(copy, "method.model.action_dit.horizon", 1025)
     with pytest.raises(ValueError, match=r"config\.json: ActionDiTConfig\.horizon: expected 1\.\.1024, got 1025"):
         load_policy(copy)
 
 
 def statistics():
-    return json.loads((SHIPPED / "norm_stats.json").read_text())
+    return json.loads((BUNDLED_POLICY / "norm_stats.json").read_text())
 
 
 def changed(name, values):
@@ -110,9 +111,9 @@ STATISTICS = {
                 "state": {k: v * 2 for k, v in statistics()["tabletop"]["state"].items()},
             }
         },
-        "its state is wider than the model's 16",
+        "its state is wider than the method's 16",
     ),
-    "unknown": ({"other": statistics()["tabletop"]}, "'other': the model does not know it"),
+    "unknown": ({"other": statistics()["tabletop"]}, "'other': the checkpoint does not know it"),
 }
 
 
@@ -127,11 +128,11 @@ def test_statistics_that_are_none_are_named(copy, name):
 
 def test_what_is_read_must_be_listed(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
-    weights = load_file(copy / "model.safetensors")
-    save_file({name: value + 1 for name, value in weights.items()}, copy / "model.safetensors")
-    for listed in ({}, {k: v for k, v in manifest.items() if k != "model.safetensors"}):
+    weights = load_file(copy / "video_dit.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, copy / "video_dit.safetensors")
+    for listed in ({}, {k: v for k, v in manifest.items() if k != "video_dit.safetensors"}):
         (copy / "manifest.json").write_text(json.dumps(listed))
-        with pytest.raises(ValueError, match=r"manifest\.json: does not list (codec|model)\.safetensors"):
+        with pytest.raises(ValueError, match=r"manifest\.json: does not list (action_dit|video_dit)\.safetensors"):
             load_policy(copy)
 
 
@@ -139,14 +140,14 @@ def test_what_is_read_must_be_listed(copy):
 def test_a_manifest_names_files_of_the_checkpoint_alone(copy, manifest):
     (copy / "manifest.json").write_text(manifest)
     with pytest.raises(ValueError, match=r"manifest\.json: (expected|not JSON)"):
-        checkpoint.verify(copy)
+        verify(copy)
 
 
 def test_what_torch_raises_names_the_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}: cannot be loaded \(RuntimeError: no such size\)"):
-        with checkpoint.reading(tmp_path):
+        with reading(tmp_path):
             raise RuntimeError("no such size")
 
 
 def test_the_weights_of_policies_that_come_with_agra_still_load():
-    assert torch.isfinite(next(load_policy("tabletop-wam").model.parameters())).all()
+    assert torch.isfinite(next(load_policy("tabletop-wam").method.parameters())).all()

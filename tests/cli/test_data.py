@@ -1,19 +1,16 @@
 """Datasets from the command line: conversion, mixtures by file, estimates, and what goes wrong, in one line."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.layouts import CAMERAS, write_hdf5, write_v2
-
 from agra.cli.main import main
-from agra.evaluation.collect import collect
 from agra.data.lerobot.dataset import LeRobotDataset
+from agra.evaluation.collect import collect
+from tests.support.layouts import CAMERAS, write_hdf5, write_v2
 from tests.support.point_world import demonstrator
 
-SMALL = ["--data.embodiments", "dot", "--alignment.teacher.input-size", "28", "42"]
+SMALL = ["--data.embodiments", "dot", "--method.alignment.teacher.input-size", "28", "42"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from agra.cli.main import main
 from agra.evaluation.collect import collect
 from agra.policies.load import load_policy
 from agra.recipes import PRESETS, RECIPES
-from agra.training import checkpoint
+from agra.checkpoints.folder import newest
 from tests.support.point_world import demonstrator
 
-SMALL = ["--data.embodiments", "dot", "--data.frame-stride", "1", "--alignment.teacher.input-size", "28", "42"]
+SMALL = ["--data.embodiments", "dot", "--data.frame-stride", "1", "--method.alignment.teacher.input-size", "28", "42"]
 TRAIN = [
     "--stage.steps",
     "9",
@@ -60,6 +59,15 @@ def fails(capsys, *arguments):
     return line.removeprefix("agra: error: ")
 
 
+def misused(capsys, *arguments):
+    """What tyro prints about a command line that it cannot parse."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
 def test_unknown_names_suggest_the_closest(capsys):
     assert "unknown command 'trian'; did you mean 'train'?" in fails(capsys, "trian")
     assert "unknown recipe 'agra_dino_8'; did you mean 'agra_dino_l8'?" in fails(capsys, "train", "agra_dino_8")
@@ -70,13 +78,13 @@ def test_unknown_names_suggest_the_closest(capsys):
 
 def test_what_does_not_fit_the_machine_is_said_before_anything_starts(capsys, prepared, tmp_path):
     command = train(prepared, tmp_path / "run")
-    assert "batch_size: 2 does not divide into 1 processes times 3" in fails(
-        capsys, *command, "--parallel.gradient_accumulation_steps", "3"
+    assert "batch_size: 2 does not divide into 1 processes with 3 micro-batches each" in fails(
+        capsys, *command, "--parallel.gradient-accumulation-steps", "3"
     )
-    assert "video_batch_fraction: 0.25 of 2 samples does not divide into 1 processes times 2" in fails(
-        capsys, *command, "--parallel.gradient_accumulation_steps", "2"
+    assert "is 1 samples in a micro-batch; the method needs a multiple of 4" in fails(
+        capsys, *command, "--parallel.gradient-accumulation-steps", "2"
     )
-    assert "8 processes are to share the model, but there is 1" in fails(capsys, *command, "--parallel.shards", "8")
+    assert "8 processes are to share the model, but there is 1" in fails(capsys, *command, "--parallel.shard-degree", "8")
     assert "agra_dino_l8" not in fails(capsys, *command, "--init-from", tmp_path / "nowhere")
     assert not list((tmp_path / "run").glob("*step*"))
 
@@ -89,17 +97,17 @@ def test_what_does_not_fit_the_machine_is_said_before_anything_starts(capsys, pr
     ],
 )
 def test_unknown_flag(capsys, tmp_path, flag, named, closest):
-    line = fails(capsys, "train", "tiny", "--output", tmp_path / "run", "--data.path", "x", *flag)
-    assert named in line
-    assert closest in line
+    printed = misused(capsys, "train", "tiny", "--output", tmp_path / "run", "--data.path", "x", *flag)
+    assert f"Unrecognized options: {named}" in printed
+    assert closest in printed.split("Perhaps you meant:")[1]
 
 
 def test_a_value_of_the_wrong_kind_and_one_out_of_range(capsys, tmp_path):
     base = ["train", "tiny", "--output", tmp_path / "run", "--data.path", "x"]
-    line = fails(capsys, *base, "--stage.steps", "many")
-    assert "--stage.steps" in line
-    assert "many" in line
-    assert "stage.steps: expected at least 1, got 0" in fails(capsys, *base, "--stage.steps", "0")
+    assert "Error parsing --stage.steps: invalid literal for int() with base 10: 'many'" in misused(
+        capsys, *base, "--stage.steps", "many"
+    )
+    assert "stage.steps: expected at least 1, got 0" in misused(capsys, *base, "--stage.steps", "0")
 
 
 def test_missing_dataset(capsys, tmp_path):
@@ -170,12 +178,14 @@ def test_interrupted_by_kill_resumes_to_the_same_bits(prepared, tmp_path, capsys
         process.kill()
         process.wait()
         steps.append(len(log.read_text().splitlines()))
-    assert checkpoint.newest(killed).name != "step_000009", f"killed too late to mean anything: {steps}"
+    assert newest(killed).name != "step_000009", f"killed too late to mean anything: {steps}"
     main(train(prepared, killed))
     for name in (
-        "model.safetensors",
-        "optimizer.safetensors",
+        "video_dit.safetensors",
+        "bridge.safetensors",
+        "action_dit.safetensors",
         "projectors.safetensors",
+        "optimizer.safetensors",
         "norm_stats.json",
         "config.json",
     ):
@@ -213,12 +223,12 @@ def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys)
     assert (last / "sharded").is_dir()
     shutil.rmtree(last)  # as if the run had been cut short: one process goes on from step 8
     main([*train(prepared, tmp_path / "two"), *eight])
-    assert (last / "model.safetensors").is_file()
+    assert (last / "video_dit.safetensors").is_file()
     capsys.readouterr()
     main(["export", str(tmp_path / "two" / "step_000008"), "--output", str(tmp_path / "policy")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "policy")
     policy = load_policy(tmp_path / "policy")
-    assert sum(p.numel() for p in policy.model.parameters()) > 1e6
+    assert sum(p.numel() for p in policy.method.parameters()) > 1e6
 
 
 @pytest.mark.slow
@@ -229,7 +239,7 @@ def test_sigterm_ends_a_run_with_exit_code_0(prepared, tmp_path):
         time.sleep(0.02)
     process.terminate()
     assert process.wait() == 0
-    assert checkpoint.newest(run) is not None
+    assert newest(run) is not None
 
 
 def rows(folder):
@@ -240,7 +250,7 @@ def rows(folder):
 def test_a_checkpoint_with_a_flipped_byte(capsys, prepared, tmp_path):
     run = tmp_path / "run"
     main([*train(prepared, run), "--stage.steps", "1"])
-    weights = run / "step_000001" / "model.safetensors"
+    weights = run / "step_000001" / "video_dit.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 3] ^= 1
     weights.write_bytes(content)

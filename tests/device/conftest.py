@@ -1,7 +1,6 @@
 """A GPU's rules without a GPU: torch's meta device, which refuses every mixture of devices as a GPU does."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ import torch.utils._foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support import small_cosmos
-from agra import run
+from agra import api
 from agra.evaluation.collect import collect
+from tests.support import small_cosmos
 from tests.support.point_world import demonstrator
 
 
@@ -40,7 +39,7 @@ def make_config(recorded, tmp_path):
 def prepared(make_config):
     """That recipe with its features cached."""
     config = make_config()
-    run.prepare(config)
+    api.prepare(config)
     return config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from agra import run
+from agra import api
 from agra.policies.load import load_policy
 from agra.types import PolicyRequest
 from agra.wam.fast import BATCH_SIZES, padded_size
@@ -37,7 +37,7 @@ def eager_backend(monkeypatch):
 def trained(prepared, recorded, tmp_path):
     for seed in (0, 1):
         config = replace(prepared, stage=replace(prepared.stage, seed=seed, steps=2))
-        assert run.train(config, output=tmp_path / f"run_{seed}", init_from=recorded / "cosmos")
+        assert api.train(config, output=tmp_path / f"run_{seed}", init_from=recorded / "cosmos")
     return tmp_path
 
 

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.profiler import ProfilerActivity, profile
 
-from agra.training.memory_estimate import CudaAutocastRules, fake_batch, fake_objective, measure
-from agra.training.plan import SHARES, Machines, lay_out
 from agra.recipes import agra_dino_l8, tiny
-from agra.training.parallelize import ParallelConfig, apply
+from agra.training.memory_estimate import CudaAutocastRules, fake_batch, fake_method, measure
 from agra.training.optimization import parameter_groups
+from agra.training.parallelize import ParallelConfig, apply
+from agra.training.plan import CHECKPOINTED, Machines, lay_out
 
 CALLS = {
     "torch.Tensor.add": lambda x: x + x,
@@ -75,10 +75,9 @@ class Called(TorchFunctionMode):
 
 def test_the_rules_are_those_of_cuda_s_autocast(small_config):
     """Every operation of a step gives the type that it gives on a fake CUDA tensor under CUDA's own autocast."""
-    config = replace(small_config, alignment=replace(small_config.alignment, teacher=tiny().alignment.teacher))
-    objective, width, least = fake_objective(config)
+    config = small_config.method
     with Called() as called, torch.autocast("cpu", torch.bfloat16):
-        objective(fake_batch(config, width, 2 * least))
+        fake_method(small_config)(fake_batch(config, 2 * config.batch_multiple))
     moves = {f"torch.Tensor.{name}" for name in MOVES} | {"torch.zeros_like", ""}
     assert called.names - moves <= CALLS.keys(), "new operations: say what they do"
     changed = {}
@@ -132,51 +131,51 @@ def fake_cuda_autocast():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", SHARES)
-def test_memory_under_those_rules_is_foreseen(share):
+@pytest.mark.parametrize("fraction", CHECKPOINTED)
+def test_memory_under_those_rules_is_foreseen(fraction):
     """torch's own count of allocations in a step and a validation of tiny in bfloat16, within 5 %."""
     config = replace(tiny(), stage=replace(tiny().stage, precision="bfloat16"))
-    footprint = measure(config, activation_checkpointing=share)
-    objective, width, _ = fake_objective(config)
-    apply(objective, ParallelConfig(activation_checkpointing=share))
-    optimizer = torch.optim.AdamW(list(parameter_groups(objective, config.stage)))
-    batch = fake_batch(config, width, 16)
+    step_cost = measure(config, activation_checkpointing=fraction)
+    method = fake_method(config)
+    apply(method, ParallelConfig(activation_checkpointing=fraction))
+    optimizer = torch.optim.AdamW(list(parameter_groups(method, config.stage)))
+    batch = fake_batch(config.method, 16)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=not share):
-            loss = objective(batch).total
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=not fraction):
+            loss = method(batch).total
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=not share):
-            objective.eval()(batch)
-        objective.train()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=not fraction):
+            method.eval()(batch)
+        method.train()
 
     with CudaAutocastRules():
         step()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    level = peak = footprint.states + sum(value.nbytes for value in batch.tensors.values())
+    level = peak = step_cost.states + sum(value.nbytes for value in batch.tensors.values())
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()
         peak = max(peak, level)
-    assert peak == pytest.approx(footprint.peak(16), rel=0.05)
+    assert peak == pytest.approx(step_cost.peak(16), rel=0.05)
 
 
 @pytest.mark.slow
 def test_the_paper_s_layout_for_eight_gpus_of_80_gb_fits_with_its_validation():
     config = agra_dino_l8()
     machines = Machines(gpus=8, gpu_memory=80.0)
-    footprint = measure(config, activation_checkpointing=1.0)
-    (layout,) = lay_out(config, machines, [footprint]).layouts
+    step_cost = measure(config, activation_checkpointing=1.0)
+    (layout,) = lay_out(config, machines, [step_cost]).layouts
     assert layout.accumulate
     in_flight = config.stage.batch_size // machines.gpus // layout.accumulate
     assert in_flight <= layout.samples
-    gradients = footprint.gradients / machines.gpus
+    gradients = step_cost.gradients / machines.gpus
     if layout.accumulate > 1 and not layout.reduce_every_micro_batch:
-        gradients = gradients.clip(min=4 * footprint.trained)
-    gathered = footprint.weight_bytes * (2 * footprint.root + 3 * footprint.largest_block)
-    whole = footprint.states / machines.gpus + footprint.fixed + in_flight * footprint.per_sample + gradients + gathered
+        gradients = gradients.clip(min=4 * step_cost.trained)
+    gathered = step_cost.weight_bytes * (2 * step_cost.root + 3 * step_cost.largest_block)
+    whole = step_cost.states / machines.gpus + step_cost.fixed + in_flight * step_cost.per_sample + gradients + gathered
     assert whole.max() < 0.92 * 80e9
-    assert len(whole) > len(footprint.gradients) - 1  # the moments of the validation are among them
+    assert len(whole) > len(step_cost.gradients) - 1  # the moments of the validation are among them

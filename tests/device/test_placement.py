@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from agra import run
+from agra import api
+from agra.checkpoints.folder import newest
 from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.samples.probe_sample import save_samples
 from agra.diagnostics.samples.sources import dataset_samples
 from agra.policies.instructions import Instructions
-from agra.policies.latency import answering, random_policy
+from agra.policies.latency import random_policy, timed
 from agra.policies.load import load_policy
-from agra.data.features.preparation import Preparation
 from agra.recipes import at_stage
-from agra.diagnostics.study import Judgement, study
-from agra.training import checkpoint
 from agra.stages import Stage
 
 
@@ -31,14 +29,14 @@ def test_the_stand_in_refuses_mixtures(meta):
 @pytest.mark.parametrize("stage", [Stage.ADAPT, Stage.JOINT])
 def test_prepare(make_config, meta, stage):
     config = at_stage(make_config(), stage)
-    folders = run.prepare(config, device=meta)
+    folders = api.prepare(config, device=meta)
     assert len(folders) == (3 if config.method.aligns else 2)
     assert all((folder / "manifest.json").is_file() or list(folder.glob("*.safetensors")) for folder in folders)
 
 
 def test_estimates_run_the_networks_where_they_are(make_config, meta):
     config = make_config()
-    ((_, estimate),) = Preparation(config, open_sources(config.data), device=meta).estimate()
+    ((_, estimate),) = api.preparation(config, device=meta).estimate()
     assert estimate.episodes == 8
 
 
@@ -56,16 +54,16 @@ def test_training_with_validation_and_monitors_resumes(prepared, probes, meta, t
     config = replace(prepared, data=replace(prepared.data, cached=cached))
     config = replace(config, monitor=replace(config.monitor, probes=str(probes)))
     config = replace(config, stage=replace(config.stage, ema_decay=0.9, precision="float32"))
-    assert run.train(config, output=tmp_path / "run", device=meta)
-    assert checkpoint.newest(tmp_path / "run").name == "step_000004"
+    assert api.train(config, output=tmp_path / "run", device=meta)
+    assert newest(tmp_path / "run").name == "step_000004"
     (tmp_path / "run" / "step_000004").rename(tmp_path / "gone")
-    assert run.train(config, output=tmp_path / "run", device=meta)
-    assert checkpoint.newest(tmp_path / "run").name == "step_000004"
+    assert api.train(config, output=tmp_path / "run", device=meta)
+    assert newest(tmp_path / "run").name == "step_000004"
 
 
 @pytest.fixture
 def trained(prepared, recorded, tmp_path):
-    assert run.train(prepared, output=tmp_path / "trained", init_from=recorded / "cosmos")
+    assert api.train(prepared, output=tmp_path / "trained", init_from=recorded / "cosmos")
     return tmp_path / "trained"
 
 
@@ -76,34 +74,32 @@ def test_policies_answer_and_imagine(trained, meta, observation, fast):
     assert policy.act_and_imagine(observation).imagined.shape == (5, 32, 48, 3)
     unknown = replace(observation, instruction="an instruction that no episode has")
     assert policy.act(unknown).actions.shape == (8, 2)
-    assert policy.text.model.device.type == "meta"
+    assert policy.instructions.encoder.model.device.type == "meta"
 
 
 def test_diagnosis_of_an_aligned_policy(trained, probes, meta):
     """Its projectors and its teacher read hidden states and frames on the device."""
     settings = DiagnosisConfig(noise_samples=1, background_sets=1, gallery=1, map_kinds=("mean",), imagination_steps=1)
-    output = run.diagnose(
+    output = api.diagnose(
         trained, simulator="none", samples=0, probes=probes, teacher="own", config=settings, device=meta
     )
     assert (output / "diagnosis.json").is_file()
 
 
 def test_studies(prepared, meta, tmp_path):
-    path = study(
-        prepared, over="alignment", output=tmp_path / "s", layers=(0,), judgement=Judgement(simulator=None), device=meta
-    )
+    path = api.study(prepared, over="alignment", output=tmp_path / "s", layers=(0,), simulator=None, device=meta)
     assert path.is_file()
 
 
 def test_latency_of_a_recipe(make_config, meta):
-    way = answering(random_policy(make_config(), device=meta), 2)
+    way = timed(random_policy(make_config(), device=meta), 2)
     assert list(way()) == ["text", "codec", "video", "bridge", "action"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named(make_config):
     with pytest.raises(ValueError, match="torch sees no GPU"):
-        run.preparation(make_config(), device="cuda")
+        api.preparation(make_config(), device="cuda")
 
 
 def test_a_robot_needs_no_text_encoder(trained, observation):
@@ -111,7 +107,7 @@ def test_a_robot_needs_no_text_encoder(trained, observation):
     known = load_policy(trained, known_instructions=True)
     whole = load_policy(trained)
     assert sorted(known.instructions.known) == ["go 0", "go 1"]
-    encoded = whole.text.encode(["go 0"])[0].half().float()
+    encoded = whole.instructions.encoder.encode(["go 0"])[0].half().float()
     assert torch.equal(known.instructions.tokens("go 0"), encoded)
     for policy in (known, whole):
         policy.reset(0)

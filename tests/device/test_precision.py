@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from agra import run
+from agra import api
 from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.samples.probe_sample import save_samples
 from agra.diagnostics.samples.sources import dataset_samples
@@ -30,15 +30,15 @@ def test_auto_follows_the_device(monkeypatch):
 @pytest.fixture
 def trained(prepared, recorded, tmp_path):
     config = replace(prepared, stage=replace(prepared.stage, precision="bfloat16", steps=2))
-    assert run.train(config, output=tmp_path / "run", init_from=recorded / "cosmos")
+    assert api.train(config, output=tmp_path / "run", init_from=recorded / "cosmos")
     return tmp_path / "run"
 
 
 def test_a_policy_computes_as_its_training_did(trained, observation):
     """Weights are cast once, actions are integrated in float32."""
     policies = {p: load_policy(trained, precision=p) for p in (None, "float32")}
-    assert {parameter.dtype for parameter in policies[None].model.parameters()} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in policies["float32"].model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in policies[None].method.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in policies["float32"].method.parameters()} == {torch.float32}
     actions = {}
     for name, policy in policies.items():
         policy.reset(0)
@@ -50,10 +50,10 @@ def test_a_policy_computes_as_its_training_did(trained, observation):
 def test_half_weights_are_as_near_to_float32_as_autocast_is(small_config, make_batch):
     """The median over twelve batches of the distance to the float32 answer, at most a quarter more."""
     torch.manual_seed(0)
-    model = WAM(small_config.model).eval().requires_grad_(False)
+    model = WAM(small_config.method.model).eval().requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
-    half = WAM(small_config.model).eval().requires_grad_(False)
+    half = WAM(small_config.method.model).eval().requires_grad_(False)
     half.load_state_dict(model.state_dict())
     half.to(torch.bfloat16)
     distances = {"autocast": [], "half": [], "fast half": []}
@@ -80,8 +80,8 @@ def test_half_weights_are_as_near_to_float32_as_autocast_is(small_config, make_b
 
 
 def test_monitors_and_diagnosis_run_in_the_training_s_precision(prepared, trained, recorded, tmp_path, monkeypatch):
-    for monitor in ("grounding_monitor", "looking_monitor"):
-        monkeypatch.setattr(f"agra.diagnostics.{monitor}.CHUNK", 3)
+    for monitor in ("grounding", "visual_reliance"):
+        monkeypatch.setattr(f"agra.diagnostics.monitors.{monitor}.CHUNK", 3)
     samples = dataset_samples(prepared, 8)
     masks = np.zeros_like(samples[0].masks)
     masks[:, :16, :16] = True
@@ -98,10 +98,10 @@ def test_monitors_and_diagnosis_run_in_the_training_s_precision(prepared, traine
     monkeypatch.setattr(WAM, "condition", watch)
     monitored = replace(prepared, monitor=replace(prepared.monitor, probes=str(tmp_path / "probes")))
     stage = replace(monitored.stage, precision="bfloat16", steps=2, batch_size=2)
-    assert run.train(replace(monitored, stage=stage), output=tmp_path / "monitored", init_from=recorded / "cosmos")
+    assert api.train(replace(monitored, stage=stage), output=tmp_path / "monitored", init_from=recorded / "cosmos")
     assert {dtype for _, dtype in seen} == {torch.bfloat16}
     assert max(count for count, _ in seen) == 3
     seen.clear()
     settings = DiagnosisConfig(noise_samples=1, background_sets=1, gallery=1, map_kinds=(), imagination_steps=1)
-    run.diagnose(trained, simulator="none", samples=0, probes=tmp_path / "probes", teacher="own", config=settings)
+    api.diagnose(trained, simulator="none", samples=0, probes=tmp_path / "probes", teacher="own", config=settings)
     assert {dtype for _, dtype in seen} == {torch.bfloat16}

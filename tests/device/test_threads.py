@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support import small_cosmos
-from agra import run
+from agra import api
+from agra.data.features.online import OnlineEncoder
+from agra.data.features.preparation import open_instructions
 from agra.data.sampling.prefetch import Prefetched
-from agra.data.source import embodiment_stats
-from agra.data.features.preparation import OnlineEncoder, open_features, open_instructions
-from agra.api import make_sampler
+from agra.data.source import embodiment_stats, open_sources
 from agra.wam.codec import WanCodec
+from tests.support import small_cosmos
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +51,15 @@ def test_a_clip_has_the_same_latents_in_any_batch(codec):
 def samplers(make_config):
     """A sampler that reads the cache, and one that encodes while training, over the same windows."""
     config, without = make_config(), make_config(cached=())
-    run.prepare(config)
+    api.prepare(config)
     for settings in (config, without):
         sources = open_sources(settings.data)
-        yield make_sampler(
+        yield api.make_sampler(
             settings,
             sources,
-            open_features(settings, sources),
             embodiment_stats(sources),
-            open_instructions(settings, sources),
-            OnlineEncoder.open(settings, sources),
+            open_instructions(settings.method, settings.data, sources),
+            OnlineEncoder.open(settings.method, settings.data, sources),
         )
 
 

@@ -5,29 +5,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agra.training import checkpoint
-from agra.training.trainer import Trainer
-from agra.methods.wam import Objective
+from agra.checkpoints.folder import newest
+from agra.training.optimization import trained_names
 from agra.training.parallelize import ParallelConfig
-from agra.wam.model import WAM
+from agra.training.trainer import Trainer
 from tests.support.small import random_batch
 
 
 def make_trainer(config, output, *, seen=None, gradient_accumulation_steps=1):
     torch.manual_seed(0)
-    objective = Objective(WAM(config.method.model), config.method.objective, config.method.alignment, 6)
+    method = config.method.build()
     if seen is not None:
-        objective.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+        method.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
 
     def batch(step):
         values = random_batch(config, count=config.stage.batch_size, seed=step)
         keep = torch.arange(config.method.model.action_dit.horizon) <= torch.arange(len(values))[:, None] % 4
-        has = torch.arange(len(values)) % 3 == 0
-        return replace(values, action_mask=values.action_mask & keep[:, :, None], target_rows=has)
+        rows = torch.arange(0, len(values), 3)
+        return replace(values, action_mask=values.action_mask & keep[:, :, None], target_rows=rows)
 
     return Trainer(
-        config, objective, batch=batch, validation=lambda: batch(999), output=output, extra_files={},
-        parallel=ParallelConfig(gradient_accumulation_steps=accumulate),
+        config, method, batch=batch, validation=lambda: batch(999), output=output, extra_files={},
+        parallel=ParallelConfig(gradient_accumulation_steps=gradient_accumulation_steps),
     )  # fmt: skip
 
 
@@ -57,7 +56,7 @@ def test_validation_leaves_no_gradient_and_no_trace(config, tmp_path):
     for trainer in (plain, validating):
         trainer.meter.start(0)
         trainer._train_step(0, [])
-    for ours, theirs in zip(plain.objective.parameters(), validating.objective.parameters(), strict=True):
+    for ours, theirs in zip(plain.method.parameters(), validating.method.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -70,14 +69,14 @@ def test_moments_and_steps_are_read_to_the_parameters_device(config, tmp_path, m
     first.step = 1
     first.save()
     second = make_trainer(config, tmp_path)
-    second.objective.to(meta)
+    second.method.to(meta)
     second.optimizer.state.clear()
-    second.names = {p: n for n, p in second.objective.named_parameters()}
+    second.names = trained_names(second.method)
     if sharded:
-        folder = checkpoint.newest(tmp_path)
+        folder = newest(tmp_path)
         (folder / "sharded").mkdir()
-        monkeypatch.setattr(checkpoint, "read_shards", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "load_weights", lambda *_, **__: None)
+        monkeypatch.setattr("agra.training.trainer.read_shards", lambda *_: None)
+    monkeypatch.setattr("agra.training.trainer.load_parts", lambda *_, **__: None)
     second._resume()
     states = [(parameter, state) for parameter, state in second.optimizer.state.items()]
     assert len(states) == len(second.names)

@@ -96,7 +96,9 @@ def test_micro_batches_average_to_the_whole_batch(small_config, make_batch):
         torch.manual_seed(3)
         hidden = method.video_passes(batch).hidden[Pass.CONDITIONING]
         pairs = method.aligned_pairs(batch, hidden)
-        whole = torch.stack([torch.nn.functional.cosine_similarity(z, y, dim=-1) for z, y in zip(pairs[0][0], [pairs[0][1]])])
+        whole = torch.stack(
+            [torch.nn.functional.cosine_similarity(z, y, dim=-1) for z, y in zip(pairs[0][0], [pairs[0][1]])]
+        )
         shares = []
         for index in range(2):
             half = batch.micro_batch(index, 2)
@@ -144,7 +146,11 @@ def test_table_2_is_two_fields(small_config, make_batch, guidance, aligned, deno
     assert asked.get("denoising") == denoised
     assert asked.get("conditioning") == conditioned
     weights = small_config.method.objective
-    total = weights.video_weight * losses.terms["video"] + losses.terms["action"] + weights.alignment_weight * losses.terms["alignment"]
+    total = (
+        weights.video_weight * losses.terms["video"]
+        + losses.terms["action"]
+        + weights.alignment_weight * losses.terms["alignment"]
+    )
     torch.testing.assert_close(losses.total, total)
 
 
@@ -222,7 +228,10 @@ def _run(stage):
         (lambda: ObjectiveConfig(guidance_pass=Pass.DENOISING), "there is no conditioning pass to align"),
         (lambda: ObjectiveConfig(alignment_weight=-1), "alignment_weight: expected at least 0, got -1"),
         (lambda: _run(StageConfig(name=Stage.ADAPT)), r"method.objective.action_weight: must be 0 in the adapt stage"),
-        (lambda: _run(StageConfig(frozen=("head",))), "stage.frozen: 'head' is no part of this method; it has video_dit"),
+        (
+            lambda: _run(StageConfig(frozen=("head",))),
+            "stage.frozen: 'head' is no part of this method; it has video_dit",
+        ),
         (lambda: ObjectiveConfig(video_batch_fraction=0), r"method.objective.video_batch_fraction: expected a number"),
         (lambda: StageConfig(steps=0), "stage.steps: expected at least 1, got 0"),
     ],

@@ -103,9 +103,7 @@ def test_an_export_carries_the_stages_before(run, small_config, make_batch, tmp_
     later = tmp_path / "later"
     later.mkdir()
     record_origin(later, run[0])
-    Trainer(
-        config, method, batch=lambda step: make_batch(config), validation=None, output=later, extra_files={}
-    ).run()
+    Trainer(config, method, batch=lambda step: make_batch(config), validation=None, output=later, extra_files={}).run()
     made = export(later, tmp_path / "out")
     stages = lineage(made)
     assert [stage.config for stage in stages] == [stage.config for stage in lineage(later)]

@@ -14,8 +14,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 MODULES = {
-    "": ("agra.types", "agra.cli.main", "agra.simulators.registry", "agra.evaluation", "agra.data.normalization.normalize"),
-    "client": ("agra.serving.client", "agra.serving.protocol.wire", "agra.serving.protocol.messages", "agra.serving.robot.control"),
+    "": (
+        "agra.types",
+        "agra.cli.main",
+        "agra.simulators.registry",
+        "agra.evaluation",
+        "agra.data.normalization.normalize",
+    ),
+    "client": (
+        "agra.serving.client",
+        "agra.serving.protocol.wire",
+        "agra.serving.protocol.messages",
+        "agra.serving.robot.control",
+    ),
     "tabletop": ("agra.simulators.tabletop",),
 }
 HEAVY = ("torch", "diffusers", "transformers")

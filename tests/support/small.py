@@ -76,3 +76,8 @@ def random_batch(config, count=4, seed=0):
         embodiment=torch.zeros(count, dtype=torch.long),
         targets=noise(count, *model.token_grid, TEACHER_WIDTH),
     )
+
+
+def with_alignment(config, **changes):
+    """The config with fields of its WAM's alignment replaced."""
+    return replace(config, method=replace(config.method, alignment=replace(config.method.alignment, **changes)))

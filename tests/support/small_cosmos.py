@@ -58,7 +58,7 @@ def dinov2() -> Dinov2Model:
 def save_public_models(folder: Path) -> None:
     """`cosmos` in the layout of Cosmos-Predict2.5, for the transformer of `paper_config`, and `dinov2`, below `folder`."""
     torch.manual_seed(0)
-    paper_config(folder).model.video_dit.build().save_pretrained(folder / "cosmos" / "transformer")
+    paper_config(folder).method.model.video_dit.build().save_pretrained(folder / "cosmos" / "transformer")
     model, tokenizer = qwen()
     model.save_pretrained(folder / "cosmos" / "text_encoder")
     tokenizer.save_pretrained(folder / "cosmos" / "tokenizer")
@@ -91,10 +91,16 @@ def paper_config(folder: Path, **data):
             guidance_dim=48, hidden_dim=16,
         ),
     )  # fmt: skip
-    teacher = replace(config.method.alignment.teacher, source=str(folder / "dinov2"), input_size=(28, 42), precision="float32")
-    alignment = replace(config.method.alignment, layers=(1,), hidden_dim=16, teacher=teacher)
+    teacher = replace(
+        config.method.alignment.teacher, source=str(folder / "dinov2"), input_size=(28, 42), precision="float32"
+    )
+    method = replace(
+        config.method,
+        model=model,
+        alignment=replace(config.method.alignment, layers=(1,), hidden_dim=16, teacher=teacher),
+    )
     stage = replace(
         config.stage, steps=4, batch_size=8, save_every=2, validate_every=2, log_every=1, precision="float32"
     )
     settings = replace(config.data, frame_stride=1, validation_fraction=0.25, **data)
-    return replace(config, model=model, alignment=alignment, stage=stage, data=settings)
+    return replace(config, method=method, stage=stage, data=settings)

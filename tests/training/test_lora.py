@@ -137,7 +137,9 @@ def test_an_adapt_stage_hands_its_adapters_on(config, make_batch, tmp_path):
     adapt = at_stage(config, Stage.ADAPT)
     run = trainer(adapt, tmp_path, make_batch)
     run.run()
-    joint = trainer(config, tmp_path / "joint", make_batch, start=lambda method: load_initial_weights(method, tmp_path, config))
+    joint = trainer(
+        config, tmp_path / "joint", make_batch, start=lambda method: load_initial_weights(method, tmp_path, config)
+    )
     layer = "transformer.transformer_blocks.0.attn1.to_q"
     ours, theirs = (r.method.wam.video_dit.get_submodule(layer) for r in (joint, run))
     update = 2.0 * theirs.lora_up @ theirs.lora_down

@@ -26,8 +26,15 @@ SLOW = pytest.mark.slow  # many processes or long compilation, on a machine of t
 COMPILED = pytest.mark.timeout(1200)
 LAYOUTS = [
     pytest.param(1, {"gradient_accumulation_steps": 2, "activation_checkpointing": 0.5}, id="two micro-batches"),
-    pytest.param(2, {"gradient_accumulation_steps": 2, "activation_checkpointing": 1}, id="two ranks, two micro-batches"),
-    pytest.param(2, {"gradient_accumulation_steps": 2, "reduce_every_micro_batch": True}, id="reduced every micro-batch", marks=SLOW),
+    pytest.param(
+        2, {"gradient_accumulation_steps": 2, "activation_checkpointing": 1}, id="two ranks, two micro-batches"
+    ),
+    pytest.param(
+        2,
+        {"gradient_accumulation_steps": 2, "reduce_every_micro_batch": True},
+        id="reduced every micro-batch",
+        marks=SLOW,
+    ),
     pytest.param(4, {}, id="four ranks", marks=SLOW),
     pytest.param(1, {"compile": True, "activation_checkpointing": 1}, id="compiled", marks=[SLOW, COMPILED]),
     pytest.param(2, {"compile": True}, id="two ranks, compiled", marks=[SLOW, COMPILED]),
@@ -218,5 +225,5 @@ def test_batches_divide_into_equal_micro_batches():
     check_batch_size(32, 4, 2, 4)
     with pytest.raises(ValueError, match="32 does not divide into 3 processes with 1 micro-batches each"):
         check_batch_size(32, 1, 1, 3)
-    with pytest.raises(ValueError, match="of a multiple of 4 samples, which the method needs"):
+    with pytest.raises(ValueError, match="is 2 samples in a micro-batch; the method needs a multiple of 4"):
         check_batch_size(32, 4, 2, 8)

@@ -1,5 +1,6 @@
 """The planner's counts against arithmetic and against a step that really runs."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -12,18 +13,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agra.cli.main import main
-from agra.training.memory_estimate import count_flops, fake_batch, fake_objective, flops_per_sample, measure
-from agra.training.plan import Machines, lay_out, plan
 from agra.recipes import at_stage, tiny
+from agra.stages import Stage
+from agra.training.memory_estimate import count_flops, fake_batch, fake_method, flops_per_sample, measure
 from agra.training.metrics import ThroughputMeter
+from agra.training.optimization import parameter_groups
 from agra.training.parallelize import ParallelConfig, apply, shard
-from agra.training.optimization import Stage, parameter_groups
+from agra.training.plan import Machines, lay_out, plan
+from tests.support.small import make_small_config, with_objective
+
+
+@functools.cache
+def small_cost(*, activation_checkpointing=0.0, gather_bfloat16=False):
+    """A step of the small config. Its cost does not depend on the batch size."""
+    return measure(
+        make_small_config(), activation_checkpointing=activation_checkpointing, gather_bfloat16=gather_bfloat16
+    )
+
+
+def small_batch(size):
+    """The small config with `size` samples in a step. The method needs multiples of 4."""
+    config = make_small_config()
+    return replace(config, stage=replace(config.stage, batch_size=size))
 
 
 def test_flops_are_those_of_the_products(small_config):
     """The adapt stage: every product of the video DiT forward, and twice that backward."""
-    config = at_stage(replace(small_config, alignment=None), Stage.ADAPT)
-    config = replace(config, stage=replace(config.stage, objective=replace(config.method.objective, video_batch_fraction=1.0)))
+    config = with_objective(at_stage(small_config, Stage.ADAPT), video_batch_fraction=1.0)
     model, video = config.method.model, config.method.model.video_dit
     frames, rows, columns = model.token_grid
     n, w, t = frames * rows * columns, video.width, model.text.length
@@ -51,13 +67,13 @@ def test_peak_memory_is_foreseen(checkpointed, samples):
     config = tiny()
     found = measure(config, activation_checkpointing=checkpointed)
     planned = found.peak(samples)
-    objective, width, _ = fake_objective(config)
-    apply(objective, ParallelConfig(activation_checkpointing=checkpointed))
-    optimizer = torch.optim.AdamW(list(parameter_groups(objective, config.stage)))
-    batch = fake_batch(config, width, samples)
+    method = fake_method(config)
+    apply(method, ParallelConfig(activation_checkpointing=checkpointed))
+    optimizer = torch.optim.AdamW(list(parameter_groups(method, config.stage)))
+    batch = fake_batch(config.method, samples)
 
     def step():
-        objective(batch).total.backward()
+        method(batch).total.backward()
         optimizer.step()
 
     step()
@@ -73,9 +89,9 @@ def test_peak_memory_is_foreseen(checkpointed, samples):
     assert peak == pytest.approx(planned, rel=0.02)
 
 
-def test_checkpointing_keeps_less(small_config):
-    config = replace(small_config, stage=replace(small_config.stage, batch_size=8))
-    config = replace(config, alignment=replace(config.method.alignment, teacher=replace(tiny().alignment.teacher)))
+def test_checkpointing_keeps_less(monkeypatch):
+    monkeypatch.setattr("agra.training.plan.measure", lambda config, **options: small_cost(**options))
+    config = small_batch(8)
     found = plan(config, Machines(gpus=2, price=2))
     memory = [layout.per_sample for layout in found.layouts]
     assert memory == sorted(memory, reverse=True)
@@ -89,12 +105,32 @@ def test_checkpointing_keeps_less(small_config):
     assert found.hours == pytest.approx(seconds / 3600)
     assert 0 < found.best.validation_seconds < found.best.seconds
     assert found.cost == pytest.approx(found.hours * 4)
-    with pytest.raises(ValueError, match="3 GPUs"):
-        lay_out(config, Machines(gpus=3), [found.footprint])
+    with pytest.raises(ValueError, match="does not divide into 3 processes"):
+        lay_out(config, Machines(gpus=3), [found.step_cost])
     with pytest.raises(ValueError, match="copies of 3"):
-        Machines(gpus=8, shards=3)
+        Machines(gpus=8, shard_degree=3)
     with pytest.raises(ValueError, match="rate: expected more than 0, got 0"):
         Machines(gpus=8, bandwidth=0)
+
+
+def test_a_wrong_number_of_gpus_is_refused_before_anything_is_counted(monkeypatch, capsys):
+    monkeypatch.setattr("agra.training.plan.measure", lambda *_, **__: pytest.fail("counted a step"))
+    config = small_batch(8)
+    with pytest.raises(ValueError, match=r"stage\.batch_size: 8 does not divide into 3 processes"):
+        plan(config, Machines(gpus=3))
+    with pytest.raises(ValueError, match="is 2 samples in a micro-batch; the method needs a multiple of 4"):
+        plan(config, Machines(gpus=4))
+    with pytest.raises(SystemExit):
+        main(["plan", "agra_dino_l8", "--gpus", "7"])
+    assert capsys.readouterr().err.startswith("agra: error: stage.batch_size: 256 does not divide into 7 processes")
+
+
+def test_a_plan_proposes_micro_batches_that_training_accepts():
+    """The small config needs multiples of 4 samples. With 8 on each GPU that leaves one or two micro-batches."""
+    config, step_cost = small_batch(64), small_cost()
+    sizes = np.geomspace(1e-4, 1, 30)
+    plans = [lay_out(config, Machines(gpus=8, gpu_memory=size), [step_cost]) for size in sizes]
+    assert {layout.accumulate for result in plans for layout in result.layouts} == {0, 1, 2}
 
 
 class Received(TorchDispatchMode):
@@ -112,19 +148,18 @@ class Received(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("checkpointed", "half"), [(0, False), (0.5, False), (1, False), (0, True)])
-def test_traffic_is_what_fsdp_sends(small_config, checkpointed, half):
+@pytest.mark.parametrize(("checkpointed", "half"), [(0.0, False), (0.5, False), (1.0, False), (0.0, True)])
+def test_traffic_is_what_fsdp_sends(checkpointed, half):
     """Against the collectives of a real step of one process among eight that are not there."""
-    config = replace(small_config, alignment=replace(small_config.alignment, teacher=tiny().alignment.teacher))
-    found = measure(config, activation_checkpointing=checkpointed, gather_bfloat16=half)
-    objective, width, least = fake_objective(config)
-    apply(objective, ParallelConfig(activation_checkpointing=checkpointed))
+    config, found = make_small_config(), small_cost(activation_checkpointing=checkpointed, gather_bfloat16=half)
+    method = fake_method(config)
+    apply(method, ParallelConfig(activation_checkpointing=checkpointed))
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (8,), mesh_dim_names=("shard",))
-        shard(objective, mesh, ParallelConfig(gather_bfloat16=half))
+        shard(method, mesh, ParallelConfig(gather_bfloat16=half))
         with Received() as received, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            objective(fake_batch(config, width, 4 * least)).total.backward()
+            method(fake_batch(config.method, 4 * config.method.batch_multiple)).total.backward()
     finally:
         dist.destroy_process_group()
     # Shards are as long as the longest, so that a little more is sent.
@@ -133,10 +168,8 @@ def test_traffic_is_what_fsdp_sends(small_config, checkpointed, half):
     assert 4 * found.trained <= received.bytes["_reduce_scatter_base_"] < 4.2 * found.trained
 
 
-def test_traffic_grows_with_shards_and_copies(small_config):
-    config = replace(small_config, stage=replace(small_config.stage, batch_size=16))
-    config = replace(config, alignment=replace(config.method.alignment, teacher=tiny().alignment.teacher))
-    counted = (measure(config), measure(config, activation_checkpointing=1))
+def test_traffic_grows_with_shards_and_copies():
+    config, counted = small_batch(64), (small_cost(), small_cost(activation_checkpointing=1.0))
 
     def best(**machines):
         return lay_out(config, Machines(**machines), counted).best
@@ -144,29 +177,27 @@ def test_traffic_grows_with_shards_and_copies(small_config):
     whole = 4 * (counted[0].gathered + counted[0].trained)
     assert best(gpus=1).traffic == 0
     assert best(gpus=8).traffic == pytest.approx(whole * 7 / 8)
-    assert best(gpus=16, shards=8).traffic == pytest.approx(whole * 7 / 8 + 4 * counted[0].trained / 8)
+    assert best(gpus=16, shard_degree=8).traffic == pytest.approx(whole * 7 / 8 + 4 * counted[0].trained / 8)
     slow, quick = best(gpus=8, bandwidth=1e-6), best(gpus=8, bandwidth=1e6)
     assert slow.seconds == pytest.approx(slow.traffic / 1e3)
     assert quick.seconds == quick.compute_seconds
 
 
-def test_gradients_of_several_micro_batches_are_reduced_once_or_held_by_no_process(small_config):
+def test_gradients_of_several_micro_batches_are_reduced_once_or_held_by_no_process():
     """Once where a process has room for all of them, after every micro-batch where it has not."""
-    config = replace(small_config, stage=replace(small_config.stage, batch_size=64))
-    config = replace(config, alignment=replace(config.method.alignment, teacher=tiny().alignment.teacher))
-    footprint = measure(config)
+    config, step_cost = small_batch(64), small_cost()
 
     def layout(gigabytes):
-        (one,) = lay_out(config, Machines(gpus=8, gpu_memory=gigabytes), [footprint]).layouts
+        (one,) = lay_out(config, Machines(gpus=8, gpu_memory=gigabytes), [step_cost]).layouts
         return one
 
-    sizes = np.geomspace(1e-4, 1, 200)
+    sizes = np.geomspace(1e-4, 1, 60)
     layouts = [layout(size) for size in sizes]
     several = [one for one in layouts if one.accumulate > 1]
     assert {one.reduce_every_micro_batch for one in several} == {True, False}
     for one in several:
         reductions = one.accumulate if one.reduce_every_micro_batch else 1
-        expected = 4 * (one.accumulate * footprint.gathered + reductions * footprint.trained) * 7 / 8
+        expected = 4 * (one.accumulate * step_cost.gathered + reductions * step_cost.trained) * 7 / 8
         assert one.traffic == pytest.approx(expected)
         assert ("--parallel.reduce-every-micro-batch True" in one.flags) == one.reduce_every_micro_batch
     assert not layouts[-1].flags
@@ -194,7 +225,7 @@ def test_a_meter_counts_what_it_is_told(monkeypatch):
     found = meter.read(14, batch_size=32, devices=4)
     assert found["samples_per_second"] == pytest.approx(32)
     assert found["meter/samples_per_second_per_device"] == pytest.approx(8)
-    assert found["meter/data_wait_share"] == pytest.approx(0.25)
+    assert found["meter/data_wait_fraction"] == pytest.approx(0.25)
     assert found["meter/mfu"] == pytest.approx(8 * 2e12 / 1e14)
     assert found["meter/peak_memory_bytes"] > 1e6
     plain = ThroughputMeter()

@@ -147,16 +147,16 @@ def test_embodiments_keep_their_rows_between_stages(small_config, make_batch, tm
         ValueError, match=r"'human' is row 0 here and row 1 in .*; list the embodiments .*: robot human"
     ):
         load_initial_weights(method, tmp_path / "joint", config("human", "robot"))
-    load_initial_weights(method, tmp_path / "joint", config("robot", "third"))  # a new robot starts from a row's weights
+    load_initial_weights(
+        method, tmp_path / "joint", config("robot", "third")
+    )  # a new robot starts from a row's weights
 
 
 def test_projectors_of_other_layers_begin_fresh(small_config, make_batch, tmp_path):
     """A study starts every aligned layer from one joint run: what that run did not align has no projector there."""
     make_trainer(small_config, tmp_path / "joint", make_batch).run()
     method = small_config.method
-    config = replace(
-        small_config, method=replace(method, alignment=replace(method.alignment, layers=(1, 2)))
-    )
+    config = replace(small_config, method=replace(method, alignment=replace(method.alignment, layers=(1, 2))))
     method = make_trainer(config, tmp_path / "other", make_batch).method
     fresh = {name: value.clone() for name, value in method.projectors.state_dict().items()}
     load_initial_weights(method, tmp_path / "joint", config)
@@ -168,7 +168,9 @@ def test_projectors_of_other_layers_begin_fresh(small_config, make_batch, tmp_pa
 def test_other_settings_do_not_resume_silently(small_config, make_batch, tmp_path):
     make_trainer(small_config, tmp_path, make_batch).run()
     other = replace(small_config, stage=replace(small_config.stage, learning_rate=0.5))
-    with pytest.raises(ValueError, match=r"made by another config \(stage.learning_rate is 0.0015 there and 0.5 here\)"):
+    with pytest.raises(
+        ValueError, match=r"made by another config \(stage.learning_rate is 0.0015 there and 0.5 here\)"
+    ):
         make_trainer(other, tmp_path, make_batch).run()
 
 
@@ -246,7 +248,9 @@ def test_a_figure_that_nobody_measures_is_named(small_config, make_batch, tmp_pa
 def test_a_checkpoint_written_late_still_names_its_own_step(small_config, make_batch, tmp_path, monkeypatch):
     """With a mesh the files are written in the background, when training may be a step further."""
     trainer, asked = make_trainer(small_config, tmp_path, make_batch), {}
-    monkeypatch.setattr("agra.training.trainer.distributed_checkpoint.save", lambda run, step, tensors, files, **_: asked.update(files))
+    monkeypatch.setattr(
+        "agra.training.trainer.distributed_checkpoint.save", lambda run, step, tensors, files, **_: asked.update(files)
+    )
     trainer._saving, trainer.step = object(), 3
     trainer.save()
     trainer.step = 4

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from agra import files
 from agra.checkpoints.folder import artifact_dir, find, read_object, resolve
-from agra.checkpoints.migration import current_config
-from agra.checkpoints.read import read_config
+from agra.checkpoints.read import config_of, read_config
 from agra.config import RunConfig
 from agra.stages import Stage, StageConfig
 
@@ -46,7 +45,7 @@ def lineage(policy: str | Path) -> list[TrainedStage]:
     history = path / "history"
     if history.is_dir():
         return [
-            _trained(RunConfig.from_values(current_config(read_object(stage)), stage), stage.with_suffix(".jsonl"))
+            _trained(config_of(read_object(stage), stage), stage.with_suffix(".jsonl"))
             for stage in sorted(history.glob("*.json"))
         ]
     run = artifact_dir(policy)

@@ -33,7 +33,16 @@ def read_config(checkpoint: Path) -> RunConfig:
     content = read_object(path)
     for section in ("method", "model"):
         _check_scale(section, content.get(section), checkpoint)
-    return RunConfig.from_values(current_config(content), path)
+    return config_of(content, path)
+
+
+def config_of(values: Mapping[str, Any], path: Path) -> RunConfig:
+    """Make a RunConfig of the JSON values in `path`, in the present layout or an earlier one. Raises ValueError naming it."""
+    try:
+        current = current_config(values)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the config of a run ({type(error).__name__}: {error}); {REMEDY}") from error
+    return RunConfig.from_values(current, path)
 
 
 def load_parts(parts: Mapping[str, nn.Module], checkpoint: Path) -> None:

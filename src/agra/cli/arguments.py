@@ -113,5 +113,3 @@ def _parse(program: str, config: "RunConfig", rest: list[str], options: type) ->
     settings = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     parsed = tyro.cli(Arguments, args=rest, prog=program, config=settings)
     return parsed.run, parsed.config
-
-

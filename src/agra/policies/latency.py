@@ -72,7 +72,9 @@ def checkpoint_calls(
     return {name: timed(load_policy(path, device=device, **options), batch) for name, options in ways.items()}
 
 
-def recipe_calls(config: RunConfig, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int) -> dict[str, Call]:
+def recipe_calls(
+    config: RunConfig, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
+) -> dict[str, Call]:
     """The answers of a recipe's policy with random weights, by each path."""
     return {name: timed(random_policy(config, device=device, **options), batch) for name, options in ways.items()}
 

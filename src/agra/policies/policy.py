@@ -62,9 +62,7 @@ class MethodPolicy:
         """
         self.name, self.config, self.stats = name, config, stats
         self.device = local_device(device)
-        self.observations = ObservationEncoder(
-            config, codec, instructions, stats, teacher=teacher, device=self.device
-        )
+        self.observations = ObservationEncoder(config, codec, instructions, stats, teacher=teacher, device=self.device)
         allow_tensor_cores(self.device)
         dtype = compute_dtype(self.device, precision or config.stage.precision)
         self.method = method.to(self.device, dtype).eval().requires_grad_(False)

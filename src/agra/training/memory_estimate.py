@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
 from typing import Any
 
 import numpy as np
@@ -85,9 +84,7 @@ class StepCost:
         return self.states + int((self.fixed + samples * self.per_sample + self.gradients).max())
 
 
-def measure(
-    config: RunConfig, *, activation_checkpointing: float = 0.0, gather_bfloat16: bool = False
-) -> StepCost:
+def measure(config: RunConfig, *, activation_checkpointing: float = 0.0, gather_bfloat16: bool = False) -> StepCost:
     """Count a step of a recipe's stage and its validation, as a GPU runs them.
 
     `activation_checkpointing` is the fraction of the blocks that run again in the backward pass. The moments of the arrays

@@ -62,14 +62,19 @@ class ParallelConfig:
 
 
 def check_batch_size(batch_size: int, batch_multiple: int, micro_batches: int, world_size: int) -> None:
-    """Raise ValueError where a step's samples do not divide into equal micro-batches of a multiple of `batch_multiple`."""
+    """Check that a step's samples divide into equal micro-batches of a multiple of `batch_multiple` samples.
+
+    One process with one micro-batch rounds instead. Raises ValueError.
+    """
+    count = world_size * micro_batches
     spread = f"{world_size} processes with {micro_batches} micro-batches each"
-    if batch_size % (world_size * micro_batches):
-        raise ValueError(f"stage.batch_size: {batch_size} does not divide into {spread}")
-    if world_size * micro_batches > 1 and batch_size // (world_size * micro_batches) % batch_multiple:
+    if batch_size % count:
+        raise ValueError(f"stage.batch_size: {batch_size} does not divide into {spread}; change one of the numbers")
+    size = batch_size // count
+    if count > 1 and size % batch_multiple:
         raise ValueError(
-            f"stage.batch_size: {batch_size} does not divide into {spread} of a multiple of {batch_multiple} samples, which"
-            " the method needs"
+            f"stage.batch_size: {batch_size} over {spread} is {size} samples in a micro-batch; the method needs a multiple"
+            f" of {batch_multiple}"
         )
 
 

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from agra.config import RunConfig
 from agra.training.memory_estimate import StepCost, encoding_flops_per_sample, measure
+from agra.training.parallelize import check_batch_size
 
 PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 """Dense bfloat16 FLOPs per second, from the makers' data sheets."""
@@ -122,7 +123,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def plan(config: RunConfig, machines: Machines) -> Plan:
-    """Lay a step of a recipe's stage on machines. Raises ValueError where the batch does not divide over them."""
+    """Lay a step of a recipe's stage on machines. Raises ValueError, before counting, where the batch does not divide."""
+    _check_gpus(config, machines)
     fractions = track(CHECKPOINTED, "counting a step", console=Console(stderr=True), transient=True)
     counted = [
         measure(config, activation_checkpointing=fraction, gather_bfloat16=machines.gather_bfloat16)
@@ -132,14 +134,13 @@ def plan(config: RunConfig, machines: Machines) -> Plan:
 
 
 def lay_out(config: RunConfig, machines: Machines, counted: Sequence[StepCost]) -> Plan:
-    """`plan` with a step already counted, without activation checkpointing and then with more and more of it."""
-    if config.stage.batch_size % machines.gpus:
-        raise ValueError(f"stage.batch_size: {config.stage.batch_size} does not divide over {machines.gpus} GPUs")
-    local = config.stage.batch_size // machines.gpus
+    """`plan` with the steps already counted, one for each fraction of activation checkpointing, in increasing order."""
+    _check_gpus(config, machines)
+    local, counts = config.stage.batch_size // machines.gpus, _accumulation_steps(config, machines)
     all_flops = encoding_flops_per_sample(config.method)
     encoding = {name: flops for name, flops in all_flops.items() if name not in config.data.cached}
     layouts = tuple(
-        _layout(step_cost, local=local, machines=machines, encoding=sum(encoding.values())) for step_cost in counted
+        _layout(step_cost, local, counts, machines, encoding=sum(encoding.values())) for step_cost in counted
     )
     best = min(layouts, key=lambda layout: layout.seconds)
     validations = 1 + config.stage.steps // config.stage.validate_every
@@ -153,17 +154,32 @@ def lay_out(config: RunConfig, machines: Machines, counted: Sequence[StepCost]) 
     )
 
 
-def _layout(step_cost: StepCost, *, local: int, machines: Machines, encoding: float) -> Layout:
+def _check_gpus(config: RunConfig, machines: Machines) -> None:
+    check_batch_size(config.stage.batch_size, config.method.batch_multiple, 1, machines.gpus)
+
+
+def _accumulation_steps(config: RunConfig, machines: Machines) -> list[int]:
+    """The numbers of micro-batches that a GPU's samples divide into, as `agra train` accepts them."""
+    local, multiple = config.stage.batch_size // machines.gpus, config.method.batch_multiple
+    counts = [count for count in range(1, local + 1) if local % count == 0]
+    return [count for count in counts if count * machines.gpus == 1 or local // count % multiple == 0]
+
+
+def _layout(
+    step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, encoding: float
+) -> Layout:
     """The quicker of two layouts: gradients reduced once a step, or after every micro-batch to save memory."""
     once, every = (
-        _reduced(step_cost, local=local, machines=machines, encoding=encoding, every=every) for every in (False, True)
+        _reduced(step_cost, local, counts, machines, encoding=encoding, every=every) for every in (False, True)
     )
     return every if every.accumulate and every.seconds < once.seconds else once
 
 
-def _reduced(step_cost: StepCost, *, local: int, machines: Machines, encoding: float, every: bool) -> Layout:
+def _reduced(
+    step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, encoding: float, every: bool
+) -> Layout:
     shards = machines.shard_degree or machines.gpus
-    samples, accumulate, constant = _fit(step_cost, local=local, machines=machines, every=every)
+    samples, accumulate, constant = _fit(step_cost, local, counts, machines, every=every)
     fullest = int(np.argmax(constant + max(samples, 1) * step_cost.per_sample))
     rate = PEAK_FLOPS[machines.gpu] * machines.utilisation
     compute = local * (step_cost.flops_per_sample + encoding) / rate
@@ -182,7 +198,9 @@ def _reduced(step_cost: StepCost, *, local: int, machines: Machines, encoding: f
     )
 
 
-def _fit(step_cost: StepCost, *, local: int, machines: Machines, every: bool) -> tuple[int, int, np.ndarray]:
+def _fit(
+    step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, every: bool
+) -> tuple[int, int, np.ndarray]:
     """Samples in flight that fit, micro-batches that the GPU's share then needs (0: never), and (moments,) bytes that do
     not depend on the samples.
 
@@ -196,7 +214,7 @@ def _fit(step_cost: StepCost, *, local: int, machines: Machines, every: bool) ->
         gathered = step_cost.weight_bytes * (step_cost.root * 2 + step_cost.largest_block * 3)
     base = step_cost.states / shards + step_cost.fixed + gathered
     samples, constant = 0, base
-    for accumulate in (count for count in range(1, local + 1) if local % count == 0):
+    for accumulate in counts:
         gradients = step_cost.gradients / shards
         if accumulate > 1:
             kept = whole / shards if every or shards == 1 else whole
