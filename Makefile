@@ -7,6 +7,7 @@
 # openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
 # groot        and a client of GR00T's wire that is not ours, of strands-robots
 # env-metaworld  env-libero  env-robocasa   a simulator's own environment, .venv-NAME, without torch
+# env-lerobot  LeRobot's own environment, .venv-lerobot, Python 3.12: policies are compared with LeRobot's there
 # lock         write the versions that the newest of everything gives to constraints.txt, which setup installs
 # fuzz         an hour of hostile bytes, files and metadata    (FUZZ_SECONDS=60: a minute)
 # setup        Debian packages for headless rendering and a browser, virtual environment, torch, agra
@@ -33,7 +34,7 @@ CONSTRAINTS ?= $(if $(CHOSEN),,constraints.txt)
 PIP_CONSTRAINTS = $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .PHONY: quickstart test test-slow test-gpu test-light fuzz lock check dist openpi groot setup system opencv clean \
-	env-metaworld env-libero env-robocasa
+	env-metaworld env-libero env-robocasa env-lerobot
 
 quickstart: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash runs/quickstart.sh
@@ -118,6 +119,14 @@ opencv:
 .venv-%/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install -q -e '.[$*,client]' pytest
+	@touch $@
+
+# LeRobot 0.6 needs Python 3.12 and torch below 2.12.
+LEROBOT_PYTHON ?= python3.12
+env-lerobot: .venv-lerobot/.installed
+.venv-lerobot/.installed:
+	$(LEROBOT_PYTHON) -m venv .venv-lerobot
+	.venv-lerobot/bin/pip install -q 'lerobot[diffusion]==0.6.1'
 	@touch $@
 
 clean:

@@ -27,6 +27,7 @@ class Batch:
     frames: UInt8[Tensor, "B F Y X 3"] | None = None
     features: Float[Tensor, "B F H W P"] | None = None  # the teacher's, as an input
     targets: Float[Tensor, "B F H W P"] | None = None  # the teacher's, as a target (Eq. 4)
+    states: Float[Tensor, "B F S"] | None = None  # of several control steps, as `state`
     target_rows: Int[Tensor, "R"] | None = None  # the samples that have targets; None: all have
 
     def __len__(self) -> int:
@@ -66,6 +67,7 @@ class PolicyInputs:
     frame_latents: Float[Tensor, "B F C h w"] | None = None
     frames: UInt8[Tensor, "B F Y X 3"] | None = None
     features: Float[Tensor, "B F H W P"] | None = None
+    states: Float[Tensor, "B F S"] | None = None
 
     def __len__(self) -> int:
         return len(self.state)

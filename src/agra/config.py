@@ -85,6 +85,12 @@ class RunConfig:
                 raise ValueError(
                     f"stage.{name}: {unknown[0]!r} is no part of this method; it has {', '.join(self.method.part_names)}"
                 )
+        for source in self.data.sources if self.method.clips_actions else ():
+            methods = [method for _, method in source.keys("action")] or [source.normalization]
+            if wide := [method for method in methods if method not in ("min_max", "sin_cos", "rot6d")]:
+                raise ValueError(
+                    f"data.normalization: {self.method.kind} clips actions to [-1, 1], so theirs must be min_max, got {wide[0]}"
+                )
         rows = self.method.shapes.num_embodiments
         if len(self.data.embodiments) > rows:
             raise ValueError(

@@ -16,6 +16,7 @@ from agra.data.config import DataConfig, SourceConfig
 from agra.data.lerobot.gr1 import EMBODIMENT as GR1
 from agra.data.lerobot.gr1 import REPOSITORY as GR1_REPOSITORY
 from agra.data.lerobot.gr1 import gr1_mixture
+from agra.methods.diffusion_policy import DiffusionPolicyConfig
 from agra.methods.wam import ObjectiveConfig, Pass, WAMMethodConfig
 from agra.stages import Stage, StageConfig
 from agra.wam.action_dit import ActionDiTConfig
@@ -155,6 +156,46 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
 def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:
     """The baseline WAM at tiny's size: the same in everything but the alignment."""
     return _aligned(tiny(stage), None)
+
+
+def diffusion_policy(stage: Stage = Stage.JOINT) -> RunConfig:
+    """Diffusion Policy as published: image U-Net, two observations, DDPM, no language (docs/methods.md).
+
+    For GR1, with the batch and steps of the other methods there. The 24 tasks need `--method.language film`.
+    """
+    training = StageConfig(
+        warmup_ratio=0.00625,
+        weight_decay=1e-6,
+        clip_norm=10.0,
+        ema_decay=0.9999,
+        ema_power=0.75,
+    )
+    data = DataConfig(embodiments=("gr1",), cached=())
+    return at_stage(RunConfig(method=DiffusionPolicyConfig(), data=data, stage=training), stage)
+
+
+def tiny_diffusion_policy(stage: Stage = Stage.JOINT) -> RunConfig:
+    """Diffusion Policy small enough for two CPU cores: a U-Net of 64/128/256 channels, DDIM, the instruction in FiLM.
+
+    The demonstrations and the share of early windows are tiny's. The frame encoder reads keypoints, as robomimic's.
+    """
+    method = DiffusionPolicyConfig(
+        frame_size=(96, 168),
+        crop_size=(86, 152),
+        encoder_channels=(32, 64, 96, 128),
+        pooling="spatial_softmax",
+        language="film",
+        text_encoder=TextConfig(kind="minilm", length=16),
+        state_dim=16,
+        action_dim=16,
+        unet_channels=(64, 128, 256),
+        sampler="ddim",
+        sampling_steps=10,
+    )
+    base = tiny(Stage.JOINT)
+    data = replace(base.data, frame_stride=1, normalization="min_max", target_steps=None, embodiments=("tabletop",))
+    training = replace(base.stage, learning_rate=5e-4, weight_decay=1e-6, ema_decay=0.995, ema_power=0.75)
+    return at_stage(replace(base, method=method, data=data, stage=training), stage)
 
 
 # --- presets: what C.3 and C.1 leave to the experiment -----------------------------------------------------------------
@@ -328,6 +369,8 @@ RECIPES: dict[str, Recipe] = {
         *_bridge_sweep(),
         tiny,
         tiny_wam,
+        diffusion_policy,
+        tiny_diffusion_policy,
     )
 }
 PRESETS: dict[str, Preset] = {

@@ -36,6 +36,8 @@ class StageConfig:
     clip_norm: float = 1.0
     ema_decay: float | None = None
     """Decay of an exponential average of the trained weights, kept beside them; not in the paper (docs/paper.md #26)."""
+    ema_power: float | None = None
+    """Power p of the average's warm-up: at step n the decay is at most 1 - (1 + n)^-p. None averages at `ema_decay` at once."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Low-rank adapters instead of the weights themselves; not in the paper (docs/paper.md #26)."""
     precision: Precision = "auto"
@@ -56,12 +58,20 @@ class StageConfig:
             raise ValueError(f"stage.keep_best: expected min:NAME or max:NAME, got {self.keep_best!r}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"stage.ema_decay: expected a number in [0, 1) or None, got {self.ema_decay}")
+        if self.ema_power is not None and not self.ema_power > 0:
+            raise ValueError(f"stage.ema_power: expected a number above 0 or None, got {self.ema_power}")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"stage.warmup_ratio: expected a number in [0, 1], got {self.warmup_ratio}")
 
     def rate_of(self, part: str) -> float:
         """The learning rate of a part before its schedule."""
         return self.learning_rate_by_part.get(part, self.learning_rate)
+
+    def ema_decay_at(self, step: int) -> float | None:
+        """The decay of the average at a step, counted from 0."""
+        if self.ema_decay is None or self.ema_power is None:
+            return self.ema_decay
+        return min(self.ema_decay, 1 - (1 + step) ** -self.ema_power)
 
     def learning_rate_factor(self, step: int) -> float:
         """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to 0 (C.3)."""

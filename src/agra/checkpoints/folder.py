@@ -94,19 +94,26 @@ def artifact_dir(name: str | Path) -> Path:
     return path.parent if STEP.fullmatch(path.name) else path
 
 
-def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, without: Sequence[str] = ()) -> None:
-    """Compare every file with the manifest, or the part::parts of them, `without` files that are not going to be read.
+def verify(
+    checkpoint: Path, *, part: int = 0, parts: int = 1, without: Sequence[str] = (), only: Sequence[str] | None = None
+) -> None:
+    """Compare every file with the manifest, or the part::parts of them: `without` some files, or `only` some.
 
     Raises ValueError naming the first file that is corrupt, missing, or not listed though it would be read.
     """
     for name, expected in [*_manifest(checkpoint).items()][part::parts]:
-        if name in without:
+        if name in without or (only is not None and name not in only):
             continue
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{path}: missing, though manifest.json lists it; {REMEDY}")
         if files.sha256(path) != expected:
             raise ValueError(f"{path}: checksum differs from manifest.json; the file is damaged, {REMEDY}")
+
+
+def keeps_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds the optimiser's state, and the weights' averages with it. An export does not."""
+    return any(name == OPTIMIZER or name.startswith("sharded/") for name in _manifest(checkpoint))
 
 
 def read_object(path: Path) -> dict[str, Any]:

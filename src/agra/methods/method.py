@@ -35,6 +35,8 @@ class Needs:
     """Frames that the video codec encodes one by one: `Batch.frame_latents`."""
     frames: tuple[int, ...] = ()
     """Frames as pictures of the method's frame size: `Batch.frames`."""
+    states: tuple[int, ...] = ()
+    """Frames at whose control steps the state is read as well: `Batch.states`. None is later than the observation."""
     features: tuple[int, ...] = ()
     """Frames whose teacher features are an input: `Batch.features`."""
     targets: tuple[int, ...] = ()
@@ -148,6 +150,11 @@ class MethodConfig(ABC):
         return True
 
     @property
+    def clips_actions(self) -> bool:
+        """Whether it clips actions to [-1, 1], so that their normalisation must map them into it."""
+        return False
+
+    @property
     def batch_multiple(self) -> int:
         """Divisor of the size of every micro-batch."""
         return 1
@@ -165,6 +172,11 @@ class MethodConfig(ABC):
         return (0,)
 
     # --- acting -------------------------------------------------------------------------------------------------------
+
+    @property
+    def acts_on_average(self) -> bool:
+        """Whether a policy has the averages of the weights where the run kept them (`StageConfig.ema_decay`)."""
+        return False
 
     def to_act(self) -> Self:
         """The same method without the parts that training alone needs."""
@@ -426,4 +438,5 @@ def observation_inputs(batch: Batch, config: MethodConfig) -> PolicyInputs:
         frame_latents=pick(batch.frame_latents, needs.frame_latents, seen.frame_latents),
         frames=pick(batch.frames, needs.frames, seen.frames),
         features=pick(batch.features, needs.features, seen.features),
+        states=pick(batch.states, needs.states, seen.states),
     )

@@ -18,7 +18,7 @@ from agra.hub import download_model, model_card_text, upload_model
 from agra.lora import LoRAConfig
 from agra.methods.method import Method
 from agra.policies.instructions import FILE as INSTRUCTIONS
-from agra.policies.load import load_method
+from agra.policies.load import acts_on_average, load_method
 from agra.wam.codec import CodecConfig
 from agra.wam.text import TextConfig
 from agra.weights import write_tensors
@@ -34,7 +34,7 @@ def export(source: str | Path, output: Path, *, ema: bool = False, half: bool = 
     """Write a policy's newest checkpoint, whole or sharded, as a self-contained folder without optimiser state.
 
     The settings and logs of all its stages come with it, and adapters are merged. With `ema` the averaged weights replace the
-    trained ones. With `half` weights are rounded to float16. An `output` that is this very export already is left as it is.
+    trained ones, as they always do of a method that acts on them. With `half` weights are rounded to float16. An `output` that is this very export already is left as it is.
 
     Raises FileNotFoundError where there is no checkpoint. Raises ValueError where the checkpoint is damaged, where it has no
     average or values beyond float16's range, or where `output` is not empty.
@@ -82,6 +82,7 @@ def _write(checkpoint: Path, folder: Path, *, ema: bool, half: bool) -> None:
     for name in _COPIED:
         if (checkpoint / name).is_file():
             shutil.copyfile(checkpoint / name, folder / name)
+    ema = ema or acts_on_average(checkpoint, config)
     method = load_method(checkpoint, config, averaged=ema)
     parts = method.parts()
     whole = replace(config, stage=replace(config.stage, lora=LoRAConfig()))  # the history keeps the adapters' settings

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from agra.alignment.teacher import load_teacher
-from agra.checkpoints.folder import OPTIMIZER, resolve, verify
+from agra.checkpoints.folder import OPTIMIZER, keeps_optimizer, resolve, verify
 from agra.checkpoints.read import check_statistics, load_averages, load_parts, read_config, reading
 from agra.config import RunConfig
 from agra.data.normalization.normalize import NormStats
@@ -32,6 +32,7 @@ def load_policy(
 ) -> MethodPolicy:
     """A policy from a checkpoint folder, from its run's folder (the newest checkpoint), or from a bundled policy's name.
 
+    A method that acts on averaged weights (`MethodConfig.acts_on_average`) gets them where its run kept them.
     The text encoder is loaded at the first instruction that the checkpoint does not know, and with `known_instructions`
     never. `options` are those of `MethodPolicy`.
 
@@ -42,9 +43,11 @@ def load_policy(
     with reading(folder):
         verify(folder, without=(OPTIMIZER,))
         config = read_config(folder)
+        if averaged := acts_on_average(folder, config):
+            verify(folder, only=(OPTIMIZER,))
         if config.stage.name is Stage.ADAPT:
             raise ValueError(f"{folder}: a checkpoint of the adapt stage cannot act; take one of joint or finetune")
-        method = load_method(folder, config)
+        method = load_method(folder, config, averaged=averaged)
         codec_file, settings = folder / "codec.safetensors", config.method.codec
         codec = None if settings is None else load_codec(settings, codec_file if codec_file.is_file() else None)
         stats = NormStats.load_all(folder / "norm_stats.json")
@@ -62,6 +65,12 @@ def load_policy(
         device=device,
         **options,
     )
+
+
+def acts_on_average(folder: Path, config: RunConfig) -> bool:
+    """Whether a checkpoint's policy has averaged weights that are kept beside the trained ones."""
+    kept = config.stage.ema_decay is not None and keeps_optimizer(folder)
+    return kept and config.method.acts_on_average
 
 
 def load_method(folder: Path, config: RunConfig, *, averaged: bool = False) -> Method:

@@ -186,6 +186,8 @@ def fake_batch(config: MethodConfig, count: int) -> Batch:
         fields["frame_latents"] = torch.randn(count, len(needs.frame_latents), channels, *grid)
     if needs.frames:
         fields["frames"] = torch.randint(0, 256, (count, len(needs.frames), *shapes.frame_size, 3), dtype=torch.uint8)
+    if needs.states:
+        fields["states"] = torch.randn(count, len(needs.states), shapes.state_dim)
     for name, frames in (("features", needs.features), ("targets", needs.targets)):
         if frames:
             fields[name] = torch.randn(count, len(frames), *shapes.feature_grid, feature_width(config))

@@ -210,13 +210,13 @@ class Trainer:
             parts = [name.split("/")[1] for name, value in self._gradient_norms().items() if not math.isfinite(value)]
             self._report_not_finite(step, micro_batches, f"the gradient of {', '.join(parts)} is not finite")
         self.optimizer.step()
-        self._average(trained)
+        self._average(trained, step)
         return row
 
     @torch.no_grad()
-    def _average(self, trained: Sequence[Tensor]) -> None:
+    def _average(self, trained: Sequence[Tensor], step: int) -> None:
         """Update the exponential averages, which are kept in the optimiser's state. The first step starts them."""
-        decay = self.stage.ema_decay
+        decay = self.stage.ema_decay_at(step)
         if decay is None:
             return
         for parameter in trained:

@@ -118,12 +118,16 @@ class WindowSampler:
     def _assemble(self, windows: np.ndarray, seeds: Sequence[np.random.SeedSequence] | None = None) -> Batch:
         numbers = [self._numbers(windows, index) for index in range(len(self.windows_of))]
         order = np.argsort(np.concatenate([np.flatnonzero(windows[:, 0] == k) for k in range(len(self.windows_of))]))
-        state, actions, mask = (np.concatenate(column)[order] for column in zip(*filter(None, numbers), strict=True))
+        state, states, actions, mask = (
+            np.concatenate(column)[order] for column in zip(*filter(None, numbers), strict=True)
+        )
         triples = [(int(k), int(e), int(s)) for k, e, s in windows]
         fields: dict[str, Tensor] = self._features(triples, seeds)
         if self.instructions is not None:
             tokens = [self.instructions.read(self.sources[k].dataset.instruction(e)) for k, e, _ in triples]
             fields["instruction"] = torch.from_numpy(np.stack(tokens)).float()
+        if self.needs.states:
+            fields["states"] = torch.from_numpy(states)
         return Batch(
             state=torch.from_numpy(state),
             actions=torch.from_numpy(actions),

@@ -19,6 +19,7 @@ class Numbers(NamedTuple):
     """States and actions of B windows, padded to the widest embodiment."""
 
     state: np.ndarray  # (B, S) float32, normalised, zero in dimensions beyond the embodiment's
+    states: np.ndarray  # (B, F, S) float32, likewise, of the frames in `Needs.states`
     actions: np.ndarray  # (B, K, D) float32, normalised
     action_mask: np.ndarray  # (B, K, D) bool
 
@@ -40,6 +41,7 @@ class Windows:
                     f"{source.dataset.path}: {quantity} has {stats.width(quantity)} dimensions, the method takes at most"
                     f" {self.widths[quantity]}; choose keys with data.{quantity}"
                 )
+        self.state_frames = method.needs().states
         self.learned = min(source.config.horizon or self.horizon, self.horizon)
         span = max(self.learned, method.needs().last_frame * self.stride + 1)
         self.lengths = source.dataset.lengths
@@ -58,7 +60,8 @@ class Windows:
     def numbers(self, pairs: Sequence[tuple[int, int]]) -> Numbers:
         """Return the states and actions of windows (episode, start)."""
         dataset, steps = self.source.dataset, np.arange(self.horizon)
-        states = np.stack([dataset.states(e)[s] for e, s in pairs])
+        state = np.stack([dataset.states(e)[s] for e, s in pairs])
+        states = np.stack([dataset.states(e)[self.frame_steps(e, s, self.state_frames)] for e, s in pairs])
         actions = np.stack([dataset.actions(e)[self.rows(e, s, steps)] for e, s in pairs])
         past = np.array([s + steps >= self.lengths[e] for e, s in pairs])  # (B, K)
         actions = np.where(past[..., None] & dataset.relative, 0, actions)
@@ -67,14 +70,19 @@ class Windows:
             learned = learned & ~past
         mask = learned[..., None] & self._action_mask
         return Numbers(
-            state=_pad(self.stats.normalize("state", states) * self._state_mask, self.widths["state"]),
+            state=self._state(state),
+            states=self._state(states),
             actions=_pad(self.stats.normalize("action", actions) * self._action_mask, self.widths["action"]),
             action_mask=_pad(mask, self.widths["action"]),
         )
 
+    def _state(self, values: np.ndarray) -> np.ndarray:
+        """Return states (..., S) in the robot's units as the method sees them."""
+        return _pad(self.stats.normalize("state", values) * self._state_mask, self.widths["state"])
+
     def frame_steps(self, episode: int, start: int, frames: Sequence[int]) -> np.ndarray:
         """Return the control steps of a window's `frames`, which count at the source's stride from the observation."""
-        return self.rows(episode, start, np.asarray(frames) * self.stride)
+        return self.rows(episode, start, np.asarray(frames, dtype=np.int64) * self.stride)
 
     def clip(self, episode: int, start: int, frames: Sequence[int]) -> np.ndarray:
         """Decode a window's ascending `frames` to (len(frames), H, W, 3) uint8."""
