@@ -29,13 +29,18 @@ class SimulatorFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
-    """What a policy sees at one instant: o_0, s_0 and c of Eq. 1. `views` are further cameras that a suite defines."""
+    """What a policy sees at one instant: o_0, s_0 and c of Eq. 1. `views` are further cameras that a suite defines.
+
+    `past` are the observations at the control steps in `PolicySpec.past`, in that order. Before an episode's first
+    observation it repeats. Without any the present one stands for all.
+    """
 
     frame: np.ndarray  # (H, W, 3) uint8 RGB
     state: np.ndarray  # (S,) float32
     instruction: str
     embodiment: str
     views: Mapping[str, np.ndarray] = field(default_factory=dict)  # each (H, W, 3) uint8 RGB
+    past: tuple["Observation", ...] = ()
 
     def __post_init__(self) -> None:
         for name, frame in {"frame": self.frame, **self.views}.items():
@@ -101,7 +106,8 @@ class EmbodimentSpec:
 class PolicySpec:
     """What a policy takes and answers; `frame_size` (H, W) is what it makes of frames of any size.
 
-    `imagines` says that it may be asked for the video that it expects.
+    `imagines` says that it may be asked for the video that it expects. `past` are control steps before the present one,
+    such as (-1,), whose observations it reads too.
     """
 
     name: str
@@ -109,6 +115,7 @@ class PolicySpec:
     frame_size: tuple[int, int]
     embodiments: Mapping[str, EmbodimentSpec]
     imagines: bool = False
+    past: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

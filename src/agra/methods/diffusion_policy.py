@@ -430,10 +430,8 @@ def _scheduler(num_steps: int, sampling_steps: int) -> DDIMScheduler:
 
 
 def _held(predicted: Tensor, sample: Tensor, kept: float, previous: Tensor, weights: Tensor) -> Tensor:
-    """The noise whose estimate of the clean chunk is moved towards `previous` by `weights`; `kept` is alpha-bar.
+    """The predicted noise, moved by `weights` towards the noise that leads from `previous` to `sample`; `kept` is alpha-bar.
 
     The equations of real-time chunking are those of flow matching, so this stands in for them.
     """
-    clean = ((sample - (1 - kept) ** 0.5 * predicted) / kept**0.5).clamp(-1, 1)
-    clean = clean + weights * (previous - clean)
-    return (sample - kept**0.5 * clean) / (1 - kept) ** 0.5
+    return predicted + weights * ((sample - kept**0.5 * previous) / (1 - kept) ** 0.5 - predicted)

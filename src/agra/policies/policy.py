@@ -157,7 +157,13 @@ class MethodPolicy:
             frame_size=self.frame_size,
             embodiments=embodiments,
             imagines=self.imagines,
+            past=self.past,
         )
+
+    @property
+    def past(self) -> tuple[int, ...]:
+        """Control steps before the present one whose observations it reads, in order."""
+        return self.observations.past
 
     def episode(self, seed: int) -> torch.Generator:
         """The generator of an episode's noise."""
