@@ -5,7 +5,6 @@ which scales and shifts the features of every residual block of the U-Net (FiLM)
 squared-cosine DDPM. There is no video and, by default, no language. docs/methods.md names what differs from the original.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -277,7 +276,9 @@ class ConditionalUNet(nn.Module):
         channels = config.unet_channels
 
         def two(inputs: int, outputs: int) -> nn.ModuleList:
-            return nn.ModuleList([ConditionedBlock(inputs, outputs, config), ConditionedBlock(outputs, outputs, config)])
+            return nn.ModuleList(
+                [ConditionedBlock(inputs, outputs, config), ConditionedBlock(outputs, outputs, config)]
+            )
 
         self.down = nn.ModuleList(two(a, b) for a, b in pairwise((config.action_dim, *channels)))
         self.downsample = nn.ModuleList(nn.Conv1d(c, c, 3, stride=2, padding=1) for c in channels[:-1])

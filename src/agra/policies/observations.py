@@ -50,7 +50,9 @@ class ObservationEncoder:
         """Raises ValueError where an observation does not fit the training data."""
         moments = [self._moments(observation) for observation in observations]
         states = [{frame: self._state(seen) for frame, seen in moment.items()} for moment in moments]
-        frames = [{frame: self.crop(seen.frame, seen.embodiment) for frame, seen in moment.items()} for moment in moments]
+        frames = [
+            {frame: self.crop(seen.frame, seen.embodiment) for frame, seen in moment.items()} for moment in moments
+        ]
         fields = self._features(frames, [o.instruction for o in observations])
         if self.needs.states:
             chosen = [torch.stack([state[frame] for frame in self.needs.states]) for state in states]
