@@ -44,13 +44,14 @@ class Method:
 
     targets: tuple[int, ...] = REFERENCES
     action_dim: int = 5
+    states: tuple[int, ...] = ()
 
     @property
     def shapes(self) -> Shapes:
         return Shapes(frame_size=(16, 16), horizon=HORIZON, state_dim=4, action_dim=self.action_dim, num_embodiments=2)
 
     def needs(self) -> Needs:
-        return Needs(clip=FRAMES, targets=self.targets)
+        return Needs(clip=FRAMES, targets=self.targets, states=self.states)
 
 
 class Labels:
@@ -104,6 +105,21 @@ def make(parts, change=None, method=None, **changes) -> WindowSampler:
 
 def same(a: Batch, b: Batch) -> bool:
     return a.tensors.keys() == b.tensors.keys() and all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+
+
+def test_states_of_earlier_frames(parts):
+    """Two frames before the observation at stride 2. Before the episode its first step repeats."""
+    plain, sampler = make(parts), make(parts, method=Method(states=(-2, 0)))
+    batch, (stats,) = sampler.batch(0), parts[3].values()
+    assert batch.states.shape == (8, 2, 4)
+    assert torch.equal(batch.states[:, 1], batch.state)
+    assert torch.equal(batch.state, plain.batch(0).state)
+    assert "states" not in plain.batch(0).tensors
+    windows = sampler.windows(0)
+    earlier = [(episode, max(start - 2 * STRIDE, 0)) for _, episode, start in windows]
+    assert any(start < 2 * STRIDE for _, _, start in windows)
+    values = stats.unnormalize("state", batch.states[:, 0, :2].numpy())
+    np.testing.assert_allclose(values, np.array(earlier), atol=1e-4)
 
 
 def test_shapes(parts):
