@@ -460,6 +460,7 @@ def differences_to_lerobot(config, folder):
     return {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LEROBOT.exists(), reason="needs LeRobot's environment: make env-lerobot")
 def test_it_is_lerobots_on_the_same_weights(tmp_path):
     config = replace(

@@ -7,7 +7,7 @@ squared-cosine DDPM. There is no video and, by default, no language. docs/method
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -372,7 +372,9 @@ class DiffusionPolicy(Method):
         condition = self.condition(batch)
         noise = noise_like(batch.actions)
         step = sample_shard(lambda n: torch.randint(config.num_steps, (n,)), count).to(batch.actions.device)
-        noisy = _scheduler(config.num_steps, config.num_steps).add_noise(batch.actions, noise, step)
+        noisy = _scheduler(config.num_steps, config.num_steps).add_noise(
+            batch.actions, noise, cast(torch.IntTensor, step)
+        )
         error = (self.unet(noisy, step, condition) - noise).float().square() * batch.action_mask
         loss = error.sum() / (batch.action_mask.sum() if denominators is None else denominators["actions"])
         return Losses(total=loss, terms={"action": loss})
@@ -405,10 +407,8 @@ class DiffusionPolicy(Method):
             if continuation is not None:
                 predicted = _held(predicted, sample, scheduler.alphas_cumprod[step].item(), *continuation)
             added = noise["later"][:, index] if ancestral and index < steps - 1 else None
-            eta = 0.0 if added is None else 1.0
-            sample = scheduler.step(
-                predicted, step, sample, eta=eta, use_clipped_model_output=ancestral, variance_noise=added
-            ).prev_sample
+            options = {"eta": 0.0 if added is None else 1.0, "use_clipped_model_output": ancestral}
+            sample = scheduler.step(predicted, step, sample, variance_noise=added, return_dict=False, **options)[0]
         return sample
 
 
