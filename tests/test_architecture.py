@@ -187,7 +187,7 @@ def test_serving_sees_policies_and_robots_alone():
 
 def test_rooms_without_torch():
     rooms = ("types", "files", "simulators", "evaluation", "data.normalization", "serving.client", "serving.protocol")
-    apart = ("agra.simulators.tabletop", *(f"agra.simulators.{suite}.environment" for suite in SUITES))
+    apart = ("agra.simulators.tabletop", *(f"agra.simulators.{suite}.{suite}_env" for suite in SUITES))
     light = sorted(name for name in files_of(*rooms) if not under(name, *apart))
     code = f"import sys, importlib\nfor m in {light}: importlib.import_module(m)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -102,7 +102,7 @@ def test_a_second_evaluation_of_one_file_names_the_first(tmp_path, capsys):
 
 
 def test_a_failing_simulator_is_one_line(tmp_path, capsys, monkeypatch):
-    from agra.simulators.tabletop.environment import Tabletop
+    from agra.simulators.tabletop.tabletop_env import Tabletop
 
     def reset(self, trial):
         raise SimulatorFailed("no picture can be drawn")

@@ -1,4 +1,4 @@
-"""The suites' numbers here; the worlds in their own environment: .venv-libero/bin/python -m pytest --noconftest FILE."""
+"""The numbers of LIBERO's suites, and with the package the suites: .venv-libero/bin/python -m pytest --noconftest FILE."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_suites():
 
 
 @pytest.fixture(scope="module")
-def world():
+def env():
     pytest.importorskip("libero")
     from agra.simulators.registry import make
 
@@ -30,59 +30,59 @@ def world():
     made.close()
 
 
-def test_trials(world):
-    assert isinstance(world, Simulator)
-    for regime in world.regimes:
-        listed = world.trials(regime)
+def test_trials(env):
+    assert isinstance(env, Simulator)
+    for regime in env.regimes:
+        listed = env.trials(regime)
         assert len({trial.name for trial in listed}) == len(listed) == 500
-    standard, language, task = (world.trials(r)[0].instruction for r in ("in_distribution", "language", "task"))
+    standard, language, task = (env.trials(r)[0].instruction for r in ("in_distribution", "language", "task"))
     assert standard == "pick up the alphabet soup and place it in the basket"
     assert language == "grab alphabet soup and put it into basket"
     assert "cream cheese" in task
 
 
-def test_episode(world):
+def test_episode(env):
     """The official initial state, after which nothing moves; the same trial gives the same picture again."""
-    trial = world.trials("in_distribution")[3]
-    first = world.reset(trial)
+    trial = env.trials("in_distribution")[3]
+    first = env.reset(trial)
     assert first.frame.shape == first.views["wrist"].shape == (64, 64, 3)
     assert first.state.shape == (8,)
     assert first.state[3] == pytest.approx(np.pi, abs=0.1)  # the hand points down
-    step = world.step(np.array([0, 0, 1, 0, 0, 0, -1.0]), render=False)
+    step = env.step(np.array([0, 0, 1, 0, 0, 0, -1.0]), render=False)
     assert step.observation.frame.size == 0
-    again = world.reset(trial)
+    again = env.reset(trial)
     assert np.array_equal(again.frame, first.frame)
     assert np.array_equal(again.state, first.state)
-    assert 0.002 < world.interaction_mask().mean() < 0.4
+    assert 0.002 < env.interaction_mask().mean() < 0.4
     with pytest.raises(ValueError, match="unknown regime 'env'"):
-        world.trials("env")
+        env.trials("env")
 
 
-def test_pictures_and_states_are_those_of_the_package_s_own_protocol(world):
+def test_pictures_and_states_are_those_of_the_package_s_own_protocol(env):
     """An episode as openpi's evaluation has it: the package's environment with camera observations."""
     from libero.libero.envs import OffScreenRenderEnv
 
-    from agra.simulators.libero.environment import _bddl, _suite
+    from agra.simulators.libero.libero_env import _bddl, _suite
 
-    first = world.reset(world.trials("in_distribution")[3])
+    first = env.reset(env.trials("in_distribution")[3])
     suite = _suite("libero_object")
     own = OffScreenRenderEnv(bddl_file_name=str(_bddl(suite.get_task(0))), camera_heights=64, camera_widths=64)
     own.seed(7)
     own.reset()
-    seen = own.set_init_state(suite.get_task_init_states(0)[3])
+    raw = own.set_init_state(suite.get_task_init_states(0)[3])
     for _ in range(10):
-        seen, *_ = own.step([0.0] * 6 + [-1.0])
+        raw, *_ = own.step([0.0] * 6 + [-1.0])
     actions = np.random.default_rng(0).uniform(-1, 1, (5, 7))
-    ours = [first, *(world.step(action, render=index % 2 == 1).observation for index, action in enumerate(actions))]
-    theirs = [seen, *(own.step(action)[0] for action in actions)]
+    ours = [first, *(env.step(action, render=index % 2 == 1).observation for index, action in enumerate(actions))]
+    theirs = [raw, *(own.step(action)[0] for action in actions)]
     own.close()
-    for step, (found, wanted) in enumerate(zip(ours, theirs, strict=True)):
-        assert np.allclose(wanted["robot0_eef_pos"], found.state[:3], atol=1e-6)
+    for step, (ours_at, theirs_at) in enumerate(zip(ours, theirs, strict=True)):
+        assert np.allclose(theirs_at["robot0_eef_pos"], ours_at.state[:3], atol=1e-6)
         if step % 2:
-            assert found.frame.size == 0  # nobody looked
+            assert ours_at.frame.size == 0  # not rendered
             continue
-        assert np.array_equal(wanted["agentview_image"][::-1, ::-1], found.frame)
-        assert np.array_equal(wanted["robot0_eye_in_hand_image"][::-1, ::-1], found.views["wrist"])
+        assert np.array_equal(theirs_at["agentview_image"][::-1, ::-1], ours_at.frame)
+        assert np.array_equal(theirs_at["robot0_eye_in_hand_image"][::-1, ::-1], ours_at.views["wrist"])
 
 
 @pytest.mark.slow
@@ -105,10 +105,10 @@ def test_every_suite_and_axis_plays(name, regime, tmp_path):
         def act(self, observation):
             return ActionChunk(actions=self.rng.uniform(-1, 1, (8, 7)).astype(np.float32))
 
-    world = make(name)
-    trial = world.trials(regime)[0]
-    episode = run_episode(Random(), world, trial, execute_steps=8, max_steps=16)
-    world.close()
+    env = make(name)
+    trial = env.trials(regime)[0]
+    episode = run_episode(Random(), env, trial, execute_steps=8, max_steps=16)
+    env.close()
     assert len(episode) == 16
     assert episode.instruction == trial.instruction
     assert episode.frames[0].std() > 10
@@ -118,7 +118,7 @@ def test_every_suite_and_axis_plays(name, regime, tmp_path):
 
 def test_axis_angle():
     pytest.importorskip("libero")
-    from agra.simulators.libero.environment import axis_angle
+    from agra.simulators.libero.libero_env import axis_angle
 
     assert axis_angle(np.array([0, 0, 0, 1.0])).tolist() == [0, 0, 0]
     assert np.allclose(axis_angle(np.array([1.0, 0, 0, 0])), [np.pi, 0, 0])

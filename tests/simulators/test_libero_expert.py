@@ -1,4 +1,4 @@
-"""The expert's decisions in a world without dynamics here; in the suite's own environment the suite itself."""
+"""The expert's decisions in a scene without dynamics, and with the package in the suite itself."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from agra.evaluation.rollout import run_episode
 from agra.simulators import registry
-from agra.simulators.libero.expert import OPEN, Scene, decide, grasp
+from agra.simulators.libero.libero_expert import OPEN, GraspScene, decide, grasp
 
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
 UNIT = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), axis=-1).reshape(1, 8, 3)
@@ -22,12 +22,12 @@ class Floor:
         self.held = False
 
     def scene(self):
-        return Scene(
+        return GraspScene(
             hand=self.hand.copy(),
             rotation=self.rotation,
             opening=self.opening,
             held=self.held,
-            thing=self.thing.copy(),
+            position=self.thing.copy(),
             corners=self.thing + self.turned.apply((UNIT * self.half)[0])[None],
             obstacles=0.12,
             basket=np.array([0.0, 0.26]),
@@ -68,38 +68,38 @@ class Floor:
 @pytest.mark.parametrize("yaw", [0.0, 0.8, -1.3])
 @pytest.mark.parametrize("half", [(0.02, 0.03, 0.07), (0.05, 0.025, 0.015), (0.03, 0.03, 0.038)])
 def test_into_the_basket(half, yaw):
-    world = Floor(half, at=(0.05, -0.2), yaw=yaw)
+    env = Floor(half, at=(0.05, -0.2), yaw=yaw)
     lifted = False
     for _ in range(200):
-        world.step(decide(world.scene()))
-        lifted = lifted or world.thing[2] - half[2] > 0.14
-        if world.in_basket and not world.held:
+        env.step(decide(env.scene()))
+        lifted = lifted or env.thing[2] - half[2] > 0.14
+        if env.in_basket and not env.held:
             break
-    assert world.in_basket
+    assert env.in_basket
     assert lifted
-    assert world.opening > 0.07 or world.opening > 2 * min(half[:2])  # it let go
+    assert env.opening > 0.07 or env.opening > 2 * min(half[:2])  # it let go
 
 
 def test_it_does_not_close_again_on_what_it_let_go():
-    world = Floor((0.02, 0.03, 0.07), at=(0.0, 0.26), yaw=0.0)
-    world.thing[2], world.hand, world.opening = 0.19, np.array([0.0, 0.26, 0.23]), 0.05
-    assert not world.held
-    assert decide(world.scene())[6] == OPEN
-    assert np.allclose(decide(world.scene())[:3], 0)
+    env = Floor((0.02, 0.03, 0.07), at=(0.0, 0.26), yaw=0.0)
+    env.thing[2], env.hand, env.opening = 0.19, np.array([0.0, 0.26, 0.23]), 0.05
+    assert not env.held
+    assert decide(env.scene())[6] == OPEN
+    assert np.allclose(decide(env.scene())[:3], 0)
 
 
 def test_it_recovers_when_the_thing_slips_out():
-    world = Floor((0.02, 0.03, 0.07), at=(0.05, -0.2), yaw=0.3)
+    env = Floor((0.02, 0.03, 0.07), at=(0.05, -0.2), yaw=0.3)
     slipped = False
     for _ in range(260):
-        world.step(decide(world.scene()))
-        if not slipped and world.held and world.thing[2] > 0.15:
-            slipped, world.held = True, False
-            world.opening, world.thing = 0.0, np.array([0.1, -0.1, 0.07])
-        if world.in_basket:
+        env.step(decide(env.scene()))
+        if not slipped and env.held and env.thing[2] > 0.15:
+            slipped, env.held = True, False
+            env.opening, env.thing = 0.0, np.array([0.1, -0.1, 0.07])
+        if env.in_basket:
             break
     assert slipped
-    assert world.in_basket
+    assert env.in_basket
 
 
 def test_grasp_is_across_the_narrow_side_below_the_top_and_above_the_floor():
@@ -114,52 +114,52 @@ def test_grasp_is_across_the_narrow_side_below_the_top_and_above_the_floor():
 
 def test_only_libero_object_has_one():
     assert registry.suite("libero_object").expert is not None
-    assert registry.suite("libero_object").training_trials is not None
+    assert registry.suite("libero_object").demonstrations is not None
     for name in ("libero_spatial", "libero_goal", "libero_10", "libero_90"):
         assert registry.suite(name).expert is None
-        assert registry.suite(name).training_trials is None
+        assert registry.suite(name).demonstrations is None
 
 
 @pytest.fixture(scope="module")
-def blind():
+def env():
     pytest.importorskip("libero")
-    made = registry.make("libero_object", blind=True)
+    made = registry.make("libero_object", render=False)
     yield made
     made.close()
 
 
-def test_it_sees_the_scene(blind):
-    from agra.simulators.libero.expert import see
+def test_it_sees_the_scene(env):
+    from agra.simulators.libero.libero_expert import read_scene
 
-    blind.reset(blind.trials("in_distribution")[0])
-    scene = see(blind)
-    pads = [blind.world.sim.data.get_geom_xpos(f"gripper0_finger{i}_pad_collision") for i in (1, 2)]
+    env.reset(env.trials("in_distribution")[0])
+    scene = read_scene(env)
+    pads = [env.env.sim.data.get_geom_xpos(f"gripper0_finger{i}_pad_collision") for i in (1, 2)]
     apart = pads[1] - pads[0]
     assert abs(scene.rotation[:, 0] @ apart) > 0.99 * np.linalg.norm(apart)
     assert scene.rotation[2, 2] < -0.99
     assert not scene.held
     assert abs(scene.corners[..., 2].min()) < 0.003  # the thing stands on the floor
-    assert np.all(scene.corners.reshape(-1, 3).min(0) < scene.thing)
-    assert np.all(scene.thing < scene.corners.reshape(-1, 3).max(0))
+    assert np.all(scene.corners.reshape(-1, 3).min(0) < scene.position)
+    assert np.all(scene.position < scene.corners.reshape(-1, 3).max(0))
     assert 0.13 < scene.rim < 0.15
 
 
-def test_an_official_trial_and_a_demonstration(blind):
-    training = registry.suite("libero_object").training_trials(12, 0)
-    assert [trial.task for trial in training[:10]] == [t.task for t in blind.trials("in_distribution")[::50]]
+def test_an_official_trial_and_a_demonstration(env):
+    training = registry.suite("libero_object").demonstrations.trials(12, 0)
+    assert [trial.task for trial in training[:10]] == [t.task for t in env.trials("in_distribution")[::50]]
     assert len({(trial.task, trial.seed) for trial in training}) == 12
-    for trial in (blind.trials("in_distribution")[7], training[0], training[10]):
-        episode = run_episode(registry.expert(blind), blind, trial, execute_steps=1, record=False)
+    for trial in (env.trials("in_distribution")[7], training[0], training[10]):
+        episode = run_episode(registry.expert(env), env, trial, execute_steps=1, record=False)
         assert episode.success
         assert episode.actions[-1, 6] == OPEN
-    states = [blind.reset(training[index]).state for index in (0, 10, 0)]
+    states = [env.reset(training[index]).state for index in (0, 10, 0)]
     assert np.array_equal(states[0], states[2])
 
 
-def test_another_goal(blind):
-    from agra.simulators.libero.expert import see
+def test_another_goal(env):
+    from agra.simulators.libero.libero_expert import read_scene
 
-    blind.reset(blind.trials("in_distribution")[0])
-    blind.world.env.parsed_problem["goal_state"].append(["open", "basket_1"])
-    with pytest.raises(ValueError, match="puts one thing in a container"):
-        see(blind)
+    env.reset(env.trials("in_distribution")[0])
+    env.env.env.parsed_problem["goal_state"].append(["open", "basket_1"])
+    with pytest.raises(ValueError, match="puts one object into a container"):
+        read_scene(env)

@@ -9,26 +9,26 @@ from agra.types import Simulator
 @pytest.mark.parametrize("name", ["tabletop", "tabletop_human"])
 def test_every_registered_simulator_keeps_the_contract(name):
     """One conformance test over all that need no environment of their own: trials, shapes, ranges, masks, limits."""
-    world = registry.make(name, frame_size=(32, 56))
-    assert isinstance(world, Simulator)
+    env = registry.make(name, frame_size=(32, 56))
+    assert isinstance(env, Simulator)
     try:
         for regime, count in {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}.items():
-            trials = world.trials(regime)
+            trials = env.trials(regime)
             assert len(trials) == count
             assert len({trial.name for trial in trials}) == count
             assert {(trial.regime, trial.simulator) for trial in trials} == {(regime, name)}
-            first = world.reset(trials[0])
+            first = env.reset(trials[0])
             assert first.frame.shape == (32, 56, 3)
-            assert first.state.shape == (len(world.embodiment.state_names),)
-            assert (first.instruction, first.embodiment) == (trials[0].instruction, world.embodiment.name)
-            step = world.step(registry.expert(world).act(first).actions[0])
+            assert first.state.shape == (len(env.embodiment.state_names),)
+            assert (first.instruction, first.embodiment) == (trials[0].instruction, env.embodiment.name)
+            step = env.step(registry.expert(env).act(first).actions[0])
             assert not step.success
             assert set(step.progress.values()) == {False}
-            mask = world.interaction_mask()
+            mask = env.interaction_mask()
             assert mask.shape == (32, 56)
             assert 0.002 < mask.mean() < 0.3
     finally:
-        world.close()
+        env.close()
 
 
 def test_unknown_name():
@@ -48,7 +48,7 @@ def test_no_expert():
 def test_a_suite_s_own_environment_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
     monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
-    monkeypatch.delitem(sys.modules, "agra.simulators.metaworld.environment", raising=False)
+    monkeypatch.delitem(sys.modules, "agra.simulators.metaworld.metaworld_env", raising=False)
     with pytest.raises(ImportError, match=rf"{name}: .*; install it with: make env-metaworld"):
         registry.make(name)
 

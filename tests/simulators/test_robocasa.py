@@ -1,5 +1,7 @@
-"""The trial lists of the GR1 tabletop benchmark against what facts 5 and 6 say of it; the adapter against the package, in
-its own environment: .venv-robocasa/bin/python -m pytest --noconftest FILE."""
+"""The trial lists of the GR1 tabletop benchmark, and with the package the adapter against it.
+
+With the package: make env-robocasa, then .venv-robocasa/bin/python -m pytest --noconftest FILE.
+"""
 
 import json
 import os
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agra.simulators.robocasa.tasks import TASKS, environment_id, trials
+from agra.simulators.robocasa.robocasa_tasks import TASKS, environment_id, trials
 
 
 def test_counts_are_the_benchmark_s():
@@ -51,7 +53,7 @@ def test_the_package_registers_every_task():
     pytest.importorskip("robocasa_gr1")
     import gymnasium
 
-    import agra.simulators.robocasa.environment  # noqa: F401
+    import agra.simulators.robocasa.robocasa_env  # noqa: F401
 
     ids = {trial.scene["environment"] for regime in TASKS for trial in trials(regime)}
     assert len(ids) == 88
@@ -63,8 +65,8 @@ def test_keys_are_the_package_s():
     pytest.importorskip("robocasa_gr1")
     from robocasa_gr1.models.robots import make_key_converter
 
-    from agra.simulators.robocasa.environment import PARTS, split
-    from agra.simulators.robocasa.tasks import ROBOT
+    from agra.simulators.robocasa.robocasa_env import PARTS, split
+    from agra.simulators.robocasa.robocasa_tasks import ROBOT
 
     converter = make_key_converter(ROBOT)
     raw = {f"robot0_{name}": name for name in ("left", "right", "left_gripper", "right_gripper", "torso")}
@@ -79,24 +81,24 @@ def test_keys_are_the_package_s():
 
 def test_observations_are_put_together():
     pytest.importorskip("robocasa_gr1")
-    from agra.simulators.robocasa.environment import PARTS, VIEW, observation
+    from agra.simulators.robocasa.robocasa_env import PARTS, VIEW, observation
 
-    seen = {f"state.{part}": np.full(size, i) for i, (part, size) in enumerate(PARTS.items())}
-    seen |= {VIEW: np.zeros((256, 256, 3), np.uint8), "annotation.human.coarse_action": "unlocked_waist: pick the cup"}
-    found = observation(seen)
-    assert found.instruction == "pick the cup"
-    assert found.state.tolist() == [0] * 7 + [1] * 7 + [2] * 6 + [3] * 6 + [4] * 3
+    raw = {f"state.{part}": np.full(size, i) for i, (part, size) in enumerate(PARTS.items())}
+    raw |= {VIEW: np.zeros((256, 256, 3), np.uint8), "annotation.human.coarse_action": "unlocked_waist: pick the cup"}
+    ours = observation(raw)
+    assert ours.instruction == "pick the cup"
+    assert ours.state.tolist() == [0] * 7 + [1] * 7 + [2] * 6 + [3] * 6 + [4] * 3
     with pytest.raises(ValueError, match=r"state.waist: expected \(3,\) joint angles, got shape \(2,\)"):
-        observation(seen | {"state.waist": np.zeros(2)})
+        observation(raw | {"state.waist": np.zeros(2)})
 
 
 PLAY = """
     import json, sys
     import numpy as np
-    from agra.evaluation.rollout import WatchedPolicy, run_episode
+    from agra.evaluation.rollout import RecordedPolicy, run_episode
     from agra.simulators.registry import make
-    from agra.simulators.robocasa.environment import NAMES
-    from agra.simulators.robocasa.tasks import trials
+    from agra.simulators.robocasa.robocasa_env import NAMES
+    from agra.simulators.robocasa.robocasa_tasks import trials
     from agra.types import ActionChunk
 
     class BendsTheRightElbow:
@@ -110,14 +112,14 @@ PLAY = """
                 self.target[NAMES.index("right_arm_3")] -= 0.4
             return ActionChunk(actions=np.tile(self.target, (4, 1)))
 
-    world, policy = make("robocasa_gr1"), WatchedPolicy(BendsTheRightElbow())
+    env, policy = make("robocasa_gr1"), RecordedPolicy(BendsTheRightElbow())
     trial = next(t for t in trials("in_distribution") if t.task == "PosttrainPnPNovelFromTrayToPotSplitA")
-    episode = run_episode(policy, world, trial, execute_steps=4, max_steps=9, record=sys.argv[1] == "record")
-    world.close()
-    seen = policy.policy.first
+    episode = run_episode(policy, env, trial, execute_steps=4, max_steps=9, record=sys.argv[1] == "record")
+    env.close()
+    first = policy.policy.first
     print(json.dumps({
-        "instruction": seen.instruction, "digest": policy.digest(episode),
-        "rows": seen.frame.reshape(256, -1).any(1).nonzero()[0][[0, -1]].tolist(),
+        "instruction": first.instruction, "digest": policy.digest(episode),
+        "rows": first.frame.reshape(256, -1).any(1).nonzero()[0][[0, -1]].tolist(),
         "moved": NAMES[np.abs(episode.states[-1] - episode.states[0]).argmax()],
     }))
 """
@@ -134,13 +136,13 @@ def test_an_episode_on_stand_ins(tmp_path):
     """The package's own scene, robot, camera and keys; its missing files replaced. Twice, in processes of their own, once
     with every step drawn and once only where the policy looks."""
     pytest.importorskip("robocasa_gr1")
-    subprocess.run([sys.executable, Path(__file__).with_name("robocasa_stand_ins.py"), tmp_path], check=True)
-    found = play(tmp_path, "record")
-    assert found["instruction"].startswith("pick the ")
-    assert found["instruction"].endswith(" from the tray and place it in the pot")
-    assert found["rows"] == [42, 213]  # what is above and below is padding
-    assert found["moved"] == "right_arm_3"
-    assert play(tmp_path, "only where looked at") == found
+    subprocess.run([sys.executable, Path(__file__).parents[1] / "support/robocasa_stand_ins.py", tmp_path], check=True)
+    played = play(tmp_path, "record")
+    assert played["instruction"].startswith("pick the ")
+    assert played["instruction"].endswith(" from the tray and place it in the pot")
+    assert played["rows"] == [42, 213]  # what is above and below is padding
+    assert played["moved"] == "right_arm_3"
+    assert play(tmp_path, "only where needed") == played
 
 
 def test_one_hash_seed():

@@ -1,4 +1,4 @@
-"""What the suites on robosuite share. Imports nothing of theirs."""
+"""Rendering of the suites based on robosuite. Imports no suite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 
 
-def draw_on_demand(simulation: Any, looked_at: Callable[[], bool]) -> None:
-    """From now on robosuite, which draws its cameras in every control step, is handed black pictures where nobody looks.
+def render_on_demand(simulation: Any, rendering: Callable[[], bool]) -> None:
+    """Skip robosuite's rendering of its cameras in every control step unless `rendering()`: it receives black frames.
 
-    `simulation` is the environment's `sim`, which lives until its next hard reset. What it samples, and when, stays its
-    own; segmentations, which are asked for one by one, are always drawn.
+    `simulation` is the environment's `sim`, which lasts until the next hard reset. The sampling times of observations stay
+    the same. Segmentations are always rendered.
     """
-    draw = simulation.render
+    render_frame = simulation.render
 
     def render(*, height: int, width: int, **options: Any) -> Any:
-        if looked_at() or options.get("segmentation"):
-            return draw(height=height, width=width, **options)
+        if rendering() or options.get("segmentation"):
+            return render_frame(height=height, width=width, **options)
         return np.zeros((height, width, 3), np.uint8)
 
     simulation.render = render

@@ -1,1 +1,1 @@
-"""LIBERO's suites and LIBERO-PRO's perturbations of them; in their own environment, made by `make env-libero`."""
+"""LIBERO's suites and LIBERO-PRO's perturbations, in a Python environment of their own (`make env-libero`)."""

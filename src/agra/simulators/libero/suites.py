@@ -1,4 +1,4 @@
-"""LIBERO's suites as numbers, and the perturbations that LIBERO-PRO ships.                                     fact 10"""
+"""Numbers of LIBERO's suites, and the perturbations of LIBERO-PRO."""
 
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 """Control steps of an episode, by suite."""
@@ -13,9 +13,9 @@ PERTURBATIONS = {
     "position": "_swap",
     "task": "_task",
 }
-"""Regime -> suffix of the package's suite. A fifth axis, the environment, is registered without its resources."""
+"""Regime -> suffix of the package's suite. The resources of a fifth perturbation, the environment, are missing there."""
 
 
 def regimes(suite: str) -> tuple[str, ...]:
-    """The regimes of a suite: libero_90 has no perturbed variants."""
+    """The regimes of a suite. libero_90 has no perturbed variants."""
     return ("in_distribution",) if suite == "libero_90" else tuple(PERTURBATIONS)

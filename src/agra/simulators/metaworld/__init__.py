@@ -1,6 +1,6 @@
-"""Meta-World's 50 tasks; in its own environment, made by `make env-metaworld`.
+"""Meta-World's 50 tasks, in a Python environment of their own (`make env-metaworld`).
 
-Importing it asks, on Linux, for EGL rendering unless the variable MUJOCO_GL says otherwise: MuJoCo's own choice needs a screen.
+On Linux, the import sets MUJOCO_GL to egl unless it is set: MuJoCo's default needs a screen.
 """
 
 import os

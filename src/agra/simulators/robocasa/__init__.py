@@ -1,1 +1,1 @@
-"""RoboCasa's GR1 tabletop tasks; in their own environment, made by `make env-robocasa`."""
+"""RoboCasa's GR1 tabletop tasks, in a Python environment of their own (`make env-robocasa`)."""

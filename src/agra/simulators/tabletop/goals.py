@@ -11,7 +11,7 @@ import numpy as np
 
 from agra.simulators.tabletop.scene import Scene
 from agra.simulators.tabletop.steamer import LID, STEAMER
-from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
+from agra.simulators.tabletop.tabletop_tasks import OPEN_STEAMER, PICK_AND_PLACE
 
 NEAR = 0.05
 """Metres, seen from above, between a hand's finger tips and a thing's origin that count as having approached it, once

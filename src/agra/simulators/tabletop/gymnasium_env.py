@@ -9,8 +9,8 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from agra.simulators.tabletop.environment import Tabletop
-from agra.simulators.tabletop.tasks import training_trials
+from agra.simulators.tabletop.tabletop_env import Tabletop
+from agra.simulators.tabletop.tabletop_tasks import training_trials
 from agra.types import Observation, Trial
 
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
@@ -38,10 +38,10 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f'render_mode: expected None or "rgb_array", got {render_mode!r}')
-        self.world = Tabletop(frame_size=frame_size, hands=hands)
+        self.simulator = Tabletop(frame_size=frame_size, hands=hands)
         self.render_mode = render_mode
         self.steamer_fraction = steamer_fraction
-        low, high = self.world.hands.limits
+        low, high = self.simulator.hands.limits
         self.action_space = spaces.Box(low, high, dtype=np.float32)
         self.observation_space = spaces.Dict(
             {
@@ -64,17 +64,17 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
             raise ValueError(f"reset options: unknown {sorted(unknown)}; there is 'trial'")
         trial: Trial = (options or {}).get("trial") or self._draw()
         self._trial, self._steps = trial, 0
-        self._last = self.world.reset(trial)
-        return self._observation(self._last), self._info(False, self.world.goal.progress)
+        self._last = self.simulator.reset(trial)
+        return self._observation(self._last), self._info(False, self.simulator.goal.progress)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """One control step of a tenth of a second."""
         if self._trial is None:
             raise ValueError("TabletopEnv: reset comes before step")
-        step = self.world.step(action)
+        step = self.simulator.step(action)
         self._steps += 1
         self._last = step.observation
-        truncated = not step.success and self._steps >= self.world.max_steps_for(self._trial)
+        truncated = not step.success and self._steps >= self.simulator.max_steps_for(self._trial)
         info = self._info(step.success, step.progress)
         return self._observation(step.observation), float(step.success), step.success, truncated, info
 
@@ -84,11 +84,11 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
 
     def close(self) -> None:
         """Free the renderer."""
-        self.world.close()
+        self.simulator.close()
 
     def _draw(self) -> Trial:
         seed = int(self.np_random.integers(_TRIALS))
-        name = self.world.embodiment.name
+        name = self.simulator.embodiment.name
         return training_trials(1, seed, steamer_fraction=self.steamer_fraction, simulator=name)[0]
 
     def _observation(self, seen: Observation) -> dict[str, Any]:

@@ -10,42 +10,42 @@ from gymnasium.utils.env_checker import check_env
 import agra.simulators.tabletop.gymnasium_env  # noqa: F401 (registers the environments)
 from agra.evaluation.rollout import run_episode
 from agra.simulators.registry import expert, make
-from agra.simulators.tabletop.environment import MAX_STEPS, Tabletop
-from agra.simulators.tabletop.tasks import training_trials
+from agra.simulators.tabletop.tabletop_env import MAX_STEPS, Tabletop
+from agra.simulators.tabletop.tabletop_tasks import training_trials
 
 
 @pytest.fixture(scope="module")
-def world():
+def env():
     made = Tabletop()
     yield made
     made.close()
 
 
-def first(world, regime):
-    return world.trials(regime)[0]
+def first(env, regime):
+    return env.trials(regime)[0]
 
 
-def test_same_trial_same_states_and_pixels(world):
-    trial = first(world, "semantic")
-    one = run_episode(expert(world), world, trial, execute_steps=1, masks=True)
-    run_episode(expert(world), world, first(world, "attribute"), execute_steps=1)  # something else in between
+def test_same_trial_same_states_and_pixels(env):
+    trial = first(env, "semantic")
+    one = run_episode(expert(env), env, trial, execute_steps=1, masks=True)
+    run_episode(expert(env), env, first(env, "attribute"), execute_steps=1)  # something else in between
     with_new = Tabletop()
     two = run_episode(expert(with_new), with_new, trial, execute_steps=1, masks=True)
     with_new.close()
-    again = run_episode(expert(world), world, trial, execute_steps=1, masks=True)
+    again = run_episode(expert(env), env, trial, execute_steps=1, masks=True)
     for other in (two, again):
         np.testing.assert_array_equal(one.frames, other.frames)
         np.testing.assert_array_equal(one.states, other.states)
         np.testing.assert_array_equal(one.masks, other.masks)
 
 
-def test_what_was_drawn_before_leaves_no_trace(world):
+def test_what_was_drawn_before_leaves_no_trace(env):
     """A slot's last user must not decide in which order discs are blended: it moved a pixel by 1, once in a while."""
-    world.reset(first(world, "semantic"))
-    renderer, view = world._renderer, world._renderer._view
+    env.reset(first(env, "semantic"))
+    renderer, view = env._renderer, env._renderer._view
 
     def drawn():
-        frame = renderer.frame(world.scene)
+        frame = renderer.frame(env.scene)
         used = view.geoms[: view.ngeom]
         return frame, [(g.objtype, g.objid, g.segid, g.camdist, g.modelrbound, g.transparent) for g in used]
 
@@ -61,79 +61,79 @@ def test_what_was_drawn_before_leaves_no_trace(world):
 @pytest.mark.parametrize("name", ["tabletop", "tabletop_human"])
 @pytest.mark.parametrize("regime", ["in_distribution", "semantic", "instance", "attribute"])
 def test_expert_solves_a_share_of_every_regime(name, regime):
-    world = make(name, frame_size=(16, 28))
-    for trial in world.trials(regime)[::6]:
-        episode = run_episode(expert(world), world, trial, execute_steps=1)
+    env = make(name, frame_size=(16, 28))
+    for trial in env.trials(regime)[::6]:
+        episode = run_episode(expert(env), env, trial, execute_steps=1)
         assert episode.success, trial.name
         assert all(episode.progress.values()), (trial.name, episode.progress)
         assert len(episode) <= MAX_STEPS[trial.task] / 2
-    world.close()
+    env.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tabletop", "tabletop_human"])
 def test_expert_solves_at_least_95_percent_of_every_regime(name):
-    world = make(name, frame_size=(16, 28))
+    env = make(name, frame_size=(16, 28))
     for regime in ("in_distribution", "semantic", "instance", "attribute"):
-        outcomes = [run_episode(expert(world), world, trial, execute_steps=1).success for trial in world.trials(regime)]
+        outcomes = [run_episode(expert(env), env, trial, execute_steps=1).success for trial in env.trials(regime)]
         assert np.mean(outcomes) >= 0.95
-    outcomes = [run_episode(expert(world), world, t, execute_steps=1).success for t in training_trials(100, 7)]
+    outcomes = [run_episode(expert(env), env, t, execute_steps=1).success for t in training_trials(100, 7)]
     assert np.mean(outcomes) >= 0.95
-    world.close()
+    env.close()
 
 
-def test_hands_that_rest_move_nothing_and_succeed_at_nothing(world):
-    observation = world.reset(first(world, "in_distribution"))
-    name = world.trial.scene["target"]["name"]
-    before = world.scene.position(name)
+def test_hands_that_rest_move_nothing_and_succeed_at_nothing(env):
+    observation = env.reset(first(env, "in_distribution"))
+    name = env.trial.scene["target"]["name"]
+    before = env.scene.position(name)
     for _ in range(20):
-        step = world.step(observation.state)
-    np.testing.assert_allclose(world.scene.position(name), before, atol=1e-3)
+        step = env.step(observation.state)
+    np.testing.assert_allclose(env.scene.position(name), before, atol=1e-3)
     assert not step.success
     assert not any(step.progress.values())
 
 
-def test_taking_the_wrong_thing_is_no_progress(world):
-    trial = next(t for t in world.trials("semantic") if t.name.startswith("semantic/pick"))
-    world.reset(trial)
+def test_taking_the_wrong_thing_is_no_progress(env):
+    trial = next(t for t in env.trials("semantic") if t.name.startswith("semantic/pick"))
+    env.reset(trial)
     wrong = trial.scene["distractors"][0]["name"]
-    world.goal.target = wrong  # what the expert reads
-    acting = expert(world)
-    observation, goal = world.reset(trial), world.goal
+    env.goal.target = wrong  # what the expert reads
+    acting = expert(env)
+    observation, goal = env.reset(trial), env.goal
     goal_target = goal.target
     for _ in range(40):
         goal.target = wrong
         action = acting.act(observation).actions[0]
         goal.target = goal_target
-        step = world.step(action)
+        step = env.step(action)
         observation = step.observation
-    assert world.scene.within(wrong, goal.goal)
+    assert env.scene.within(wrong, goal.goal)
     assert not step.success
     assert step.progress == {"approached": False, "grasped": False, "placed": False}
 
 
-def test_holding_is_not_placing(world):
+def test_holding_is_not_placing(env):
     """Success needs an open hand: at no step of the expert's way does it come while the hand touches the thing."""
-    trial = first(world, "in_distribution")
-    observation = world.reset(trial)
-    acting, success = expert(world), False
+    trial = first(env, "in_distribution")
+    observation = env.reset(trial)
+    acting, success = expert(env), False
     for _ in range(60):
-        step = world.step(acting.act(observation).actions[0])
+        step = env.step(acting.act(observation).actions[0])
         observation = step.observation
         if step.success:
-            assert not world.scene.touched_by_hand(world.goal.target)
+            assert not env.scene.touched_by_hand(env.goal.target)
             success = True
             break
     assert success
 
 
-def test_mask_covers_the_acting_hand_and_its_object_only(world):
-    trial = next(t for t in world.trials("semantic") if t.name.startswith("semantic/pick"))
-    world.reset(trial)
-    mask = world.interaction_mask()
-    scene = world.scene
+def test_mask_covers_the_acting_hand_and_its_object_only(env):
+    trial = next(t for t in env.trials("semantic") if t.name.startswith("semantic/pick"))
+    env.reset(trial)
+    mask = env.interaction_mask()
+    scene = env.scene
     alone = {
-        name: world._renderer.mask(scene, scene.geoms_of(name))
+        name: env._renderer.mask(scene, scene.geoms_of(name))
         for name in (*scene.items, *scene.containers, "right_hand", "left_hand")
     }
     np.testing.assert_array_equal(mask, alone["right_hand"] | alone[trial.scene["target"]["name"]])
@@ -143,22 +143,22 @@ def test_mask_covers_the_acting_hand_and_its_object_only(world):
             assert not (mask & pixels).any(), name
 
 
-def test_steamer_mask_begins_with_the_left_hand_and_the_lid(world):
-    trial = first(world, "attribute")
-    observation = world.reset(trial)
-    acting = expert(world)
-    assert (world.goal.acting_hand, world.goal.acting_target) == ("left", "lid")
-    while not world.goal.progress["lid_set_aside"]:
-        observation = world.step(acting.act(observation).actions[0]).observation
-    assert (world.goal.acting_hand, world.goal.acting_target) == ("right", trial.scene["target"]["name"])
+def test_steamer_mask_begins_with_the_left_hand_and_the_lid(env):
+    trial = first(env, "attribute")
+    observation = env.reset(trial)
+    acting = expert(env)
+    assert (env.goal.acting_hand, env.goal.acting_target) == ("left", "lid")
+    while not env.goal.progress["lid_set_aside"]:
+        observation = env.step(acting.act(observation).actions[0]).observation
+    assert (env.goal.acting_hand, env.goal.acting_target) == ("right", trial.scene["target"]["name"])
 
 
-def test_bad_actions_and_orders_are_named(world):
-    world.reset(first(world, "instance"))
+def test_bad_actions_and_orders_are_named(env):
+    env.reset(first(env, "instance"))
     with pytest.raises(ValueError, match=r"action: expected \(10,\) finite numbers, got shape \(3,\)"):
-        world.step(np.zeros(3))
+        env.step(np.zeros(3))
     with pytest.raises(ValueError, match="finite"):
-        world.step(np.full(10, np.nan))
+        env.step(np.full(10, np.nan))
     with pytest.raises(ValueError, match=r"reset\(trial\) comes before"):
         _ = Tabletop().scene
     with pytest.raises(ValueError, match="unknown hands 'claw'; there are tabletop, tabletop_human"):
@@ -177,10 +177,10 @@ def test_gymnasium_checker(name):
 
 def test_gymnasium_episode_ends():
     env = gymnasium.make("agra/Tabletop-v0", frame_size=(32, 56)).unwrapped
-    trial = env.world.trials("in_distribution")[0]
+    trial = env.simulator.trials("in_distribution")[0]
     observation, info = env.reset(seed=3, options={"trial": trial})
     assert (info["trial"], observation["instruction"]) == (trial.name, trial.instruction)
-    acting, rewards = expert(env.world), []
+    acting, rewards = expert(env.simulator), []
     terminated = truncated = False
     while not (terminated or truncated):
         observation, reward, terminated, truncated, info = env.step(acting.act(env._last).actions[0])
@@ -190,7 +190,7 @@ def test_gymnasium_episode_ends():
     env.reset(options={"trial": trial})
     count, truncated = 0, False
     while not truncated:
-        *_, terminated, truncated, info = env.step(env.world.hands.rest)
+        *_, terminated, truncated, info = env.step(env.simulator.hands.rest)
         count += 1
     assert (count, terminated, info["success"]) == (MAX_STEPS[trial.task], False, False)
     with pytest.raises(ValueError, match="reset options: unknown"):
@@ -225,6 +225,6 @@ main(["evaluate", "expert", "--output", {str(tmp_path / "results.jsonl")!r}, "--
 
 
 def test_a_world_that_nobody_closed_leaves_quietly():
-    code = "from agra.simulators.registry import make\nw = make('tabletop')\nw.reset(w.trials('instance')[0])"
+    code = "from agra.simulators.registry import make\nenv = make('tabletop')\nenv.reset(env.trials('instance')[0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert (done.returncode, done.stderr) == (0, "")

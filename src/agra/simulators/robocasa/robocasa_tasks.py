@@ -1,10 +1,10 @@
-"""The tasks of the RoboCasa GR1 tabletop benchmark and its three suites of unseen things, as data.           facts 5, 6"""
+"""The tasks of the RoboCasa GR1 tabletop benchmark and its three suites of unseen objects and pairs, as data."""
 
 from agra.types import Trial
 
 ROBOT = "GR1ArmsAndWaistFourierHands"
 EPISODES = 50
-"""Of each task."""
+"""Episodes of each task."""
 
 _PAIRS = {
     "Cuttingboard": ("Basket", "Cardboardbox", "Pan", "Pot", "Tieredbasket"),
@@ -12,7 +12,7 @@ _PAIRS = {
     "Plate": ("Bowl", "Cardboardbox", "Pan", "Plate"),
     "Tray": ("Cardboardbox", "Plate", "Pot", "Tieredbasket", "Tieredshelf"),
 }
-"""From where to where, in training."""
+"""Source -> targets in training."""
 _NOVEL_PAIRS = {
     "Cuttingboard": ("Bowl", "Plate", "Tieredshelf"),
     "Tray": ("Basket", "Pan", "Bowl"),
@@ -40,18 +40,18 @@ TASKS = {
     "unseen_object_types": _named("PretrainPnPBaseFrom{}To{}SplitA", dict.fromkeys(_PAIRS, _TYPE_TARGETS)),
     "unseen_combinations": _named("PretrainPnPNovelFrom{}To{}SplitA", _NOVEL_PAIRS),
 }
-"""Regime -> task classes: 24 of the benchmark, and 18, 32 and 14 of DIAL's suites, which the paper's Table 2 uses."""
+"""Regime -> task classes: the benchmark's 24, and the 18, 32 and 14 of DIAL's suites (the paper's Table 2)."""
 
 
 def environment_id(task: str) -> str:
-    """The name under which the package registers a task with the robot of the benchmark."""
+    """The package's id of a task with the benchmark's robot."""
     return f"gr1_unified/{task}_{ROBOT}_Env"
 
 
 def trials(regime: str) -> tuple[Trial, ...]:
-    """50 seeded episodes of each task of a regime. The instruction is the world's: it names the object that is drawn."""
+    """50 seeded episodes of each task of a regime. The instruction comes from the environment: it names the sampled object."""
     if regime not in TASKS:
-        raise ValueError(f"unknown regime {regime!r}; there are {', '.join(TASKS)}")
+        raise ValueError(f"unknown regime {regime!r}; available: {', '.join(TASKS)}")
     return tuple(
         Trial(
             name=f"{regime}/{task}/{episode:02d}",

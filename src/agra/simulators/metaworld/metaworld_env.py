@@ -1,6 +1,6 @@
-"""`Metaworld`: the 50 tasks as an `agra.types.Simulator`, 80 control steps a second or several of them in a row."""
+"""`Metaworld`: the 50 tasks as an `agra.types.Simulator`, with rows of one or several 80 Hz control steps."""
 
-# MuJoCo's compiled module comes without type stubs, and the suite lives in its own environment.
+# MuJoCo's compiled module has no type stubs, and the suite has a Python environment of its own.
 # pyright: reportAttributeAccessIssue=false, reportMissingImports=false
 
 import copy
@@ -13,7 +13,7 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
-from agra.simulators.metaworld.tasks import INSTRUCTIONS, trials
+from agra.simulators.metaworld.metaworld_tasks import INSTRUCTIONS, trials
 from agra.types import NO_FRAME, ActionChunk, Embodiment, Observation, SimulatorFailed, Step, Trial
 
 EMBODIMENT = Embodiment(
@@ -30,19 +30,19 @@ CAMERA_AT = (0.75, 0.075, 0.7)
 
 
 class Metaworld:
-    """A Sawyer arm at a table, seen by the camera corner2 moved to (.75, .075, .7) and turned upright.
+    """A Sawyer arm at a table. The camera is corner2, moved to (.75, .075, .7) and turned upright.
 
-    State: position of the hand in metres, opening of the gripper in [0, 1]. Action: the hand's displacement in units of a
-    centimetre and the gripper's effort, each in [-1, 1] and clipped to it. The goal is visible in the world where the task
-    shows one, and never in the state. Every trial gets a world of its own, so nothing of the one before can leak into it.
+    State: position of the hand in metres, opening of the gripper in [0, 1]. Action: displacement of the hand in centimetres
+    and effort of the gripper, each clipped to [-1, 1]. The goal may be visible in the frame and is never in the state. Every
+    trial has a new environment, independent of earlier trials.
 
-    With a `control_stride` of N a row is N control steps: `step` takes their N actions side by side (`stride_embodiment`
-    names them) and shows the world after the last. Success is checked after every control step. The first success ends
-    the row: its remaining actions are not executed, and the observation is that of the success. `fps` and `max_steps`
-    count rows. Trials, physics and limits are those of the suite, so `name` stays the same.
+    With a `control_stride` of N, a row is N control steps: `step` takes their N actions side by side, named by
+    `stride_embodiment`, and returns the observation after the last. Success is checked after every control step. The first
+    success ends the row: the remaining actions are not executed, and the observation is that of the success. `fps` and
+    `max_steps` count rows. Trials, physics and limits are those of the suite, so `name` stays the same.
 
-    `frame_size` is (height, width), `shadow_map` the side of the shadow map in texels, None for the suite's own of 4096.
-    Without `render` its frames are black, for policies that use no image.
+    `frame_size` is (height, width). `shadow_map` is the side of the shadow map in texels, None for the suite's 4096. Without
+    `render`, frames are black, for policies that use no image.
     """
 
     name = "metaworld"
@@ -71,43 +71,41 @@ class Metaworld:
             "frame_size": list(frame_size),
             "render": render,
             "goal_in_state": False,
-            # Absent where they are the suite's own, so that results from before these options stay comparable.
+            # Absent for the suite's own values: results written before these options stay comparable.
             **({} if control_stride == 1 else {"control_stride": control_stride}),
             **({} if shadow_map is None else {"shadow_map": shadow_map}),
         }
         self._renderer: mujoco.Renderer | None = None
-        self._world: Any = None
+        self._env: Any = None
 
     def reset(self, trial: Trial) -> Observation:
-        """Set up the trial's task under its seed. Raises ValueError for an unknown task."""
+        """Set up the trial's task with its seed. Raises ValueError for an unknown task."""
         if trial.task not in INSTRUCTIONS:
-            raise ValueError(
-                f"trial {trial.name!r}: unknown task {trial.task!r}; Meta-World has {', '.join(INSTRUCTIONS)}"
-            )
+            raise ValueError(f"trial {trial.name!r}: unknown task {trial.task!r}; available: {', '.join(INSTRUCTIONS)}")
         self.close()
         self.trial = trial
-        world = ALL_V3_ENVIRONMENTS[trial.task]()
-        # The expert needs the goal in the suite's own observation; of that the policy sees the first four numbers.
-        world._partially_observable = False
-        world.__dict__.pop("sawyer_observation_space", None)
-        world._set_task_called = True
-        world._freeze_rand_vec, world.seeded_rand_vec = False, True
-        world.seed(trial.scene["seed"])
-        world.model.camera(CAMERA).pos = CAMERA_AT
-        self.full_observation, _ = world.reset()
-        self._world = world
+        env = ALL_V3_ENVIRONMENTS[trial.task]()
+        # The expert needs the goal in the suite's observation. Policies receive its first four numbers.
+        env._partially_observable = False
+        env.__dict__.pop("sawyer_observation_space", None)
+        env._set_task_called = True
+        env._freeze_rand_vec, env.seeded_rand_vec = False, True
+        env.seed(trial.scene["seed"])
+        env.model.camera(CAMERA).pos = CAMERA_AT
+        self.full_observation, _ = env.reset()
+        self._env = env
         self.grasped = False
         return self._observe()
 
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
-        """Move the hand by each of the row's actions in turn, (4 * control_stride,), for an eightieth of a second."""
+        """Execute the actions of a row (4 * control_stride,) in turn, each for 1/80 s."""
         action = np.asarray(action, dtype=np.float32)
         expected = (len(self.embodiment.action_names),)
         if action.shape != expected or not np.isfinite(action).all():
             raise ValueError(f"action: expected {expected} finite numbers, got shape {action.shape}: {action}")
         success = False
         for part in np.clip(action, -1, 1).reshape(self.control_stride, -1):
-            self.full_observation, _, _, _, info = self.world.step(part)
+            self.full_observation, _, _, _, info = self.env.step(part)
             self.grasped = self.grasped or bool(info["grasp_success"])
             success = bool(info["success"])
             if success:
@@ -116,52 +114,52 @@ class Metaworld:
 
     @contextmanager
     def rehearsal(self) -> Iterator[Any]:
-        """Yield the running world to be stepped at will. Afterwards it is, to the last bit, as it was before."""
-        world = self.world
-        before = dict(vars(world))
-        world.data = copy.copy(world.data)
+        """Yield the running environment for trial steps. Its previous state is restored bit for bit afterwards."""
+        env = self.env
+        before = dict(vars(env))
+        env.data = copy.copy(env.data)
         try:
-            yield world
+            yield env
         finally:
-            vars(world).clear()
-            vars(world).update(before)
+            vars(env).clear()
+            vars(env).update(before)
 
     def interaction_mask(self) -> np.ndarray:
-        """(H, W) bool: the hand, and whatever else can move."""
-        model = self.world.model
+        """(H, W) bool: the hand and all movable objects."""
+        model = self.env.model
         robot, hand = model.body("base").id, model.body("hand").id
-        wanted = np.zeros(model.ngeom, bool)
+        selected = np.zeros(model.ngeom, bool)
         for geom in range(model.ngeom):
             body = model.geom_bodyid[geom]
             movable = model.body_weldid[body] != 0 and model.body_rootid[body] != robot
-            wanted[geom] = _below(model, body, hand) or (movable and model.body_mocapid[body] < 0)
-        renderer = self._drawing()
+            selected[geom] = _below(model, body, hand) or (movable and model.body_mocapid[body] < 0)
+        renderer = self._open_renderer()
         renderer.enable_segmentation_rendering()
-        renderer.update_scene(self.world.data, CAMERA)
+        renderer.update_scene(self.env.data, CAMERA)
         ids, kinds = np.moveaxis(renderer.render(), -1, 0)
         renderer.disable_segmentation_rendering()
-        found = (kinds == int(mujoco.mjtObj.mjOBJ_GEOM)) & wanted[np.maximum(ids, 0)]
-        return np.ascontiguousarray(found[::-1, ::-1])
+        mask = (kinds == int(mujoco.mjtObj.mjOBJ_GEOM)) & selected[np.maximum(ids, 0)]
+        return np.ascontiguousarray(mask[::-1, ::-1])
 
     def trials(self, regime: str) -> tuple[Trial, ...]:
         """50 episodes of each of the 50 tasks."""
         if regime not in self.regimes:
-            raise ValueError(f"unknown regime {regime!r}; there are {', '.join(self.regimes)}")
+            raise ValueError(f"unknown regime {regime!r}; available: {', '.join(self.regimes)}")
         return trials()
 
     def close(self) -> None:
-        """Free the renderer and the world."""
+        """Free the renderer and the environment."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-        self._world = None
+        self._env = None
 
     @property
-    def world(self) -> Any:
-        """The suite's own environment: privileged, for experts and tests."""
-        if self._world is None:
-            raise ValueError("Metaworld: reset(trial) comes before anything else")
-        return self._world
+    def env(self) -> Any:
+        """The suite's environment: privileged, for experts and tests."""
+        if self._env is None:
+            raise ValueError("Metaworld: call reset(trial) first")
+        return self._env
 
     def _observe(self, render: bool = True) -> Observation:
         return Observation(
@@ -174,42 +172,42 @@ class Metaworld:
     def _frame(self) -> np.ndarray:
         if not self.render:
             return np.zeros((*self.frame_size, 3), np.uint8)
-        renderer = self._drawing()
-        renderer.update_scene(self.world.data, CAMERA)
+        renderer = self._open_renderer()
+        renderer.update_scene(self.env.data, CAMERA)
         return np.ascontiguousarray(renderer.render()[::-1, ::-1])
 
-    def _drawing(self) -> mujoco.Renderer:
+    def _open_renderer(self) -> mujoco.Renderer:
         if self._renderer is None:
             if self.shadow_map is not None:
-                self.world.model.vis.quality.shadowsize = self.shadow_map
+                self.env.model.vis.quality.shadowsize = self.shadow_map
             try:
-                self._renderer = mujoco.Renderer(self.world.model, *self.frame_size)
+                self._renderer = mujoco.Renderer(self.env.model, *self.frame_size)
             except mujoco.FatalError as error:
-                raise SimulatorFailed(f"no picture can be drawn: {error}") from error
+                raise SimulatorFailed(f"the frame cannot be rendered: {error}") from error
         return self._renderer
 
 
-class ScriptedExpert:
-    """The suite's own expert of the running task; sees the goal and all objects.
+class MetaworldExpert:
+    """The suite's scripted expert of the running task. It knows the goal and all objects.
 
-    It acts at every control step. For a row of several it rehearses the row: each further action answers the observation
-    that the actions before it lead to.
+    It acts at every control step. For a row of several steps it rehearses the row: each further action responds to the
+    observation after the actions before it.
     """
 
     def __init__(self, simulator: Metaworld) -> None:
         self.simulator = simulator
 
     def reset(self, seed: int) -> None:
-        """Take the expert of the task that was set up."""
+        """Select the expert of the running task."""
         self._expert = ENV_POLICY_MAP[self.simulator.trial.task]()
 
     def act(self, observation: Observation) -> ActionChunk:
         """One row of actions."""
         actions = [self._action(self.simulator.full_observation)]
         if self.simulator.control_stride > 1:
-            with self.simulator.rehearsal() as world:
+            with self.simulator.rehearsal() as env:
                 while len(actions) < self.simulator.control_stride:
-                    full_observation, *_ = world.step(actions[-1])
+                    full_observation, *_ = env.step(actions[-1])
                     actions.append(self._action(full_observation))
         return ActionChunk(actions=np.concatenate(actions)[None])
 
@@ -218,7 +216,7 @@ class ScriptedExpert:
 
 
 def stride_embodiment(control_stride: int) -> Embodiment:
-    """The arm with rows of `control_stride` actions side by side: hand_dx_step0, ..., gripper_effort_step0, hand_dx_step1 ..."""
+    """The arm with `control_stride` actions per row, named hand_dx_step0, ..., gripper_effort_step0, hand_dx_step1 ..."""
     if control_stride == 1:
         return EMBODIMENT
     return Embodiment(

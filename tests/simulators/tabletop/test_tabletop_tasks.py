@@ -10,7 +10,7 @@ from agra.simulators.tabletop.colours import DEFAULT_TABLECLOTH
 from agra.simulators.tabletop.furniture import NOVEL_PLATES
 from agra.simulators.tabletop.objects import NOVEL, SEEN
 from agra.simulators.tabletop.steamer import NOVEL_BUNS, TRAINING_BUNS
-from agra.simulators.tabletop.tasks import training_trials, trials
+from agra.simulators.tabletop.tabletop_tasks import training_trials, trials
 from agra.types import REGIMES
 
 SEEN_NAMES, NOVEL_NAMES = {item.name for item in SEEN}, {item.name for item in NOVEL}

@@ -9,8 +9,8 @@ from agra.simulators.tabletop.goals import GOALS, PickAndPlace
 from agra.simulators.tabletop.hands import HAND_MODELS
 from agra.simulators.tabletop.rendering import Renderer
 from agra.simulators.tabletop.scene import Scene
-from agra.simulators.tabletop.tasks import OPEN_STEAMER, PICK_AND_PLACE
-from agra.simulators.tabletop.tasks import trials as regime_trials
+from agra.simulators.tabletop.tabletop_tasks import OPEN_STEAMER, PICK_AND_PLACE
+from agra.simulators.tabletop.tabletop_tasks import trials as regime_trials
 from agra.types import NO_FRAME, REGIMES, Observation, Step, Trial
 
 MAX_STEPS = {PICK_AND_PLACE: 60, OPEN_STEAMER: 100}

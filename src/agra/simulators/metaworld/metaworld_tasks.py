@@ -1,7 +1,7 @@
-"""The 50 tasks and their trials, as data: no library of the suite is needed to list them.                  fact 8
+"""The 50 tasks of Meta-World and their trials, as data. Imports no library of the suite.
 
-The instructions are those of the public data set lerobot/metaworld_mt50, so that a policy trained on it hears in
-evaluation what it heard in training.
+The instructions are those of the public dataset lerobot/metaworld_mt50, so that policies trained on it receive the same
+instructions in evaluation.
 """
 
 from collections.abc import Sequence
@@ -60,19 +60,19 @@ INSTRUCTIONS = {
     "window-close-v3": "Push and close a window",
     "window-open-v3": "Push and open a window",
 }
-"""Every task of MT50 and what the policy is told."""
+"""Tasks of MT50 and their instructions."""
 
 EPISODES = 50
-"""Of each task in the full list, as Meta-World draws 50 goals a task."""
+"""Episodes of each task in the full list. Meta-World samples 50 goals per task."""
 
 
 def trials() -> tuple[Trial, ...]:
-    """The evaluation list: task after task, episode i of every task under seed i."""
+    """The evaluation list: task after task, episode i of every task with seed i."""
     return tuple(_trial("test", task, episode) for task in INSTRUCTIONS for episode in range(EPISODES))
 
 
 def training_trials(count: int, seed: int) -> Sequence[Trial]:
-    """Scenes for demonstrations, all tasks in turn, under seeds that no evaluation uses."""
+    """Scenes for demonstrations, all tasks in turn, with seeds that no evaluation uses."""
     tasks = list(INSTRUCTIONS)
     first = 1_000_000 * (seed + 1)
     return [_trial("train", tasks[i % len(tasks)], first + i // len(tasks)) for i in range(count)]

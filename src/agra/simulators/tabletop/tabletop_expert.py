@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agra.simulators.tabletop.environment import Tabletop
 from agra.simulators.tabletop.goals import LIFTED, PickAndPlace, lid_aside
 from agra.simulators.tabletop.scene import Scene
 from agra.simulators.tabletop.steamer import LID, LID_KNOB, STEAMER
-from agra.simulators.tabletop.tasks import OPEN_STEAMER
+from agra.simulators.tabletop.tabletop_env import Tabletop
+from agra.simulators.tabletop.tabletop_tasks import OPEN_STEAMER
 from agra.types import ActionChunk, Observation
 
 SPEED = 0.045
@@ -28,7 +28,7 @@ class Grasp:
     width: float
 
 
-class ScriptedExpert:
+class TabletopExpert:
     """An `agra.types.Policy` that answers one action at a time. It has no memory: every action follows from the physics."""
 
     def __init__(self, simulator: Tabletop) -> None:
