@@ -9,9 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from agra import files
-from agra.data.config import EGO_VIEW
 from agra.data.lerobot.json_parquet import read_json, write_json
-from agra.data.lerobot.writer import EncodedEpisode, EncodedVideo
+from agra.data.lerobot.writer import EGO_VIEW, EncodedEpisode, EncodedVideo
 
 MANIFEST = "collection.json"
 

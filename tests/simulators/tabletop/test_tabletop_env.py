@@ -159,9 +159,9 @@ def test_bad_actions_and_orders_are_named(env):
         env.step(np.zeros(3))
     with pytest.raises(ValueError, match="finite"):
         env.step(np.full(10, np.nan))
-    with pytest.raises(ValueError, match=r"reset\(trial\) comes before"):
+    with pytest.raises(ValueError, match=r"call reset\(trial\) first"):
         _ = Tabletop().scene
-    with pytest.raises(ValueError, match="unknown hands 'claw'; there are tabletop, tabletop_human"):
+    with pytest.raises(ValueError, match="unknown hands 'claw'; available: tabletop, tabletop_human"):
         Tabletop(hands="claw")
 
 

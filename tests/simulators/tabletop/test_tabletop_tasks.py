@@ -6,10 +6,10 @@ from itertools import product
 
 import pytest
 
-from agra.simulators.tabletop.colours import DEFAULT_TABLECLOTH
-from agra.simulators.tabletop.furniture import NOVEL_PLATES
-from agra.simulators.tabletop.objects import NOVEL, SEEN
-from agra.simulators.tabletop.steamer import NOVEL_BUNS, TRAINING_BUNS
+from agra.simulators.tabletop.models.colours import DEFAULT_TABLECLOTH
+from agra.simulators.tabletop.models.furniture import NOVEL_PLATES
+from agra.simulators.tabletop.models.items import NOVEL, SEEN
+from agra.simulators.tabletop.models.steamer import NOVEL_BUNS, TRAINING_BUNS
 from agra.simulators.tabletop.tabletop_tasks import training_trials, trials
 from agra.types import REGIMES
 
@@ -91,7 +91,7 @@ def test_trials_are_plain_data():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="unknown regime 'novel'; there are in_distribution"):
+    with pytest.raises(ValueError, match="unknown regime 'novel'; available: in_distribution"):
         trials("novel")
     with pytest.raises(ValueError, match="steamer_fraction"):
         training_trials(1, 0, steamer_fraction=2.0)

@@ -1,6 +1,6 @@
-"""The embedded world: a table, two floating hands, things to move; physics and rendering by MuJoCo.
+"""The bundled simulator: a table, two floating hands and objects to move, with MuJoCo's physics and rendering.
 
-Importing it loads MuJoCo and, on Linux, asks for EGL rendering unless the variable MUJOCO_GL says otherwise.
+The import loads MuJoCo. On Linux it sets MUJOCO_GL to egl unless it is set.
 """
 
 import os
@@ -13,7 +13,7 @@ GL_HELP = (
 
 
 def gl_error(error: Exception) -> ImportError:
-    """The one line that a missing or broken OpenGL library is reported with."""
+    """The error for a missing or broken OpenGL library, in one line."""
     reason = str(error).partition("\n")[0]
     return ImportError(f"{GL_HELP.format(backend=os.environ.get('MUJOCO_GL', ''))} [{type(error).__name__}: {reason}]")
 
@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "mujoco":
         raise gl_error(error) from error
-    raise ImportError("the tabletop world needs MuJoCo: pip install 'agra[tabletop]'") from error
+    raise ImportError("the tabletop needs MuJoCo: pip install 'agra[tabletop]'") from error
 except (ImportError, AttributeError, RuntimeError) as error:
-    # The OpenGL bindings are loaded with mujoco: a missing library shows up as an attribute of None there.
+    # mujoco loads the OpenGL bindings: a missing library shows up there as an attribute of None.
     raise gl_error(error) from error

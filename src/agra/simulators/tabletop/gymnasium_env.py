@@ -1,6 +1,6 @@
-"""The tabletop as a Gymnasium environment, for other people's algorithms: `gymnasium.make("agra/Tabletop-v0")`.
+"""The tabletop as a Gymnasium environment: `gymnasium.make("agra/Tabletop-v0")`.
 
-Needs this module imported: `import agra.simulators.tabletop.gymnasium_env`.
+The import of this module registers it: `import agra.simulators.tabletop.gymnasium_env`.
 """
 
 from typing import Any
@@ -18,12 +18,12 @@ _TRIALS = 1_000_000
 
 
 class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
-    """Observation: `frame` (H, W, 3) uint8, `state` (D,) float32 and `instruction`; action (D,) float32 targets.
+    """Observation: `frame` (H, W, 3) uint8, `state` (D,) float32 and `instruction`. Action: targets (D,) float32.
 
-    Metres and radians, as in `Tabletop.embodiment`. The reward is 1 at the step that succeeds and ends the episode, else
-    0; an episode without success is truncated at its task's step limit. `info` holds `success`, the partial scores of
-    `progress`, and the trial's name. `reset(seed=...)` draws a training scene; `reset(options={"trial": trial})` plays
-    the given one. A `render_mode` of "rgb_array" renders the same frame.
+    Metres and radians, as in `Tabletop.embodiment`. The reward is 1 at the successful step, which ends the episode, else 0.
+    An episode without success is truncated at its task's step limit. `info` holds `success`, the partial scores of
+    `progress`, and the trial's name. `reset(seed=...)` samples a training scene, `reset(options={"trial": trial})` plays a
+    given trial. The `render_mode` "rgb_array" renders the same frame.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": Tabletop.fps}  # noqa: RUF012 (Gymnasium's own convention)
@@ -46,7 +46,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.observation_space = spaces.Dict(
             {
                 "frame": spaces.Box(0, 255, (*frame_size, 3), np.uint8),
-                # Unbounded, as in Gymnasium's own MuJoCo environments: a knock carries a hand past its targets' limits.
+                # Unbounded, as in Gymnasium's MuJoCo environments: a collision can push a hand past the limits of targets.
                 "state": spaces.Box(-np.inf, np.inf, low.shape, np.float32),
                 "instruction": spaces.Text(min_length=1, max_length=128, charset=_CHARACTERS),
             }
@@ -57,20 +57,20 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode: of the trial in `options`, else of a training scene drawn from `seed`."""
+        """Start an episode of the trial in `options`, or of a training scene sampled from `seed`."""
         super().reset(seed=seed)
         unknown = set(options or {}) - {"trial"}
         if unknown:
-            raise ValueError(f"reset options: unknown {sorted(unknown)}; there is 'trial'")
-        trial: Trial = (options or {}).get("trial") or self._draw()
+            raise ValueError(f"reset options: unknown {sorted(unknown)}; expected 'trial'")
+        trial: Trial = (options or {}).get("trial") or self._sample_trial()
         self._trial, self._steps = trial, 0
         self._last = self.simulator.reset(trial)
         return self._observation(self._last), self._info(False, self.simulator.goal.progress)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """One control step of a tenth of a second."""
+        """One control step of 0.1 s."""
         if self._trial is None:
-            raise ValueError("TabletopEnv: reset comes before step")
+            raise ValueError("TabletopEnv: call reset before step")
         step = self.simulator.step(action)
         self._steps += 1
         self._last = step.observation
@@ -79,26 +79,26 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         return self._observation(step.observation), float(step.success), step.success, truncated, info
 
     def render(self) -> np.ndarray | None:  # type: ignore[override]
-        """The last frame, where `render_mode` is "rgb_array"."""
+        """The last frame if `render_mode` is "rgb_array", else None."""
         return self._last.frame if self.render_mode == "rgb_array" else None
 
     def close(self) -> None:
         """Free the renderer."""
         self.simulator.close()
 
-    def _draw(self) -> Trial:
+    def _sample_trial(self) -> Trial:
         seed = int(self.np_random.integers(_TRIALS))
         name = self.simulator.embodiment.name
         return training_trials(1, seed, steamer_fraction=self.steamer_fraction, simulator=name)[0]
 
-    def _observation(self, seen: Observation) -> dict[str, Any]:
-        return {"frame": seen.frame, "state": seen.state, "instruction": seen.instruction}
+    def _observation(self, observation: Observation) -> dict[str, Any]:
+        return {"frame": observation.frame, "state": observation.state, "instruction": observation.instruction}
 
     def _info(self, success: bool, progress: Any) -> dict[str, Any]:
         assert self._trial is not None
         return {"success": success, "progress": dict(progress), "trial": self._trial.name}
 
 
-_HERE = f"{__name__}:{TabletopEnv.__name__}"
-gymnasium.register("agra/Tabletop-v0", entry_point=_HERE)
-gymnasium.register("agra/TabletopHuman-v0", entry_point=_HERE, kwargs={"hands": "tabletop_human"})
+_ENTRY_POINT = f"{__name__}:{TabletopEnv.__name__}"
+gymnasium.register("agra/Tabletop-v0", entry_point=_ENTRY_POINT)
+gymnasium.register("agra/TabletopHuman-v0", entry_point=_ENTRY_POINT, kwargs={"hands": "tabletop_human"})

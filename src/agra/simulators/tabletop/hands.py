@@ -1,9 +1,9 @@
-"""The two embodiments: floating hands, position-controlled in x, y, z, yaw and fingers, that hold by friction only.
+"""The two embodiments: floating hands, position-controlled in x, y, z, yaw and fingers. They hold by friction alone.
 
-A hand's origin lies between its finger tips, at their height; fingers close along its local x axis.
+The origin of a hand is between its finger tips. Fingers close along its local x axis.
 """
 
-# MuJoCo's compiled module comes without type stubs.
+# MuJoCo's compiled module has no type stubs.
 # pyright: reportAttributeAccessIssue=false
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from functools import cached_property
 import mujoco
 import numpy as np
 
-from agra.simulators.tabletop.parts import Colour, Part, ball, blob, block, disc, rod
+from agra.simulators.tabletop.models.parts import Colour, Part, ball, blob, block, disc, rod
 from agra.types import Embodiment
 
 SIDES = ("left", "right")
@@ -20,12 +20,12 @@ ARM_JOINTS = ("x", "y", "z", "yaw")
 LOW = {"x": -0.26, "y": -0.15, "z": 0.006, "yaw": -1.75}
 HIGH = {"x": 0.26, "y": 0.19, "z": 0.24, "yaw": 1.75}
 REST = {"left": (-0.170, -0.135, 0.045, 0.0), "right": (0.170, -0.135, 0.045, 0.0)}
-"""x, y, z in metres and yaw in radians: the workspace, and where episodes begin."""
+"""x, y, z in metres and yaw in radians: limits of the workspace, and the initial pose."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finger:
-    """A finger that slides along `sign` times local x; `grip` names the action that moves it, by `share` of its value."""
+    """A finger that slides along `sign` times local x, by the fraction `share` of the value of the action `grip`."""
 
     name: str
     grip: str
@@ -36,22 +36,22 @@ class Finger:
 
 @dataclass(frozen=True, kw_only=True)
 class HandModel:
-    """A kind of hand. `fingers` and `palm` are those of the right hand; the left one is its mirror image."""
+    """A kind of hand. `fingers` and `palm` are those of the right hand. The left hand is its mirror image."""
 
     name: str
-    grips: dict[str, float]  # action -> widest opening in metres; every one closes to 0
+    grips: dict[str, float]  # action -> widest opening in metres, closed at 0
     palm: tuple[Part, ...]
     fingers: tuple[Finger, ...]
-    tints: dict[str, Colour]  # the colour of each side's distinguishing parts
+    tints: dict[str, Colour]  # side -> colour of its marked parts
 
     @cached_property
     def dimensions(self) -> tuple[str, ...]:
-        """Names of the state, and of the action, which is the target of the same quantities."""
+        """Names of the state dimensions. Actions are targets of the same quantities."""
         return tuple(f"{side}_{joint}" for side in SIDES for joint in (*ARM_JOINTS, *self.grips))
 
     @cached_property
     def embodiment(self) -> Embodiment:
-        """What the rest of the package knows of this hand."""
+        """The hand as an `agra.types.Embodiment`."""
         return Embodiment(name=self.name, state_names=self.dimensions, action_names=self.dimensions)
 
     @cached_property
@@ -63,11 +63,11 @@ class HandModel:
 
     @cached_property
     def rest(self) -> np.ndarray:
-        """The action that keeps both hands where episodes begin, (D,) float32."""
+        """The action that keeps both hands in their initial pose, (D,) float32."""
         return np.array([v for side in SIDES for v in (*REST[side], *self.grips.values())], np.float32)
 
     def grip(self, opening: float) -> tuple[float, ...]:
-        """The grip actions that put the fingers `opening` metres apart, around the hand's middle."""
+        """The grip actions that open the fingers to `opening` metres, around the hand's origin."""
         share = min(max(opening, 0.0) / self.widest, 1.0)
         return tuple(share * widest for widest in self.grips.values())
 
@@ -77,7 +77,7 @@ class HandModel:
         return sum(self.grips.values())
 
     def dims(self, side: str) -> slice:
-        """Where a side's values are in state and action."""
+        """A side's dimensions in state and action."""
         width = len(ARM_JOINTS) + len(self.grips)
         return slice(0, width) if side == "left" else slice(width, 2 * width)
 
@@ -110,7 +110,7 @@ GRIPPER = HandModel(
 
 _SKIN, _KNUCKLE, _NAIL = (0.91, 0.68, 0.54), (0.85, 0.60, 0.46), (0.97, 0.83, 0.76)
 _MARK = (1.0, 0.0, 1.0)
-"""Stands for a side's tint."""
+"""Placeholder of a side's tint."""
 
 
 def _digit(sign: int, y: float, radius: float) -> tuple[Part, ...]:
@@ -140,14 +140,14 @@ HUMAN_HAND = HandModel(
 )
 HAND_MODELS = {model.name: model for model in (GRIPPER, HUMAN_HAND)}
 STIFF = (0.008, 1.0)
-"""MuJoCo's solref, seconds and damping ratio: at its default, light things would give way to fingers by centimetres."""
+"""MuJoCo's solref, seconds and damping ratio. At its default, fingers would sink centimetres into light items."""
 FRICTION = {"finger": (1.6, 0.02, 0.0005), "item": (1.0, 0.005, 0.0003)}
 
 
 def add_part(
     body: "mujoco.MjsBody", part: Part, *, density: float, friction: str, mirror: int = 1, tint: Colour | None = None
 ) -> None:
-    """Add one primitive to a body; `mirror` -1 reflects it in x."""
+    """Add a primitive to a body. `mirror` -1 reflects it in x."""
     flip = np.array([mirror, 1, 1])
     rotation = part.rotation if mirror == 1 else np.diag(flip) @ part.rotation @ np.diag(flip)
     quat = np.empty(4)
@@ -170,7 +170,7 @@ def add_part(
 
 
 def add_hand(spec: "mujoco.MjSpec", model: HandModel, side: str) -> None:
-    """Add a hand with its joints and actuators; joint and actuator names are those of the state, or of the fingers."""
+    """Add a hand with its joints and actuators, named like the state dimensions or the fingers."""
     mirror = 1 if side == "right" else -1
     palm = spec.worldbody.add_body(name=f"{side}_hand", gravcomp=1)
     axes = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1))
@@ -201,7 +201,7 @@ def add_hand(spec: "mujoco.MjSpec", model: HandModel, side: str) -> None:
 
 
 def _servo(spec: "mujoco.MjSpec", joint: str, stiffness: float, damping: float, force: float) -> None:
-    """A position actuator: force = stiffness (target - position) - damping velocity, bounded."""
+    """A position actuator: force = stiffness (target - position) - damping velocity, limited to `force`."""
     gain, bias = np.zeros(10), np.zeros(10)
     gain[0], bias[1], bias[2] = stiffness, -stiffness, -damping
     spec.add_actuator(

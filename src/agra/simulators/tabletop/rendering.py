@@ -1,6 +1,6 @@
-"""Colour frames and per-pixel geom ids of a scene's fixed camera, all scenes through one OpenGL context."""
+"""Frames and masks of a scene's fixed camera. One OpenGL context serves all scenes."""
 
-# MuJoCo's compiled module comes without type stubs.
+# MuJoCo's compiled module has no type stubs.
 # pyright: reportAttributeAccessIssue=false
 
 import atexit
@@ -18,7 +18,7 @@ SHADOW = np.array([0.0, 0.0, 0.05, 0.38], np.float32)
 
 
 class Renderer:
-    """Renders scenes that share their textures and materials. Raises ImportError where OpenGL does not work."""
+    """Renders scenes that share their textures and materials. Raises ImportError if OpenGL does not work."""
 
     def __init__(self, scene: Scene, frame_size: tuple[int, int]) -> None:
         height, width = frame_size
@@ -30,7 +30,7 @@ class Renderer:
         except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
             raise gl_error(error) from error
         self._free = weakref.finalize(self, _free, self._context, self._gl)
-        # Exit handlers run last come, first served: this one before that of the OpenGL library.
+        # Exit handlers run in reverse order: this one before the OpenGL library's.
         self._free.atexit = False
         atexit.register(self._free)
         self._view = mujoco.MjvScene(scene.model, MAX_GEOMS)
@@ -47,8 +47,8 @@ class Renderer:
         self._add_shadows(scene)
         return self._render()
 
-    def mask(self, scene: Scene, wanted: np.ndarray) -> np.ndarray:
-        """(H, W) bool: pixels of the geoms for which `wanted` (ngeom,) is true."""
+    def mask(self, scene: Scene, geoms: np.ndarray) -> np.ndarray:
+        """(H, W) bool: pixels of the geoms selected by `geoms` (ngeom,) bool."""
         self._update(scene)
         flags = self._view.flags
         flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = True
@@ -58,15 +58,15 @@ class Renderer:
         geom_kind = int(mujoco.mjtObj.mjOBJ_GEOM)
         for geom in self._view.geoms[: self._view.ngeom]:
             if geom.objtype == geom_kind and geom.segid >= 0:
-                chosen[geom.segid + 1] = wanted[geom.objid]
+                chosen[geom.segid + 1] = geoms[geom.objid]
         return chosen[pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]]
 
     def close(self) -> None:
-        """Free the OpenGL context; may be called again."""
+        """Free the OpenGL context. Repeated calls do nothing."""
         self._free()
 
     def _add_shadows(self, scene: Scene) -> None:
-        """A dark disc on the table under every loose thing and hand: the depth cue of a shadow map at none of its cost."""
+        """A dark disc on the table under every item and hand: the depth cue of a shadow map without its cost."""
         camera = self._view.camera[0]
         eye, forward = np.array(camera.pos, np.float64), np.array(camera.forward, np.float64)
         for at, size in scene.shadows():
@@ -75,7 +75,7 @@ class Renderer:
                 geom, mujoco.mjtGeom.mjGEOM_ELLIPSOID, [*size, 0.0004], [*at, 0.0], np.eye(3).flatten(), SHADOW
             )
             geom.category = mujoco.mjtCatBit.mjCAT_DECOR
-            # What initGeom leaves as the slot's last user had it; discs are blended from far to near by camdist.
+            # initGeom leaves these as the slot's last user set them. Discs are blended from far to near by camdist.
             geom.camdist = float(np.dot([*at, 0.0] - eye, forward))
             geom.modelrbound, geom.segid, geom.transparent = 0.0, -1, 1
             geom.objtype, geom.objid = int(mujoco.mjtObj.mjOBJ_UNKNOWN), -1

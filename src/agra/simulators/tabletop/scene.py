@@ -1,9 +1,9 @@
-"""A trial's scene as physics: compiled from the scene's description, stepped, and asked where things are.
+"""The physics of a trial's scene: compiled from its description, stepped, and queried for poses and contacts.
 
-Every scene is compiled anew and holds only what is in it, so that nothing of an earlier episode can show up in it.
+Every scene is compiled anew with its own objects alone, so that no trace of an earlier episode remains.
 """
 
-# MuJoCo's compiled module comes without type stubs.
+# MuJoCo's compiled module has no type stubs.
 # pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ from typing import Any
 import mujoco
 import numpy as np
 
-from agra.simulators.tabletop.catalogue import FURNITURE, ITEMS
-from agra.simulators.tabletop.colours import TABLECLOTHS
 from agra.simulators.tabletop.hands import SIDES, HandModel, add_hand, add_part
-from agra.simulators.tabletop.parts import Container, Item
-from agra.simulators.tabletop.steamer import LID, STEAMER
+from agra.simulators.tabletop.models.catalogue import FURNITURE, ITEMS
+from agra.simulators.tabletop.models.colours import TABLECLOTHS
+from agra.simulators.tabletop.models.parts import Container, Item
+from agra.simulators.tabletop.models.steamer import LID, STEAMER
 
 TIMESTEP = 0.004
 SUBSTEPS = 25
-"""Physics steps a control step: 10 Hz."""
+"""Physics steps per control step, for 10 Hz."""
 SHADOW_OFFSET = np.array([0.004, 0.006])
-"""Metres by which shade lies aside: the light comes from the front left."""
+"""Offset of the shadows, metres: the light comes from the front left."""
 SETTLE_STEPS = 60
-"""Physics steps before an episode begins, in which things come to rest."""
+"""Physics steps before an episode, in which items come to rest."""
 
 
 class Scene:
@@ -59,26 +59,26 @@ class Scene:
         mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
         mujoco.mj_forward(self.model, self.data)
 
-    # --- looking ---------------------------------------------------------------------------------
+    # --- observing -------------------------------------------------------------------------------
 
     def state(self) -> np.ndarray:
         """Position, yaw and finger openings of both hands, (D,) float32."""
         return (self._state_of_joints @ self.data.qpos[self._hand_qpos]).astype(np.float32)
 
     def position(self, name: str) -> np.ndarray:
-        """A thing's origin, (3,)."""
+        """An object's origin, (3,)."""
         return self.data.body(name).xpos.copy()
 
     def rotation(self, name: str) -> np.ndarray:
-        """A thing's local axes as columns, (3, 3)."""
+        """An object's local axes as columns, (3, 3)."""
         return self.data.body(name).xmat.reshape(3, 3).copy()
 
     def speed(self, name: str) -> float:
-        """Of a thing's origin, m/s."""
+        """Speed of an item's origin, m/s."""
         return float(np.linalg.norm(self.data.joint(name).qvel[:3]))
 
     def bottom(self, name: str) -> float:
-        """Height of the lowest solid point of a loose thing, from its parts' bounds."""
+        """Height of the lowest solid point of an item, from its parts' bounds."""
         rotation, position = self.rotation(name), self.position(name)
         return min(
             float(position[2] + rotation[2] @ np.array(p.at) - _drop(p, rotation))
@@ -87,7 +87,7 @@ class Scene:
         )
 
     def top(self, name: str) -> float:
-        """Height of the highest solid point."""
+        """Height of the highest solid point of an item."""
         rotation, position = self.rotation(name), self.position(name)
         return max(
             float(position[2] + rotation[2] @ np.array(p.at) + _drop(p, rotation))
@@ -96,33 +96,35 @@ class Scene:
         )
 
     def touching(self, name: str) -> frozenset[str]:
-        """Bodies in contact with a thing; the table is `world`."""
+        """Bodies in contact with an item. The table is `world`."""
         contact = self.data.contact
         if not len(contact.dist):
             return frozenset()
         bodies = self.model.geom_bodyid[contact.geom[contact.dist <= 0]]
-        me = self.model.body(name).id
-        others = np.concatenate([bodies[bodies[:, 0] == me, 1], bodies[bodies[:, 1] == me, 0]])
+        body = self.model.body(name).id
+        others = np.concatenate([bodies[bodies[:, 0] == body, 1], bodies[bodies[:, 1] == body, 0]])
         return frozenset(self.model.body(int(other)).name for other in np.unique(others))
 
     def touched_by_hand(self, name: str, side: str | None = None) -> bool:
-        """Whether a hand, or that of one side, touches a thing."""
+        """Whether a hand (of `side`, if given) touches an item."""
         sides = SIDES if side is None else (side,)
         return any(body.startswith(f"{s}_") for body in self.touching(name) for s in sides)
 
     def held(self, name: str, side: str) -> bool:
-        """Whether a thing touches fingers of both signs of one hand."""
+        """Whether opposing fingers of a hand touch an item."""
         touching = self.touching(name)
         return {f.sign for f in self.hands.fingers if f"{side}_{f.name}" in touching} == {-1, 1}
 
     def within(self, name: str, container: str) -> bool:
-        """Whether a thing's origin is above a container's inside."""
-        spec = self.containers[container]
-        offset = (self.rotation(container).T @ (self.position(name) - self.position(container)))[:2] / spec.inside
-        return bool(np.linalg.norm(offset) <= 1) if spec.round else bool(np.abs(offset).max() <= 1)
+        """Whether an item's origin is above a container's inside."""
+        description = self.containers[container]
+        offset = (self.rotation(container).T @ (self.position(name) - self.position(container)))[
+            :2
+        ] / description.inside
+        return bool(np.linalg.norm(offset) <= 1) if description.round else bool(np.abs(offset).max() <= 1)
 
     def shadows(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Where discs of shade belong: centres (x, y) and half sizes (x, y)."""
+        """Discs of shadow: centres (x, y) and half sizes (x, y)."""
         discs = []
         for name, item in self.items.items():
             low, high = item.bounds
@@ -135,14 +137,14 @@ class Scene:
         return discs
 
     def geoms_of(self, *bodies: str) -> np.ndarray:
-        """Whether each geom belongs to one of these bodies or to a finger of these hands, (ngeom,) bool."""
+        """(ngeom,) bool: geoms of these bodies, and of the fingers of these hands."""
         ids = [i for i in range(self.model.nbody) if self.model.body(i).name in bodies]
         return np.isin(self.model.geom_bodyid, ids) | np.isin(self.model.body_parentid[self.model.geom_bodyid], ids)
 
     # --- setting up ------------------------------------------------------------------------------
 
     def _index(self) -> None:
-        """Which joint a state dimension is, and which action an actuator follows."""
+        """Index the joint of every state dimension and the action of every actuator."""
         names = list(self.hands.dimensions)
         self._hand_qpos = np.array([self.model.jnt_qposadr[j] for j in self.model.actuator_trnid[:, 0]])
         self._action_of_actuator = np.zeros(self.model.nu, int)
@@ -157,7 +159,7 @@ class Scene:
         self._state_of_joints = followers / np.maximum((followers > 0).sum(1, keepdims=True), 1)
 
     def _place(self, description: Mapping[str, Any]) -> None:
-        """Put everything where the description says and let it come to rest."""
+        """Place all objects as described and let them come to rest."""
         for placed in description["containers"]:
             self._place_container(placed["name"], placed["position"], placed.get("yaw", 0.0))
         floor = 0.0
@@ -169,7 +171,7 @@ class Scene:
         self._place_item(**_pose(description["target"]), floor=floor)
         for placed in description["distractors"]:
             self._place_item(**_pose(placed), floor=0.0)
-        # Loose things stop turning by themselves: what felt, crumbs and air would do.
+        # Damping stops the rotation of items, as felt, crumbs and air would.
         for name in self.items:
             start = self.model.joint(name).dofadr[0]
             self.model.dof_damping[start + 3 : start + 6] = 3e-5
@@ -195,12 +197,12 @@ def _pose(placed: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(things: Mapping[str, Any], name: str) -> Any:
     if name not in things:
-        raise ValueError(f"scene: unknown thing {name!r}; there are {', '.join(things)}")
+        raise ValueError(f"scene: unknown object {name!r}; available: {', '.join(things)}")
     return things[name]
 
 
 def _drop(part: Any, rotation: np.ndarray) -> float:
-    """How far a part reaches above and below its own middle once its thing is turned."""
+    """Vertical half extent of a part of an object with this rotation."""
     turned = np.abs(rotation[2] @ part.rotation)
     if part.shape == "sphere":
         return part.size[0]

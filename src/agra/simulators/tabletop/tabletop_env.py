@@ -1,4 +1,4 @@
-"""`Tabletop`: the embedded world as an `agra.types.Simulator`, 10 control steps a second."""
+"""`Tabletop`: the bundled simulator as an `agra.types.Simulator`, 10 control steps a second."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +14,17 @@ from agra.simulators.tabletop.tabletop_tasks import trials as regime_trials
 from agra.types import NO_FRAME, REGIMES, Observation, Step, Trial
 
 MAX_STEPS = {PICK_AND_PLACE: 60, OPEN_STEAMER: 100}
-"""Control steps after which an episode of a task is over: about three times what the expert needs."""
+"""Control steps of an episode by task, about three times the expert's."""
 
 
 class Tabletop:
-    """Two hands at a table, seen by one camera. State and action: `embodiment` names their dimensions.
+    """Two hands at a table with one camera. `embodiment` names the dimensions of state and action.
 
-    State: position (metres), yaw (radians) and finger openings (metres) of the left and the right hand. Action: targets
-    for the same, clipped to the workspace. The same trial gives the same states and pixels, whatever was played before.
+    State: position (metres), yaw (radians) and finger openings (metres) of the left and the right hand. Action: targets of
+    the same quantities, clipped to the workspace. The same trial gives the same states and pixels after any other trials.
 
-    `frame_size` is (height, width) of the frames; `hands` names the embodiment, see `hands.HAND_MODELS`.
-    Raises ImportError where OpenGL does not work.
+    `frame_size` is (height, width) of the frames. `hands` names the embodiment (`hands.HAND_MODELS`). Raises ImportError if
+    OpenGL does not work.
     """
 
     fps = 10
@@ -35,7 +35,7 @@ class Tabletop:
         if len(frame_size) != 2 or min(frame_size) < 16:
             raise ValueError(f"frame_size: expected (height, width) of at least 16 pixels each, got {frame_size}")
         if hands not in HAND_MODELS:
-            raise ValueError(f"unknown hands {hands!r}; there are {', '.join(HAND_MODELS)}")
+            raise ValueError(f"unknown hands {hands!r}; available: {', '.join(HAND_MODELS)}")
         self.name = hands
         self.hands = HAND_MODELS[hands]
         self.embodiment = self.hands.embodiment
@@ -45,9 +45,9 @@ class Tabletop:
         self._scene: Scene | None = None
 
     def reset(self, trial: Trial) -> Observation:
-        """Set up the trial's scene. Raises ValueError for a trial of another simulator or an unknown thing in it."""
+        """Set up the trial's scene. Raises ValueError for an unknown task or object."""
         if trial.task not in GOALS:
-            raise ValueError(f"trial {trial.name!r}: unknown task {trial.task!r}; there are {', '.join(GOALS)}")
+            raise ValueError(f"trial {trial.name!r}: unknown task {trial.task!r}; available: {', '.join(GOALS)}")
         self.trial = trial
         self._scene = Scene(trial.scene, self.hands, self.frame_size)
         self.goal: PickAndPlace = GOALS[trial.task](self._scene, trial.scene)
@@ -56,7 +56,7 @@ class Tabletop:
         return self._observe()
 
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
-        """Move towards the targets `action` (D,) for a tenth of a second."""
+        """Move towards the targets `action` (D,) for 0.1 s."""
         action = np.asarray(action, dtype=np.float64)
         expected = (len(self.embodiment.action_names),)
         if action.shape != expected or not np.isfinite(action).all():
@@ -66,11 +66,11 @@ class Tabletop:
         return Step(observation=self._observe(render), success=success, progress=dict(self.goal.progress))
 
     def interaction_mask(self) -> np.ndarray:
-        """(H, W) bool: the acting hand and what it is to move; with the steamer, the left hand and the lid come first."""
+        """(H, W) bool: the acting hand and its object. In the steamer task, first the left hand and the lid."""
         return self._mask(f"{self.goal.acting_hand}_hand", self.goal.acting_target)
 
     def target_mask(self) -> np.ndarray:
-        """(H, W) bool: what the acting hand is to move, alone."""
+        """(H, W) bool: the object of the acting hand."""
         return self._mask(self.goal.acting_target)
 
     def _mask(self, *bodies: str) -> np.ndarray:
@@ -78,15 +78,15 @@ class Tabletop:
         return self._renderer.mask(self.scene, self.scene.geoms_of(*bodies))
 
     def trials(self, regime: str) -> tuple[Trial, ...]:
-        """The fixed trials of a regime, C.2.2."""
+        """The fixed trials of a regime (C.2.2)."""
         return regime_trials(regime, simulator=self.embodiment.name)
 
     def max_steps_for(self, trial: Trial) -> int:
-        """Control steps after which this trial's task is over."""
+        """Control steps of an episode of this trial."""
         return MAX_STEPS[trial.task]
 
     def close(self) -> None:
-        """Free the renderer; the next reset makes a new one."""
+        """Free the renderer. The next reset makes a new one."""
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
@@ -95,7 +95,7 @@ class Tabletop:
     def scene(self) -> Scene:
         """The physics of the running trial: privileged, for experts and tests."""
         if self._scene is None:
-            raise ValueError("Tabletop: reset(trial) comes before anything else")
+            raise ValueError("Tabletop: call reset(trial) first")
         return self._scene
 
     def _observe(self, render: bool = True) -> Observation:

@@ -5,23 +5,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from agra.simulators.tabletop.goals import LIFTED, PickAndPlace, lid_aside
+from agra.simulators.tabletop.models.steamer import LID, LID_KNOB, STEAMER
 from agra.simulators.tabletop.scene import Scene
-from agra.simulators.tabletop.steamer import LID, LID_KNOB, STEAMER
 from agra.simulators.tabletop.tabletop_env import Tabletop
 from agra.simulators.tabletop.tabletop_tasks import OPEN_STEAMER
 from agra.types import ActionChunk, Observation
 
 SPEED = 0.045
-"""Largest commanded displacement, metres a control step."""
+"""Largest commanded displacement, metres per control step."""
 TURN = 0.4
-"""Largest commanded turn, radians a control step."""
+"""Largest commanded rotation, radians per control step."""
 SPARE = 0.032
-"""Finger opening beyond a thing's width before grasping, metres."""
+"""Finger opening beyond an item's width before grasping, metres."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grasp:
-    """Where a hand takes hold: finger tips at `point` (3,), fingers `width` apart when closed, closing along `yaw`."""
+    """A grasp: finger tips at `point` (3,), fingers `width` apart when closed, closing direction `yaw`."""
 
     point: np.ndarray
     yaw: float
@@ -29,13 +29,13 @@ class Grasp:
 
 
 class TabletopExpert:
-    """An `agra.types.Policy` that answers one action at a time. It has no memory: every action follows from the physics."""
+    """An `agra.types.Policy` with chunks of one action. It has no memory: the physics alone decide every action."""
 
     def __init__(self, simulator: Tabletop) -> None:
         self.simulator = simulator
 
     def reset(self, seed: int) -> None:
-        """Nothing to forget, and nothing random."""
+        """Do nothing: the expert has no memory and no randomness."""
 
     def act(self, observation: Observation) -> ActionChunk:
         """One action (1, D)."""
@@ -52,7 +52,7 @@ class TabletopExpert:
 
 
 def _open(hand: "Hand") -> np.ndarray:
-    """The left hand of the steamer task: lift the lid, set it down to the left, get away."""
+    """The left hand of the steamer task: lift the lid, set it down to the left, retreat."""
     scene = hand.scene
     if lid_aside(scene):
         return hand.retreat()
@@ -71,7 +71,7 @@ def _knob(scene: Scene, yaw: float) -> Grasp:
 
 
 def _transfer(hand: "Hand", goal: PickAndPlace) -> np.ndarray:
-    """The right hand of the steamer task: wait beside the steamer until it is open, then carry the bun."""
+    """The right hand of the steamer task: wait beside the closed steamer, then carry the bun."""
     scene = hand.scene
     apart = np.linalg.norm((scene.position(LID.name) - scene.position(STEAMER.name))[:2])
     if apart < 0.14:
@@ -81,7 +81,7 @@ def _transfer(hand: "Hand", goal: PickAndPlace) -> np.ndarray:
 
 
 class Hand:
-    """One hand's view of the scene, and the commands that follow from it."""
+    """One hand in the scene, and its commands."""
 
     def __init__(self, scene: Scene, side: str) -> None:
         self.scene, self.side = scene, side
@@ -90,7 +90,7 @@ class Hand:
         self.tips, self.yaw, self.opening = state[:3], float(state[3]), float(state[4:].sum())
         self.widest = scene.hands.widest
 
-    # --- commands: each returns this hand's part of the action ------------------------------------
+    # --- commands: each returns this hand's dimensions of the action ------------------------------
 
     def towards(self, point: np.ndarray, yaw: float, opening: float) -> np.ndarray:
         """A bounded step to `point` (3,)."""
@@ -100,7 +100,7 @@ class Hand:
         return np.array([*(self.tips + step), self.yaw + turn, *self.scene.hands.grip(opening)])
 
     def retreat(self) -> np.ndarray:
-        """Back to rest: up and clear first, fingers open."""
+        """Return to rest with open fingers, upwards first."""
         rest = self.scene.hands.rest[self.dims].astype(np.float64)
         near = [n for n in self.scene.items if np.linalg.norm(self.scene.position(n)[:2] - self.tips[:2]) < 0.075]
         need = max((self.scene.top(name) + 0.012 for name in near), default=0.0)
@@ -111,7 +111,7 @@ class Hand:
         return self.towards(np.array([*rest[:2], height]), float(rest[3]), self.widest)
 
     def carry(self, name: str, goal: str) -> np.ndarray:
-        """Take a thing to a container."""
+        """Carry an item to a container."""
         container = self.scene.containers[goal]
         spot = self.scene.position(goal)[:2]
         inside = self.scene.within(name, goal) and self.scene.bottom(name) < container.floor + 0.02
@@ -122,9 +122,9 @@ class Hand:
     def move(
         self, name: str, grasp: Grasp, spot: np.ndarray, *, floor: float, clear: float, arrived: bool
     ) -> np.ndarray:
-        """Grasp a thing, carry it with its lowest point above `clear`, lower it to `floor` at `spot` (2,), let go."""
+        """Grasp an item, carry it with its lowest point above `clear`, lower it to `floor` at `spot` (2,), release it."""
         if arrived:
-            return self._let_go(name)
+            return self._release(name)
         if not self.scene.held(name, self.side):
             return self._reach(name, grasp)
         offset = self.scene.position(name)[:2] - self.tips[:2]
@@ -139,14 +139,14 @@ class Hand:
         opened = self.widest if bottom < floor + 0.016 else 0.0
         return self.towards(np.array([*(self.tips[:2] + ahead), height]), self.yaw, opened)
 
-    def _let_go(self, name: str) -> np.ndarray:
-        """Open; then rise, and go back to rest."""
+    def _release(self, name: str) -> np.ndarray:
+        """Open the fingers, then retreat."""
         if self.scene.touched_by_hand(name, self.side) and self.opening < self.widest - 0.003:
             return self.towards(self.tips, self.yaw, self.widest)
         return self.retreat()
 
     def _reach(self, name: str, grasp: Grasp) -> np.ndarray:
-        """Above the thing, down, close."""
+        """Move above the item, descend, close."""
         away = grasp.point[:2] - self.tips[:2]
         distance = float(np.linalg.norm(away))
         along = np.array([np.cos(self.yaw), np.sin(self.yaw)])
@@ -169,7 +169,7 @@ class Hand:
     # --- perception -------------------------------------------------------------------------------
 
     def grasp(self, name: str) -> Grasp:
-        """Across a thing's narrow side, just below its middle."""
+        """The grasp across an item's narrow side, just below its centre."""
         item, rotation, centre = self.scene.items[name], self.scene.rotation(name), self.scene.position(name)
         low, high = item.bounds
         axes = rotation * (high - low) / 2
@@ -188,7 +188,7 @@ class Hand:
         return Grasp(point=np.array([centre[0], centre[1], height]), yaw=float(yaw), width=width)
 
     def _walls(self, name: str) -> list[float]:
-        """Heights that the tips must stay above: the rim of a steamer near by."""
+        """Lower bounds on the height of the tips: the rim of the steamer, if there is one."""
         if STEAMER.name not in self.scene.containers:
             return []
         return [STEAMER.rim + 0.012]

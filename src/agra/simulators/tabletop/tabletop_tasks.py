@@ -1,8 +1,8 @@
-"""The two tasks of C.2.1 and their trials, as data: the four regimes of C.2.2 and training scenes.
+"""The two tasks (C.2.1) and their trials, as data: the four regimes (C.2.2) and training scenes.
 
 A trial's `scene` is JSON: `task`, `target` and `distractors` (name, position (x, y) in metres, yaw in radians),
-`containers` (name, position), `goal` (the container that is meant), `tablecloth`, and `steamer` (position) where there
-is one. What evaluation calls novel never occurs in a training scene.
+`containers` (name, position), `goal` (name of a container), `tablecloth`, and `steamer` (position) in the steamer task.
+Novel items of the evaluation never occur in a training scene.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from agra.simulators.tabletop.catalogue import FURNITURE, ITEMS
-from agra.simulators.tabletop.colours import DEFAULT_TABLECLOTH, TABLECLOTHS
-from agra.simulators.tabletop.furniture import CONTAINERS, NOVEL_PLATES, PLATE, TRAINING_PLATES
-from agra.simulators.tabletop.objects import NOVEL, SEEN
-from agra.simulators.tabletop.parts import Item
-from agra.simulators.tabletop.steamer import NOVEL_BUNS, TRAINING_BUNS
+from agra.simulators.tabletop.models.catalogue import FURNITURE, ITEMS
+from agra.simulators.tabletop.models.colours import DEFAULT_TABLECLOTH, TABLECLOTHS
+from agra.simulators.tabletop.models.furniture import CONTAINERS, NOVEL_PLATES, PLATE, TRAINING_PLATES
+from agra.simulators.tabletop.models.items import NOVEL, SEEN
+from agra.simulators.tabletop.models.parts import Item
+from agra.simulators.tabletop.models.steamer import NOVEL_BUNS, TRAINING_BUNS
 from agra.types import REGIMES, Trial
 
 PICK_AND_PLACE = "pick_and_place"
@@ -24,9 +24,9 @@ OPEN_STEAMER = "open_steamer_transfer_bun"
 STEAMER_INSTRUCTION = "open the steamer and put the bun on the plate"
 
 POSITIONS = ((0.0, -0.04), (-0.10, -0.07), (0.10, -0.07), (-0.10, 0.0), (0.10, 0.0))
-"""The five pre-designed places of an object, shared by the in-distribution and the instance regime."""
+"""The five pre-designed positions of an item, shared by the in-distribution and the instance regime."""
 CONTAINER_AT = ((0.0, 0.125), (-0.11, 0.125), (0.11, 0.125), (0.06, 0.125), (-0.06, 0.125))
-"""Where the container stands for each of them."""
+"""The position of the container for each of them."""
 OBJECT_AREA = ((-0.115, 0.115), (-0.08, 0.005))
 CONTAINER_AREA = ((-0.125, 0.125), (0.120, 0.128))
 STEAMER_AT, STEAMER_PLATE_AT = (0.010, 0.058), (0.173, 0.030)
@@ -48,9 +48,9 @@ PICK_SLOTS = (
     ((0.09, -0.07), (-0.02, -0.02), (-0.11, -0.06)),
     ((-0.10, -0.01), (0.01, -0.07), (0.10, 0.0)),
 )
-"""Places of a, b and the distractor; scenario i uses row i modulo their number."""
+"""Positions of a, b and the distractor. Scenario i uses row i modulo their number."""
 PLACE_SCENARIOS = (("apple", "box", "bowl"), ("lemon", "plate", "basket"))
-"""The object, and containers a and b."""
+"""The item, and containers a and b."""
 CONTAINER_SLOTS = ((-0.105, 0.125), (0.105, 0.125))
 
 
@@ -66,7 +66,7 @@ def trials(regime: str, *, simulator: str = "tabletop") -> tuple[Trial, ...]:
         "attribute": _steamer_variations,
     }
     if regime not in makers:
-        raise ValueError(f"unknown regime {regime!r}; there are {', '.join(makers)}")
+        raise ValueError(f"unknown regime {regime!r}; available: {', '.join(makers)}")
     first = 1000 * (REGIMES.index(regime) + 1)
     return tuple(
         _trial(f"{regime}/{name}", simulator, regime, first + index, scene)
@@ -77,26 +77,25 @@ def trials(regime: str, *, simulator: str = "tabletop") -> tuple[Trial, ...]:
 def training_trials(
     count: int, seed: int, *, steamer_fraction: float = 0.25, simulator: str = "tabletop"
 ) -> tuple[Trial, ...]:
-    """Random scenes to demonstrate in; trial i depends on `seed` and i only, not on `count`.
+    """Random scenes for demonstrations. Trial i depends on `seed` and i alone.
 
-    Seen objects with 0 to 2 distractors and one or two containers; a share `steamer_fraction` of steamer scenes with
-    three kinds of bun and three plates (as C.2.1 has them). Raises ValueError for a negative count or seed, or a
-    fraction outside [0, 1].
+    Seen items with 0 to 2 distractors and one or two containers, and a fraction `steamer_fraction` of steamer scenes with
+    three kinds of bun and three plates (C.2.1). Raises ValueError for a negative count or seed, or a fraction outside [0, 1].
     """
     if count < 0 or seed < 0:
         raise ValueError(f"training_trials: expected count and seed of at least 0, got {count} and {seed}")
     if not 0 <= steamer_fraction <= 1:
         raise ValueError(f"steamer_fraction: expected a value in [0, 1], got {steamer_fraction}")
-    found = []
+    trials = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         scene = _random_steamer(rng) if rng.random() < steamer_fraction else _random_pick(rng)
-        found.append(_trial(f"training/{seed}/{index:05d}", simulator, "training", seed * 1_000_000 + index, scene))
-    return tuple(found)
+        trials.append(_trial(f"training/{seed}/{index:05d}", simulator, "training", seed * 1_000_000 + index, scene))
+    return tuple(trials)
 
 
 def instruction(scene: dict[str, Any]) -> str:
-    """What the robot is told, Eq. 1's c."""
+    """The instruction of a scene, c of Eq. 1."""
     if scene["task"] == OPEN_STEAMER:
         return STEAMER_INSTRUCTION
     goal = FURNITURE[scene["goal"]]
@@ -131,12 +130,12 @@ def _pick(target: dict, distractors: list[dict], containers: list[dict], goal: s
 
 
 def _yaw(index: int) -> float:
-    """A fixed, evenly spread orientation (golden-ratio sequence over the circle)."""
+    """A fixed orientation, evenly spread over the indices (golden-ratio sequence over the circle)."""
     return 2 * np.pi * ((index * 0.6180339887) % 1) - np.pi
 
 
 def _one_object(items: Sequence[Item]) -> list[tuple[str, dict[str, Any]]]:
-    """Each object at each of the five positions; containers take turns."""
+    """Each item at each of the five positions, with the containers in turn."""
     scenes = []
     for i, item in enumerate(items):
         for k, position in enumerate(POSITIONS):
@@ -147,7 +146,7 @@ def _one_object(items: Sequence[Item]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _pick_scenarios() -> list[tuple[str, dict[str, Any]]]:
-    """a and b, both instructions, positions as designed and swapped."""
+    """Items a and b, both instructions, positions as designed and swapped."""
     scenes = []
     for i, (a, b, other, container) in enumerate(PICK_SCENARIOS):
         slots = PICK_SLOTS[i % len(PICK_SLOTS)]
@@ -188,9 +187,9 @@ def _steamer(rng: np.random.Generator, bun: str, plate: str, tablecloth: str) ->
 
 
 def _steamer_variations() -> list[tuple[str, dict[str, Any]]]:
-    """Four novel plates on the training tablecloth, then the training plate on novel tablecloths; 8 novel buns each.
+    """Four novel plates on the training tablecloth, then the training plate on novel tablecloths, each with 8 novel buns.
 
-    In the background setting the novel tablecloths take turns over the buns.
+    The novel tablecloths take turns over the buns.
     """
     cloths = [name for name in TABLECLOTHS if name != DEFAULT_TABLECLOTH]
     scenes = []
@@ -225,7 +224,7 @@ def _random_pick(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _scatter(rng: np.random.Generator, names: Sequence[str], holders: list[dict]) -> list[tuple[float, float]]:
-    """Places in the object area, apart enough for fingers to reach between."""
+    """Positions in the object area, with room for fingers between them."""
     while True:
         spots = [(rng.uniform(*OBJECT_AREA[0]), rng.uniform(*OBJECT_AREA[1])) for _ in names]
         taken = [(*h["position"], FURNITURE[h["name"]].radius) for h in holders]

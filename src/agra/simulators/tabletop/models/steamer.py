@@ -2,8 +2,8 @@
 
 from math import cos, pi, sin
 
-from agra.simulators.tabletop.colours import BAMBOO, BLACK, LEAF, YELLOW
-from agra.simulators.tabletop.parts import Colour, Container, Item, Part, ball, blob, block, disc, ring, rod
+from agra.simulators.tabletop.models.colours import BAMBOO, BLACK, LEAF, YELLOW
+from agra.simulators.tabletop.models.parts import Colour, Container, Item, Part, ball, blob, block, disc, ring, rod
 
 
 def _bun(
@@ -113,4 +113,4 @@ LID = Item(
     density=350,
 )
 LID_KNOB = 0.020
-"""Height of the middle of the lid's knob above the lid's origin."""
+"""Height of the centre of the lid's knob above the lid's origin, metres."""

@@ -1,7 +1,7 @@
-"""What things are put into or onto: containers and plates."""
+"""Containers and plates, the goals of the items."""
 
-from agra.simulators.tabletop.colours import BAMBOO, BLACK, BLUE, BROWN, GREEN, RED, STRAW, TEAL, WHITE, YELLOW
-from agra.simulators.tabletop.parts import Colour, Container, Part, block, disc, ring
+from agra.simulators.tabletop.models.colours import BAMBOO, BLACK, BLUE, BROWN, GREEN, RED, STRAW, TEAL, WHITE, YELLOW
+from agra.simulators.tabletop.models.parts import Colour, Container, Part, block, disc, ring
 
 
 def _plate(rim: tuple[Colour, ...], face: Colour, *, radius: float = 0.064, lip: float = 0.007) -> tuple[Part, ...]:
@@ -48,7 +48,7 @@ CONTAINERS: tuple[Container, ...] = (BOX, PLATE, BOWL, BASKET)
 
 
 def _oval() -> tuple[Part, ...]:
-    # Heights differ by a hair, so that overlapping tops do not flicker.
+    # Slightly different heights, so that overlapping tops do not flicker.
     xs = (0.0, -0.0075, 0.0075, -0.015, 0.015)
     base = tuple(disc(0.048, 0.003 - 0.0002 * i, (0.66, 0.42, 0.20), (x, 0, 0.003)) for i, x in enumerate(xs))
     return (*base, *ring(0.050, 0.006, 0.0035, (BROWN,), z=0.007, count=24, stretch=1.3))

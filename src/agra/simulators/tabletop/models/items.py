@@ -1,8 +1,8 @@
-"""The objects of pick-and-place: ten that training shows and ten that it doesn't."""
+"""The items of pick-and-place: ten for training and ten novel ones."""
 
 from itertools import pairwise
 
-from agra.simulators.tabletop.colours import (
+from agra.simulators.tabletop.models.colours import (
     BLACK,
     BLUE,
     BROWN,
@@ -18,7 +18,7 @@ from agra.simulators.tabletop.colours import (
     WHITE,
     YELLOW,
 )
-from agra.simulators.tabletop.parts import Colour, Item, Part, arc, ball, blob, block, disc, rod
+from agra.simulators.tabletop.models.parts import Colour, Item, Part, arc, ball, blob, block, disc, rod
 
 
 def _fruit(radius: float, colour: Colour, *, stem: float = 0.012, leaf: bool = True) -> tuple[Part, ...]:

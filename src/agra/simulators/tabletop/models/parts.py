@@ -1,4 +1,4 @@
-"""Primitive shapes, and the things that are made of them. Metres; local z points up when a thing stands as it should."""
+"""Primitive shapes, and the items and containers made of them. Metres. Local z points up in an upright object."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ Shape = Literal["sphere", "ellipsoid", "capsule", "cylinder", "box"]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One MuJoCo primitive: `size` is MuJoCo's, `axis` the direction of its local z, `spin` a turn about that axis.
+    """A MuJoCo primitive: `size` as in MuJoCo, `axis` the direction of its local z, `spin` a rotation about that axis.
 
-    A part that is not `solid` is only seen: it has neither mass nor contacts.
+    A part that is not `solid` is only visible: it has neither mass nor contacts.
     """
 
     shape: Shape
@@ -30,7 +30,7 @@ class Part:
 
     @cached_property
     def rotation(self) -> np.ndarray:
-        """Local frame to that of the thing, (3, 3)."""
+        """Rotation from the part's to the object's coordinates, (3, 3)."""
         z = np.asarray(self.axis) / np.linalg.norm(self.axis)
         reference = np.array([1.0, 0.0, 0.0]) if abs(z[0]) < 0.9 else np.array([0.0, 1.0, 0.0])
         x = reference - z * (reference @ z)
@@ -40,7 +40,7 @@ class Part:
 
     @cached_property
     def reach(self) -> np.ndarray:
-        """Half extents along the axes of the thing, (3,)."""
+        """Half extents along the object's axes, (3,)."""
         rotation = np.abs(self.rotation)
         if self.shape == "sphere":
             return np.full(3, self.size[0])
@@ -99,7 +99,7 @@ def rod(start: Vector, end: Vector, radius: float, colour: Colour, *, solid: boo
 
 
 def arc(radii: Sequence[float], bend: float, colours: Sequence[Colour], angle: float) -> tuple[Part, ...]:
-    """Capsules end to end on a horizontal arc of radius `bend` over `angle`, its middle at the origin."""
+    """Capsules end to end on a horizontal arc of radius `bend` over `angle`, centred at the origin."""
     count = len(radii)
     turns = np.linspace(-angle / 2, angle / 2, count + 1)
     points = [(bend * sin(t), bend * (cos(t) - 1), 0.0) for t in turns]
@@ -117,12 +117,12 @@ def ring(
     lean: float = 0.0,
     stretch: float = 1.0,
 ) -> tuple[Part, ...]:
-    """A round wall of `count` cuboids, `lean` outwards in radians, its x axis `stretch` times as long."""
+    """A round wall of `count` cuboids, leaning outwards by `lean` radians, its x axis `stretch` times as long."""
     parts = []
     for index in range(count):
         angle = 2 * pi * index / count
         x, y = stretch * radius * cos(angle), radius * sin(angle)
-        # The wall stands across the ellipse's normal there.
+        # The wall is perpendicular to the ellipse's normal.
         normal = atan2(stretch * sin(angle), cos(angle))
         half_width = radius * stretch * sin(pi / count) * 1.06
         axis = (sin(lean) * cos(normal), sin(lean) * sin(normal), cos(lean))
@@ -133,7 +133,7 @@ def ring(
 
 
 def _wall(size: Vector, colour: Colour, at: Vector, axis: Vector, normal: float) -> Part:
-    """A cuboid whose thin side faces the direction `normal`."""
+    """A cuboid with its thin side towards the direction `normal`."""
     upright = Part(shape="box", size=size, colour=colour, axis=axis)
     x, y = upright.rotation[:, 0], upright.rotation[:, 1]
     outward = np.array([cos(normal), sin(normal), 0.0])
@@ -142,8 +142,8 @@ def _wall(size: Vector, colour: Colour, at: Vector, axis: Vector, normal: float)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
-    """What items and containers share."""
+class TabletopObject:
+    """The common part of items and containers."""
 
     name: str
     parts: tuple[Part, ...]
@@ -157,16 +157,16 @@ class Thing:
 
     @cached_property
     def radius(self) -> float:
-        """Of the upright cylinder around the origin that holds it."""
+        """Radius of the upright bounding cylinder around the origin."""
         low, high = self.bounds
         return float(max(np.abs(low[:2]).max(), np.abs(high[:2]).max()))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item(Thing):
-    """A loose thing: `across` is the local direction that fingers close along, None where any horizontal one will do.
+class Item(TabletopObject):
+    """A loose object. `across` is the local closing direction of the fingers, None for any horizontal direction.
 
-    `faces` says that it has flat sides, so that fingers must be square to one of its horizontal local axes.
+    `faces` marks flat sides: the fingers must be parallel to one of the horizontal local axes.
     """
 
     across: Vector | None = None
@@ -175,14 +175,14 @@ class Item(Thing):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Container(Thing):
-    """A thing to put others into or onto: it stands where it is put. z = 0 is its underside.
+class Container(TabletopObject):
+    """A fixed goal for items. z = 0 is its underside.
 
-    `inside` is the half size (x, y) of the area that counts as within; round ones count the ellipse in it.
+    `inside` is the half size (x, y) of the area that counts as within, for a round container of the ellipse in it.
     """
 
     inside: tuple[float, float]
     round: bool = True
-    floor: float = 0.006  # height of what things rest on
+    floor: float = 0.006  # height of the surface inside
     rim: float = 0.012  # height of the wall
     preposition: Literal["in", "on"] = "in"

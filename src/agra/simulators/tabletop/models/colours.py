@@ -1,6 +1,6 @@
-"""Named colours, and the tablecloths. RGB in [0, 1]."""
+"""Named colours and tablecloths. RGB in [0, 1]."""
 
-from agra.simulators.tabletop.parts import Colour
+from agra.simulators.tabletop.models.parts import Colour
 
 RED, GREEN, BLUE = (0.82, 0.08, 0.08), (0.16, 0.55, 0.13), (0.08, 0.25, 0.85)
 YELLOW, ORANGE, PINK = (1.0, 0.83, 0.05), (1.0, 0.47, 0.02), (1.0, 0.55, 0.50)
@@ -16,4 +16,4 @@ TABLECLOTHS: dict[str, tuple[Colour, Colour]] = {
     "green": ((0.24, 0.45, 0.30), (0.28, 0.50, 0.34)),
     "plum": ((0.40, 0.22, 0.33), (0.46, 0.26, 0.38)),
 }
-"""Two colours of a woven pattern each; the default one is the only one in training."""
+"""Two colours of each woven pattern. Training uses the default alone."""

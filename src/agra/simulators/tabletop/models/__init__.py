@@ -1,0 +1,1 @@
+"""The items, furniture and colours of the tabletop, as MuJoCo primitives."""
