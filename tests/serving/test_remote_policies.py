@@ -1,3 +1,5 @@
+"""Policies on servers of other projects: encoding, key mappings, and evaluation on stand-in servers of both protocols."""
+
 import json
 import threading
 from dataclasses import replace
@@ -39,7 +41,7 @@ GROOT = KeyMapping(
 )
 
 
-def seen(size=(32, 48), views=()):
+def make_observation(size=(32, 48), views=()):
     frame = np.arange(np.prod(size) * 3, dtype=np.uint8).reshape(*size, 3)
     state = np.array([0.25, 0.75], np.float32)
     return Observation(
@@ -48,25 +50,25 @@ def seen(size=(32, 48), views=()):
 
 
 def test_openpi_request():
-    message = encode_observation(seen(), OPENPI)
+    message = encode_observation(make_observation(), OPENPI)
     assert set(message) == {"observation/image", "observation/x", "observation/y", "prompt"}
-    assert np.array_equal(message["observation/image"], seen().frame)
+    assert np.array_equal(message["observation/image"], make_observation().frame)
     assert (message["observation/y"], message["prompt"]) == (np.float32(0.75), "go")
-    table = replace(OPENPI, images={"image": "wrist"}, image_size=(24, 24), constants={"task": 3})
+    mapping = replace(OPENPI, images={"image": "wrist"}, image_size=(24, 24), constants={"task": 3})
     with pytest.raises(ValueError, match="the server expects 'wrist' as image, the simulator has frame"):
-        encode_observation(seen(), table)
-    message = encode_observation(seen(views=["wrist"]), table)
+        encode_observation(make_observation(), mapping)
+    message = encode_observation(make_observation(views=["wrist"]), mapping)
     assert (message["image"].shape, message["task"]) == ((24, 24, 3), 3)
 
 
 def test_groot_request_has_a_time_axis():
-    message = encode_observation(seen(), GROOT)
+    message = encode_observation(make_observation(), GROOT)
     assert message["video.ego_view"].shape == (1, 32, 48, 3)
     assert message["state.x"].tolist() == [[0.25]]
     assert message["annotation.human.coarse_action"] == ["go"]
 
 
-def test_answers_are_put_in_our_order():
+def test_actions_are_put_in_our_order():
     chunk = decode_actions({"action.x": np.full((3, 1), 1.0), "action.y": np.full((3, 4), 2.0)}, GROOT)
     assert chunk.actions.tolist() == [[1, 2]] * 3
     n16 = decode_actions([{"action.x": np.ones((3, 1)), "action.y": np.ones((3, 1))}, {}], GROOT)
@@ -88,9 +90,9 @@ def test_resize_keeps_the_aspect():
     assert not padded[48:].any()
 
 
-def test_tables(tmp_path):
-    for name, table in KEY_MAPPINGS.items():
-        assert read_key_mapping(name) is table
+def test_key_mappings(tmp_path):
+    for name, mapping in KEY_MAPPINGS.items():
+        assert read_key_mapping(name) is mapping
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"wire": "openpi", "images": {"image": "frame"}, "state": {"s": [0, 2]},
                                 "actions": {"actions": [0, 2]}, "instruction": "prompt"}))  # fmt: skip
@@ -107,14 +109,14 @@ def test_tables(tmp_path):
 
 
 def act(message):
-    """What the pretended policies do: three times towards the red square, whose place they see in the picture."""
-    picture = message.get("observation/image", message.get("video.ego_view", [None])[0])
-    rows, columns = np.nonzero(picture[..., 0] == 200)
+    """The stand-in policies: three actions towards the red square, located in the image."""
+    image = message.get("observation/image", message.get("video.ego_view", [None])[0])
+    rows, columns = np.nonzero(image[..., 0] == 200)
     return np.tile([[columns.mean() / 48, rows.mean() / 32]], (3, 1)).astype(np.float32)
 
 
 def openpi_handler(connection):
-    connection.send(pack({"policy": "somebody's"}))
+    connection.send(pack({"policy": "remote"}))
     for data in connection:
         message = unpack(data)
         if message["prompt"] == "crash":
@@ -124,12 +126,12 @@ def openpi_handler(connection):
 
 
 def play(policy, path):
-    world = PointWorld()
+    env = PointWorld()
     return evaluate(
         policy,
-        world,
-        regime_trials(world, ["instance"], limit=6),
-        policy_name="somebody's",
+        env,
+        regime_trials(env, ["instance"], limit=6),
+        policy_name="remote",
         protocol=Protocol(execute_steps=3),
         output=path,
         progress=False,
@@ -146,7 +148,7 @@ def test_an_openpi_server_is_evaluated(tmp_path):
         assert isinstance(policy, OpenpiPolicy)
         results = play(policy, tmp_path / "r.jsonl")
         with pytest.raises(ServerRefused, match="RuntimeError: out of memory"):
-            policy.act(replace(seen(), instruction="crash"))
+            policy.act(replace(make_observation(), instruction="crash"))
         server.shutdown()
     assert sum(trial.success for trial in results.trials) >= 5
     assert {trial.instruction for trial in results.trials} == {"go"}
@@ -157,7 +159,7 @@ def test_a_groot_server_is_evaluated(tmp_path):
     socket = zmq.Context.instance().socket(zmq.REP)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
 
-    def answer_until_told():
+    def serve_until_stopped():
         while (message := unpack_groot(socket.recv())) != "stop":
             assert message["endpoint"] == "get_action"
             actions = act(message["data"])
@@ -165,18 +167,18 @@ def test_a_groot_server_is_evaluated(tmp_path):
         socket.send(pack_groot({}))
         socket.close()
 
-    thread = threading.Thread(target=answer_until_told, daemon=True)
+    thread = threading.Thread(target=serve_until_stopped, daemon=True)
     thread.start()
     results = play(connect_policy(f"tcp://127.0.0.1:{port}", GROOT), tmp_path / "r.jsonl")
     assert sum(trial.success for trial in results.trials) >= 5
-    bell = zmq.Context.instance().socket(zmq.REQ)
-    bell.connect(f"tcp://127.0.0.1:{port}")
-    bell.send(pack_groot("stop"))
-    bell.recv()
-    bell.close()
+    stopper = zmq.Context.instance().socket(zmq.REQ)
+    stopper.connect(f"tcp://127.0.0.1:{port}")
+    stopper.send(pack_groot("stop"))
+    stopper.recv()
+    stopper.close()
     thread.join(10)
 
 
-def test_a_server_that_is_not_there():
+def test_an_unreachable_server():
     with pytest.raises(ServerLost, match="no answer from the policy server"):
-        OpenpiPolicy("ws://127.0.0.1:9", OPENPI, timeout=2).act(seen())
+        OpenpiPolicy("ws://127.0.0.1:9", OPENPI, timeout=2).act(make_observation())

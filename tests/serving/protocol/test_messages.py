@@ -1,4 +1,4 @@
-"""Requests: right ones become observations, wrong ones say which key, what was expected and what came."""
+"""Valid requests become observations. Errors name the key, the expected value and the actual one."""
 
 import numpy as np
 import pytest
@@ -21,26 +21,27 @@ KEYS = WireKeys()
 
 
 def message(**changes):
-    found = encode_request(InferRequest(observation=observation()), KEYS, spec())
-    return {key: value for key, value in {**found, **changes}.items() if value is not ...}
+    """A valid request with some keys changed, or removed by `...`."""
+    valid = encode_request(InferRequest(observation=observation()), KEYS, spec())
+    return {key: value for key, value in {**valid, **changes}.items() if value is not ...}
 
 
-def test_a_question_survives_the_wire():
-    asked = InferRequest(
+def test_a_request_round_trips():
+    request = InferRequest(
         observation=observation(3),
         seed=7,
         continuation=Continuation(actions=np.ones((4, 3), np.float32), delay=2),
         request_id="a",
     )
-    found = parse_request(unpack(pack(encode_request(asked, KEYS, spec()))), spec(), KEYS)
-    assert np.array_equal(found.observation.frame, asked.observation.frame)
-    assert np.array_equal(found.observation.state, asked.observation.state)
-    assert (found.seed, found.request_id, found.continuation.delay) == (7, "a", 2)
-    assert np.array_equal(found.continuation.actions, asked.continuation.actions)
-    assert found.ignored == ()
+    parsed = parse_request(unpack(pack(encode_request(request, KEYS, spec()))), spec(), KEYS)
+    assert np.array_equal(parsed.observation.frame, request.observation.frame)
+    assert np.array_equal(parsed.observation.state, request.observation.state)
+    assert (parsed.seed, parsed.request_id, parsed.continuation.delay) == (7, "a", 2)
+    assert np.array_equal(parsed.continuation.actions, request.continuation.actions)
+    assert parsed.ignored == ()
 
 
-WRONG = {
+INVALID = {
     "prompt: missing": {"prompt": ...},
     "prompt: expected a text of 1 to 1000 characters, got nothing": {"prompt": None},
     "prompt: expected a text of 1 to 1000 characters, got 5000 characters": {"prompt": "x" * 5000},
@@ -72,9 +73,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("complaint", "changes"), WRONG.items(), ids=WRONG)
-def test_wrong_requests_are_explained(complaint, changes):
-    with pytest.raises(RequestError, match=complaint):
+@pytest.mark.parametrize(("error", "changes"), INVALID.items(), ids=INVALID)
+def test_invalid_requests_are_explained(error, changes):
+    with pytest.raises(RequestError, match=error):
         parse_request(message(**changes), spec(), KEYS)
 
 
@@ -84,11 +85,11 @@ def test_a_request_is_a_map(value):
         parse_request(value, spec(), KEYS)
 
 
-def test_unknown_keys_are_named_and_do_no_harm():
+def test_unknown_keys_are_ignored_and_listed():
     assert parse_request(message(wrist=1, **{"x" * 200: 2}), spec(), KEYS).ignored == ("wrist", "x" * 57 + "...")
 
 
-def test_the_embodiment_must_be_named_where_there_are_two():
+def test_a_policy_with_two_embodiments_needs_the_name():
     one = spec().embodiments["robot"]
     two = PolicySpec(name="two", horizon=5, frame_size=(32, 48), embodiments={"robot": one, "other": one})
     with pytest.raises(RequestError, match="expected one of robot, other, got none"):
@@ -96,13 +97,13 @@ def test_the_embodiment_must_be_named_where_there_are_two():
     assert parse_request(message(embodiment=...), spec(), KEYS).observation.embodiment == "robot"
 
 
-def test_other_names_and_a_state_in_parts():
+def test_renamed_keys_and_a_state_in_parts():
     keys = WireKeys(image="cam", state=("joints", "grip"), prompt="task")
-    asked = InferRequest(observation=observation(1))
-    sent = encode_request(asked, keys, spec())
+    request = InferRequest(observation=observation(1))
+    sent = encode_request(request, keys, spec())
     assert {"cam", "joints", "grip", "task"} < set(sent)
-    found = parse_request(unpack(pack(sent)), spec(), keys)
-    assert np.array_equal(found.observation.state, asked.observation.state)
+    parsed = parse_request(unpack(pack(sent)), spec(), keys)
+    assert np.array_equal(parsed.observation.state, request.observation.state)
     with pytest.raises(RequestError, match="joints and grip: expected 4 numbers in total, got joints 2, grip 1"):
         parse_request({**sent, "joints": np.zeros(2)}, spec(), keys)
     with pytest.raises(ValueError, match="different names"):
@@ -111,20 +112,20 @@ def test_other_names_and_a_state_in_parts():
 
 def test_the_description_round_trips():
     keys = WireKeys(image="cam", state=("a", "b"))
-    found, same = read_description(unpack(pack(describe(spec(), keys))))
-    assert (found, same) == (spec(), keys)
+    parsed, same = read_description(unpack(pack(describe(spec(), keys))))
+    assert (parsed, same) == (spec(), keys)
     for wrong in ({}, [], {**describe(spec(), keys), "agra_wire": 2}, {**describe(spec(), keys), "embodiments": 3}):
         with pytest.raises(ValueError, match=r"does not describe an agra policy|version 2"):
             read_description(wrong)
 
 
-def test_the_answer_carries_what_openpi_reads():
+def test_a_response_has_the_keys_that_openpi_reads():
     chunk = ActionChunk(actions=np.ones((5, 3), np.float32))
-    question = InferRequest(observation=observation(), request_id=4, ignored=("wrist",))
-    found = unpack(pack(encode_response(chunk, question, {"infer_ms": 1.0})))
-    assert np.array_equal(found["actions"], chunk.actions)
-    assert found["server_timing"] == {"infer_ms": 1.0}
-    assert (found["request_id"], found["ignored"]) == (4, ["wrist"])
+    request = InferRequest(observation=observation(), request_id=4, ignored=("wrist",))
+    parsed = unpack(pack(encode_response(chunk, request, {"infer_ms": 1.0})))
+    assert np.array_equal(parsed["actions"], chunk.actions)
+    assert parsed["server_timing"] == {"infer_ms": 1.0}
+    assert (parsed["request_id"], parsed["ignored"]) == (4, ["wrist"])
 
 
 def test_embodiment_spec_counts_dimensions():

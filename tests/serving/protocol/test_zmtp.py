@@ -1,4 +1,4 @@
-"""GR00T's port under hostile bytes: a request's size is bounded before it is read, whatever parts it comes in."""
+"""GR00T's port under hostile bytes. The size of a request is checked before it is read, in any number of parts."""
 
 import socket
 import time
@@ -15,14 +15,14 @@ from tests.support.groot import READY, Both, GrootClient, flat_observation, hand
 
 
 def read_all(raw):
-    """Everything until the server closes the connection."""
-    found = b""
+    """All bytes until the server closes the connection."""
+    received = b""
     try:
         while data := raw.recv(2**16):
-            found += data
+            received += data
     except ConnectionResetError:
         pass
-    return found
+    return received
 
 
 MIB = 2**20
@@ -54,19 +54,19 @@ def test_hostile_messages_close_the_connection_at_their_header(name):
 @pytest.mark.parametrize(
     "data", [b"GET / HTTP/1.1\r\n\r\n" + bytes(80), bytes(64), GREETING[:10] + b"\x02" + bytes(60)]
 )
-def test_what_is_no_greeting_is_closed(data):
+def test_a_wrong_greeting_closes_the_connection(data):
     with Both(Echo()) as both, socket.create_connection(("127.0.0.1", both.groot.port), timeout=10) as raw:
         raw.sendall(data)
         assert b"READY" not in read_all(raw)
 
 
-def test_only_sockets_that_ask_are_served():
+def test_only_req_and_dealer_sockets_are_served():
     with Both(Echo()) as both:
         for kind in (b"PUB", b"REP", b""):
             with handshake(both, kind) as raw:
                 assert b"expected a REQ or DEALER socket" in read_all(raw)
         with socket.create_connection(("127.0.0.1", both.groot.port), timeout=10) as raw:
-            raw.sendall(GREETING + zmtp_frame(COMMAND, READY + b"\xff"))  # metadata cut off
+            raw.sendall(GREETING + zmtp_frame(COMMAND, READY + b"\xff"))  # truncated metadata
             assert b"READY" not in read_all(raw)
 
 
@@ -78,21 +78,21 @@ def test_silent_and_slow_connections_end():
         for sent in (b"", zmtp_header(MORE, 0) + zmtp_header(0, 1000) + bytes(10)):
             with handshake(both) as raw:
                 raw.sendall(sent)
-                begun = time.monotonic()
+                start = time.monotonic()
                 read_all(raw)
-                assert time.monotonic() - begun < 5
+                assert time.monotonic() - start < 5
 
 
-def test_a_ping_is_answered_also_within_a_message():
+def test_a_ping_within_a_message_gets_a_pong():
     with Both(Echo()) as both, handshake(both) as raw:
         raw.sendall(zmtp_header(MORE, 0) + zmtp_frame(COMMAND, b"\x04PING\x00\x64here") + zmtp_frame(0, b"\xc1"))
-        found = b""
-        while b"not a valid msgpack message" not in found:
-            found += raw.recv(2**16)
-        assert b"\x04PONGhere" in found
+        received = b""
+        while b"not a valid msgpack message" not in received:
+            received += raw.recv(2**16)
+        assert b"\x04PONGhere" in received
 
 
-def test_libzmqs_heartbeats_and_names_are_understood():
+def test_libzmqs_heartbeats_and_identities_work():
     with Both(Echo()) as both:
         client = GrootClient(both.groot.port)
         for option, value in ((zmq.HEARTBEAT_IVL, 50), (zmq.HEARTBEAT_TIMEOUT, 200), (zmq.ROUTING_ID, b"me")):
@@ -116,7 +116,7 @@ def test_messages_of_many_parts_from_libzmq_take_no_memory():
         dealer.close()
 
 
-def test_a_connection_is_a_queue_of_its_own_and_further_ones_wait_outside():
+def test_each_connection_has_its_own_queue_and_excess_ones_wait_unconnected():
     policy = Echo(seconds=0.02)
     with Both(policy, Limits(max_connections=2)) as both:
         dealer = zmq.Context.instance().socket(zmq.DEALER)
@@ -125,13 +125,13 @@ def test_a_connection_is_a_queue_of_its_own_and_further_ones_wait_outside():
         for seed in range(10):
             dealer.send_multipart([b"", pack_groot({"endpoint": "get_action", "data": flat_observation(seed)})])
         good = GrootClient(both.groot.port)
-        for seed in range(3):  # not refused: it has a queue of its own
+        for seed in range(3):  # its own queue: not refused
             assert np.array_equal(
                 good.call("get_action", flat_observation(seed))["action.arm"], expected(observation(seed))
             )
         for seed in range(10):
-            answer = unpack_groot(dealer.recv_multipart()[1])
-            assert np.array_equal(answer["action.arm"], expected(observation(seed)))
+            response = unpack_groot(dealer.recv_multipart()[1])
+            assert np.array_equal(response["action.arm"], expected(observation(seed)))
         late = GrootClient(both.groot.port, timeout=300)
         late.socket.send(b"\xc1")
         assert late.socket.poll(300) == 0
@@ -140,13 +140,13 @@ def test_a_connection_is_a_queue_of_its_own_and_further_ones_wait_outside():
         assert late.socket.poll(10_000)
 
 
-def test_stopping_answers_what_was_read_and_tells_later_requests():
+def test_a_stopping_server_answers_read_requests_and_refuses_later_ones():
     policy = Echo(seconds=0.3)
     with Both(policy) as both:
-        one, other = GrootClient(both.groot.port), GrootClient(both.groot.port)
-        assert other.call("ping")["status"] == "ok"
-        one.socket.send(pack_groot({"endpoint": "get_action", "data": flat_observation(4)}))
+        first, second = GrootClient(both.groot.port), GrootClient(both.groot.port)
+        assert second.call("ping")["status"] == "ok"
+        first.socket.send(pack_groot({"endpoint": "get_action", "data": flat_observation(4)}))
         wait_for(lambda: policy.batches)
         both.server.service.draining = True
-        assert "stopping" in other.call("ping")["error"]
-        assert np.array_equal(unpack_groot(one.socket.recv())["action.arm"], expected(observation(4)))
+        assert "stopping" in second.call("ping")["error"]
+        assert np.array_equal(unpack_groot(first.socket.recv())["action.arm"], expected(observation(4)))

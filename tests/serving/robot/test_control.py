@@ -1,4 +1,4 @@
-"""The control loop with a robot that notes everything; and the cable pulled, the server restarted, the policy swapped."""
+"""The control loop with a robot that records its commands: lost connections, a restarted server, a swapped policy."""
 
 import time
 from dataclasses import replace
@@ -23,24 +23,24 @@ class Robot:
     embodiment = Embodiment(name="robot", state_names=NAMES, action_names=NAMES)
 
     def __init__(self):
-        self.told, self.stops = [], 0
+        self.commands, self.stops = [], 0
         self.at = np.zeros(4, np.float32)
 
     def connect(self): ...
 
     def observe(self):
-        frame = np.full((32, 48, 3), len(self.told) % 256, np.uint8)
+        frame = np.full((32, 48, 3), len(self.commands) % 256, np.uint8)
         return Observation(frame=frame, state=self.at.copy(), instruction="go", embodiment="robot")
 
     def pose(self, observation):
         return observation.state
 
     def command(self, action):
-        self.told.append(action)
+        self.commands.append(action)
         self.at = action
 
     def hold(self):
-        self.told.append(None)
+        self.commands.append(None)
 
     def stop(self):
         self.stops += 1
@@ -67,34 +67,34 @@ def test_actions_are_limited_in_size_and_change():
     robot = Robot()
     limits = ActionLimits(low=-1.0, high=[1, 1, 1, 0.1], max_step=0.5)
     report = run(robot, [[9, -9, 0.2, 9]] * 4, limits=limits)
-    np.testing.assert_allclose(robot.told[0], [0.5, -0.5, 0.2, 0.1])
-    np.testing.assert_allclose(robot.told[3], [1, -1, 0.2, 0.1])
+    np.testing.assert_allclose(robot.commands[0], [0.5, -0.5, 0.2, 0.1])
+    np.testing.assert_allclose(robot.commands[3], [1, -1, 0.2, 0.1])
     assert (report.steps, report.clipped, report.held, robot.stops) == (4, 4, 0, 1)
 
 
-def test_what_is_not_finite_is_never_sent():
+def test_actions_that_are_not_finite_are_never_sent():
     robot = Robot()
     report = run(robot, [[0, 0, 0, 0], [np.nan, 0, 0, 0], [np.inf, 0, 0, 0], [1, 1, 1, 1]])
-    assert [told is None for told in robot.told] == [False, True, True, False]
+    assert [commands is None for commands in robot.commands] == [False, True, True, False]
     assert report.held == 2
 
 
-def test_old_plans_are_not_executed():
+def test_old_actions_are_not_executed():
     robot = Robot()
     report = run(robot, [[1, 1, 1, 1]] * 10, steps=10, watchdog=Watchdog(max_age=0.4))
     assert report.held == 5
-    assert robot.told[-1] is None
+    assert robot.commands[-1] is None
 
 
 class Stalling(Robot):
-    """Its camera hangs once."""
+    """A robot whose camera stalls once."""
 
     def __init__(self, step, seconds):
         super().__init__()
         self.step, self.seconds, self.times = step, seconds, []
 
     def observe(self):
-        if len(self.told) == self.step:
+        if len(self.commands) == self.step:
             time.sleep(self.seconds)
         return super().observe()
 
@@ -103,7 +103,7 @@ class Stalling(Robot):
         self.times.append(time.perf_counter())
 
 
-def test_a_stall_is_not_made_up_for_in_a_burst():
+def test_no_burst_follows_a_stall():
     robot = Stalling(step=3, seconds=0.3)
     start = time.perf_counter()
     report = run(robot, [[1, 1, 1, 1]] * 12, fps=50, steps=12, real_time=True)
@@ -112,17 +112,17 @@ def test_a_stall_is_not_made_up_for_in_a_burst():
     assert time.perf_counter() - start > 0.3 + 9.5 / 50
 
 
-def test_a_plan_grows_old_by_the_clock():
+def test_the_age_of_an_action_is_measured_by_the_clock():
     robot = Stalling(step=3, seconds=0.5)
     run(robot, [[1, 1, 1, 1]] * 6, fps=50, steps=7, real_time=True, watchdog=Watchdog(max_age=0.45))
-    # After the stall what is left of the plan is too old, though it is few control steps; the next one is not.
-    assert [told is None for told in robot.told[3:]] == [True, True, True, False]
+    # After the stall the rest of the chunk is only a few control steps old, but too old by the clock. The next chunk is not.
+    assert [commands is None for commands in robot.commands[3:]] == [True, True, True, False]
 
 
 def test_a_dry_run_commands_nothing():
     robot = Robot()
     report = run(robot, [[1, 1, 1, 1]] * 4, dry_run=True)
-    assert robot.told == [None] * 4
+    assert robot.commands == [None] * 4
     assert report.held == 0
 
 
@@ -134,7 +134,7 @@ def test_holding_for_too_long_ends_the_run_at_rest():
     assert robot.stops == 1
 
 
-def test_whatever_goes_wrong_the_robot_is_stopped():
+def test_the_robot_is_stopped_after_any_error():
     class Broken(Robot):
         def command(self, action):
             raise RuntimeError("motor 3")
@@ -145,7 +145,7 @@ def test_whatever_goes_wrong_the_robot_is_stopped():
     assert robot.stops == 1
 
 
-def test_wrong_settings_are_named():
+def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match="above high"):
         ActionLimits(low=1.0, high=0.0)
     with pytest.raises(ValueError, match="max_step"):
@@ -156,7 +156,7 @@ def test_wrong_settings_are_named():
         control(Robot(), Synchronous(DelayedInference(Planned([[0] * 4]), 0), execute_steps=1), fps=0, steps=1)
 
 
-def test_everything_is_recorded_as_a_dataset(tmp_path):
+def test_episodes_are_recorded_as_a_dataset(tmp_path):
     robot = Robot()
     with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
         for _ in range(2):
@@ -170,13 +170,13 @@ def test_everything_is_recorded_as_a_dataset(tmp_path):
     np.testing.assert_allclose(actions[0], dataset.states(0)[0])  # held where it stood
 
 
-def test_a_log_holds_little_in_memory_and_outlives_a_failure(tmp_path):
+def test_a_recording_takes_little_memory_and_survives_a_failure(tmp_path):
     class Failing(Robot):
         def observe(self):
-            if len(self.told) == 30:
+            if len(self.commands) == 30:
                 raise OSError("camera")
             seen = super().observe()
-            self.shared[:] = seen.frame  # one buffer for all frames, as drivers have it
+            self.shared[:] = seen.frame  # one buffer for all frames, as in drivers
             return replace(seen, frame=self.shared)
 
         shared = np.zeros((32, 48, 3), np.uint8)
@@ -191,11 +191,11 @@ def test_a_log_holds_little_in_memory_and_outlives_a_failure(tmp_path):
     np.testing.assert_allclose(shades, [0, 10, 29], atol=2)
 
 
-def test_a_camera_that_changes_its_size_ends_the_run_and_keeps_the_log(tmp_path):
+def test_a_changed_frame_size_ends_the_run_and_keeps_the_recording(tmp_path):
     class Changing(Robot):
         def observe(self):
             seen = super().observe()
-            return replace(seen, frame=np.zeros((32, 64, 3), np.uint8)) if len(self.told) == 5 else seen
+            return replace(seen, frame=np.zeros((32, 64, 3), np.uint8)) if len(self.commands) == 5 else seen
 
     robot = Changing()
     message = r"expected frames of \(32, 48, 3\), as in the first step, got \(32, 64, 3\)"
@@ -206,7 +206,7 @@ def test_a_camera_that_changes_its_size_ends_the_run_and_keeps_the_log(tmp_path)
     assert robot.stops == 1
 
 
-def test_a_run_that_fails_at_once_leaves_no_log(tmp_path):
+def test_a_run_that_fails_at_once_leaves_no_recording(tmp_path):
     class Broken(Robot):
         def observe(self):
             raise OSError("camera")
@@ -217,19 +217,19 @@ def test_a_run_that_fails_at_once_leaves_no_log(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_steps_without_a_known_action_are_not_logged(tmp_path):
-    class Unknowing(Robot):
+def test_steps_without_a_command_or_pose_are_not_recorded(tmp_path):
+    class WithoutPose(Robot):
         def pose(self, observation):
             return None
 
-    robot = Unknowing()
+    robot = WithoutPose()
     with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
         run(robot, [[1, 2, 3, 4]] * 3, steps=6, delay=2, recorder=recorder)
     assert len(LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view").actions(0)) == 4
 
 
 class Driver:
-    """What LeRobot's drivers do."""
+    """A driver of LeRobot's interface."""
 
     action_features = {"pan.pos": float, "grip.pos": float}  # noqa: RUF012
     observation_features = {"pan.pos": float, "grip.pos": float, "front": (32, 48, 3)}  # noqa: RUF012
@@ -262,7 +262,7 @@ def test_an_arm_behind_lerobots_driver():
     assert seen.frame.shape == (32, 48, 3)
     run(arm, [[40, 2]] * 3, steps=3)
     assert driver.sent[0] == {"grip.pos": 40.0, "pan.pos": 2.0}
-    assert driver.sent[-1] == pytest.approx(driver.positions, abs=2)  # at rest where it was
+    assert driver.sent[-1] == pytest.approx(driver.positions, abs=2)  # the present position is the last target
     assert len(driver.sent) == 4
     arm.disconnect()
     assert not driver.is_connected
@@ -273,19 +273,19 @@ def test_an_arm_behind_lerobots_driver():
 
 
 class Watched(Robot):
-    """Looks at what it was told so far, before every observation."""
+    """Calls a function with the commands so far before every observation."""
 
     def __init__(self, look):
         super().__init__()
         self.look = look
 
     def observe(self):
-        self.look([None if action is None else float(action[0]) for action in self.told])
+        self.look([None if action is None else float(action[0]) for action in self.commands])
         return super().observe()
 
 
 def test_cable_pulled_server_restarted_policy_swapped():
-    """The robot holds while the server is away, goes on when it is back, and follows the new policy after a swap."""
+    """The robot holds while the server is away, continues when it is back, and follows the new policy after a swap."""
     four = spec(action=4)
     first, second = Echo4(four, value=1.0), Echo4(four, value=2.0)
     servers, happened = [], []
@@ -297,7 +297,7 @@ def test_cable_pulled_server_restarted_policy_swapped():
     start()
     port = servers[0][1].server.port
 
-    def pull():  # mid-chunk: the connection dies without a goodbye, and the server with it
+    def pull():  # mid-chunk: the connection breaks without a closing handshake, and the server stops
         for connection in list(servers[0][1].server.clients):
             servers[0][1].loop.call_soon_threadsafe(connection.transport.abort)
         servers[0][0].__exit__(None, None, None)
@@ -307,8 +307,8 @@ def test_cable_pulled_server_restarted_policy_swapped():
         source = PolicySource(load=lambda: second, stamp=lambda: 0)
         assert server.call(reload(server.service, server.server, source))
 
-    def look(told):
-        since = told[happened[-1][1] if happened else 0 :]
+    def look(commands):
+        since = commands[happened[-1][1] if happened else 0 :]
         turns = (
             ("pulled", lambda: since.count(1.0) >= 3, pull),
             ("restarted", lambda: since[-10:] == [None] * 10, lambda: start(port)),
@@ -319,7 +319,7 @@ def test_cable_pulled_server_restarted_policy_swapped():
             name, reached, act = turns[len(happened)]
             if reached():
                 act()
-                happened.append((name, len(told)))
+                happened.append((name, len(commands)))
 
     robot = Watched(look)
     client = PolicyClient(f"ws://127.0.0.1:{port}", timeout=5)
@@ -328,8 +328,8 @@ def test_cable_pulled_server_restarted_policy_swapped():
     report = control(robot, executor, fps=50, steps=3000, until=lambda: len(happened) == 4)
     at = dict(happened)
     assert list(at) == ["pulled", "restarted", "swapped", "followed"]
-    away = [action is not None for action in robot.told[at["pulled"] : at["restarted"]]]
-    assert sum(away) <= 5, "nothing is executed beyond the chunk that was there"
+    away = [action is not None for action in robot.commands[at["pulled"] : at["restarted"]]]
+    assert sum(away) <= 5, "only the rest of the last chunk is executed"
     assert report.errors > 0
     assert robot.stops == 1
     inference.close()
@@ -338,8 +338,8 @@ def test_cable_pulled_server_restarted_policy_swapped():
 
 
 class Echo4(Echo):
-    def __init__(self, given, *, value):
-        super().__init__(given)
+    def __init__(self, policy_spec, *, value):
+        super().__init__(policy_spec)
         self.value = value
 
     def act_batch(self, requests):

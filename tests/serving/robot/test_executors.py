@@ -1,4 +1,4 @@
-"""Executors in a world whose right action is the number of the control step: what belongs to a step is executed at it."""
+"""Executors with a policy whose correct action is the number of the control step."""
 
 import threading
 
@@ -21,17 +21,17 @@ from agra.types import ActionChunk, Observation
 HORIZON = 12
 
 
-def seen(step):
+def observe(step):
     return Observation(
         frame=np.zeros((16, 16, 3), np.uint8), state=np.array([step], np.float32), instruction="go", embodiment="robot"
     )
 
 
 class Counting:
-    """Plans to be at n at control step n; notes where it was asked and with which continuation."""
+    """Plans the action n for control step n. Records the steps of its requests and their continuations."""
 
     def __init__(self):
-        self.asked, self.continuations, self.seeds = [], [], []
+        self.requested, self.continuations, self.seeds = [], [], []
         self.lost = False
 
     def reset(self, seed):
@@ -41,19 +41,19 @@ class Counting:
         if self.lost:
             raise ServerLost("gone")
         now = observation.state[0]
-        self.asked.append(int(now))
+        self.requested.append(int(now))
         self.continuations.append(continuation)
         return ActionChunk(actions=(now + np.arange(HORIZON, dtype=np.float32))[:, None])
 
 
 def play(executor, steps=60):
     executor.reset(3)
-    return [executor.step(seen(step)) for step in range(steps)]
+    return [executor.step(observe(step)) for step in range(steps)]
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2, 4])
 @pytest.mark.parametrize("name", ["asynchronous", "ensemble", "rtc"])
-def test_only_what_belongs_to_the_step_is_executed(name, delay):
+def test_each_action_is_executed_at_its_own_step(name, delay):
     commands = play(make_executor(name, DelayedInference(Counting(), delay), execute_steps=6))
     assert all(command.action is None for command in commands[:delay])
     for step, command in enumerate(commands[delay:], start=delay):
@@ -62,11 +62,11 @@ def test_only_what_belongs_to_the_step_is_executed(name, delay):
 
 
 @pytest.mark.parametrize("delay", [0, 1, 4])
-def test_synchronous_execution_stands_still_while_it_waits(delay):
+def test_synchronous_execution_holds_while_it_waits(delay):
     policy = Counting()
     commands = play(Synchronous(DelayedInference(policy, delay), execute_steps=6))
     period = 6 + delay
-    assert policy.asked == list(range(0, 60, period))
+    assert policy.requested == list(range(0, 60, period))
     for step, command in enumerate(commands):
         turn, phase = divmod(step, period)
         if phase < delay:
@@ -76,66 +76,66 @@ def test_synchronous_execution_stands_still_while_it_waits(delay):
             assert command.age == phase
 
 
-def test_a_whole_chunk_where_more_is_asked_for_than_there_is():
+def test_execute_steps_beyond_the_chunk_execute_all_of_it():
     policy = Counting()
     play(Synchronous(DelayedInference(policy, 0), execute_steps=100), steps=2 * HORIZON)
-    assert policy.asked == [0, HORIZON]
+    assert policy.requested == [0, HORIZON]
 
 
-def test_asynchronous_execution_asks_while_it_executes():
+def test_asynchronous_execution_requests_while_it_executes():
     policy = Counting()
     commands = play(Asynchronous(DelayedInference(policy, 3), execute_steps=5), steps=20)
-    assert policy.asked == [0, 5, 10, 15]
+    assert policy.requested == [0, 5, 10, 15]
     assert [c.age for c in commands] == [0, 0, 0, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3, 4]
 
 
-def test_a_chunk_that_ends_before_the_next_one_comes_leaves_the_robot_holding():
+def test_the_robot_holds_when_a_chunk_ends_before_the_next_arrives():
     commands = play(Asynchronous(DelayedInference(Counting(), 8), execute_steps=HORIZON - 2), steps=30)
     assert [c.action is None for c in commands[HORIZON:18]] == [True] * 6
     assert commands[18].action[0] == 18
 
 
-def test_rtc_hands_over_the_rest_of_the_chunk_and_the_longest_delay():
+def test_rtc_sends_the_rest_of_the_chunk_and_the_longest_delay():
     policy = Counting()
     play(RealTimeChunking(DelayedInference(policy, 3), execute_steps=5), steps=12)
     first, second, third = policy.continuations
     assert first is None
-    for continuation, asked in ((second, 5), (third, 10)):
+    for continuation, requested in ((second, 5), (third, 10)):
         assert continuation.delay == 3
-        assert continuation.actions[0, 0] == asked  # the action of the observation's own control step
+        assert continuation.actions[0, 0] == requested  # the action of the observation's own control step
         assert len(continuation.actions) == HORIZON - 5
 
 
 def test_ensembling_averages_with_acts_weights():
-    class Contrary(Counting):
+    class Constant(Counting):
         def act(self, observation, *, continuation=None):
             return ActionChunk(actions=np.full((HORIZON, 1), float(observation.state[0]), np.float32))
 
-    executor = TemporalEnsemble(DelayedInference(Contrary(), 0), decay=0.5)
+    executor = TemporalEnsemble(DelayedInference(Constant(), 0), decay=0.5)
     executor.reset(0)
-    found = [executor.step(seen(step)).action[0] for step in range(3)]
+    actions = [executor.step(observe(step)).action[0] for step in range(3)]
     weights = np.exp(-0.5 * np.arange(3))
-    assert found[2] == pytest.approx((weights * [0, 1, 2]).sum() / weights.sum())
+    assert actions[2] == pytest.approx((weights * [0, 1, 2]).sum() / weights.sum())
 
 
 @pytest.mark.parametrize("name", EXECUTORS)
-def test_a_lost_server_costs_what_is_not_planned_yet(name):
+def test_after_a_loss_the_rest_of_the_chunk_is_executed(name):
     policy = Counting()
     executor = make_executor(name, DelayedInference(policy, 1), execute_steps=4)
     executor.reset(0)
-    before = [executor.step(seen(step)) for step in range(8)]
+    before = [executor.step(observe(step)) for step in range(8)]
     assert before[-1].error is None
     policy.lost = True
-    during = [executor.step(seen(step)) for step in range(8, 40)]
+    during = [executor.step(observe(step)) for step in range(8, 40)]
     assert any(command.error == "gone" for command in during)
     assert all(command.action is None for command in during[-10:])
     policy.lost = False
-    after = [executor.step(seen(step)) for step in range(40, 50)]
+    after = [executor.step(observe(step)) for step in range(40, 50)]
     assert after[-1].action is not None
     assert after[-1].error is None
 
 
-def test_threads_answer_in_their_own_time():
+def test_threaded_inference_answers_later():
     go = threading.Event()
 
     class Slow(Counting):
@@ -146,16 +146,16 @@ def test_threads_answer_in_their_own_time():
     inference = ThreadedInference(Slow())
     executor = Asynchronous(inference, execute_steps=4)
     executor.reset(7)
-    assert executor.step(seen(0)).action is None
-    assert executor.step(seen(1)).action is None
+    assert executor.step(observe(0)).action is None
+    assert executor.step(observe(1)).action is None
     go.set()
     inference._result.result(10)
-    command = executor.step(seen(2))
+    command = executor.step(observe(2))
     assert (command.action[0], command.delay, inference.policy.seeds[-1]) == (2, 2, 7)
     inference.close()
 
 
-def test_wrong_settings_are_named():
+def test_invalid_settings_are_refused():
     inference = DelayedInference(Counting(), 0)
     for call in (
         lambda: Synchronous(inference, execute_steps=0),

@@ -1,4 +1,4 @@
-"""Memory, ranges, draining and reloading of the server: what a client may cost, and what a new checkpoint must show."""
+"""Memory, input ranges, draining and reloading of the server."""
 
 import asyncio
 import gc
@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import tracemalloc
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -51,7 +52,7 @@ def request(seed=0, size=(32, 48)):
 
 
 class Gated(Echo):
-    """Answers when it may."""
+    """Answers once `gate` is set."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -62,44 +63,42 @@ class Gated(Echo):
         return super().act_batch(requests)
 
 
-def test_large_requests_wait_for_room_and_small_ones_do_not():
+def test_large_requests_wait_for_a_slot_and_small_ones_do_not():
     policy = Gated()
-    with running(policy, TIGHT) as server:
-        clients = [connect(server) for _ in range(3)]
+    with running(policy, TIGHT) as server, ExitStack() as stack:
+        clients = [stack.enter_context(connect(server)) for _ in range(3)]
         senders = []
         for number, client in enumerate(clients):
             client.recv()
             senders.append(threading.Thread(target=client.send, args=(request(number, BIG),), daemon=True))
             senders[-1].start()
-        small = connect(server)
+        small = stack.enter_context(connect(server))
         small.recv()
         small.send(request(9))
         wait_for(lambda: server.service.large_slots.in_use)
-        wait_for(lambda: server.service.active == 2)  # the small one was read although there is no room
+        wait_for(lambda: server.service.active == 2)  # the small request was read although there is no free slot
         time.sleep(0.3)
-        *waiting, read = sorted(one.unread for one in server.server.clients)
+        *waiting, read = sorted(connection.unread for connection in server.server.clients)
         assert read >= 1_500_000
         assert max(waiting) <= TIGHT.share + SLACK
         policy.gate.set()
         assert np.array_equal(unpack(small.recv(timeout=10))["actions"], expected(observation(9)))
         for number, client in enumerate(clients):
-            answer = unpack(client.recv(timeout=10))["actions"]
-            assert np.array_equal(answer, expected(observation(number, size=BIG)))
+            chunk = unpack(client.recv(timeout=10))["actions"]
+            assert np.array_equal(chunk, expected(observation(number, size=BIG)))
         wait_for(lambda: not server.service.large_slots.in_use)
-        for client in (*clients, small):
-            client.close()
 
 
-def test_requests_behind_each_other_are_read_one_at_a_time():
+def test_pipelined_requests_are_read_one_at_a_time():
     policy = Gated()
     with running(policy, TIGHT) as server, connect(server) as client:
         client.recv()
         data = [request(number, BIG) for number in range(4)]
-        threading.Thread(target=lambda: [client.send(one) for one in data], daemon=True).start()
+        threading.Thread(target=lambda: [client.send(message) for message in data], daemon=True).start()
         wait_for(lambda: server.service.active)
         time.sleep(0.3)
-        (there,) = server.server.clients
-        assert there.unread <= 2 * MIB + SLACK
+        (connection,) = server.server.clients
+        assert connection.unread <= 2 * MIB + SLACK
         policy.gate.set()
         for number in range(4):
             assert np.array_equal(unpack(client.recv(timeout=10))["actions"], expected(observation(number, size=BIG)))
@@ -107,17 +106,15 @@ def test_requests_behind_each_other_are_read_one_at_a_time():
 
 
 @pytest.mark.parametrize("wire", ["openpi", "groot"])
-def test_a_large_request_that_does_not_come_gives_its_room_back(wire):
-    with Both(Echo(), replace(TIGHT, receive_timeout=0.3)) as both:
-        port = both.server.server.port if wire == "openpi" else both.groot.port
+def test_an_incomplete_large_request_loses_its_slot(wire):
+    with Both(Echo(), replace(TIGHT, receive_timeout=0.3)) as both, ExitStack() as stack:
         if wire == "openpi":
-            slow = connect(both.server)
+            slow = stack.enter_context(connect(both.server))
             slow.recv()
             slow.socket.sendall(b"\x82\xff" + (1_500_000).to_bytes(8, "big") + bytes(4) + bytes(600_000))
         else:
-            slow = handshake(both)
+            slow = stack.enter_context(handshake(both))
             slow.sendall(zmtp_header(MORE, 0) + zmtp_header(0, 1_500_000) + bytes(600_000))
-        assert port
         wait_for(lambda: both.server.service.large_slots.in_use)
         wait_for(lambda: not both.server.service.large_slots.in_use)
         client = PolicyClient(both.server.address)
@@ -130,13 +127,13 @@ def test_connections_without_a_handshake_are_bounded(monkeypatch):
     with running(Echo(), Limits(max_connections=1)) as server:
         import socket
 
-        knocking = [socket.create_connection(("127.0.0.1", server.server.port)) for _ in range(4)]
+        half_open = [socket.create_connection(("127.0.0.1", server.server.port)) for _ in range(4)]
         wait_for(lambda: len(server.server.sockets) == 4)
         with socket.create_connection(("127.0.0.1", server.server.port)) as fifth:
             fifth.settimeout(5)
             assert fifth.recv(1) == b""
-        for one in knocking:
-            one.close()
+        for connection in half_open:
+            connection.close()
         assert np.array_equal(PolicyClient(server.address).act(observation()).actions, expected(observation()))
 
 
@@ -150,32 +147,36 @@ class Statistics:
 
 
 class Trained(Echo):
-    """Knows its training data: the last state never changed there."""
+    """Has statistics of its training data, in which the last state dimension is constant."""
 
     stats = {"robot": Statistics()}  # noqa: RUF012
 
 
-def seen(*state):
+def with_state(*state):
     return replace(observation(), state=np.array(state, np.float32))
 
 
 def test_states_far_outside_the_training_data_are_refused_on_both_wires():
     with Both(Trained(), Limits(input_stretch=10)) as both:
         client = PolicyClient(both.server.address)
-        for state in ((0, 0, 0, 5), (-21, 21, 11, 5), (0, 0, 0, 1e6)):  # ten widths outside; the constant is free
-            client.act(seen(*state))
+        for state in (
+            (0, 0, 0, 5),
+            (-21, 21, 11, 5),
+            (0, 0, 0, 1e6),
+        ):  # ten widths outside; the constant dimension is not checked
+            client.act(with_state(*state))
         for state in ((1e20, 0, 0, 5), (0, -21.1, 0, 5), (0, 0, 11.1, 5)):
             with pytest.raises(ServerRefused, match="more than 10 widths outside the range of the training data"):
-                client.act(seen(*state))
+                client.act(with_state(*state))
         actions = np.array([[1, 3e38, 1]], np.float32)
         with pytest.raises(ServerRefused, match=r"continuation: 3e\+38 in dimension 1"):
-            client.act(seen(0, 0, 0, 5), continuation=Continuation(actions=actions, delay=0))
-        asked = flat_observation(1)
-        asked["state.arm"] = np.array([[0, 1e20, 0]], np.float32)
-        assert "state: 1e+20 in dimension 1" in GrootClient(both.groot.port).call("get_action", asked)["error"]
+            client.act(with_state(0, 0, 0, 5), continuation=Continuation(actions=actions, delay=0))
+        request_data = flat_observation(1)
+        request_data["state.arm"] = np.array([[0, 1e20, 0]], np.float32)
+        assert "state: 1e+20 in dimension 1" in GrootClient(both.groot.port).call("get_action", request_data)["error"]
 
 
-class NotANumber(Echo):
+class SometimesNan(Echo):
     def act_batch(self, requests):
         chunks = super().act_batch(requests)
         broken = np.full((HORIZON, ACTION), np.nan, np.float32)
@@ -184,7 +185,7 @@ class NotANumber(Echo):
 
 
 def test_answers_that_are_not_finite_are_never_sent():
-    with Both(NotANumber()) as both, connect(both.server) as connection:
+    with Both(SometimesNan()) as both, connect(both.server) as connection:
         connection.recv()
         connection.send(
             pack(encode_request(InferRequest(observation=observation(instruction="nan")), WireKeys(), spec()))
@@ -193,15 +194,15 @@ def test_answers_that_are_not_finite_are_never_sent():
         with pytest.raises(ConnectionClosed):
             connection.recv(timeout=5)
         assert connection.close_code == 1011
-        asked = flat_observation(1) | {"annotation.human.action.task_description": ["nan"]}
-        assert "the answer is nan" in GrootClient(both.groot.port).call("get_action", asked)["error"]
+        request_data = flat_observation(1) | {"annotation.human.action.task_description": ["nan"]}
+        assert "the answer is nan" in GrootClient(both.groot.port).call("get_action", request_data)["error"]
         assert b'outcome="failed",wire="openpi"} 1.0' in both.server.service.metrics()
 
 
 # --- stopping ----------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_under_load_answers_what_was_read_and_ends_at_once():
+def test_stopping_under_load_answers_read_requests_and_ends_at_once():
     policy = Echo(seconds=0.1)
     ended, wrong = [], []
 
@@ -211,11 +212,11 @@ def test_stopping_under_load_answers_what_was_read_and_ends_at_once():
             for index in range(10**6):
                 try:
                     connection.send(request(number + index))
-                    answer = unpack(connection.recv(timeout=10))["actions"]
+                    chunk = unpack(connection.recv(timeout=10))["actions"]
                 except ConnectionClosed:
                     ended.append(connection.close_code)
                     return
-                if not np.array_equal(answer, expected(observation(number + index))):
+                if not np.array_equal(chunk, expected(observation(number + index))):
                     wrong.append(index)
 
     with running(policy) as server:
@@ -223,9 +224,9 @@ def test_stopping_under_load_answers_what_was_read_and_ends_at_once():
         for thread in threads:
             thread.start()
         wait_for(lambda: sum(policy.batches) > 24)
-        begun = time.monotonic()
+        start = time.monotonic()
         server.call(server.server.stop(10))
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - start < 4
         for thread in threads:
             thread.join(10)
     assert ended == [1001] * 12
@@ -233,17 +234,17 @@ def test_stopping_under_load_answers_what_was_read_and_ends_at_once():
 
 
 def test_sigterm_of_the_whole_server(caplog):
-    """In this thread, which signals reach; clients of both wires ask without pause from others."""
+    """The server runs in the main thread, which gets the signals. Clients send requests without pause from other threads."""
     caplog.set_level(logging.INFO, logger="agra.serving")
     policy, results = Echo(seconds=0.05), []
 
-    def ask_on(port):
+    def run_client(port):
         client = PolicyClient(f"ws://127.0.0.1:{port}")
         try:
             while np.array_equal(client.act(observation(3)).actions, expected(observation(3))):
                 pass
         except ServerLost:
-            results.append("lost, after right answers")
+            results.append("lost, after correct chunks")
 
     async def serve():
         service = PolicyService(policy, Limits())
@@ -251,15 +252,15 @@ def test_sigterm_of_the_whole_server(caplog):
 
         def started():
             for _ in range(4):
-                threading.Thread(target=ask_on, args=(server.port,), daemon=True).start()
+                threading.Thread(target=run_client, args=(server.port,), daemon=True).start()
             asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGTERM)
 
         source = PolicySource(load=lambda: policy, stamp=lambda: 0)
         await run(service, server, source, reload_interval=0.1, grace=10, started=started)
 
-    begun = time.monotonic()
+    start = time.monotonic()
     asyncio.run(serve())
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - start < 8
     wait_for(lambda: len(results) == 4)
     assert "still running" not in caplog.text
 
@@ -267,8 +268,8 @@ def test_sigterm_of_the_whole_server(caplog):
 # --- a new checkpoint --------------------------------------------------------------------------------------------------
 
 
-class Wrong(Echo):
-    """Loads, and does not serve."""
+class Broken(Echo):
+    """Loads, but does not answer."""
 
     def __init__(self, act):
         super().__init__()
@@ -284,17 +285,17 @@ def fail(error):
 
 CANDIDATES = {
     "no embodiment": lambda: Echo(replace(spec(), embodiments={})),
-    "not finite": lambda: Wrong(lambda: ActionChunk(actions=np.full((HORIZON, ACTION), np.inf, np.float32))),
-    "another shape": lambda: Wrong(lambda: ActionChunk(actions=np.zeros((HORIZON, ACTION + 1), np.float32))),
-    "TypeError": lambda: Wrong(lambda: fail(TypeError("a scalar"))),
-    "ValueError": lambda: Wrong(lambda: fail(ValueError("too small"))),
+    "not finite": lambda: Broken(lambda: ActionChunk(actions=np.full((HORIZON, ACTION), np.inf, np.float32))),
+    "another shape": lambda: Broken(lambda: ActionChunk(actions=np.zeros((HORIZON, ACTION + 1), np.float32))),
+    "TypeError": lambda: Broken(lambda: fail(TypeError("a scalar"))),
+    "ValueError": lambda: Broken(lambda: fail(ValueError("too small"))),
     "does not load": lambda: fail(AttributeError("a list")),
     "RuntimeError": lambda: fail(RuntimeError("out of memory")),
 }
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
-def test_a_candidate_that_fails_changes_nothing_and_is_logged(name, caplog):
+def test_a_failing_candidate_is_logged_and_changes_nothing(name, caplog):
     with running(Echo()) as server:
         client = PolicyClient(server.address)
         source = PolicySource(load=CANDIDATES[name], stamp=lambda: 0)
@@ -311,13 +312,13 @@ def test_a_candidate_that_takes_too_long_changes_nothing():
         assert not server.call(reload(server.service, server.server, PolicySource(load=lambda: slow, stamp=lambda: 0)))
 
 
-def test_the_watch_goes_on_whatever_fails(caplog):
+def test_the_watch_continues_after_any_error(caplog):
     stamps = iter([1, RuntimeError("the folder is gone"), 2, 3, 4, *[4] * 10**6])
     policies = iter([*(make for name, make in CANDIDATES.items() if name in ("no embodiment", "RuntimeError"))])
 
     def stamp():
-        found = next(stamps)
-        return fail(found) if isinstance(found, Exception) else found
+        newest = next(stamps)
+        return fail(newest) if isinstance(newest, Exception) else newest
 
     def load():
         make = next(policies, None)
@@ -325,14 +326,14 @@ def test_the_watch_goes_on_whatever_fails(caplog):
 
     with running(Echo()) as server:
 
-        async def look():
+        async def watch_until_swapped():
             source = PolicySource(load=load, stamp=stamp)
             task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
             while server.service.generation == 0:
                 await asyncio.sleep(0.01)
             task.cancel()
 
-        server.call(look())
+        server.call(watch_until_swapped())
         assert server.service.spec.name == "good"
     assert "cannot check for a newer checkpoint" in caplog.text
     assert caplog.text.count("kept the present policy") == 2
@@ -340,7 +341,7 @@ def test_the_watch_goes_on_whatever_fails(caplog):
 
 def test_a_policy_that_does_not_answer_is_not_served():
     async def serve():
-        service = PolicyService(Wrong(lambda: ActionChunk(actions=np.full((HORIZON, ACTION), np.nan, np.float32))))
+        service = PolicyService(Broken(lambda: ActionChunk(actions=np.full((HORIZON, ACTION), np.nan, np.float32))))
         try:
             await service.start()
         finally:
@@ -350,11 +351,11 @@ def test_a_policy_that_does_not_answer_is_not_served():
         asyncio.run(serve())
 
 
-def test_a_policy_that_crops_is_tried_out_with_a_larger_frame():
+def test_a_policy_that_crops_is_checked_with_a_larger_frame():
     class Cropped(Echo):
         def act_batch(self, requests):
             if any(r.observation.frame.shape[0] < 100 for r in requests):
-                raise ValueError("rows 0 to 100 were asked for")
+                raise ValueError("expected at least 100 rows")
             return super().act_batch(requests)
 
     with running(Echo()) as server:
@@ -362,7 +363,7 @@ def test_a_policy_that_crops_is_tried_out_with_a_larger_frame():
 
 
 class Compiled(Echo):
-    """A policy that warms up; notes in which thread, and takes over weights where it may."""
+    """A policy that warms up and adopts weights. Records the threads of both."""
 
     def __init__(self, name="compiled", *, adopts=True, offset=0.0):
         super().__init__(spec(name), offset=offset)
@@ -410,7 +411,7 @@ def test_weights_are_adopted_in_place_or_the_candidate_is_warmed_up_first():
         client = PolicyClient(server.address)
         assert server.call(reload(server.service, server.server, PolicySource(load=lambda: second, stamp=lambda: 0)))
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
-        assert not second.warmed, "its weights moved, it does not serve"
+        assert not second.warmed, "its weights were adopted, it does not serve itself"
         assert server.service.spec.name == "second"
         first.adopts = False
         third = Compiled("third", offset=3000, adopts=False)
@@ -420,28 +421,28 @@ def test_weights_are_adopted_in_place_or_the_candidate_is_warmed_up_first():
         assert third.warmed == [(2, *third.threads)]
         assert server.service.ready
 
-        class Broken(Compiled):
+        class Uncompilable(Compiled):
             def warm_up(self, max_batch):
                 raise RuntimeError("cannot compile")
 
-        assert not server.call(reload(server.service, server.server, PolicySource(load=Broken, stamp=lambda: 0)))
+        assert not server.call(reload(server.service, server.server, PolicySource(load=Uncompilable, stamp=lambda: 0)))
         assert server.service.ready
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 3000)
 
 
-# --- who gets in -------------------------------------------------------------------------------------------------------
+# --- access ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/readyz", "/healthz"])
-def test_web_pages_reach_no_path(path):
+def test_web_pages_are_refused_on_every_path(path):
     with running(Echo()) as server:
         assert get(server, path, {"Origin": "http://evil.example"})[0] == 403
-        assert get(server, path, {"Host": "evil.example"})[0] == 403  # a name that was rebound to this machine
+        assert get(server, path, {"Host": "evil.example"})[0] == 403  # DNS rebinding
         for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "192.0.2.7"):
             assert get(server, path, {"Host": host})[0] == 200
 
 
-def test_keys_are_ascii_stripped_and_come_once():
+def test_keys_are_ascii_stripped_and_sent_once():
     with running(Echo(), api_key=" right\n") as server:
         assert get(server, "/metrics", {"Authorization": "Api-Key right"})[0] == 200
         assert get(server, "/metrics", {"Authorization": "Api-Key s\xe9same"})[0] == 401
@@ -457,9 +458,9 @@ def test_keys_are_ascii_stripped_and_come_once():
         twice.putheader("Authorization", "Api-Key right")
         twice.endheaders()
         assert twice.getresponse().status == 401
-    for wrong in ("s\xe9same", " \n", "a\x00b"):
+    for key in ("s\xe9same", " \n", "a\x00b"):
         with pytest.raises(ValueError, match="API key: expected"):
-            check_key(wrong)
+            check_key(key)
 
 
 def test_limits_are_checked():
@@ -472,17 +473,17 @@ def test_limits_are_checked():
 def test_a_small_frame_does_not_wait_for_all_large_ones():
     policy = Gated()
     limits = Limits(max_message=2 * MIB, max_pending=64 * MIB, max_connections=64)
-    with running(policy, limits) as server:
-        first = connect(server)
+    with running(policy, limits) as server, ExitStack() as stack:
+        first = stack.enter_context(connect(server))
         first.recv()
         first.send(request(99))
         wait_for(lambda: server.service.active == 1)
-        large = [connect(server) for _ in range(6)]
+        large = [stack.enter_context(connect(server)) for _ in range(6)]
         for number, client in enumerate(large):
             client.recv()
             client.send(request(number, BIG))
         wait_for(lambda: server.service.active == 7)
-        small = connect(server)
+        small = stack.enter_context(connect(server))
         small.recv()
         small.send(request(50))
         wait_for(lambda: server.service.active == 8)
@@ -490,14 +491,17 @@ def test_a_small_frame_does_not_wait_for_all_large_ones():
         for number, client in enumerate(large):
             assert np.array_equal(unpack(client.recv(timeout=10))["actions"], expected(observation(number, size=BIG)))
         assert np.array_equal(unpack(small.recv(timeout=10))["actions"], expected(observation(50)))
-        assert policy.batches == [1, 3, 2, 2]  # the small one came last and is in the first batch after the running one
-        for client in (first, small, *large):
-            client.close()
+        assert policy.batches == [
+            1,
+            3,
+            2,
+            2,
+        ]  # the small request came last and is in the first batch after the running one
 
 
 def test_answered_requests_are_not_kept():
-    with running(Echo(), replace(TIGHT, max_connections=8)) as server:
-        clients = [connect(server) for _ in range(6)]
+    with running(Echo(), replace(TIGHT, max_connections=8)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(connect(server)) for _ in range(6)]
         for client in clients:
             client.recv()
         tracemalloc.start()
@@ -509,5 +513,3 @@ def test_answered_requests_are_not_kept():
             assert tracemalloc.get_traced_memory()[0] < 3 * MIB  # six open connections, 1.5 MiB read on each
         finally:
             tracemalloc.stop()
-        for client in clients:
-            client.close()

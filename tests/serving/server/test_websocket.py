@@ -1,4 +1,4 @@
-"""The server under ordinary, wrong and hostile clients, with a policy whose answers prove whose they are."""
+"""The websocket server with valid, invalid and hostile clients, and a policy with a different chunk for each observation."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ def request(seed=0, **changes):
     return pack({**encode_request(InferRequest(observation=observation(seed)), WireKeys(), spec()), **changes})
 
 
-def test_the_client_gets_the_policys_answer():
+def test_the_client_gets_the_policys_chunk():
     with running(Echo()) as server:
         client = PolicyClient(server.address)
         assert client.spec == spec()
@@ -40,11 +40,11 @@ def test_the_client_gets_the_policys_answer():
         client.act(observation(), continuation=Continuation(actions=np.ones((2, 3), np.float32), delay=1))
         assert server.policy.seeds == [11, 12]
         assert server.policy.continuations[-1].delay == 1
-        assert client.act_and_imagine(observation()).imagined is None  # not allowed: not asked for
+        assert client.act_and_imagine(observation()).imagined is None  # not allowed, so not requested
         client.close()
 
 
-def test_the_client_gets_the_imagined_video_where_the_server_gives_it():
+def test_the_client_gets_the_imagined_video_of_a_server_that_allows_it():
     with running(Echo(replace(spec(), imagines=True))) as server:
         client = PolicyClient(server.address)
         chunk = client.act_and_imagine(observation())
@@ -54,11 +54,11 @@ def test_the_client_gets_the_imagined_video_where_the_server_gives_it():
         client.close()
 
 
-def test_a_bad_request_is_explained_and_the_connection_lives():
+def test_an_invalid_request_is_explained_and_keeps_the_connection():
     with running(Echo()) as server, connect(server) as connection:
         connection.recv()
-        for wrong in (request(prompt=3), request(prompt="impossible"), pack([1])):
-            connection.send(wrong)
+        for invalid in (request(prompt=3), request(prompt="impossible"), pack([1])):
+            connection.send(invalid)
             assert connection.recv().startswith("agra: ")
         connection.send(request(5))
         assert np.array_equal(unpack(connection.recv())["actions"], expected(observation(5)))
@@ -69,7 +69,7 @@ def test_a_bad_request_is_explained_and_the_connection_lives():
 
 
 @pytest.mark.parametrize("data", [b"\xc1", "text", b"", b"\x81\xa1a"], ids=repr)
-def test_what_is_no_message_ends_the_connection(data):
+def test_undecodable_bytes_close_the_connection(data):
     with running(Echo()) as server, connect(server) as connection:
         connection.recv()
         connection.send(data)
@@ -79,14 +79,14 @@ def test_what_is_no_message_ends_the_connection(data):
         assert connection.close_code == 1007
 
 
-def test_a_failing_policy_tells_no_secrets_and_serves_the_others():
+def test_a_policy_error_reveals_nothing_and_spares_other_clients():
     with running(Echo()) as server, connect(server) as connection, connect(server) as other:
         connection.recv()
         other.recv()
         connection.send(request(prompt="crash"))
-        told = connection.recv()
-        assert "failed" in told
-        assert "secret" not in told
+        reply = connection.recv()
+        assert "failed" in reply
+        assert "secret" not in reply
         with pytest.raises(ConnectionClosed):
             connection.recv(timeout=5)
         assert connection.close_code == 1011
@@ -94,7 +94,7 @@ def test_a_failing_policy_tells_no_secrets_and_serves_the_others():
         assert np.array_equal(unpack(other.recv())["actions"], expected(observation(1)))
 
 
-def test_bad_requests_without_end_close_the_connection():
+def test_consecutive_invalid_requests_close_the_connection():
     with running(Echo(), Limits(max_bad_requests=3)) as server, connect(server) as connection:
         connection.recv()
         for _ in range(3):
@@ -105,28 +105,29 @@ def test_bad_requests_without_end_close_the_connection():
         assert connection.close_code == 1008
 
 
-def test_bad_requests_take_turns_and_good_ones_do_not():
-    with running(Echo(), Limits(bad_request_rate=0.5)) as server, connect(server) as one, connect(server) as other:
+def test_error_replies_are_rate_limited_and_responses_are_not():
+    with running(Echo(), Limits(bad_request_rate=0.5)) as server, connect(server) as first, connect(server) as second:
         client = PolicyClient(server.address)
-        for connection in (one, other):
+        for connection in (first, second):
             connection.recv()
             connection.send(pack({}))
-        asked = time.perf_counter()
-        told = {connection: [] for connection in (one, other)}
+        start = time.perf_counter()
+        replies = {connection: [] for connection in (first, second)}
 
         def listen(connection):
-            told[connection].append((connection.recv(timeout=10), time.perf_counter()))
+            replies[connection].append((connection.recv(timeout=10), time.perf_counter()))
 
         with ThreadPoolExecutor(2) as threads:
-            threads.map(listen, (one, other))
-            wait_for(lambda: told[one] or told[other])
+            threads.map(listen, (first, second))
+            wait_for(lambda: replies[first] or replies[second])
             assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
-            assert not (told[one] and told[other])  # the second of them has its turn after two seconds
-        assert [text[:6] for text, _ in (*told[one], *told[other])] == ["agra: "] * 2
-        assert max(when for _, when in (*told[one], *told[other])) - asked > 1.5
+            assert not (replies[first] and replies[second])  # the second reply follows after two seconds
+        received = [*replies[first], *replies[second]]
+        assert [text[:6] for text, _ in received] == ["agra: "] * 2
+        assert max(when for _, when in received) - start > 1.5
 
 
-def test_a_bad_request_is_told_between_two_forwards():
+def test_error_replies_are_sent_between_forward_passes():
     class Gated(Echo):
         def act_batch(self, requests):
             entered.set()
@@ -134,26 +135,26 @@ def test_a_bad_request_is_told_between_two_forwards():
             return super().act_batch(requests)
 
     entered, leave = threading.Event(), threading.Event()
-    with running(Gated()) as server, connect(server) as bad, connect(server) as good:
-        for connection in (bad, good):
+    with running(Gated()) as server, connect(server) as invalid, connect(server) as valid:
+        for connection in (invalid, valid):
             connection.recv()
-        good.send(request(1))
+        valid.send(request(1))
         assert entered.wait(10)
-        bad.send(pack({}))
+        invalid.send(pack({}))
         with pytest.raises(TimeoutError):
-            bad.recv(timeout=0.2)
+            invalid.recv(timeout=0.2)
         leave.set()
-        assert bad.recv(timeout=10).startswith("agra: ")
-        assert np.array_equal(unpack(good.recv())["actions"], expected(observation(1)))
-        # A forward that does not end does not make it wait for ever.
+        assert invalid.recv(timeout=10).startswith("agra: ")
+        assert np.array_equal(unpack(valid.recv())["actions"], expected(observation(1)))
+        # A forward pass that does not end delays the reply by a second at most.
         entered.clear()
         leave.clear()
-        good.send(request(2))
+        valid.send(request(2))
         assert entered.wait(10)
-        bad.send(pack({}))
-        assert bad.recv(timeout=10).startswith("agra: ")
+        invalid.send(pack({}))
+        assert invalid.recv(timeout=10).startswith("agra: ")
         leave.set()
-        assert np.array_equal(unpack(good.recv())["actions"], expected(observation(2)))
+        assert np.array_equal(unpack(valid.recv())["actions"], expected(observation(2)))
 
 
 def test_size_fragments_and_idleness_are_limited():
@@ -176,21 +177,21 @@ def test_size_fragments_and_idleness_are_limited():
         assert connection.close_code == 1008
 
 
-def test_a_client_that_never_reads_is_cut_off():
-    with running(Echo()) as server, socket.create_connection(("127.0.0.1", server.server.port)) as stranger:
-        stranger.sendall(
+def test_a_client_that_never_reads_is_disconnected():
+    with running(Echo()) as server, socket.create_connection(("127.0.0.1", server.server.port)) as raw:
+        raw.sendall(
             b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
-        stranger.settimeout(60)
+        raw.settimeout(60)
         pings = (b"\x89\xfd" + bytes(4) + bytes(125)) * 100_000
         with pytest.raises(OSError, match=r"reset|pipe|abort"):
-            stranger.sendall(pings * 10)
+            raw.sendall(pings * 10)
         client = PolicyClient(server.address)
         assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
 
 
-def test_a_slow_client_is_slowed_down_alone():
+def test_a_fast_client_is_slowed_down_alone():
     with running(Echo(), Limits(request_rate=20)) as server:
         client, other = PolicyClient(server.address), PolicyClient(server.address)
         start = time.perf_counter()
@@ -200,7 +201,7 @@ def test_a_slow_client_is_slowed_down_alone():
         assert np.array_equal(other.act(observation()).actions, expected(observation()))
 
 
-def test_without_the_key_there_is_nothing():
+def test_without_the_key_everything_but_healthz_is_refused():
     with running(Echo(), api_key="right") as server:
         for headers in ({}, {"Authorization": "Api-Key wrong"}, {"Authorization": "right"}):
             with pytest.raises(InvalidStatus) as refused:
@@ -244,42 +245,42 @@ def test_health_readiness_and_metrics():
         server.service.draining = False
 
 
-def test_requests_are_batched_and_every_answer_is_its_own():
+def test_requests_are_batched_and_each_gets_its_own_chunk():
     policy = Echo(seconds=0.02)
     with running(policy, Limits(max_batch=8)) as server:
 
-        def one(number):
+        def run_client(number):
             client = PolicyClient(server.address)
             for index in range(10):
-                seen = observation(100 * number + index)
-                assert np.array_equal(client.act(seen).actions, expected(seen))
+                sent = observation(100 * number + index)
+                assert np.array_equal(client.act(sent).actions, expected(sent))
             return 10
 
         with ThreadPoolExecutor(12) as threads:
-            assert sum(threads.map(one, range(12))) == 120
+            assert sum(threads.map(run_client, range(12))) == 120
     assert sum(policy.batches) == 120
     assert max(policy.batches) > 3
     assert max(policy.batches) <= 8
 
 
-def test_one_bad_request_does_not_spoil_its_batch():
+def test_a_refused_request_does_not_affect_its_batch():
     policy = Echo(seconds=0.05)
     with running(policy) as server:
 
-        def one(number):
-            seen = observation(number, instruction="impossible" if number == 3 else "go")
+        def run_client(number):
+            sent = observation(number, instruction="impossible" if number == 3 else "go")
             client = PolicyClient(server.address)
             if number == 3:
                 with pytest.raises(ServerRefused, match="nobody"):
-                    client.act(seen)
+                    client.act(sent)
             else:
-                assert np.array_equal(client.act(seen).actions, expected(seen))
+                assert np.array_equal(client.act(sent).actions, expected(sent))
 
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(one, range(8)))
+            list(threads.map(run_client, range(8)))
 
 
-def test_a_busy_policy_says_so_and_who_left_is_not_computed():
+def test_a_busy_policy_refuses_and_skips_cancelled_requests():
     policy = Echo(seconds=0.5)
     with running(policy, Limits(request_timeout=0.2, stuck_after=0.1)) as server:
         client = PolicyClient(server.address)
@@ -289,7 +290,7 @@ def test_a_busy_policy_says_so_and_who_left_is_not_computed():
         assert policy.batches == [1]
 
 
-def test_stopping_finishes_what_is_running():
+def test_stopping_finishes_running_requests():
     policy = Echo(seconds=0.4)
     answers = []
     with running(policy) as server:
@@ -305,7 +306,7 @@ def test_stopping_finishes_what_is_running():
             client.act(observation())
 
 
-def test_a_swap_between_two_requests():
+def test_a_policy_is_swapped_between_two_requests():
     with running(Echo()) as server:
         client = PolicyClient(server.address)
         client.reset(5)
@@ -314,7 +315,7 @@ def test_a_swap_between_two_requests():
         source = PolicySource(load=lambda: newer, stamp=lambda: 0)
         assert server.call(reload(server.service, server.server, source))
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 1000)
-        assert newer.seeds == [0, 5], "it was tried out, and the episode goes on with its seed"
+        assert newer.seeds == [0, 5], "checked with seed 0, then the episode restarts from its seed"
 
         def broken():
             raise ValueError("damaged")
@@ -329,12 +330,12 @@ def test_a_swap_between_two_requests():
             client.act(observation())
 
 
-def test_what_is_loaded_is_hidden_from_the_garbage_collector_until_it_gives_way():
+def test_live_objects_are_frozen_and_a_replaced_policy_is_freed():
     loaded = []
 
     def load():
         policy = Echo()
-        policy.itself = policy  # garbage that only the collector finds
+        policy.itself = policy  # a cycle, which only the collector frees
         loaded.append(weakref.ref(policy))
         return policy
 
@@ -351,24 +352,24 @@ def test_what_is_loaded_is_hidden_from_the_garbage_collector_until_it_gives_way(
 
 
 def test_newer_checkpoints_are_found():
-    found = [1]
+    newest = [1]
     with running(Echo()) as server:
-        source = PolicySource(load=lambda: Echo(spec("newer")), stamp=lambda: found[0])
+        source = PolicySource(load=lambda: Echo(spec("newer")), stamp=lambda: newest[0])
 
-        async def look():
+        async def watch_once():
             task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
             await asyncio.sleep(0.1)
             before = server.service.generation
-            found[0] = 2
+            newest[0] = 2
             while server.service.generation == before:
                 await asyncio.sleep(0.01)
             task.cancel()
             return before, server.service.spec.name
 
-        assert server.call(look()) == (0, "newer")
+        assert server.call(watch_once()) == (0, "newer")
 
 
-def test_the_client_comes_back_after_a_loss():
+def test_the_client_reconnects_after_a_loss():
     client = None
     with running(Echo()) as server:
         port = server.server.port
@@ -384,7 +385,7 @@ def test_the_client_comes_back_after_a_loss():
         assert server.policy.seeds == [9]
 
 
-def test_an_answer_that_comes_late_is_not_taken_for_another():
+def test_a_late_response_is_not_taken_for_another():
     with running(Echo(seconds=0.3)) as server:
         client = PolicyClient(server.address, timeout=0.1)
         client.spec  # noqa: B018
@@ -394,10 +395,10 @@ def test_an_answer_that_comes_late_is_not_taken_for_another():
         assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
 
 
-def test_wrong_settings_are_named():
-    for wrong in ("http://x", "127.0.0.1:8000"):
+def test_invalid_settings_are_refused():
+    for address in ("http://x", "127.0.0.1:8000"):
         with pytest.raises(ValueError, match="expected ws://"):
-            PolicyClient(wrong)
+            PolicyClient(address)
     with pytest.raises(ValueError, match="max_message"):
         Limits(max_message=0)
     with pytest.raises(ServerLost):
