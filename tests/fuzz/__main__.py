@@ -1,8 +1,9 @@
-"""Draw hostile input for FUZZ_SECONDS, every property in turn, each time from a fresh seed.
+"""Check the properties for FUZZ_SECONDS, in turn, each time with new examples.
 
     FUZZ_SECONDS=3600 python -m tests.fuzz
 
-Prints how many examples each property was checked with. A failure is shrunk, printed and ends with exit code 1.
+Prints the number of examples of each property. A failing example is shrunk and printed. The exit code is the number of properties
+that failed.
 """
 
 import os
@@ -15,13 +16,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 
-from .properties import PROPERTIES, workshop
+from .properties import PROPERTIES, scratch_folder
 
 ROUND = settings(max_examples=500, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def main() -> int:
-    """Run until the time is over; the number of properties that failed."""
+    """Run until the time is over. Returns the number of properties that failed."""
     seconds = float(os.environ.get("FUZZ_SECONDS", "3600"))
     counts: Counter[str] = Counter()
     failed: set[str] = set()
@@ -33,7 +34,7 @@ def main() -> int:
                     continue
                 try:
                     ROUND(given(prop.strategy)(_counted(prop.check, counts, name)))()
-                except Exception as error:  # whatever the code under test raised
+                except Exception as error:  # any error of the code under test
                     failed.add(name)
                     print(
                         f"{name}: {type(error).__name__}: {error}",
@@ -42,7 +43,7 @@ def main() -> int:
                         flush=True,
                     )
     finally:
-        shutil.rmtree(workshop(), ignore_errors=True)
+        shutil.rmtree(scratch_folder(), ignore_errors=True)
     for name in PROPERTIES:
         print(f"{name}: {counts[name]} examples{', failed' if name in failed else ''}")
     print(f"{sum(counts.values())} examples in {seconds:.0f} s, {len(failed)} properties failed")
@@ -50,9 +51,9 @@ def main() -> int:
 
 
 def _counted(check: Callable[[Any], None], counts: Counter[str], name: str) -> Callable[[Any], None]:
-    def counted(drawn: Any) -> None:
+    def counted(example: Any) -> None:
         counts[name] += 1
-        check(drawn)
+        check(example)
 
     return counted
 

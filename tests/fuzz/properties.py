@@ -1,7 +1,8 @@
-"""What must hold for any bytes, files and metadata: a right answer or one line of complaint, never another exception.
+"""Properties of the code that reads untrusted bytes, files and metadata: valid input is read, and any other input raises an
+expected error with one line of text.
 
-Each property is a strategy and a check. The quick tests draw a few examples from a fixed seed, `python -m tests.fuzz` as
-many as an hour allows from fresh ones.
+Each property is a strategy and a check. The quick tests draw a few examples from a fixed seed. `python -m tests.fuzz` draws new
+ones for an hour.
 """
 
 import asyncio
@@ -51,27 +52,27 @@ from agra.weights import write_tensors
 from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
 from tests.support.small import make_small_config
 
-COMPLAINTS = (ValueError, OSError)
-"""What the command line turns into one line."""
+EXPECTED_ERRORS = (ValueError, OSError)
+"""Errors that the command line prints as one line."""
 
 
 @dataclass(frozen=True)
 class Property:
-    """`check` must pass for whatever `strategy` draws."""
+    """A check that must pass for every example of a strategy."""
 
     strategy: SearchStrategy
     check: Callable[[Any], None]
 
 
-def _says(error: Exception, name: str = "") -> None:
-    """A complaint has a text, with the file's name in it."""
+def _check_message(error: Exception, name: str = "") -> None:
+    """Assert that an error has a text with the file's name."""
     assert str(error)
     assert name in str(error)
 
 
 @functools.cache
-def workshop() -> Path:
-    """A folder for this process."""
+def scratch_folder() -> Path:
+    """A folder of this process for the files of the examples."""
     return Path(tempfile.mkdtemp(prefix="agra-fuzz-"))
 
 
@@ -112,7 +113,7 @@ json_values = st.recursive(
 
 @st.composite
 def changed(draw: Any, content: Any) -> Any:
-    """JSON content with one to three of its values replaced, removed, doubled or added."""
+    """JSON content with one to three of its values replaced, removed, duplicated or added."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.integers(1, 3))):
         place, parent = content, None
@@ -136,7 +137,7 @@ def changed(draw: Any, content: Any) -> Any:
 
 @st.composite
 def damaged(draw: Any, data: bytes) -> bytes:
-    """Bytes with some of them changed, cut off, removed or inserted."""
+    """Bytes with some of them changed, truncated, removed or inserted."""
     content = bytearray(data)
     for _ in range(draw(st.integers(1, 6))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
@@ -152,16 +153,16 @@ def damaged(draw: Any, data: bytes) -> bytes:
     return bytes(content)
 
 
-# --- the wires ---------------------------------------------------------------------------------------------------------
+# --- protocols --------------------------------------------------------------------------------------------------------
 
 ROBOT = EmbodimentSpec(state={"arm": (0, 3), "hand": (3, 4)}, action={"arm": (0, 3)})
 SPEC = PolicySpec(name="policy", horizon=5, frame_size=(32, 48), embodiments={"robot": ROBOT}, imagines=True)
-SEEN = Observation(
+OBSERVATION = Observation(
     frame=np.zeros((16, 16, 3), np.uint8), state=np.zeros(4, np.float32), instruction="go", embodiment="robot"
 )
-REQUEST = encode_request(InferRequest(observation=SEEN, seed=1, request_id=3), WireKeys(), SPEC)
+REQUEST = encode_request(InferRequest(observation=OBSERVATION, seed=1, request_id=3), WireKeys(), SPEC)
 GROOT = {
-    "video.ego_view": SEEN.frame[None], "state.arm": np.zeros((1, 3), np.float32), "state.hand": np.zeros((1, 1), np.float32),
+    "video.ego_view": OBSERVATION.frame[None], "state.arm": np.zeros((1, 3), np.float32), "state.hand": np.zeros((1, 1), np.float32),
     "annotation.human.action.task_description": ["go"],
 }  # fmt: skip
 NPY = {"__ndarray_class__": True, "as_npy": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', "}
@@ -183,7 +184,7 @@ packed_values = st.recursive(
 
 
 def _replaced(message: dict, pack_one: Callable[[Any], bytes]) -> SearchStrategy[bytes]:
-    """A right message with one value replaced."""
+    """A valid message with one value replaced."""
     return st.builds(
         lambda key, value: pack_one(dict(message)) if key is None else _packed({**message, key: value}, pack_one),
         st.sampled_from([None, *message, "seed", "continuation", "imagine", "embodiment", "data"]), packed_values,
@@ -198,19 +199,19 @@ def _packed(message: Any, pack_one: Callable[[Any], bytes]) -> bytes:
 
 
 def check_openpi(data: bytes) -> None:
-    """A request or a complaint; what passes is what the policy takes."""
+    """A frame is a valid request of the policy, or raises WireError or RequestError."""
     try:
         message = unpack(data)
-        question = parse_request(message, SPEC, WireKeys())
+        request = parse_request(message, SPEC, WireKeys())
     except (WireError, RequestError):
         return
-    assert question.observation.state.shape == (4,)
-    assert np.isfinite(question.observation.state).all()
-    assert question.observation.frame.dtype == np.uint8
+    assert request.observation.state.shape == (4,)
+    assert np.isfinite(request.observation.state).all()
+    assert request.observation.frame.dtype == np.uint8
 
 
 def check_description(data: bytes) -> None:
-    """A client reads a server's first message, or says that it is none."""
+    """A server's first message is a description of a policy, or raises ValueError."""
     try:
         read_description(unpack(data))
     except ValueError:
@@ -218,7 +219,7 @@ def check_description(data: bytes) -> None:
 
 
 def check_groot(data: bytes) -> None:
-    """The same on GR00T's wire."""
+    """A message of GR00T's protocol holds valid observations, or raises WireError or RequestError."""
     try:
         message = unpack_groot(data)
         if not isinstance(message, dict):
@@ -226,21 +227,21 @@ def check_groot(data: bytes) -> None:
         observations, _ = parse_observations(flatten(message), ROBOT, "robot", GrootWire())
     except (WireError, RequestError):
         return
-    assert all(np.isfinite(one.state).all() for one in observations)
+    assert all(np.isfinite(observation.state).all() for observation in observations)
 
 
 class _Sink:
-    """A client that reads everything."""
+    """A writer that drops everything."""
 
     def write(self, data: bytes) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     async def drain(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def check_zmtp(data: bytes) -> None:
-    """Requests of at most the allowed size, until a complaint or the end."""
+    """ZMTP bytes are requests of at most the allowed size, until ProtocolError or the end."""
 
     async def serve() -> None:
         reader = asyncio.StreamReader()
@@ -273,7 +274,7 @@ TALK = HELLO + (_frame(MORE, b"") + _frame(0, b"request")) * 2 + _frame(COMMAND,
 @functools.cache
 def small_checkpoint() -> Path:
     """A checkpoint of a small model."""
-    folder, config = workshop() / "checkpoint", make_small_config()
+    folder, config = scratch_folder() / "checkpoint", make_small_config()
     folder.mkdir()
     with torch.device("meta"):
         method = config.method.to_act().build()
@@ -303,8 +304,8 @@ def _load_changed(changes: dict[str, bytes]) -> None:
             stats = NormStats.load_all(folder / "norm_stats.json")
             check_statistics(stats, config, folder)
             load_method(folder, config)
-    except COMPLAINTS as error:
-        _says(error)
+    except EXPECTED_ERRORS as error:
+        _check_message(error)
     finally:
         for name in changes:
             (folder / name).unlink(missing_ok=True)
@@ -341,7 +342,7 @@ KINDS = {"v2.1": lambda root: write_v2(root, "v2.1"), "v3.0": write_v3, "gr1": w
 @functools.cache
 def dataset(kind: str) -> Path:
     """A small dataset of a kind."""
-    root = workshop() / kind
+    root = scratch_folder() / kind
     KINDS[kind](root)
     return root
 
@@ -353,7 +354,7 @@ def _metadata(kind: str) -> list[str]:
 
 @st.composite
 def changed_dataset(draw: Any) -> tuple[str, str, bytes]:
-    """A kind, one of its metadata files, and what that holds instead."""
+    """A kind, the name of one of its metadata files, and changed contents of that file."""
     kind = draw(st.sampled_from(sorted(KINDS)))
     name = draw(st.sampled_from(_metadata(kind)))
     content = (dataset(kind) / name).read_text()
@@ -368,7 +369,7 @@ def changed_dataset(draw: Any) -> tuple[str, str, bytes]:
 
 
 def check_dataset_metadata(drawn: tuple[str, str, bytes]) -> None:
-    """Read, or a complaint; the doctor raises nothing at all."""
+    """A dataset is read, or raises an expected error. The doctor raises nothing at all."""
     kind, name, content = drawn
     root = dataset(kind)
     original = (root / name).read_bytes()
@@ -380,8 +381,8 @@ def check_dataset_metadata(drawn: tuple[str, str, bytes]) -> None:
             for index in range(min(opened.num_episodes, 3)):
                 assert np.isfinite(opened.states(index)).all()
                 opened.instruction(index)
-        except COMPLAINTS as error:
-            _says(error)
+        except EXPECTED_ERRORS as error:
+            _check_message(error)
         check_dataset(root)
     finally:
         (root / name).write_bytes(original)
@@ -421,15 +422,15 @@ annotations = st.one_of(
 
 
 def check_annotations(drawn: tuple[str, bytes]) -> None:
-    """Masks by name, or a complaint that names the file."""
-    path = workshop() / drawn[0]
+    """Annotations are masks by name, or raise an expected error with the file's name."""
+    path = scratch_folder() / drawn[0]
     path.write_bytes(drawn[1])
     try:
         for name, mask in read_masks(path).items():
             assert isinstance(name, str)
             assert mask.dtype == np.bool_
-    except COMPLAINTS as error:
-        _says(error, path.name)
+    except EXPECTED_ERRORS as error:
+        _check_message(error, path.name)
 
 
 @functools.cache
@@ -440,8 +441,8 @@ def samples() -> Path:
         trial="t", step=0, regime="semantic", instruction="go", embodiment="hands", state=np.zeros(3, np.float32),
         frames=frames, masks=np.zeros(frames.shape[:-1], bool),
     )  # fmt: skip
-    save_samples([one, one], workshop() / "samples")
-    return workshop() / "samples"
+    save_samples([one, one], scratch_folder() / "samples")
+    return scratch_folder() / "samples"
 
 
 SAMPLES = {
@@ -452,23 +453,23 @@ SAMPLES = {
 
 
 def check_samples(content: Any) -> None:
-    """Samples, or a complaint that names the folder."""
+    """A folder of samples is read, or raises an expected error with its name."""
     (samples() / "samples.json").write_text(json.dumps(content))
     try:
         load_samples(samples())
-    except COMPLAINTS as error:
-        _says(error, "samples")
+    except EXPECTED_ERRORS as error:
+        _check_message(error, "samples")
 
 
 PROPERTIES = {
-    "openpi's wire": Property(
+    "websocket requests": Property(
         st.binary(max_size=200) | damaged(pack(REQUEST)) | _replaced(REQUEST, pack), check_openpi
     ),
-    "openpi's description": Property(packed_values.map(lambda v: _packed(v, pack)), check_description),
-    "GR00T's wire": Property(
+    "policy descriptions": Property(packed_values.map(lambda v: _packed(v, pack)), check_description),
+    "GR00T's requests": Property(
         st.binary(max_size=200) | damaged(pack_groot(GROOT)) | _replaced(GROOT, pack_groot), check_groot
     ),
-    "ZeroMQ's frames": Property(damaged(TALK) | st.binary(max_size=300).map(lambda b: HELLO + b), check_zmtp),
+    "ZeroMQ frames": Property(damaged(TALK) | st.binary(max_size=300).map(lambda b: HELLO + b), check_zmtp),
     "checkpoint files": Property(checkpoints, _load_changed),
     "dataset metadata": Property(changed_dataset(), check_dataset_metadata),
     "annotations": Property(annotations, check_annotations),

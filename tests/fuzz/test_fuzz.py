@@ -1,4 +1,4 @@
-"""A few examples of every property from a fixed seed; `make fuzz` draws for an hour."""
+"""A few examples of every property from a fixed seed. `make fuzz` draws new ones for an hour."""
 
 import pytest
 from hypothesis import HealthCheck, given, settings
