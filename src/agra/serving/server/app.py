@@ -21,7 +21,7 @@ log = logging.getLogger("agra.serving")
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySource:
-    """Where policies come from: `load` loads the newest, and `stamp` changes when there is a newer one."""
+    """A source of policies: `load` loads the newest one, and `stamp` changes when there is a newer one."""
 
     load: Callable[[], BatchPolicy]
     stamp: Callable[[], Hashable]
