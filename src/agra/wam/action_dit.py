@@ -1,9 +1,9 @@
-"""The action DiT f_phi: GR00T-N1.5's flow-matching head in the paper's time convention.                Eqs. 11-13
+"""The action DiT f_phi (Eqs. 11-13): GR00T-N1.5's flow-matching head in the paper's time convention.
 
-Sub-blocks alternate cross-attention to the guidance and self-attention over [state | action] tokens, cross first as in
-GR00T-N1.5, so that its weights fit; the paper lists self-attention first (docs/paper.md #6). State and action encoders
-and the decoder keep one set of weights per embodiment. Inside, GR00T's time runs from 0 (noise) to 1 (data): the
-noise level is turned into its time bucket here and nowhere else.
+Sub-blocks alternate cross-attention to the guidance and self-attention over [state | action] tokens. Cross-attention
+comes first as in GR00T-N1.5, so that its weights fit. The paper lists self-attention first (docs/paper.md #6). State
+encoder, action encoder and decoder have one set of weights per embodiment. GR00T's time runs from 0 (noise) to 1 (data).
+Only this module converts noise levels to GR00T's time buckets.
 """
 
 import math
@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from agra.rng import sample_shard
 from agra.precision import without_autocast
+from agra.rng import sample_shard
 from agra.wam.bridge import Attention, FeedForward
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionDiTConfig:
-    """Shape of the action head; the defaults are GR00T-N1.5's, which C.1 describes (docs/paper.md #4, #5)."""
+    """Shape of the action head. The defaults are GR00T-N1.5's, which C.1 describes (docs/paper.md #4, #5)."""
 
     state_dim: int = 64
     action_dim: int = 32
@@ -36,10 +36,10 @@ class ActionDiTConfig:
     future_tokens: int = 0  # learned tokens between state and actions: 32 in N1.5, none in the paper
     dropout: float = 0.2
     state_dropout: float = 0.0
-    """Chance of replacing a sample's whole state by zeros in training. Not in the paper."""
+    """Probability of replacing a sample's whole state by zeros in training. Not in the paper."""
     bank_init_std: float | None = 0.02
-    """Standard deviation of the banks' initial weights, GR00T's by default; None takes 1 / sqrt(inputs), which suits a
-    head trained from scratch on little data."""
+    """Standard deviation of the banks' initial weights, by default GR00T's (docs/paper.md #45). None means
+    1 / sqrt(inputs), which suits a head trained from scratch on little data."""
     num_time_buckets: int = 1000
     max_horizon: int = 1024
 
@@ -61,15 +61,15 @@ class ActionDiTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActionOutput:
-    """What one forward of the action DiT returns."""
+    """Result of one forward pass of the action DiT."""
 
     velocity: Float[Tensor, "B K D"]
     attention: tuple[Float[Tensor, "B heads Q N"], ...] | None = None
-    """Cross-attention weights of each block, if asked for; queries are [state | future tokens | K actions]."""
+    """Cross-attention weights of each block with `return_attention`. Queries are [state | future tokens | K actions]."""
 
 
 class ActionDiT(nn.Module):
-    """f_phi: noisy actions, state, noise level and guidance to the action velocity."""
+    """The network f_phi: from noisy actions, state, noise level and guidance to the action velocity."""
 
     def __init__(self, config: ActionDiTConfig) -> None:
         super().__init__()
@@ -103,19 +103,19 @@ class ActionDiT(nn.Module):
         *,
         return_attention: bool = False,
     ) -> ActionOutput:
-        """The velocity noise - actions of Eq. 13; one guidance for each cross-attention block.
+        """Predict the velocity noise - actions (Eq. 13), given one guidance for each cross-attention block.
 
-        A guidance of B / n samples serves n consecutive rows each: several draws of noise for one conditioning pass
-        then share its keys and values. Raises ValueError where the numbers don't fit.
+        A guidance of B / n samples serves n consecutive rows each, so that several draws of noise share the keys and values
+        of one conditioning pass. Raises ValueError if the numbers do not fit.
         """
         if len(guidance) != self.config.num_blocks:
             raise ValueError(
-                f"guidance: expected {self.config.num_blocks}, one a cross-attention block, got {len(guidance)}"
+                f"guidance: expected {self.config.num_blocks}, one per cross-attention block, got {len(guidance)}"
             )
-        if any(len(noisy_actions) % len(one) for one in guidance):
+        if any(len(noisy_actions) % len(tokens) for tokens in guidance):
             raise ValueError(
                 f"guidance: expected a number of samples that divides {len(noisy_actions)}, the number of action "
-                f"chunks, got {[len(one) for one in guidance]}"
+                f"chunks, got {[len(tokens) for tokens in guidance]}"
             )
         bucket = self.bucket(noise_level)
         x = self._tokens(noisy_actions, state, bucket, embodiment)
@@ -130,23 +130,23 @@ class ActionDiT(nn.Module):
         return ActionOutput(velocity=velocity, attention=tuple(attention) if return_attention else None)
 
     def bucket(self, noise_level: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """GR00T's time of a noise level: 0 is pure noise, `num_time_buckets` is data."""
+        """Convert noise levels to GR00T's time buckets: 0 is pure noise, `num_time_buckets` is data."""
         # The epsilon keeps levels such as 0.7 from falling into the bucket below by rounding.
         return ((1 - noise_level) * self.config.num_time_buckets + 1e-4).floor()
 
     def embed_time(self, bucket: Float[Tensor, "B"], dtype: torch.dtype) -> Float[Tensor, "B W"]:
-        """What modulates every sub-block."""
+        """Embed the time for the modulation of every sub-block."""
         return self.time_embedding(_sinusoid(bucket, 256, shift=1.0, cosine_first=True).to(dtype))
 
     def modulate_out(self, time: Float[Tensor, "B W"]) -> tuple[Tensor, Tensor]:
-        """Shift and scale of the final norm, (B, 1, W) each."""
+        """Compute shift and scale of the final norm, (B, 1, W) each."""
         shift, scale = self.modulation_out(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         return shift, scale
 
     def project(
         self, x: Float[Tensor, "B N W"], modulation: tuple[Tensor, Tensor], horizon: int, embodiment: Int[Tensor, "B"]
     ) -> Float[Tensor, "B K D"]:
-        """The last tokens to velocities."""
+        """Project the last `horizon` tokens to velocities."""
         shift, scale = modulation
         x = self.project_out(without_autocast(self.norm_out, x) * (1 + scale) + shift)
         return self.action_decoder(x[:, -horizon:], embodiment)
@@ -161,28 +161,28 @@ class ActionDiT(nn.Module):
     def encode_actions(
         self, actions: Float[Tensor, "B K D"], time: Float[Tensor, "B W"], embodiment: Int[Tensor, "B"]
     ) -> Float[Tensor, "B K W"]:
-        """A token for each action of the chunk, in the type of the weights."""
+        """Encode each action of the chunk as a token, in the data type of the weights."""
         return self.action_encoder(actions.to(self.dtype), time, embodiment)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Data type of the weights."""
         return self.project_out.weight.dtype
 
     def encode_state(self, state: Float[Tensor, "B S"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B F W"]:
-        """The tokens before the actions: the state's and the learned future tokens."""
+        """Return the tokens before the actions: the state's token and the learned future tokens."""
         token = self.state_encoder(state.to(self.dtype).unsqueeze(1), embodiment)
         if self.future is None:
             return token
         return torch.cat([token, self.future.weight.expand(len(state), -1, -1)], dim=1)
 
     def join(self, before: Float[Tensor, "B F W"], actions: Float[Tensor, "B K W"]) -> Float[Tensor, "B N W"]:
-        """The sequence that the sub-blocks see; encoded actions get their positions."""
+        """Return the input sequence of the sub-blocks. The encoded actions get position embeddings."""
         return torch.cat([before, actions + self.position_embedding.weight[: actions.shape[1]]], dim=1)
 
 
 class SubBlock(nn.Module):
-    """Time-modulated norm, attention and feed-forward, each on a residual."""
+    """Time-modulated norm, attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: ActionDiTConfig, context_dim: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class SubBlock(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor | None, time: Tensor, return_attention: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Cross-attention to `context`, or self-attention where it is None.                                   Eq. 12"""
+        """Run cross-attention to `context` (Eq. 12), or self-attention if it is None."""
         modulation = self.modulate(time)
         if not return_attention:
             return self.run(x, None if context is None else self.attn.keys_values(context), modulation), None
@@ -209,19 +209,19 @@ class SubBlock(nn.Module):
         return self._add(x, update.unflatten(1, (draws, queries)).flatten(0, 1)), weights
 
     def modulate(self, time: Float[Tensor, "B W"]) -> tuple[Tensor, Tensor]:
-        """Scale and shift of the first norm, (B, 1, W) each."""
+        """Compute scale and shift of the first norm, (B, 1, W) each."""
         scale, shift = self.modulation(F.silu(time)).unsqueeze(1).chunk(2, dim=-1)
         return scale, shift
 
     def run(
         self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None, modulation: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "B N W"]:
-        """`forward` with the context's keys and values (None: self-attention) and the modulation known."""
+        """Run `forward` with given keys and values of the context (None: self-attention) and given modulation."""
         h = self._norm(x, modulation)
-        known = self.attn.keys_values(h) if keys_values is None else keys_values
-        draws, queries = len(h) // len(known[0]), h.shape[1]
-        # Rows that share a context become further queries of it.
-        update = self.attn.attend(h.unflatten(0, (-1, draws)).flatten(1, 2), known)
+        keys_values = self.attn.keys_values(h) if keys_values is None else keys_values
+        draws, queries = len(h) // len(keys_values[0]), h.shape[1]
+        # Rows that share a context become additional queries of that context.
+        update = self.attn.attend(h.unflatten(0, (-1, draws)).flatten(1, 2), keys_values)
         return self._add(x, update.unflatten(1, (draws, queries)).flatten(0, 1))
 
     def _norm(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
@@ -236,7 +236,7 @@ class SubBlock(nn.Module):
 class EmbodimentLinear(nn.Module):
     """A bank of linear layers, one per embodiment: weight (n, in, out), bias (n, out).
 
-    `std` is that of the initial weights; None takes 1 / sqrt(in).
+    `std` is the standard deviation of the initial weights. None means 1 / sqrt(in).
     """
 
     def __init__(self, num_embodiments: int, in_dim: int, out_dim: int, std: float | None = None) -> None:
@@ -246,14 +246,14 @@ class EmbodimentLinear(nn.Module):
         nn.init.normal_(self.weight, std=1 / math.sqrt(in_dim) if std is None else std)
 
     def forward(self, x: Float[Tensor, "B N I"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B N O"]:
-        """Each sample through its own embodiment's layer."""
-        # index_select's backward adds in a fixed order whatever the number of threads; that of indexing does not.
+        """Apply to each sample the layer of its embodiment."""
+        # The backward pass of index_select adds in a fixed order for any number of threads. That of indexing does not.
         bias, weight = (bank.index_select(0, embodiment) for bank in (self.bias, self.weight))
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 class EmbodimentMLP(nn.Module):
-    """Two embodiment layers with a ReLU between."""
+    """Two embodiment layers with a ReLU in between."""
 
     def __init__(
         self, num_embodiments: int, in_dim: int, hidden_dim: int, out_dim: int, std: float | None = None
@@ -263,12 +263,12 @@ class EmbodimentMLP(nn.Module):
         self.layer2 = EmbodimentLinear(num_embodiments, hidden_dim, out_dim, std)
 
     def forward(self, x: Float[Tensor, "B N I"], embodiment: Int[Tensor, "B"]) -> Float[Tensor, "B N O"]:
-        """Encode states, or decode actions."""
+        """Encode states or decode actions."""
         return self.layer2(F.relu(self.layer1(x, embodiment)), embodiment)
 
 
 class ActionEncoder(nn.Module):
-    """Noisy actions joined with their time, per embodiment."""
+    """Encoder of noisy actions and their time, one set of weights per embodiment."""
 
     def __init__(self, num_embodiments: int, action_dim: int, width: int, std: float | None = None) -> None:
         super().__init__()
@@ -278,20 +278,20 @@ class ActionEncoder(nn.Module):
         self.layer3 = EmbodimentLinear(num_embodiments, width, width, std)
 
     def time_features(self, bucket: Float[Tensor, "B"]) -> Float[Tensor, "B W"]:
-        """Sinusoids of the time, which are joined with every action."""
+        """Compute the sinusoids of the time that are concatenated with every action."""
         return _sinusoid(bucket, self.width, shift=0.0, cosine_first=False)
 
     def forward(
         self, actions: Float[Tensor, "B K D"], time: Float[Tensor, "B W"], embodiment: Int[Tensor, "B"]
     ) -> Float[Tensor, "B K W"]:
-        """One token for each action of the chunk; `time` are its `time_features`."""
+        """Encode each action of the chunk as a token. `time` holds the `time_features`."""
         x = self.layer1(actions, embodiment)
         x = torch.cat([x, time.to(x.dtype).unsqueeze(1).expand_as(x)], dim=-1)
         return self.layer3(F.silu(self.layer2(x, embodiment)), embodiment)
 
 
 def _sinusoid(time: Float[Tensor, "B"], dim: int, *, shift: float, cosine_first: bool) -> Float[Tensor, "B dim"]:
-    """Sinusoidal features of `time` with frequencies 10000^(-i / (dim / 2 - shift)), in float32."""
+    """Compute sinusoidal features of `time` with frequencies 10000^(-i / (dim / 2 - shift)), in float32."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / (half - shift))
     angles = time.float()[:, None] * frequencies

@@ -1,4 +1,4 @@
-"""The multi-layer bridge: which video layers the action head reads, and how they become guidance.   Eqs. 2, 14-17, 20"""
+"""The multi-layer bridge (Eqs. 2, 14-17, 20): the video layers that the action head reads, projected to guidance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,36 +10,36 @@ from torch import Tensor, nn
 
 
 def bridged_layers(num_video_layers: int, num_action_blocks: int) -> tuple[int, ...]:
-    """The video layer that each action cross-attention block reads, 0-based, "output after block l".         Eq. 14
+    """Return the video layer that each cross-attention block reads, 0-based, "output after block l" (Eq. 14).
 
-    j (M - 1) / (N - 1) rounded to the nearest. The equation prints a floor, but C.1 lists the rounded layers
-    0, 4, 8, 12, 15, 19, 23, 27 for (28, 8), and only those contain the aligned layer 8.
+    Layer j is j (M - 1) / (N - 1), rounded to the nearest integer. The equation prints a floor, but C.1 lists the rounded
+    layers 0, 4, 8, 12, 15, 19, 23, 27 for (28, 8), and only these contain the aligned layer 8 (docs/paper.md #1).
     """
     if num_action_blocks < 2:
         raise ValueError(
-            f"Eq. 14 spreads at least two cross-attention blocks over the depth, got {num_action_blocks}; "
-            "for a single-layer bridge name the layer itself"
+            f"num_action_blocks: expected at least 2 for Eq. 14, got {num_action_blocks}; for a single-layer bridge set "
+            "BridgeConfig.layers"
         )
     if num_video_layers < 1:
-        raise ValueError(f"expected at least one video layer, got {num_video_layers}")
+        raise ValueError(f"num_video_layers: expected at least 1, got {num_video_layers}")
     span = num_action_blocks - 1
     return tuple((2 * j * (num_video_layers - 1) + span) // (2 * span) for j in range(num_action_blocks))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
-    """Which layers are read and the shape of the projector; the defaults are C.1's."""
+    """The layers that the action head reads, and the shape of the projector. The defaults are C.1's."""
 
     layers: tuple[int, ...] = bridged_layers(28, 8)
-    """One video layer for each action cross-attention block; repeats are allowed (AGRA-BridgeL8)."""
+    """One video layer for each action cross-attention block. A layer may repeat (AGRA-BridgeL8)."""
     num_layers: int = 4
     num_heads: int = 32
     head_dim: int = 64
     dropout: float = 0.2
     position_grid: tuple[int, int, int] | None = None
-    """(T, H, W) of a learned position embedding, sines and cosines to begin with, added to the normalised hidden states.
-    Not in the paper: Cosmos's rotary embedding is relative, so a head trained from scratch cannot otherwise tell where
-    a token is."""
+    """(T, H, W) of a learned position embedding, initialised with sines and cosines and added to the normalised hidden
+    states. Not in the paper. Cosmos's rotary embedding is relative, so without this a head trained from scratch cannot
+    tell the position of a token."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -52,7 +52,7 @@ class BridgeConfig:
 
 
 class Bridge(nn.Module):
-    """Proj_j of Eq. 15: a LayerNorm and a self-attention transformer, shared by all layers, applied to each alone."""
+    """The projector Proj_j (Eq. 15): LayerNorm and self-attention, shared by all layers, applied to each layer alone."""
 
     def __init__(self, config: BridgeConfig) -> None:
         super().__init__()
@@ -66,16 +66,16 @@ class Bridge(nn.Module):
     def forward(
         self, hidden: Mapping[int, Float[Tensor, "B T H W D"]], *, pool_future: int = 1
     ) -> tuple[Float[Tensor, "B N D"], ...]:
-        """G_j for each cross-attention block, tokens flattened row-major; a layer read twice is projected once.
+        """Return the guidance G_j of each cross-attention block, tokens flattened row-major.
 
-        `pool_future` > 1 approximates: squares of so many by so many tokens of the frames after the observed one become
-        their mean before the blocks. Not in the paper.
+        A layer that several blocks read is projected once. `pool_future` > 1 is an approximation: before the blocks, squares
+        of `pool_future` x `pool_future` tokens of the frames after the observation become their mean. Not in the paper.
         """
         missing = sorted(set(self.config.layers) - hidden.keys())
         if missing:
-            raise ValueError(f"hidden states: the bridge reads layers {self.config.layers}, but {missing} are missing")
+            raise ValueError(f"hidden: expected the layers {self.config.layers}, but {missing} are missing")
         distinct = tuple(dict.fromkeys(self.config.layers))
-        # Layers become samples: one large forward instead of one small forward each.
+        # Layers become samples, for one large forward pass instead of a small one per layer.
         stacked = torch.cat([hidden[layer] for layer in distinct])
         projected = self._project(stacked, pool_future).chunk(len(distinct))
         guidance = dict(zip(distinct, projected, strict=True))
@@ -98,19 +98,19 @@ def _pool_after_first_frame(x: Float[Tensor, "B T H W D"], side: int) -> Float[T
 
 
 def grid_sinusoid(grid: tuple[int, int, int], width: int) -> Float[Tensor, "T H W D"]:
-    """Sines and cosines of a grid's three coordinates: as large as a normalised hidden state, so that they are heard.
+    """Return sines and cosines of a grid's three coordinates, of the magnitude of normalised hidden states.
 
-    A third of the width an axis, rounded down to a multiple of 2; frequencies from half a wave over the axis upwards.
+    Each axis takes a third of the width, rounded down to a multiple of 2. The lowest frequency is half a wave per axis.
     """
-    share = width // 6 * 2
+    axis_width = width // 6 * 2
     out = torch.zeros(*grid, width)
     for axis, size in enumerate(grid):
-        waves = torch.pi * torch.logspace(0, 3, share // 2, base=2) / max(size, 2)
+        waves = torch.pi * torch.logspace(0, 3, axis_width // 2, base=2) / max(size, 2)
         angles = torch.arange(size)[:, None] * waves
         features = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        shape = [1, 1, 1, share]
+        shape = [1, 1, 1, axis_width]
         shape[axis] = size
-        out[..., axis * share : (axis + 1) * share] = features.view(shape)
+        out[..., axis * axis_width : (axis + 1) * axis_width] = features.view(shape)
     return out
 
 
@@ -126,14 +126,17 @@ class SelfAttentionBlock(nn.Module):
         self.ff = FeedForward(config.width, config.dropout)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Attend, then feed forward, each on a residual. N1.5 drops the attention's result twice, and so does this."""
+        """Run self-attention and feed-forward, each with a residual connection.
+
+        Dropout is applied to the attention's result twice, as in N1.5 (docs/paper.md #46).
+        """
         h = self.norm1(x)
         x = x + self.final_dropout(self.attn(h, h))
         return x + self.ff(self.norm2(x))
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases; keys and values may come from another width."""
+    """Multi-head attention with biases. The context may have another width than the queries."""
 
     def __init__(self, width: int, context_width: int, num_heads: int, head_dim: int, dropout: float) -> None:
         super().__init__()
@@ -146,21 +149,21 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
-        """Softmax attention of `x` over `context`."""
+        """Attend from `x` to `context`."""
         return self.attend(x, self.keys_values(context))
 
     def keys_values(self, context: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor]:
-        """What `attend` needs of a context: keys and values, (B, heads, N, head width) each."""
+        """Compute the context's keys and values for `attend`, (B, heads, N, head width) each."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def attend(self, x: Float[Tensor, "B Q D"], keys_values: tuple[Tensor, Tensor]) -> Float[Tensor, "B Q D"]:
-        """`forward` over a context whose keys and values are known."""
+        """Run `forward` with given keys and values of the context."""
         return self._out(F.scaled_dot_product_attention(self._split(self.to_q(x)), *keys_values))
 
     def with_weights(
         self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]
     ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B heads Q N"]]:
-        """The same result, and the attention weights that made it."""
+        """Return the result of `forward` and its attention weights."""
         query, (key, value) = self._split(self.to_q(x)), self.keys_values(context)
         weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
         return self._out(weights @ value), weights
@@ -173,7 +176,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, tanh GELU, Linear at four times the width."""
+    """Linear layer, tanh GELU, linear layer, with an inner width of four times the width."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__(

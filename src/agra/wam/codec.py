@@ -1,8 +1,8 @@
-"""The frozen video codec: frames <-> normalised latents.                                            C.1; Wan 2.1
+"""The frozen video codec, between frames and normalised latents: Wan 2.1 (C.1) or a patch PCA.
 
-Both codecs are causal with a time stride of 4 and a space stride of 8: latent frame 0 covers frame 0 alone, latent
-frame t >= 1 covers frames 4t-3..4t, so 1 + 4k frames become 1 + k latent frames and the latent of an observation needs
-no future. Frames are uint8 RGB (..., T, H, W, 3) outside, video is float (B, 3, T, H, W) in [-1, 1] inside.
+Both codecs are causal with a time stride of 4 and a space stride of 8. Latent frame 0 covers frame 0 alone, latent frame
+t >= 1 covers frames 4t-3..4t. 1 + 4k frames therefore become 1 + k latent frames, and the latent of an observation needs
+no future frame. Frames are uint8 RGB (..., T, H, W, 3) outside, video is float (B, 3, T, H, W) in [-1, 1] inside.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from agra.hub import loading
-from agra.weights import frozen, weights_digest
 from agra.wam.patch_pca import MAX_CHANNELS, SPACE_STRIDE, TIME_STRIDE, PatchPCACodec, check_latents, check_video
+from agra.weights import frozen, weights_digest
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
 class Codec(Protocol):
-    """What turns video into latents and back; `key` identifies settings and weights, for caches."""
+    """A frozen network that encodes video as latents and decodes it again."""
 
     channels: int
     time_stride: int
@@ -35,33 +35,33 @@ class Codec(Protocol):
 
     @property
     def key(self) -> dict[str, Any]:
-        """JSON-serialisable identity; equal keys give equal latents."""
+        """JSON-serialisable identity of settings and weights for caches. Equal keys give equal latents."""
         ...
 
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
-        """Normalised latents of video in [-1, 1], on the codec's device whatever the video's.
+        """Encode video in [-1, 1], on any device, as normalised latents on the codec's device.
 
         Safe to call from several threads. The latents of a clip do not depend on the other clips of the batch.
         """
         ...
 
     def decode(self, latents: Float[Tensor, "B C T h w"]) -> Float[Tensor, "B 3 F H W"]:
-        """Video in [-1, 1] of normalised latents, on the codec's device. Safe to call from several threads."""
+        """Decode normalised latents to video in [-1, 1] on the codec's device. Safe to call from several threads."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Which codec; the defaults are the paper's."""
+    """Choice of the codec. The defaults are the paper's."""
 
     kind: Literal["wan", "patch_pca"] = "wan"
     source: str = "nvidia/Cosmos-Predict2.5-2B"
     """Hub id or local folder with a subfolder `vae` (kind wan)."""
     revision: str | None = "diffusers/base/post-trained"
     channels: int = 16
-    """Latent channels: 16 for Wan 2.1; a fitted patch PCA has as many as it was fitted with."""
+    """Latent channels: 16 for Wan 2.1, and the number of fitted components for a patch PCA."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision in which Wan runs, bfloat16 as in Cosmos's own pipeline; latents are float32 either way."""
+    """Precision in which Wan runs, bfloat16 as in Cosmos's own pipeline. Latents are always float32."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("wan", "patch_pca"):
@@ -71,18 +71,28 @@ class CodecConfig:
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise ValueError(f"CodecConfig.channels: expected 1 to {MAX_CHANNELS}, got {self.channels}")
 
+    @property
+    def time_stride(self) -> int:
+        """Frames of each latent frame after the first, as `Codec.time_stride`."""
+        return TIME_STRIDE
+
+    @property
+    def space_stride(self) -> int:
+        """Pixels along each side of a latent position, as `Codec.space_stride`."""
+        return SPACE_STRIDE
+
 
 def load_codec(config: CodecConfig, path: Path | str | None = None) -> "PatchPCACodec | WanCodec":
-    """The codec that `config` names, frozen; `path` is the fitted file of a patch PCA and belongs to that kind alone.
+    """Load the codec of `config`, frozen. `path` is the fitted file of a patch PCA. Other kinds take none.
 
-    Raises FileNotFoundError with the remedy where weights are missing or gated, ValueError where they don't fit.
+    Raises FileNotFoundError with the remedy if weights are missing or gated, ValueError if they do not fit.
     """
     if config.kind == "wan":
         if path is not None:
-            raise ValueError(f"the Wan codec is loaded from CodecConfig.source, not from a file: got {path}")
+            raise ValueError(f"path: expected None, because the Wan codec is read from CodecConfig.source, got {path}")
         codec = WanCodec.from_pretrained(config.source, revision=config.revision, dtype=getattr(torch, config.dtype))
     elif path is None:
-        raise ValueError("the patch_pca codec is fitted on training frames: give the path of its fitted file")
+        raise ValueError("path: expected the fitted file of the patch_pca codec, got None")
     else:
         codec = PatchPCACodec.load(path)
     if codec.channels != config.channels:
@@ -91,15 +101,15 @@ def load_codec(config: CodecConfig, path: Path | str | None = None) -> "PatchPCA
 
 
 def latent_shape(config: CodecConfig, frame_size: tuple[int, int], num_frames: int) -> tuple[int, int, int, int]:
-    """(C, T, h, w) of the latents of `num_frames` frames of `frame_size` (H, W)."""
-    height, width = frame_size
-    return config.channels, (num_frames - 1) // TIME_STRIDE + 1, height // SPACE_STRIDE, width // SPACE_STRIDE
+    """Return (C, T, h, w) of the latents of `num_frames` frames of `frame_size` (H, W)."""
+    height, width = (side // config.space_stride for side in frame_size)
+    return config.channels, (num_frames - 1) // config.time_stride + 1, height, width
 
 
 def to_video(frames: np.ndarray | Tensor, size: tuple[int, int]) -> Float[Tensor, "B 3 T h w"]:
-    """Frames uint8 (..., T, H, W, 3) as video in [-1, 1] of `size` (h, w), leading axes flattened to B.
+    """Convert frames uint8 (..., T, H, W, 3) to video in [-1, 1] of `size` (h, w), leading axes flattened to B.
 
-    Bilinear and antialiased where the size changes, exact where it doesn't.
+    Resizing is bilinear and antialiased. At equal size the conversion is exact.
     """
     if not isinstance(frames, Tensor):
         frames = torch.from_numpy(np.array(frames))  # a copy: decoded frames may be read-only or flipped views
@@ -113,20 +123,20 @@ def to_video(frames: np.ndarray | Tensor, size: tuple[int, int]) -> Float[Tensor
 
 
 def to_frames(video: Float[Tensor, "B 3 T H W"]) -> np.ndarray:
-    """Video in [-1, 1] as uint8 frames (B, T, H, W, 3): the inverse of `to_video` at equal size."""
+    """Convert video in [-1, 1] to uint8 frames (B, T, H, W, 3), the inverse of `to_video` at equal size."""
     frames = ((video.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return frames.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 
 
 class WanCodec(nn.Module):
-    """Wan 2.1's causal VAE through diffusers, in the normalisation that Cosmos-Predict2.5 was trained in.
+    """Wan 2.1's causal VAE from diffusers, with the latent normalisation of Cosmos-Predict2.5.
 
-    Latents are (mode - mean) / std of the posterior, never a sample. Mean and std are read from the VAE's own config:
-    diffusers pipelines have changed their meaning between releases.
+    Latents are (mode - mean) / std, with the mode of the posterior, never a sample. Mean and std come from the VAE's
+    config, because the meaning of those of diffusers pipelines has changed between releases.
 
-    `AutoencoderKLWan` keeps its causal cache on itself, so one lock admits one call at a time. Clips go through it
-    `CHUNK` at a time, the last chunk padded: the kernels then see one shape, a clip's latents are the same bits in any
-    batch, and memory does not grow with the batch. Single frames, which a policy waits for, are not padded.
+    `AutoencoderKLWan` keeps its causal cache in the module, so a lock admits one call at a time. Clips run in chunks of
+    `CHUNK`, the last chunk padded. All kernels then see one shape, a clip's latents have the same bits in any batch, and
+    memory does not grow with the batch. Single frames, which a policy encodes at inference, are not padded.
     """
 
     CHUNK = 8
@@ -135,14 +145,17 @@ class WanCodec(nn.Module):
         super().__init__()
         self._lock = Lock()
         config: Any = vae.config
-        if config.scale_factor_temporal != TIME_STRIDE:
-            raise ValueError(f"expected a VAE of time stride {TIME_STRIDE}, got {config.scale_factor_temporal}")
+        strides = config.scale_factor_temporal, config.scale_factor_spatial
+        if strides != (TIME_STRIDE, SPACE_STRIDE):
+            raise ValueError(f"VAE: expected strides of {TIME_STRIDE} in time and {SPACE_STRIDE} in space, got {strides}")
         if not len(config.latents_mean) == len(config.latents_std) == config.z_dim:
-            raise ValueError(f"the VAE's config needs a mean and a std for each of its {config.z_dim} latent channels")
+            raise ValueError(
+                f"VAE: expected a mean and a std for each of its {config.z_dim} latent channels, got "
+                f"{len(config.latents_mean)} and {len(config.latents_std)}"
+            )
         self.vae = frozen(vae)
         self.channels: int = config.z_dim
-        self.time_stride = TIME_STRIDE
-        self.space_stride: int = config.scale_factor_spatial
+        self.time_stride, self.space_stride = TIME_STRIDE, SPACE_STRIDE
         for name in ("mean", "std"):
             values = torch.tensor(getattr(config, f"latents_{name}"), dtype=torch.float32)
             self.register_buffer(name, values.view(1, -1, 1, 1, 1))
@@ -156,8 +169,8 @@ class WanCodec(nn.Module):
         subfolder: str = "vae",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Load from a hub id or a local folder. Raises FileNotFoundError with the remedy if it cannot be had."""
-        # Here and not above: the import takes seconds, and the patch PCA doesn't need it.
+        """Load from a hub id or a local folder. Raises FileNotFoundError with the remedy if it cannot be read."""
+        # Imported here because the import takes seconds and the patch PCA does not need it.
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
         with loading("Wan video codec", source=source, revision=revision, subfolder=subfolder):
@@ -166,7 +179,7 @@ class WanCodec(nn.Module):
 
     @property
     def key(self) -> dict[str, Any]:
-        """Kind, channels and a hash of the weights, mean and std."""
+        """Kind, channels and a hash of weights, mean and std."""
         return {"kind": "wan", "channels": self.channels, "weights": self._digest}
 
     @cached_property
@@ -175,21 +188,21 @@ class WanCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
-        """(mode - mean) / std, float32."""
-        check_video(video, self.space_stride)
+        """Encode as (mode - mean) / std, float32."""
+        check_video(video)
         mode = self._in_chunks(lambda clips: self.vae.encode(clips, return_dict=False)[0].mode(), video)
         return (mode.float() - self.get_buffer("mean")) / self.get_buffer("std")
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C T h w"]) -> Float[Tensor, "B 3 F H W"]:
-        """Video in [-1, 1], float32."""
+        """Decode to video in [-1, 1], float32."""
         check_latents(latents, self.channels)
         mean = self.get_buffer("mean")
         raw = latents.to(mean.device, torch.float32) * self.get_buffer("std") + mean
         return self._in_chunks(lambda rows: self.vae.decode(rows, return_dict=False)[0].float().clamp(-1, 1), raw)
 
     def _in_chunks(self, run: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """`run` on `CHUNK` rows at a time, on the VAE's device and in its type, one thread at a time."""
+        """Call `run` on `CHUNK` rows at a time, on the VAE's device and in its data type, one thread at a time."""
         results = []
         with self._lock:
             for chunk in rows.split(self.CHUNK):

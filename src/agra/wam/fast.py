@@ -1,15 +1,16 @@
-"""Inference without doing anything twice: the same results as `WAM.condition` and `WAM.act`, up to rounding.
+"""Fast inference: the same results as `WAM.condition` and `WAM.act` up to rounding, with nothing computed twice.
 
-At inference the noise levels are fixed, the instruction changes once an episode and the guidance once a chunk. So the
-modulation of every block and the rotary table are computed once, the instruction's keys and values in every video block
-once an instruction, and the guidance's keys and values in every action block once a chunk instead of once a step.
-The blocks are those of training (`VideoBlock.run`, `SubBlock.run`). The weights must not change, except by `update`.
+At inference the noise levels are fixed, the instruction changes once an episode and the guidance once a chunk. The
+modulation of every block and the rotary table are therefore computed once, the instruction's keys and values in every
+video block once an instruction, and the guidance's keys and values in every action block once a chunk instead of once a
+step. The blocks are those of training (`VideoBlock.run`, `SubBlock.run`). Only `update` may change the weights.
 
-Two options go further: `compiled` has torch compile the three parts, on a GPU as CUDA graphs; `pool_future` is an
+Two options go further. `compiled` compiles the three parts with torch, on a GPU as CUDA graphs. `pool_future` is an
 approximation (`Bridge.forward`).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,19 +26,19 @@ from agra.wam.video_dit import VideoBlock
 
 KeysValues = tuple[Tensor, Tensor]
 BATCH_SIZES = (1, 2, 4, 8, 16)
-"""Batch sizes of compiled answers. Other batches are padded to the next one, so that few graphs are compiled."""
+"""Batch sizes of compiled inference. Other batches are padded to the next size, so that few graphs are compiled."""
 _RECOMPILE_LIMIT = 64
-"""Graphs of one function that Dynamo may hold: every batch size of several policies in one process."""
+"""Number of graphs of one function that Dynamo may hold: all batch sizes of several policies in one process."""
 
 
 def padded_size(count: int) -> int:
-    """The batch size in which `count` requests are computed: the next of `BATCH_SIZES`, or of the multiples of the last."""
+    """Return the batch size for `count` requests: the next of `BATCH_SIZES`, or the next multiple of the largest."""
     largest = BATCH_SIZES[-1]
     return next((size for size in BATCH_SIZES if size >= count), -(-count // largest) * largest)
 
 
 class _Level(NamedTuple):
-    """What an action step needs of its noise level."""
+    """Constants of one Euler step of the action head, which follow from its noise level."""
 
     features: Float[Tensor, "1 W"]
     modulation: tuple[tuple[Tensor, Tensor], ...]  # scale and shift of every sub-block
@@ -47,9 +48,9 @@ class _Level(NamedTuple):
 class FastWAM:
     """A frozen WAM prepared for chunks of `action_steps` Euler steps.
 
-    With `compiled` the three parts run in the batch sizes of `padded_size`, uncompiled until `compile` is called. Each size is
-    compiled without a graph break at its first call, which takes a minute or more. On a GPU results live until the next call
-    (call `begin` before each). Raises ValueError where a number below 1 is given.
+    With `compiled` the three parts run in the batch sizes of `padded_size`. They run uncompiled until `compile` is called.
+    After that, the first call of each size compiles it without graph breaks, which takes a minute or more. On a GPU the
+    results are valid until the next call. Call `begin` before each answer. Raises ValueError for numbers below 1.
     """
 
     @torch.no_grad()
@@ -73,14 +74,14 @@ class FastWAM:
         self._parts: dict[str, Any] = {"condition": self._condition, "guide": self._guide, "act": self._act}
 
     def compile(self) -> None:
-        """Compile the three parts, each in a batch size at its first call, where the options ask for it."""
+        """Compile the three parts at their first call of each batch size. Without `compiled` do nothing."""
         if self.compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
             options: Any = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
             self._parts = {name: torch.compile(part, **options) for name, part in self._parts.items()}
 
     def _constants(self, padded: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, ...]], list[_Level]]:
-        """What follows from the weights alone: learned positions, modulation of the video blocks, levels of the head."""
+        """Compute what the weights alone decide: learned positions, video blocks' modulation, the head's levels."""
         config, video = self.model.config, self.model.video_dit
         parameter = next(self.model.parameters())
         learned = video.transformer.learnable_pos_embed
@@ -96,22 +97,22 @@ class FastWAM:
 
     @torch.no_grad()
     def update(self, weights: WAM) -> None:
-        """Take over the weights of another WAM of the same config, in place: compiled graphs stay valid.
+        """Copy the weights of another WAM of the same config in place, so that compiled graphs stay valid.
 
-        Between two answers only, in the thread that runs them.
+        Call it only between two answers, in the thread that computes them.
         """
         for name, value in weights.state_dict().items():
             self.model.get_parameter(name).copy_(value)
         channels, *grid = self.model.config.latent_shape
         padded = self.model.video_dit.pad(self._mask.expand(1, channels, *grid), self._mask)
-        present = tree_leaves((self._positions, self._modulation, self._levels))
-        for old, new in zip(present, tree_leaves(self._constants(padded)), strict=True):
+        constants = tree_leaves((self._positions, self._modulation, self._levels))
+        for old, new in zip(constants, tree_leaves(self._constants(padded)), strict=True):
             if isinstance(old, Tensor):
                 old.copy_(new)
 
     @torch.no_grad()
     def instruction(self, tokens: Float[Tensor, "L E"]) -> tuple[KeysValues, ...]:
-        """An instruction's keys and values in every video block that is run, (1, heads, L, head width) each."""
+        """Compute an instruction's keys and values in each video block that runs, (1, heads, L, head width) each."""
         text = self.model.video_dit.project_text(tokens[None])
         return tuple(block.text_keys_values(text) for block in self._blocks)
 
@@ -121,9 +122,9 @@ class FastWAM:
         noise: Float[Tensor, "B C T h w"],
         instructions: Sequence[tuple[KeysValues, ...]],
     ) -> dict[int, Float[Tensor, "P T H W D"]]:
-        """The conditioning pass at noise level 1 and the hidden states of the bridged layers (Eqs. 16, 19).
+        """Run the conditioning pass at noise level 1 and return the bridged layers' hidden states (Eqs. 16, 19).
 
-        P is B, or `padded_size(B)` where it is compiled.
+        P is B, or `padded_size(B)` with `compiled`.
         """
         size = padded_size(len(noise)) if self.compiled else len(noise)
         rows = [*instructions, *[instructions[-1]] * (size - len(instructions))]
@@ -147,11 +148,11 @@ class FastWAM:
         return hidden
 
     def begin(self) -> None:
-        """Begin a new answer: what compiled parts returned for the last one may be overwritten."""
+        """Begin a new answer: the compiled parts may overwrite the results of the last one."""
         torch.compiler.cudagraph_mark_step_begin()
 
     def guide(self, hidden: Mapping[int, Float[Tensor, "P T H W D"]]) -> tuple[Float[Tensor, "P N D"], ...]:
-        """The guidance of every cross-attention block (Eqs. 15, 17, 20)."""
+        """Return the guidance of every cross-attention block (Eqs. 15, 17, 20)."""
         return self._parts["guide"](hidden)
 
     def _guide(self, hidden: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
@@ -166,35 +167,33 @@ class FastWAM:
         *,
         continuation: tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """`WAM.act` in `action_steps` steps; with a `continuation`, which needs a graph, never compiled."""
+        """Run `WAM.act` in `action_steps` steps. A `continuation` needs gradients, so it always runs uncompiled."""
         count, size = len(noise), len(guidance[0])
         if continuation is None:
             arguments = (_padded(state, size), _padded(embodiment, size), _padded(noise, size))
             return self._parts["act"](guidance, *arguments)[:count]
         previous, weights = continuation
-        predict = self._predict([rows[:count] for rows in guidance], state, embodiment)
-        return euler(continue_chunk(predict, previous, weights), noise, self.action_steps)
+        steps = self._steps([rows[:count] for rows in guidance], state, embodiment)
+        return euler([continue_chunk(step, previous, weights) for step in steps], noise, self.action_steps)
 
     def _act(self, guidance: Sequence[Tensor], state: Tensor, embodiment: Tensor, noise: Tensor) -> Tensor:
-        return euler(self._predict(guidance, state, embodiment), noise, self.action_steps)
+        return euler(self._steps(guidance, state, embodiment), noise, self.action_steps)
 
-    def _predict(self, guidance: Sequence[Tensor], state: Tensor, embodiment: Tensor) -> Predict:
+    def _steps(self, guidance: Sequence[Tensor], state: Tensor, embodiment: Tensor) -> list[Predict]:
+        """Return the velocity function of each Euler step, with the step's constants."""
         head = self.model.action_dit
-        # A layer that several blocks read still has keys and values of its own in each.
-        known = [self._head_blocks[2 * index].attn.keys_values(one) for index, one in enumerate(guidance)]
+        # Each block has its own keys and values, also where several blocks read one layer.
+        keys_values = [self._head_blocks[2 * index].attn.keys_values(tokens) for index, tokens in enumerate(guidance)]
         before = head.encode_state(state, embodiment)
 
-        levels = iter(self._levels)
-
-        def predict(actions: Tensor, _: Tensor) -> Tensor:
-            level = next(levels)  # Euler's levels, in its order
-            time = level.features.expand(len(actions), -1)
+        def predict(constants: _Level, actions: Tensor, noise_level: Tensor) -> Tensor:
+            time = constants.features.expand(len(actions), -1)
             x = head.join(before, head.encode_actions(actions, time, embodiment))
-            for index, (block, modulation) in enumerate(zip(self._head_blocks, level.modulation, strict=True)):
-                x = block.run(x, known[index // 2] if index % 2 == 0 else None, modulation)
-            return head.project(x, level.modulation_out, actions.shape[1], embodiment)
+            for index, (block, modulation) in enumerate(zip(self._head_blocks, constants.modulation, strict=True)):
+                x = block.run(x, keys_values[index // 2] if index % 2 == 0 else None, modulation)
+            return head.project(x, constants.modulation_out, actions.shape[1], embodiment)
 
-        return predict
+        return [partial(predict, constants) for constants in self._levels]
 
     def _level(self, noise_level: float, like: Tensor) -> _Level:
         head = self.model.action_dit
@@ -208,13 +207,13 @@ class FastWAM:
 
 
 def _joined(rows: Sequence[KeysValues]) -> KeysValues:
-    """Keys and values of several samples as one batch."""
+    """Concatenate the keys and values of several samples into one batch."""
     if len(rows) == 1:
         return rows[0]
     return torch.cat([keys for keys, _ in rows]), torch.cat([values for _, values in rows])
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
-    """`rows` with the last one repeated until there are `size`."""
+    """Repeat the last of `rows` until there are `size`."""
     missing = size - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows

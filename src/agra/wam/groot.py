@@ -1,8 +1,8 @@
-"""GR00T-N1.5's action head as the start of ours, in the paper's time convention.           docs/paper.md #4-#7, #22
+"""Initial weights of bridge and action DiT from GR00T-N1.5's action head (docs/paper.md #4-#7, #22).
 
-N1.5 predicts actions - noise and calls its time 1 where the data is; the paper predicts noise - actions and calls its
-level 1 where the noise is. The action DiT turns the level into N1.5's time bucket itself, so only the sign of the
-velocity is left: the decoder's last layer is negated on the way in.
+N1.5 predicts actions - noise and its time 1 is data. The paper predicts noise - actions and its level 1 is noise. The
+action DiT converts levels to N1.5's time buckets, so only the sign of the velocity differs. `load_groot_head` negates
+the decoder's last layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from agra.hub import model_folder, weight_files
-from agra.weights import check_fit, stored_tensors
 from agra.wam.action_dit import ActionDiT
 from agra.wam.bridge import Bridge
+from agra.weights import check_fit, stored_tensors
 
 GR1_ROW = 24
-"""N1.5's row for GR1 with arms and hands; 31 is the one that it keeps for new embodiments."""
+"""N1.5's embodiment row for GR1 with arms and hands. Row 31 is its row for new embodiments."""
 _BANKS = ("state_encoder", "action_encoder", "action_decoder")
-_RENAMED = (  # ours, theirs: parts of names, applied in this order
+_RENAMED = (  # (name here, name in N1.5): parts of names, applied in this order
     ("bridge.norm.", "vlln."),
     ("bridge.blocks.", "vl_self_attention.transformer_blocks."),
     ("action_dit.blocks.", "model.transformer_blocks."),
@@ -41,33 +41,34 @@ _RENAMED = (  # ours, theirs: parts of names, applied in this order
 def load_groot_head(
     bridge: Bridge, action_dit: ActionDiT, source: str, *, revision: str | None = None, rows: Sequence[int] = (GR1_ROW,)
 ) -> tuple[str, ...]:
-    """Take N1.5's head from a folder or a hub id; returns the names there that have no place here.
+    """Copy N1.5's head from a folder or a hub id. Return the names of its tensors that have no counterpart here.
 
-    `rows` are N1.5's embodiments that ours start from, one for each or one for all; none leaves the state and action
-    encoders and the decoder as they are. Raises FileNotFoundError where the weights are out of reach, ValueError where
-    they have other shapes.
+    `rows` are the N1.5 embodiments that the embodiments here start from, one for each or one for all. Empty `rows` leave
+    state encoder, action encoder and decoder unchanged. Raises FileNotFoundError if the weights cannot be read, ValueError
+    if their shapes differ.
     """
-    ours = {name: tensor for name, tensor in _named(bridge, action_dit) if rows or not _in_bank(name)}
-    chosen = list(rows) * (action_dit.config.num_embodiments if len(rows) == 1 else 1)
-    if rows and len(chosen) != action_dit.config.num_embodiments:
-        raise ValueError(
-            f"rows: expected one of GR00T's embodiments or {action_dit.config.num_embodiments}, got {list(rows)}"
-        )
+    targets = {name: tensor for name, tensor in _named(bridge, action_dit) if rows or not _in_bank(name)}
+    num_embodiments = action_dit.config.num_embodiments
+    bank_rows = list(rows) * (num_embodiments if len(rows) == 1 else 1)
+    if rows and len(bank_rows) != num_embodiments:
+        raise ValueError(f"rows: expected 1 or {num_embodiments} of GR00T's embodiment rows, got {list(rows)}")
     folder = model_folder("GR00T head", source=source, revision=revision)
     what = f"{source}: its action head"
     with stored_tensors(weight_files(folder), what) as stored, torch.no_grad():
-        theirs = {k.removeprefix("action_head."): v for k, v in stored.items() if k.startswith("action_head.")}
-        wanted = {_their_name(name): (name, tensor) for name, tensor in ours.items()}
+        head = {k.removeprefix("action_head."): v for k, v in stored.items() if k.startswith("action_head.")}
+        by_groot_name = {_groot_name(name): (name, tensor) for name, tensor in targets.items()}
         shapes = {}
-        for name in wanted.keys() & theirs.keys():
-            shape = theirs[name].get_shape()
-            shapes[name] = (len(chosen), *shape[1:]) if _in_bank(name) else shape
-        check_fit(shapes, {name: tensor for name, (_, tensor) in wanted.items()}, what)
-        for name, (our_name, tensor) in wanted.items():
-            value = theirs[name]
-            read = torch.cat([value[row : row + 1] for row in chosen]) if _in_bank(name) else value[...]
-            tensor.copy_(-read if our_name.startswith("action_dit.action_decoder.layer2.") else read)
-    return tuple(sorted(theirs.keys() - wanted.keys()))
+        for groot_name in by_groot_name.keys() & head.keys():
+            shape = head[groot_name].get_shape()
+            shapes[groot_name] = (len(bank_rows), *shape[1:]) if _in_bank(groot_name) else shape
+        check_fit(shapes, {groot_name: tensor for groot_name, (_, tensor) in by_groot_name.items()}, what)
+        for groot_name, (name, tensor) in by_groot_name.items():
+            stored_value = head[groot_name]
+            value = stored_value[...]
+            if _in_bank(groot_name):
+                value = torch.cat([stored_value[row : row + 1] for row in bank_rows])
+            tensor.copy_(-value if name.startswith("action_dit.action_decoder.layer2.") else value)
+    return tuple(sorted(head.keys() - by_groot_name.keys()))
 
 
 def _named(bridge: Bridge, action_dit: ActionDiT) -> Iterator[tuple[str, Tensor]]:
@@ -79,8 +80,8 @@ def _in_bank(name: str) -> bool:
     return name.removeprefix("action_dit.").startswith(_BANKS)
 
 
-def _their_name(name: str) -> str:
+def _groot_name(name: str) -> str:
     bank = _in_bank(name)
-    for ours, theirs in _RENAMED:
-        name = name.replace(ours, theirs)
+    for part, groot_part in _RENAMED:
+        name = name.replace(part, groot_part)
     return name.replace(".weight", ".W").replace(".bias", ".b") if bank else name

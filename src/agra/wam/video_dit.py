@@ -1,13 +1,13 @@
-"""The video DiT f_theta: diffusers' Cosmos transformer, driven by a forward of our own.                Eqs. 8-10
+"""The video DiT f_theta (Eqs. 8-10): diffusers' Cosmos transformer with a forward pass of its own.
 
-The parameters live in a stock `CosmosTransformer3DModel`, so names, shapes and config are those of the public
-checkpoints. The forward differs from the stock one in three ways that leave the result the same:
+The parameters belong to a stock `CosmosTransformer3DModel`, so names, shapes and config are those of the public
+checkpoints. The forward pass differs from the stock one in three ways that do not change the result:
 
-- it returns the hidden states of any set of layers as values, with the graph attached, and stops after the last layer
-  that anybody asked for;
-- the adaLN modulation is computed once per latent frame (two noise levels occur in a clip: the condition frame's and
-  the rest's), not once per token;
-- the padding mask is built at latent resolution, so torchvision is not needed.
+- It returns the hidden states of any set of layers as values, with the graph attached, and stops after the last layer
+  that the caller needs.
+- It computes the adaLN modulation once per latent frame, not once per token. A clip has two noise levels, the condition
+  frame's and that of the other frames.
+- It builds the padding mask at latent resolution, so torchvision is not needed.
 """
 
 import json
@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel, CosmosTransformerBlock
+from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from agra.precision import without_autocast
 from agra.hub import model_folder, weight_files
+from agra.precision import without_autocast
 from agra.weights import read_into, under
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDiTConfig:
-    """Shape of the Cosmos transformer; the defaults are Cosmos-Predict2.5-2B."""
+    """Shape of the Cosmos transformer. The defaults are Cosmos-Predict2.5-2B."""
 
     latent_channels: int = 16
     num_layers: int = 28
@@ -37,7 +37,7 @@ class VideoDiTConfig:
     mlp_ratio: float = 4.0
     adaln_lora_dim: int = 256
     text_dim: int = 1024  # width of the tokens that cross-attention reads
-    text_projection_dim: int | None = 100352  # width before the frozen projection; None: tokens come as they are
+    text_projection_dim: int | None = 100352  # width before the frozen projection; None: no projection
     patch_size: tuple[int, int, int] = (1, 2, 2)
     max_size: tuple[int, int, int] = (128, 240, 240)
     rope_scale: tuple[float, float, float] = (1.0, 3.0, 3.0)
@@ -47,19 +47,19 @@ class VideoDiTConfig:
     def __post_init__(self) -> None:
         if self.patch_size[0] != 1:
             raise ValueError(
-                f"VideoDiTConfig.patch_size: noise levels are per latent frame, so the first entry must "
-                f"be 1, got {self.patch_size}"
+                f"VideoDiTConfig.patch_size: expected 1 as the first entry, because every latent frame has its own noise "
+                f"level, got {self.patch_size}"
             )
         if self.num_layers < 1:
             raise ValueError(f"VideoDiTConfig.num_layers: expected at least 1, got {self.num_layers}")
 
     @property
     def width(self) -> int:
-        """d_v of Eq. 10."""
+        """Width of the hidden states, d_v (Eq. 10)."""
         return self.num_heads * self.head_dim
 
     def build(self) -> CosmosTransformer3DModel:
-        """The stock transformer with fresh weights."""
+        """Build the stock transformer with fresh weights."""
         return CosmosTransformer3DModel(
             in_channels=self.latent_channels + 1,  # and the condition mask
             out_channels=self.latent_channels,
@@ -82,23 +82,22 @@ class VideoDiTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOutput:
-    """What one forward of the video DiT returns."""
+    """Result of one forward pass of the video DiT."""
 
-    velocity: Float[Tensor, "B C T h w"] | None  # None where nobody asked for it
+    velocity: Float[Tensor, "B C T h w"] | None  # None with `velocity=False`
     hidden: dict[int, Float[Tensor, "B T H W D"]] = field(default_factory=dict)  # output after block l, 0-based
     text_attention: dict[int, Float[Tensor, "B T H W L"]] = field(default_factory=dict)
-    """Share of each instruction token in what every video token of block l reads, mean over heads."""
+    """Cross-attention weights of every video token over the instruction tokens in block l, mean over heads."""
 
 
 class VideoDiT(nn.Module):
-    """f_theta: noisy latents, per-frame noise levels and instruction tokens to velocity and hidden states."""
+    """The network f_theta: from noisy latents, noise levels per frame and instruction tokens to velocity and hidden states."""
 
     def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
         self.config = config
         self.transformer = config.build()
-        for block in self.transformer.transformer_blocks:
-            block.__class__ = VideoBlock  # the same parameters under the same names, with our forward
+        self.transformer.transformer_blocks = nn.ModuleList(map(VideoBlock, self.transformer.transformer_blocks))
 
     def forward(
         self,
@@ -113,10 +112,10 @@ class VideoDiT(nn.Module):
     ) -> VideoOutput:
         """Run the blocks once.
 
-        `noise_level` is (B,) for one level a sample or (B, T) for one a latent frame, in [0, 1] as Cosmos takes it.
-        `condition_mask` is 1 on condition frames. `layers` names the blocks whose outputs are wanted, `text_layers` those
-        whose attention to the instruction is; with `velocity=False` the blocks after the last of them, the final norm
-        and the projection are skipped.
+        `noise_level` is in [0, 1]: (B,) for one level per sample, or (B, T) for one per latent frame. `condition_mask` is 1
+        on condition frames. The result holds the outputs of the blocks `layers` and the text attention of the blocks
+        `text_layers`. With `velocity=False` the blocks after the last of these, the final norm and the projection do not
+        run.
         """
         last = self._check((*layers, *text_layers), noise_level, latents)
         if velocity:
@@ -130,44 +129,44 @@ class VideoDiT(nn.Module):
         text = self.project_text(instruction)
 
         hidden: dict[int, Tensor] = {}
-        read: dict[int, Tensor] = {}
+        text_attention: dict[int, Tensor] = {}
         for index, block in enumerate(model.transformer_blocks[: last + 1]):
             if index in text_layers:
                 x, weights = block(x, text, embedded, temb, rope, positions, return_attention=True)
-                read[index] = weights.unflatten(1, grid)
+                text_attention[index] = weights.unflatten(1, grid)
             else:
                 x = block(x, text, embedded, temb, rope, positions)
             if index in layers:
                 hidden[index] = x.unflatten(2, grid[1:])
         predicted = self._unpatchify(self._project_out(x, embedded, temb), grid) if velocity else None
-        return VideoOutput(velocity=predicted, hidden=hidden, text_attention=read)
+        return VideoOutput(velocity=predicted, hidden=hidden, text_attention=text_attention)
 
     def pad(
         self, latents: Float[Tensor, "B C T h w"], condition_mask: Float[Tensor, "B 1 T h w"]
     ) -> Float[Tensor, "B C2 T h w"]:
-        """Latents with their condition mask and the padding mask, which is 0."""
+        """Append the condition mask and the padding mask, which is 0, to the latents' channels."""
         padding = latents.new_zeros(1, 1, 1, 1, 1).expand(len(latents), 1, *latents.shape[2:])
         return torch.cat([latents, condition_mask.to(latents), padding], dim=1)
 
     def patchify(self, padded: Float[Tensor, "B C2 T h w"]) -> tuple[Float[Tensor, "B T S D"], torch.Size]:
-        """Tokens frame by frame, so that modulation broadcasts over a frame's S, and the grid (T, H, W)."""
+        """Return the tokens frame by frame, so that modulation broadcasts over a frame's S tokens, and the grid (T, H, W)."""
         x = self.transformer.patch_embed(padded.to(self.dtype))
         return x.flatten(2, 3), x.shape[1:4]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Data type of the weights."""
         return self.transformer.proj_out.weight.dtype
 
     def embed_levels(
         self, noise_level: Float[Tensor, "B F"], like: Tensor
     ) -> tuple[Float[Tensor, "B F M"], Float[Tensor, "B F D"]]:
-        """Cosmos's two embeddings of noise levels, (temb, embedded), in the precision of `like`."""
+        """Compute Cosmos's two embeddings of noise levels, (temb, embedded), in the precision of `like`."""
         temb, embedded = self.transformer.time_embed(like, noise_level.flatten())
         return temb.view(*noise_level.shape, -1), embedded.view(*noise_level.shape, -1)
 
     def project_text(self, instruction: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E2"]:
-        """Apply Cosmos's frozen text projection, unless the tokens already come projected (as a cache holds them)."""
+        """Apply Cosmos's frozen text projection. Tokens that are already projected, as in a cache, stay unchanged."""
         width, config = instruction.shape[-1], self.config
         instruction = instruction.to(self.dtype)
         if width == config.text_dim:
@@ -182,19 +181,19 @@ class VideoDiT(nn.Module):
         raise ValueError(f"instruction tokens: expected width {expected}, got {width}")
 
     def load_pretrained(self, source: str, *, revision: str | None = None) -> None:
-        """Take the weights of a diffusers model's `transformer`, from a folder or a hub id, tensor by tensor.
+        """Read the weights of a diffusers model's `transformer` from a folder or a hub id, tensor by tensor.
 
-        Raises FileNotFoundError where they are out of reach, ValueError where they are of another architecture.
+        Raises FileNotFoundError if they cannot be read, ValueError if they belong to another architecture.
         """
         folder = model_folder("video DiT", source=source, revision=revision, subfolder="transformer")
-        config, ours = folder / "config.json", dict(self.transformer.config)
+        config, own_settings = folder / "config.json", dict(self.transformer.config)
         if config.is_file():
-            for key, found in json.loads(config.read_text()).items():
-                expected = ours.get(key, found)
+            for key, value in json.loads(config.read_text()).items():
+                expected = own_settings.get(key, value)
                 expected = list(expected) if isinstance(expected, tuple) else expected
-                if not key.startswith("_") and found != expected:
+                if not key.startswith("_") and value != expected:
                     raise ValueError(
-                        f"{config}: made for another architecture; {key} is {found} there and {expected} in this recipe"
+                        f"{config}: made for another architecture; {key} is {value} there and {expected} in this recipe"
                     )
         read_into(self.transformer.state_dict(), weight_files(folder), what=f"{source}: its transformer")
 
@@ -223,12 +222,14 @@ class VideoDiT(nn.Module):
 
 
 def load_text_projection(config: VideoDiTConfig, source: str, *, revision: str | None = None) -> nn.Module:
-    """Cosmos's frozen text projection alone (100352 -> 1024 and GELU), so that projected tokens can be cached.   C.1
+    """Load only Cosmos's frozen text projection (100352 -> 1024 and GELU), so that projected tokens can be cached (C.1).
 
-    Raises as `VideoDiT.load_pretrained` does, ValueError where the config has no projection.
+    Raises the errors of `VideoDiT.load_pretrained`, and ValueError if the config has no projection.
     """
     if config.text_projection_dim is None:
-        raise ValueError("this recipe's video DiT takes instruction tokens as they come: it has no text projection")
+        raise ValueError(
+            "VideoDiTConfig.text_projection_dim: expected a width, got None: this video DiT has no text projection"
+        )
     projection = nn.Sequential(nn.Linear(config.text_projection_dim, config.text_dim), nn.GELU())
     folder = model_folder("text projection", source=source, revision=revision, subfolder="transformer")
     what = f"{source}: its text projection"
@@ -240,10 +241,16 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-class VideoBlock(CosmosTransformerBlock):
-    """A stock Cosmos block whose forward takes tokens frame by frame; only `VideoDiT` calls it."""
+class VideoBlock(nn.Module):
+    """A Cosmos block whose forward takes tokens frame by frame, with the modules of the stock block under their names."""
 
-    def forward(  # type: ignore[override]
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = stock.norm1, stock.attn1
+        self.norm2, self.attn2 = stock.norm2, stock.attn2
+        self.norm3, self.ff = stock.norm3, stock.ff
+
+    def forward(
         self,
         x: Float[Tensor, "B T S D"],
         text: Float[Tensor, "B L E"],
@@ -254,10 +261,10 @@ class VideoBlock(CosmosTransformerBlock):
         *,
         return_attention: bool = False,
     ) -> Any:
-        """Self-attention, cross-attention to the text, feed-forward, each gated. F is T, or 1 for one level a sample.
+        """Run self-attention, cross-attention to the text and feed-forward, each gated. F is T, or 1 for one level per sample.
 
-        Returns the tokens (B, T, S, D), and with `return_attention` the weights of the cross-attention (B, T * S, L),
-        mean over heads, as well.
+        Returns the tokens (B, T, S, D). With `return_attention` returns the tokens and the cross-attention weights
+        (B, T * S, L), mean over heads.
         """
         keys_values = self.text_keys_values(text)
         weights: list[Tensor] = []
@@ -266,14 +273,14 @@ class VideoBlock(CosmosTransformerBlock):
         return (x, weights[0]) if return_attention else x
 
     def text_keys_values(self, text: Float[Tensor, "B L E"]) -> tuple[Tensor, Tensor]:
-        """What `run` needs of the text, (B, heads, L, head width) each."""
+        """Compute the text's keys and values for `run`, (B, heads, L, head width) each."""
         return _keys_values(self.attn2, text)
 
     def modulate(self, embedded: Float[Tensor, "B F D"], temb: Float[Tensor, "B F M"]) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of each of the three branches, (B, F, 1, D) each."""
+        """Compute shift, scale and gate of each of the three branches, (B, F, 1, D) each."""
         activated = F.silu(embedded)
-        made = [norm.linear_2(norm.linear_1(activated)) + temb for norm in (self.norm1, self.norm2, self.norm3)]
-        return tuple(part for one in made for part in one.unsqueeze(2).chunk(3, dim=-1))
+        modulations = [norm.linear_2(norm.linear_1(activated)) + temb for norm in (self.norm1, self.norm2, self.norm3)]
+        return tuple(part for modulation in modulations for part in modulation.unsqueeze(2).chunk(3, dim=-1))
 
     def run(
         self,
@@ -284,7 +291,10 @@ class VideoBlock(CosmosTransformerBlock):
         positions: Tensor | None,
         watch: Callable[[Tensor], None] | None = None,
     ) -> Float[Tensor, "B T S D"]:
-        """`forward` with the text's keys and values and the modulation known; `watch` gets the text's weights."""
+        """Run `forward` with given keys and values of the text and given modulation.
+
+        `watch` receives the cross-attention weights.
+        """
         if positions is not None:
             x = x + positions.view(-1, *x.shape[1:])
 
@@ -306,22 +316,23 @@ class VideoBlock(CosmosTransformerBlock):
 
 
 Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary embedding."""
 
 
 def _query(attn: Any, x: Tensor) -> Tensor:
-    """RMS-normalised queries, (B, heads, N, head width)."""
+    """Compute RMS-normalised queries, (B, heads, N, head width)."""
     return attn.norm_q(attn.to_q(x).unflatten(2, (attn.heads, -1)).transpose(1, 2))
 
 
 def _keys_values(attn: Any, context: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor]:
-    """RMS-normalised and, with `rope`, rotated keys, and values: (B, heads, N, head width) each."""
+    """Compute keys, RMS-normalised and with `rope` rotated, and values: (B, heads, N, head width) each."""
     key = attn.norm_k(attn.to_k(context).unflatten(2, (attn.heads, -1)).transpose(1, 2))
     value = attn.to_v(context).unflatten(2, (attn.heads, -1)).transpose(1, 2)
     return key if rope is None else _rotate(key, rope), value
 
 
 def _attend(attn: Any, x: Tensor, keys_values: tuple[Tensor, Tensor], rope: Rope | None = None) -> Tensor:
-    """Multi-head attention with RMS-normalised queries and optional rotary embedding, (B, N, D)."""
+    """Apply multi-head attention with RMS-normalised queries and optional rotary embedding, (B, N, D)."""
     query = _query(attn, x)
     query = query if rope is None else _rotate(query, rope)
     out = F.scaled_dot_product_attention(query, *keys_values)
@@ -329,13 +340,13 @@ def _attend(attn: Any, x: Tensor, keys_values: tuple[Tensor, Tensor], rope: Rope
 
 
 def _attention_weights(attn: Any, x: Tensor, key: Tensor) -> Tensor:
-    """The weights that `_attend` uses without a rotary embedding, mean over heads, (B, N, L) float32."""
+    """Compute the weights of `_attend` without rotary embedding, mean over heads, (B, N, L) float32."""
     query = _query(attn, x).float()
     return (query @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding with the halves of the head dimension as the two components, in float32."""
+    """Apply the rotary embedding in float32. The halves of the head dimension are the two components."""
     cos, sin = rope
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).type_as(x)
