@@ -1,13 +1,14 @@
-"""How cost grows: tiny's joint step and answer with more tokens, samples and layers, and with more processes.
+"""Growth of cost: tiny's joint step and answer with more tokens, samples and layers, and with more processes.
 
     python -m benchmarks.growth [--quick]
 
-Each variant is timed in turn with tiny itself, in processor seconds; its FLOPs are the planner's count. Two processes take
-the same step together over gloo (FSDP2), one thread each, against one with one thread. Past this machine, the paper's
-model is laid out by the planner, whose assumptions its first line names.
+Each variant alternates with tiny itself, in processor seconds. FLOPs are the planner's count. The ratio is that of two
+processes, which take one step together over gloo (FSDP2) with one thread each, against one process with one thread. For larger
+machines the planner lays out the paper's model, with the assumptions in the first line.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -15,63 +16,76 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from agra.config import RunConfig
-from agra.training.memory_estimate import count_flops, fake_batch, fake_objective, flops_per_sample, measure
-from agra.training.plan import SHARES, Machines, lay_out
 from agra.recipes import agra_dino_l8, tiny
-from agra.training.parallelize import ParallelConfig, apply, joined, shard
+from agra.training.distributed import distributed_context
+from agra.training.memory_estimate import count_flops, fake_batch, fake_method, flops_per_sample, measure
 from agra.training.optimization import parameter_groups
+from agra.training.parallelize import ParallelConfig, apply, shard
+from agra.training.plan import CHECKPOINTED, Machines, lay_out
 from agra.wam.bridge import bridged_layers
 from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
-from benchmarks.side_by_side import finish, peak_flops
+from benchmarks.side_by_side import finish, peak_flops, ratio_of
 
 ROUNDS = 7
 LAYOUTS = ((8, None), (32, None), (32, 8), (128, None), (128, 8), (256, 8))
-"""GPUs, and how many share a copy."""
+"""GPUs, and the number of GPUs that share a copy of the model."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, without the paper's model")
-    parser.add_argument("--steps", type=int, help="as one of several processes: take steps and print their seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round of half of the variants, without the paper's model"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="only take steps, as one of several processes, and print their seconds"
+    )
     arguments = parser.parse_args()
     if arguments.steps:
         _steps_together(arguments.steps)
         return
-    rounds = 2 if arguments.quick else ROUNDS
+    rounds = 1 if arguments.quick else ROUNDS
     peak = peak_flops()
     print(f"float32 products: at most {peak / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
-    rows = _growth(rounds, peak)
+    larger = variants(tiny())
+    rows = _growth(
+        {name: larger[name] for name in larger if "x 2" in name} if arguments.quick else larger, rounds, peak
+    )
     alone, together = (_seconds_of(size, 3 if arguments.quick else 10) for size in (1, 2))
-    print(f"two processes of one thread: {alone / together:.2f}x one")
-    result = {"name": "growth", "peak_flops": peak, "variants": rows, "two_processes": alone / together}
+    result = ratio_of("growth", together, alone, unit="s, a step of two processes and of one")
+    print(f"two processes of one thread: {result['ratio']}x one {result['spread']}")
+    result |= {"peak_flops": peak, "variants": rows}
     if not arguments.quick:
         result["planned"] = _planned()
     finish(result)
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """tiny, and tiny with one thing larger."""
-    model, stage = config.method.model, config.stage
+    """Return tiny with one dimension larger, by name."""
+    method: Any = config.method
+    model, stage = method.model, config.stage
     height, width = model.frame_size
 
-    def sized(size: tuple[int, int], num_frames: int) -> RunConfig:
-        changed = replace(model, frame_size=size, num_frames=num_frames)
-        grid = changed.token_grid
-        return replace(config, model=replace(changed, bridge=replace(model.bridge, position_grid=grid)))
+    def with_model(**changes: Any) -> RunConfig:
+        return replace(config, method=replace(method, model=replace(model, **changes)))
+
+    def sized(size: tuple[int, int]) -> RunConfig:
+        grid = replace(model, frame_size=size).token_grid
+        return with_model(frame_size=size, bridge=replace(model.bridge, position_grid=grid))
 
     def deeper(layers: int) -> RunConfig:
         video = replace(model.video_dit, num_layers=layers)
         bridge = replace(model.bridge, layers=bridged_layers(layers, model.action_dit.num_blocks))
-        return replace(config, model=replace(model, video_dit=video, bridge=bridge))
+        return with_model(video_dit=video, bridge=bridge)
 
     return {
-        "tokens x 2": sized((height, 2 * width), model.num_frames),
-        "tokens x 4": sized((2 * height, 2 * width), model.num_frames),
+        "tokens x 2": sized((height, 2 * width)),
+        "tokens x 4": sized((2 * height, 2 * width)),
         "batch x 2": replace(config, stage=replace(stage, batch_size=2 * stage.batch_size)),
         "batch x 4": replace(config, stage=replace(stage, batch_size=4 * stage.batch_size)),
         "video layers x 2": deeper(2 * model.video_dit.num_layers),
@@ -79,25 +93,25 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def _growth(rounds: int, peak: float) -> list[dict]:
+def _growth(larger: dict[str, RunConfig], rounds: int, peak: float) -> list[dict]:
     base = tiny()
     train, answer = _train_step(base), _answer(base)
-    flops = base.stage.batch_size * flops_per_sample(base), count_flops(answer)
+    base_work = base.stage.batch_size * flops_per_sample(base), count_flops(answer)
     rows = []
-    for name, config in {"tiny": base, **variants(base)}.items():
-        one = (train, answer) if config is base else (_train_step(config), _answer(config))
-        work = config.stage.batch_size * flops_per_sample(config), count_flops(one[1])
+    for name, config in {"tiny": base, **larger}.items():
+        calls = (train, answer) if config is base else (_train_step(config), _answer(config))
+        work = config.stage.batch_size * flops_per_sample(config), count_flops(calls[1])
         row: dict = {"variant": name}
-        for label, own, reference, own_flops, base_flops in zip(
-            ("step", "answer"), one, (train, answer), work, flops, strict=True
+        for label, call, reference, flops, base_flops in zip(
+            ("step", "answer"), calls, (train, answer), work, base_work, strict=True
         ):
-            seconds, ratio, spread = _in_turn(own, reference, rounds)
+            seconds, ratio, spread = _alternate(call, reference, rounds)
             row[label] = {
                 "seconds": seconds,
                 "times_tiny": ratio,
                 "spread": spread,
-                "flops_times_tiny": own_flops / base_flops,
-                "share_of_peak": own_flops / seconds / peak,
+                "flops_times_tiny": flops / base_flops,
+                "share_of_peak": flops / seconds / peak,
             }
         rows.append(row)
         step, act = row["step"], row["answer"]
@@ -109,11 +123,11 @@ def _growth(rounds: int, peak: float) -> list[dict]:
     return rows
 
 
-def _in_turn(
-    own: Callable[[], object], reference: Callable[[], object], rounds: int
+def _alternate(
+    call: Callable[[], object], reference: Callable[[], object], rounds: int
 ) -> tuple[float, float, tuple[float, float]]:
-    """Seconds of a call, and the ratio to the reference with its smallest and largest; in processor seconds."""
-    pairs = [(_processor_seconds(own), _processor_seconds(reference)) for _ in range(rounds)]
+    """Return a call's median processor seconds, and its median, smallest and largest ratio to the reference."""
+    pairs = [(_processor_seconds(call), _processor_seconds(reference)) for _ in range(rounds)]
     ratios = [a / b for a, b in pairs]
     return statistics.median(a for a, _ in pairs), statistics.median(ratios), (min(ratios), max(ratios))
 
@@ -125,15 +139,15 @@ def _processor_seconds(call: Callable[[], object]) -> float:
 
 
 def _train_step(config: RunConfig) -> Callable[[], None]:
-    """A joint step on noise, warmed up."""
+    """Return a joint step on noise, warmed up."""
     torch.manual_seed(0)
-    objective, width, _ = fake_objective(config)
-    optimizer = torch.optim.AdamW(list(parameter_groups(objective, config.stage)), fused=True)
-    batch = fake_batch(config, width, config.stage.batch_size)
+    method = fake_method(config)
+    optimizer = torch.optim.AdamW(list(parameter_groups(method, config.stage)), fused=True)
+    batch = fake_batch(config.method, config.stage.batch_size)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        objective(batch).total.backward()
+        method(batch).total.backward()
         optimizer.step()
 
     step()
@@ -141,57 +155,60 @@ def _train_step(config: RunConfig) -> Callable[[], None]:
 
 
 def _answer(config: RunConfig) -> Callable[[], object]:
-    """The model's share of a policy's answer on noise, warmed up."""
+    """Return the model's part of a policy call on noise, warmed up."""
     torch.manual_seed(0)
-    model = WAM(config.method.model).eval().requires_grad_(False)
-    fast, one = FastWAM(model), fake_batch(config, None, 1)
-    text = fast.instruction(one.instruction[0])
+    method: Any = config.method
+    fast, sample = FastWAM(WAM(method.model).eval().requires_grad_(False)), fake_batch(method, 1)
+    assert sample.instruction is not None
+    assert sample.latents is not None
+    latents, text = sample.latents, fast.instruction(sample.instruction[0])
 
     @torch.inference_mode()
     def answer() -> object:
-        guidance = model.guide(fast.condition(one.latents[:, :, :1], one.latents, [text]))
-        return fast.act(guidance, one.state, one.embodiment, one.actions)
+        guidance = fast.guide(fast.condition(latents[:, :, :1], latents, [text]))
+        return fast.act(guidance, sample.state, sample.embodiment, sample.actions)
 
     answer()
     return answer
 
 
-def _seconds_of(size: int, steps: int) -> float:
-    """Median seconds of a step that `size` processes take together."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", "29571"]
+def _seconds_of(size: int, steps: int) -> list[float]:
+    """Return the seconds of each step that `size` processes take together."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
     command += ["-m", "benchmarks.growth", "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def _steps_together(steps: int) -> None:
-    config = tiny()
+    """Take steps in each process, and print the seconds in the main process. The first step is not counted."""
+    config, parallel = tiny(), ParallelConfig()
     torch.manual_seed(0)
-    with joined(ParallelConfig(), "cpu") as world:
-        objective, width, _ = fake_objective(config)
-        apply(objective, ParallelConfig())
-        if world.mesh is not None:
-            shard(objective, world.mesh)
-        optimizer = torch.optim.AdamW(list(parameter_groups(objective, config.stage)), fused=True)
-        batch = fake_batch(config, width, config.stage.batch_size // world.size)
+    with distributed_context("cpu", shard_degree=None, deterministic=False) as context:
+        method = fake_method(config)
+        apply(method, parallel)
+        if context.mesh is not None:
+            shard(method, context.mesh, parallel)
+        optimizer = torch.optim.AdamW(list(parameter_groups(method, config.stage)), fused=True)
+        batch = fake_batch(config.method, config.stage.batch_size // context.world_size)
         times = []
         for _ in range(steps + 1):
             start = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            objective(batch).total.backward()
+            method(batch).total.backward()
             optimizer.step()
             times.append(time.perf_counter() - start)
-        if world.leads:
-            print(statistics.median(times[1:]))
+        if context.is_main:
+            print(json.dumps(times[1:]))
 
 
 def _planned() -> list[dict]:
     config = agra_dino_l8()
-    counted = [measure(config, activation_checkpointing=share) for share in SHARES]
+    counted = [measure(config, activation_checkpointing=fraction) for fraction in CHECKPOINTED]
     print("agra_dino_l8, batch 256, planned: H100s at 35 % of their peak, all traffic beside the products")
     rows = []
     for gpus, shards in LAYOUTS:
-        machines = Machines(gpus=gpus, shards=shards)
+        machines = Machines(gpus=gpus, shard_degree=shards)
         best = lay_out(config, machines, counted).best
         row = {"gpus": gpus, "shards": shards or gpus, "bandwidth": machines.rate, "seconds": best.seconds}
         rows.append(row | {"traffic": best.traffic, "efficiency": best.compute_seconds / best.seconds})

@@ -1,4 +1,4 @@
-"""Time two ways of doing the same thing in turn and print their ratio."""
+"""Alternating timing of two implementations of one task, and the JSON line at the end of every benchmark."""
 
 import json
 import platform
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+
+from agra.files import write_text
 
 
 def compare(
@@ -19,9 +21,10 @@ def compare(
     rounds: int,
     warm: bool = False,
 ) -> dict[str, object]:
-    """Alternate the two `rounds` times after a warm-up, unless they are `warm`; medians in `unit` (seconds a call), ratio alternative / ours.
+    """Time the two in `rounds` alternating rounds. Return the medians in seconds per call and the ratio alternative / ours.
 
-    `spread` is the smallest and largest ratio of a round's own pair, which shows how noisy the machine was.
+    Each runs once before the timing, unless both are `warm`. `spread` is the smallest and largest ratio within a round,
+    which shows the noise of the machine.
     """
     for function in () if warm else (ours, alternative):
         function()
@@ -32,22 +35,32 @@ def compare(
             start = time.perf_counter()
             function()
             times[label].append(time.perf_counter() - start)
-    ratios = [b / a for a, b in zip(times["ours"], times["alternative"], strict=True)]
-    medians = {label: statistics.median(values) for label, values in times.items()}
+    return ratio_of(name, times["ours"], times["alternative"], unit=unit)
+
+
+def ratio_of(name: str, ours: list[float], alternative: list[float], *, unit: str) -> dict[str, object]:
+    """Compute the fields of the JSON line from the seconds of each round."""
+    ratios = [b / a for a, b in zip(ours, alternative, strict=True)]
     return {
         "name": name,
         "ratio": round(statistics.median(ratios), 3),
-        "ours": round(medians["ours"], 5),
-        "alternative": round(medians["alternative"], 5),
+        "ours": round(statistics.median(ours), 5),
+        "alternative": round(statistics.median(alternative), 5),
         "unit": unit,
         "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-        "rounds": rounds,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "rounds": len(ratios),
+        "machine": machine(),
     }
 
 
+def machine() -> str:
+    """Describe the processor, the number of threads and the torch version."""
+    processor = platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
 def peak_flops() -> float:
-    """Of this machine in float32, products a second: the best of several large matrix products on torch's threads."""
+    """Measure this machine's float32 FLOP/s on torch's threads: the best of several large matrix products."""
     a, b = torch.randn(2, 1536, 1536)
     times = []
     for _ in range(8):
@@ -58,11 +71,7 @@ def peak_flops() -> float:
 
 
 def finish(result: Mapping[str, object], folder: Path = Path("outputs/benchmarks")) -> None:
-    """Print the one JSON line that every benchmark ends with, and write it to FOLDER/NAME.json."""
+    """Print the JSON line that ends every benchmark, and write it to FOLDER/NAME.json."""
     line = json.dumps(result)
     print(line)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{result['name']}.json"
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(line + "\n")
-    temporary.rename(file)
+    write_text(folder / f"{result['name']}.json", line + "\n")

@@ -1,9 +1,10 @@
-"""The model in the way of the public code, with our weights: the alternative of the speed claims.
+"""The model as the public code computes it, with our weights: the alternative of the speed claims.
 
-diffusers' own `CosmosTransformer3DModel.forward` is called as its pipeline calls it and runs to its end whatever is read of
-it. Forward hooks catch the hidden states, noise levels are spread over tokens before the modulation, each layer is bridged
-alone, every draw of noise brings its own copy of the guidance, and a policy makes its guidance anew for each denoising
-step. torchvision's nearest resize of the padding mask is replaced by torch's, so that it runs without torchvision.
+It calls diffusers' own `CosmosTransformer3DModel.forward` as the diffusers pipeline does. That forward pass always runs to its
+end. Forward hooks store the hidden states, noise levels are expanded to all tokens before the modulation, each layer passes the
+bridge separately, every draw of noise has its own copy of the guidance, and a policy computes its guidance again for each
+denoising step. The only change is torchvision's nearest resize of the padding mask, replaced by torch's, so that torchvision is
+not needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from torch.nn.functional import interpolate
 from agra.batch import PolicyInputs
 from agra.methods.method import Continuation, Lap, Noise, PlainActor
 from agra.methods.wam import WAMMethod
+from agra.policies.instructions import Instructions
+from agra.policies.policy import MethodPolicy
 from agra.wam.action_dit import ActionDiT, ActionOutput
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoDiTConfig, VideoOutput
@@ -33,7 +36,7 @@ cosmos.transforms = SimpleNamespace(  # type: ignore[attr-defined]
 
 
 def stock_transformer(config: VideoDiTConfig, like: CosmosTransformer3DModel) -> CosmosTransformer3DModel:
-    """diffusers' own transformer around the weights of `like`, which it shares."""
+    """Build diffusers' own transformer. It shares the weights of `like`."""
     with torch.device("meta"):
         model = config.build()
     model.load_state_dict(like.state_dict(), assign=True)
@@ -41,17 +44,17 @@ def stock_transformer(config: VideoDiTConfig, like: CosmosTransformer3DModel) ->
 
 
 class StockWAM(WAM):
-    """`wam` again, computed the stock way. It shares the weights."""
+    """The stock computation of `wam`, whose weights it shares."""
 
     def __init__(self, wam: WAM) -> None:
         with torch.device("meta"):
             super().__init__(wam.config)
+            self.action_dit = StockActionDiT(wam.config.action_dit)
         self.load_state_dict(wam.state_dict(), assign=True)
         self.video_dit.transformer = stock_transformer(wam.config.video_dit, wam.video_dit.transformer)
-        self.action_dit.__class__ = StockActionDiT
 
     def guide(self, hidden: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-        """Each layer by itself."""
+        """Project each layer separately."""
         return tuple(self.bridge._project(hidden[layer]) for layer in self.bridged_layers)
 
     def denoise_and_condition(
@@ -65,7 +68,7 @@ class StockWAM(WAM):
         layers: Sequence[int] = (),
         condition_layers: Sequence[int] = (),
     ) -> tuple[VideoOutput, dict[int, Tensor]]:
-        """Two forwards."""
+        """Run two forward passes."""
         count = len(noise)
         output = self.denoise(latents[:count], noise, noise_level, instruction[:count], layers=layers)
         return output, self.condition(latents[:, :, :1], condition_noise, instruction, layers=condition_layers)
@@ -81,7 +84,7 @@ class StockWAM(WAM):
         velocity: bool,
         text_layers: Sequence[int] = (),
     ) -> VideoOutput:
-        assert not text_layers, "the stock forward shows no attention"
+        assert not text_layers, "the stock forward pass returns no attention"
         latents = torch.cat([observation_latent, noisy[:, :, 1:]], dim=2).to(self.video_dit.dtype)
         condition_mask = torch.zeros_like(latents[:, :1])
         condition_mask[:, :, 0] = 1
@@ -101,7 +104,7 @@ class StockWAM(WAM):
             output = transformer(
                 latents,
                 levels[:, None, :, None, None],
-                self._raw(instruction),
+                self._text(instruction),
                 condition_mask=condition_mask,
                 padding_mask=latents.new_zeros(1, 1, *latents.shape[3:]),
                 return_dict=False,
@@ -111,8 +114,8 @@ class StockWAM(WAM):
                 hook.remove()
         return VideoOutput(velocity=output, hidden=hidden)
 
-    def _raw(self, instruction: Tensor) -> Tensor:
-        """The tokens in the transformer's type. Projected tokens pass its text projection by."""
+    def _text(self, instruction: Tensor) -> Tensor:
+        """Return the tokens in the data type of the weights. Projected tokens turn off the text projection."""
         model = self.video_dit.transformer
         if instruction.shape[-1] == self.config.video_dit.text_dim:
             model.register_to_config(use_crossattn_projection=False)
@@ -120,19 +123,24 @@ class StockWAM(WAM):
 
 
 class StockActionDiT(ActionDiT):
-    """Guidance as long as the batch: each draw has keys and values of its own."""
+    """An action DiT whose guidance is as long as the batch, so that each draw has its own keys and values."""
 
     def forward(  # type: ignore[override]
-        self, noisy_actions: Tensor, state: Tensor, noise_level: Tensor, guidance: Sequence[Tensor], embodiment: Tensor,
+        self,
+        noisy_actions: Tensor,
+        state: Tensor,
+        noise_level: Tensor,
+        guidance: Sequence[Tensor],
+        embodiment: Tensor,
         **options: Any,
-    ) -> ActionOutput:  # fmt: skip
-        """With the guidance repeated for every draw."""
-        own = [one.repeat_interleave(len(noisy_actions) // len(one), dim=0) for one in guidance]
-        return super().forward(noisy_actions, state, noise_level, own, embodiment, **options)
+    ) -> ActionOutput:
+        """Repeat the guidance for every draw and run the action DiT."""
+        repeated = [tokens.repeat_interleave(len(noisy_actions) // len(tokens), dim=0) for tokens in guidance]
+        return super().forward(noisy_actions, state, noise_level, repeated, embodiment, **options)
 
 
 class StockMethod(WAMMethod):
-    """`method` again, computed the stock way. It shares the weights."""
+    """The stock computation of `method`, whose weights it shares."""
 
     def __init__(self, method: WAMMethod) -> None:
         with torch.device("meta"):
@@ -140,12 +148,12 @@ class StockMethod(WAMMethod):
         self.wam, self.projectors = StockWAM(method.wam), method.projectors
 
     def actor(self, **options: Any) -> "StockActor":
-        """The stock way to act."""
+        """Return the stock actor."""
         return StockActor(self, steps=options.get("action_steps"))
 
 
 class StockActor(PlainActor):
-    """Video pass and guidance anew for every denoising step."""
+    """An actor that runs the video pass and computes the guidance again for every denoising step."""
 
     def act(
         self,
@@ -156,9 +164,9 @@ class StockActor(PlainActor):
         continuation: Continuation | None = None,
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
-        """A chunk of actions."""
+        """Return a chunk of actions."""
         assert isinstance(self.method, StockMethod)
-        assert continuation is None, "the stock way continues no chunk"
+        assert continuation is None, "the stock actor does not continue chunks"
         wam, actions, steps = self.method.wam, noise["action"], self.steps or 4
         for step in range(steps):
             hidden = self.method.hidden(inputs, noise)
@@ -166,8 +174,26 @@ class StockActor(PlainActor):
             guidance = wam.guide(hidden)
             lap("bridge")
             level = actions.new_full((len(actions),), 1 - step / steps)
-            actions = (
-                actions - wam.action_dit(actions, inputs.state, level, guidance, inputs.embodiment).velocity / steps
-            )
+            velocity = wam.action_dit(actions, inputs.state, level, guidance, inputs.embodiment).velocity
+            actions = actions - velocity / steps
             lap("action")
         return actions
+
+
+class StockPolicy(MethodPolicy):
+    """The stock computation of a WAM's policy. It also encodes the instruction again for every chunk."""
+
+    def __init__(self, policy: MethodPolicy) -> None:
+        method, present = policy.method, policy.instructions
+        assert isinstance(method, WAMMethod)
+        assert present is not None
+        instructions = Instructions(lambda: present.encoder)
+        instructions.tokens = instructions._tokens  # without the cache
+        super().__init__(
+            name="stock",
+            config=policy.config,
+            method=StockMethod(method),
+            codec=policy.codec,
+            instructions=instructions,
+            stats=policy.stats,
+        )

@@ -1,9 +1,9 @@
-"""A joint training step of tiny, ours against the stock way: same weights, samples, noise and losses.
+"""A joint training step of tiny against the stock way, with the same weights, samples, noise and losses.
 
     python -m benchmarks.training_step [--quick]
 
-Twice: with what the frozen networks make of the samples taken from the cache, as both could, which compares the models; and as
-the public code trains, which runs codec, text encoder and teacher on every step, against ours with its cache.
+Two comparisons. The first compares the models: both take the features of the frozen networks from the cache. The second
+compares the whole step: the public code runs codec, text encoder and teacher on every step, ours reads its cache.
 """
 
 import argparse
@@ -12,47 +12,47 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from agra.alignment.teacher import load_teacher, reference_frames
+from agra.alignment.teacher import load_teacher
 from agra.batch import Batch
+from agra.data.features.online import OnlineEncoder
+from agra.methods.method import Losses
+from agra.methods.wam import WAMMethod
+from agra.recipes import tiny
 from agra.rng import seed_everything, sharded_rng
 from agra.training.memory_estimate import fake_batch, flops_per_sample
-from agra.data.features.preparation import OnlineEncoder
-from agra.recipes import tiny
-from agra.methods.wam import Losses, Objective
 from agra.training.optimization import parameter_groups
 from agra.wam.codec import to_video
-from agra.wam.model import WAM
 from agra.wam.patch_pca import PatchPCACodec
 from agra.wam.text import load_text_encoder
 from benchmarks.side_by_side import compare, finish, peak_flops
-from benchmarks.stock import StockWAM
+from benchmarks.stock import StockWAM, stock_method
 
 CONFIG = tiny()
-WIDTH = 384  # of DINOv2-S
+METHOD: Any = CONFIG.method
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument(
-        "--peak", choices=("ours", "stock"), help="run two steps of one way and print its peak memory in MiB"
+        "--peak", choices=("ours", "stock"), help="run only two steps of one way and print the peak memory in MiB"
     )
     arguments = parser.parse_args()
     if arguments.peak:
         batch = random_batch()
-        train_step = step(objectives()[arguments.peak == "stock"], lambda: batch)
+        train_step = step(methods()[arguments.peak == "stock"], lambda: batch)
         for _ in range(2):
             train_step()
-        # Not getrusage: its maximum begins with that of the process that started this one.
+        # Not getrusage, whose maximum includes that of the parent process.
         status = Path("/proc/self/status").read_text()
         print(int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024)
         return
-    samples, (ours, stock) = Samples(), objectives()
+    samples, (ours, stock) = Samples(), methods()
     rounds = 3 if arguments.quick else 9
     difference = max_difference(ours, stock, samples.cached())
     unit = f"s, a step of {CONFIG.stage.batch_size}"
@@ -63,9 +63,9 @@ def main() -> None:
         f"the model alone {model['ratio']}x {model['spread']}, with frozen networks {whole['ratio']}x {whole['spread']}"
     )
     flops, most = CONFIG.stage.batch_size * flops_per_sample(CONFIG), peak_flops()
-    share = flops / cast(float, model["ours"]) / most
+    fraction = flops / cast(float, model["ours"]) / most
     print(
-        f"{flops / 1e9:.1f} GFLOP a step: ours reaches {100 * share:.0f} % of this machine's {most / 1e9:.0f} GFLOP/s"
+        f"{flops / 1e9:.1f} GFLOP a step: ours reaches {100 * fraction:.0f} % of this machine's {most / 1e9:.0f} GFLOP/s"
     )
     print(
         f"largest difference of a loss {difference:.1e}; peak memory {peaks['ours']:.0f} and {peaks['stock']:.0f} MiB"
@@ -79,89 +79,81 @@ def main() -> None:
             "loss_difference": difference,
             "flops": flops,
             "peak_flops": most,
-            "share_of_peak": share,
+            "share_of_peak": fraction,
         }
     )
 
 
 class Samples:
-    """A batch of random windows: as frames and words, and as what the frozen networks make of them."""
+    """A batch of random windows: frames and words, and the features of the frozen networks."""
 
     def __init__(self) -> None:
         generator, size = np.random.default_rng(0), CONFIG.stage.batch_size
         self.clips = [generator.integers(0, 256, (5, 128, 224, 3), dtype=np.uint8) for _ in range(size)]
         self.texts = [f"put the banana on plate {row}" for row in range(size)]
-        assert CONFIG.alignment is not None
-        codec = PatchPCACodec.fit([to_video(clip, CONFIG.model.frame_size) for clip in self.clips], channels=24)
-        self.text = load_text_encoder(CONFIG.model.text)
-        self.encoder = OnlineEncoder(CONFIG, codec, load_teacher(CONFIG.alignment.teacher))
-        self.references = list(reference_frames(CONFIG.model.latent_shape[1]))
+        codec = PatchPCACodec.fit([to_video(clip, METHOD.model.frame_size) for clip in self.clips], channels=24)
+        self.text = load_text_encoder(METHOD.text)
+        self.encoder = OnlineEncoder(METHOD, codec, load_teacher(METHOD.teacher))
+        self.references = list(METHOD.grid_frames)
         self._cached = self.online()
 
     def cached(self) -> Batch:
-        """The batch as the cache gives it."""
+        """Return the batch with cached features."""
         return self._cached
 
     def online(self) -> Batch:
-        """The batch anew from frames and words, by the three frozen networks."""
+        """Encode the batch again from frames and words, with the three frozen networks."""
         latents = self.encoder.latents(self.clips)
-        targets = self.encoder.targets([clip[self.references] for clip in self.clips])
+        targets = self.encoder.teacher_grids([clip[self.references] for clip in self.clips])
         text = self.text.encode(self.texts).half().float()
         return replace(random_batch(), latents=latents.float(), targets=targets.float(), instruction=text)
 
 
 def random_batch() -> Batch:
-    """A batch of noise in the shapes of tiny, always the same."""
+    """Return a batch of noise in the shapes of tiny, always the same."""
     torch.manual_seed(1)
-    return fake_batch(CONFIG, WIDTH, CONFIG.stage.batch_size)
+    return fake_batch(METHOD, CONFIG.stage.batch_size)
 
 
-def objectives() -> tuple[Objective, Objective]:
-    """tiny's joint objective, ours and stock, with the same weights; away from the start, where every gate is shut."""
+def methods() -> tuple[WAMMethod, WAMMethod]:
+    """Build tiny's joint method, ours and stock, with equal weights that are not initial, because initial gates are zero."""
     seed_everything(0)
-    wam = WAM(CONFIG.model)
+    ours = METHOD.build()
     with torch.no_grad():
-        for parameter in wam.parameters():
+        for parameter in ours.wam.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    ours, stock = (Objective(one, CONFIG.method.objective, CONFIG.alignment, WIDTH) for one in (wam, StockWAM(wam)))
-    assert ours.projectors is not None
-    assert stock.projectors is not None
-    stock.projectors.load_state_dict(ours.projectors.state_dict())
-    return ours.train(), stock.train()
+    return ours.train(), stock_method(ours).train()
 
 
-def losses(objective: Objective, batch: Batch) -> Losses:
-    """One step's losses under the noise of step 0."""
+def losses(method: WAMMethod, batch: Batch) -> Losses:
+    """Compute the losses with the noise of step 0."""
     with sharded_rng(0, 0, samples=len(batch)):
-        return objective(batch)
+        return method(batch)
 
 
-def step(objective: Objective, batch: Callable[[], Batch]) -> Callable[[], None]:
-    """A whole training step: forward, backward, clipping, AdamW."""
-    groups = list(parameter_groups(objective, CONFIG.stage))
-    optimizer = torch.optim.AdamW(groups, betas=CONFIG.stage.betas, fused=not isinstance(objective.wam, StockWAM))
+def step(method: WAMMethod, batch: Callable[[], Batch]) -> Callable[[], None]:
+    """Return a whole training step: forward, backward, clipping, AdamW."""
+    groups = list(parameter_groups(method, CONFIG.stage))
+    optimizer = torch.optim.AdamW(groups, betas=CONFIG.stage.betas, fused=not isinstance(method.wam, StockWAM))
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
-        losses(objective, batch()).total.backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), CONFIG.stage.clip_norm)
+        losses(method, batch()).total.backward()
+        torch.nn.utils.clip_grad_norm_(method.parameters(), CONFIG.stage.clip_norm)
         optimizer.step()
 
     return train
 
 
 @torch.no_grad()
-def max_difference(ours: Objective, stock: Objective, batch: Batch) -> float:
-    """The largest difference between the two ways' losses, before any training."""
-    pairs = [
-        (getattr(losses(ours, batch), name), getattr(losses(stock, batch), name))
-        for name in ("video", "action", "alignment")
-    ]
-    return max(abs((a - b).item()) for a, b in pairs)
+def max_difference(ours: WAMMethod, stock: WAMMethod, batch: Batch) -> float:
+    """Return the largest difference between the losses of the two, before any training."""
+    terms, stock_terms = losses(ours, batch).terms, losses(stock, batch).terms
+    return max(abs((terms[name] - stock_terms[name]).item()) for name in ("video", "action", "alignment"))
 
 
 def peak(way: str) -> float:
-    """Peak resident memory of a process that runs two steps of one way, MiB."""
+    """Return the peak resident memory of a process that runs two steps of one way, MiB."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--peak", way]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

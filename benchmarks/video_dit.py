@@ -1,6 +1,8 @@
-"""Our forward of the Cosmos transformer against diffusers' own: same weights, shapes and results, forward and backward.
+"""The video DiT's forward and backward pass against diffusers' own, with the same weights, shapes and results.
 
-The alternative is the stock forward with per-frame noise levels as its pipeline calls it (benchmarks/stock.py).
+    python -m benchmarks.video_dit [--quick]
+
+The alternative is the stock forward pass with per-frame noise levels, called as in its pipeline (benchmarks/stock.py).
 """
 
 import argparse
@@ -22,12 +24,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batch")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
-    config = replace(tiny().model.video_dit, max_size=(8, 64, 64), learned_positions=False)
+    config = replace(tiny().method.model.video_dit, max_size=(8, 64, 64), learned_positions=False)
     model = VideoDiT(config)
     stock_model = stock_transformer(config, model.transformer)
     for batch, frames, size, label in (
-        (8 if quick else 16, 3, (8, 14), "84 tokens"),
-        (4 if quick else 8, 5, (24, 42), "1,260 tokens"),
+        (4 if quick else 16, 3, (8, 14), "84 tokens"),
+        (1 if quick else 8, 5, (24, 42), "1,260 tokens"),
     ):
         latents, text = torch.randn(batch, 24, frames, *size), torch.randn(batch, 16, 384)
         mask = torch.zeros(batch, 1, frames, *size)
@@ -35,9 +37,9 @@ def main() -> None:
         level = torch.rand(batch, frames)
 
         ours = partial(_ours, model, latents, level, text, mask)
-        theirs = partial(_theirs, stock_model, latents, level, text, mask)
-        difference = (ours() - theirs()).abs().max().item()
-        result = compare(f"video_dit {label}", ours, theirs, unit="s, forward and backward", rounds=3 if quick else 9)
+        alternative = partial(_stock, stock_model, latents, level, text, mask)
+        difference = (ours() - alternative()).abs().max().item()
+        result = compare("video_dit", ours, alternative, unit="s, forward and backward", rounds=3 if quick else 9)
         print(f"{label}: {result['ratio']}x {result['spread']}, largest difference of the outputs {difference:.1e}")
     finish(result | {"max_abs_difference": difference})
 
@@ -48,7 +50,7 @@ def _ours(model: VideoDiT, latents: Tensor, level: Tensor, text: Tensor, mask: T
     return output
 
 
-def _theirs(model: CosmosTransformer3DModel, latents: Tensor, level: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+def _stock(model: CosmosTransformer3DModel, latents: Tensor, level: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     padding = torch.zeros(1, 1, *latents.shape[3:])
     levels = level[:, None, :, None, None]
     arguments = {"condition_mask": mask, "padding_mask": padding, "return_dict": False}

@@ -29,7 +29,7 @@ def test_interpolate_spreads_the_level_from_the_left():
 
 
 def test_interpolate_refuses_a_level_that_does_not_lead():
-    with pytest.raises(ValueError, match=r"noise level of shape \(3,\) does not lead data of shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"leading axes of the data, whose shape is \(2, 3\), got \(3,\)"):
         interpolate(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
 
 
@@ -44,8 +44,21 @@ def test_euler_recovers_the_data_under_the_true_velocity():
 
     torch.testing.assert_close(euler(predict, noise, 4), data)
     assert levels == [1.0, 0.75, 0.5, 0.25]
-    with pytest.raises(ValueError, match="at least one step, got 0"):
+    with pytest.raises(ValueError, match="expected at least 1 Euler step, got 0"):
         euler(predict, noise, 0)
+
+
+def test_euler_calls_the_function_of_each_step_in_order():
+    noise, calls = torch.zeros(1), []
+
+    def function(step):
+        return lambda sample, level: calls.append((step, level.item())) or torch.full((1,), 10.0**step)
+
+    result = euler([function(step) for step in range(4)], noise, 4)
+    assert calls == [(0, 1.0), (1, 0.75), (2, 0.5), (3, 0.25)]
+    assert result.item() == -1111 / 4
+    with pytest.raises(ValueError, match="one function for each of the 3 Euler steps, got 4"):
+        euler([function(step) for step in range(4)], noise, 3)
 
 
 def test_logit_normal_quantiles_are_cosmos():

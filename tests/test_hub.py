@@ -8,12 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from agra.alignment import packaged_dinov2
+from agra.alignment import dinov2_onnx
 from agra.alignment.teacher import TeacherConfig, load_teacher
 from agra.hub import loading, package_folder, weight_files
-from agra.weights import read_into, weights_digest
 from agra.wam import text
 from agra.wam.codec import CodecConfig, load_codec
+from agra.weights import read_into, weights_digest
 
 
 def test_digest_follows_every_weight():
@@ -103,7 +103,7 @@ def test_an_interrupted_download_is_called_that_and_changes_nothing(published):
     last = published / "model-00002-of-00002.safetensors"
     whole = last.read_bytes()
     last.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match=r"model: not a readable safetensors file .*take it from its source again"):
+    with pytest.raises(ValueError, match=r"model: not a readable safetensors file .*download or copy it again"):
         read_into(model.state_dict(), weight_files(published), what="model")
     last.unlink()
     with pytest.raises(
@@ -116,9 +116,9 @@ def test_an_interrupted_download_is_called_that_and_changes_nothing(published):
 
 def test_packaged_weights_are_compared_with_their_digest(monkeypatch):
     """Another file under the same name, as after an attack on a package, is not read."""
-    monkeypatch.setattr(packaged_dinov2, "DIGEST", "0" * 64)
-    with pytest.raises(ValueError, match=r"packaged DINOv2 teacher: .*vit_s_focus\.onnx is not the file"):
-        packaged_dinov2.read_packaged_dinov2()
+    monkeypatch.setattr(dinov2_onnx, "DIGEST", "0" * 64)
+    with pytest.raises(ValueError, match=r"packaged DINOv2 teacher: .*vit_s_focus\.onnx is not the expected file"):
+        dinov2_onnx.read_packaged_dinov2()
     monkeypatch.setattr(text, "MINILM_DIGEST", "0" * 64)
-    with pytest.raises(ValueError, match=r"MiniLM text encoder: .*model\.safetensors is not the file"):
+    with pytest.raises(ValueError, match=r"MiniLM text encoder: .*model\.safetensors is not the expected file"):
         text.MiniLMEncoder.from_package()

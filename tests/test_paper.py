@@ -89,8 +89,8 @@ def test_default_recipe_is_c1_and_c3():
     assert tuple(config.method.alignment.teacher.input_size) == (448, 448)
     stage = config.stage
     assert (stage.batch_size, stage.steps, stage.warmup_ratio) == (256, 80_000, 0.05)
-    assert (stage.video_lr, stage.action_lr) == (1e-4, 1e-4)
-    objective = method.objective
+    assert (stage.rate_of("video_dit"), stage.rate_of("action_dit")) == (1e-4, 1e-4)
+    objective = config.method.objective
     assert (objective.video_weight, objective.action_weight, objective.alignment_weight) == (1.0, 1.0, 0.01)
 
 
@@ -147,7 +147,7 @@ def test_every_preset_builds_on_the_meta_device(name):
 
 
 def test_head_presets_have_the_published_counts():
-    """facts of GR00T-N1.5: 763.3 M with one embodiment, 464.2 M in the literal reading, both with 32 future tokens."""
+    """GR00T-N1.5 has 763.3 M with one embodiment, the literal reading 464.2 M, both with 32 future tokens."""
     groot = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["groot_head"]))
     assert _count(groot.bridge, groot.action_dit) == 763_300_896
     literal = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["literal_head", "groot_head"]))
@@ -165,25 +165,26 @@ def test_presets_are_c3():
     }
     for (name, presets), (steps, video_lr, horizon, stride) in rows.items():
         config = compose(name, Stage.JOINT, presets)
-        assert (config.stage.steps, config.stage.video_lr, config.stage.action_lr) == (steps, video_lr, 1e-4)
+        assert config.stage.steps == steps
+        assert (config.stage.rate_of("video_dit"), config.stage.rate_of("action_dit")) == (video_lr, 1e-4)
         assert (config.method.model.action_dit.horizon, config.data.frame_stride) == (horizon, stride)
         assert config.stage.batch_size == 256
         assert compose(name, Stage.ADAPT, presets).stage.steps == 5_000
         finetune = compose(name, Stage.FINETUNE, presets).stage
-        assert (finetune.steps, finetune.train_video_dit) == (2_000, False)
+        assert (finetune.steps, finetune.frozen) == (2_000, ("video_dit",))
     human = compose("agra_dino_l8", Stage.JOINT, ["real_world", "egodex"])
     assert human.data.embodiments == ("iron", "human_egodex")
-    assert human.model.action_dit.num_embodiments == 2
+    assert human.method.model.action_dit.num_embodiments == 2
 
 
 def test_freeze_backbone_adapts_first_and_then_freezes():
     adapt, joint = (RECIPES["freeze_backbone"](stage) for stage in (Stage.ADAPT, Stage.JOINT))
-    assert (adapt.stage.train_video_dit, adapt.method.objective.video_weight) == (True, 1.0)
-    assert (joint.stage.train_video_dit, joint.method.objective.video_weight) == (False, 0.0)
+    assert ("video_dit" in adapt.stage.frozen, adapt.method.objective.video_weight) == (False, 1.0)
+    assert ("video_dit" in joint.stage.frozen, joint.method.objective.video_weight) == (True, 0.0)
 
 
 def test_condition_level_follows_the_checkpoint():
-    post, pre = (compose("wam", Stage.JOINT, presets).model for presets in ([], ["cosmos_pre_trained"]))
+    post, pre = (compose("wam", Stage.JOINT, presets).method.model for presets in ([], ["cosmos_pre_trained"]))
     assert (post.codec.revision, post.condition_noise_level) == ("diffusers/base/post-trained", 1e-4)
     assert (pre.codec.revision, pre.condition_noise_level) == ("diffusers/base/pre-trained", None)
     assert pre.text.revision == pre.codec.revision

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from agra.rng import sample_shard, noise_like, seed_everything, sharded_rng
 from agra.flow import beta_levels, logit_normal_levels, uniform_levels
+from agra.rng import noise_like, sample_shard, seed_everything, sharded_rng
 
 SAMPLES = 8
 
@@ -38,9 +38,9 @@ def test_dropout_in_between_changes_nothing_and_differs_between_shares():
 
 def test_one_share_draws_what_the_seed_alone_would():
     with sharded_rng(3, 7, samples=4):
-        ours = draw(torch.rand, 4), draw(torch.randn, 4)
+        ours = sample_shard(torch.rand, 4), sample_shard(torch.randn, 4)
     seed_everything(3, 7)
     assert torch.equal(ours[0], torch.rand(4))
     assert torch.equal(ours[1], torch.randn(4))
     seed_everything(3, 7)
-    assert torch.equal(draw(torch.rand, 4), ours[0])
+    assert torch.equal(sample_shard(torch.rand, 4), ours[0])

@@ -1,4 +1,4 @@
-"""The tensors of one training step, and those of a policy's observations."""
+"""The tensors of a training step, and those of a policy's observations. A leaf."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One training step's samples. Which of the optional fields are there follows from the method's `Needs`.
+    """The samples of a training step. The method's `Needs` determine which optional fields are present.
 
     Letters: B samples, C latent channels, T latent frames, h x w the latent grid, L instruction tokens of width E,
     S state and D action dimensions (padded to the widest embodiment), K horizon, F frames of size Y x X, H x W the grid of
     teacher features of width P.
     """
 
-    state: Float[Tensor, "B S"]  # normalised, zero where the embodiment lacks a dimension
+    state: Float[Tensor, "B S"]  # normalised, zero in dimensions that the embodiment does not have
     actions: Float[Tensor, "B K D"]  # normalised
     action_mask: Bool[Tensor, "B K D"]  # False where there is no action to learn
     embodiment: Int[Tensor, "B"]  # row of the embodiment banks
@@ -25,40 +25,40 @@ class Batch:
     latents: Float[Tensor, "B C T h w"] | None = None  # normalised; latent frame 0 is the observation
     frame_latents: Float[Tensor, "B F C h w"] | None = None  # of frames that are encoded one by one
     frames: UInt8[Tensor, "B F Y X 3"] | None = None
-    features: Float[Tensor, "B F H W P"] | None = None  # the teacher's, as an input
-    targets: Float[Tensor, "B F H W P"] | None = None  # the teacher's, as a target (Eq. 4)
+    features: Float[Tensor, "B F H W P"] | None = None  # teacher features as an input
+    targets: Float[Tensor, "B F H W P"] | None = None  # teacher features as a target (Eq. 4)
     states: Float[Tensor, "B F S"] | None = None  # of several control steps, as `state`
-    target_rows: Int[Tensor, "R"] | None = None  # the samples that have targets; None: all have
+    target_rows: Int[Tensor, "R"] | None = None  # samples with targets; None means all
 
     def __len__(self) -> int:
         return len(self.state)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the batch by its field's name."""
+        """All tensors of the batch by field name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors.items()})
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which a GPU copies without stopping the CPU."""
+        """Return the batch in page-locked memory, from which a GPU copies without blocking the CPU."""
         return replace(self, **{k: v.pin_memory() for k, v in self.tensors.items()})
 
     def micro_batch(self, index: int, count: int) -> "Batch":
-        """Samples index::count. Of a batch on the CPU."""
+        """Return the samples index::count. The batch must be on the CPU."""
         values = {k: v[index::count] for k, v in self.tensors.items() if k != "target_rows"}
         if self.target_rows is not None:
-            own = self.target_rows[self.target_rows % count == index]
-            values["target_rows"] = own // count
+            rows = self.target_rows[self.target_rows % count == index]
+            values["target_rows"] = rows // count
         return replace(self, **values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyInputs:
-    """Observations as a method takes them. Letters as in `Batch`; which optional fields are there follows from `Needs`."""
+    """Observations as inputs of a method. Letters as in `Batch`. `Needs` determine which optional fields are present."""
 
     state: Float[Tensor, "B S"]
     embodiment: Int[Tensor, "B"]
@@ -74,18 +74,18 @@ class PolicyInputs:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its field's name."""
+        """All tensors by field name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def rows(self, rows: Tensor | Sequence[int]) -> "PolicyInputs":
-        """Some of the observations."""
+        """Select observations by their rows."""
         index = rows if isinstance(rows, Tensor) else torch.tensor(rows, device=self.state.device)
         return PolicyInputs(**{name: value[index] for name, value in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> "PolicyInputs":
-        """The same observations on another device."""
+        """Return the observations on another device."""
         return PolicyInputs(**{name: value.to(device) for name, value in self.tensors.items()})
 
     def expand(self, count: int) -> "PolicyInputs":
-        """One observation `count` times, without copies."""
+        """Repeat a single observation `count` times, without copies."""
         return PolicyInputs(**{name: value.expand(count, *value.shape[1:]) for name, value in self.tensors.items()})

@@ -1,4 +1,4 @@
-"""Safe writing of files: a temporary name, then a rename; checksums; a lock that keeps a second writer out."""
+"""Safe file writing through a temporary name and a rename, checksums, and a lock against a second writer. A leaf."""
 
 import fcntl
 import hashlib
@@ -13,10 +13,10 @@ LOCK = ".lock"
 
 @contextmanager
 def replacing(path: Path, *, failures: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[Path]:
-    """Yield a temporary path beside `path` and rename it to `path` at the end of the block. Folders are made as needed.
+    """Yield a temporary path beside `path` and rename it to `path` at the end of the block. Creates missing folders.
 
-    On any error the temporary file or folder is removed and `path` stays as it was. OSError names `path`. `failures`
-    are exceptions of other libraries that mean the same, such as SafetensorError for a full disk: they become OSError.
+    On any error the temporary file or folder is removed and `path` stays unchanged. An OSError names `path`. `failures` are
+    exceptions by which other libraries report a failed write, such as SafetensorError for a full disk. They become OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def replacing(path: Path, *, failures: type[Exception] | tuple[type[Exception], 
 
 @contextmanager
 def naming(path: Path, *, failures: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Name `path` in an OSError of the block that names no file, and in `failures`, which become OSError."""
+    """Add `path` to an OSError of the block that names no file. Turn `failures` into an OSError that names it."""
     try:
         yield
     except OSError as error:
@@ -46,18 +46,18 @@ def naming(path: Path, *, failures: type[Exception] | tuple[type[Exception], ...
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all."""
+    """Write a UTF-8 text file, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or the directory entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -66,17 +66,17 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, as hex digits."""
+    """Return the SHA-256 of a file as hex digits."""
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @contextmanager
 def lock(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold the lock file `name` of an output folder, which is made as needed. Nothing waits.
+    """Hold the lock file `name` of an output folder inside the block. Creates the folder if it is missing. Never waits.
 
-    Raises ValueError naming the process that holds it. The kernel releases the lock when its process ends, however it
-    ends; the file stays.
+    Raises ValueError with the process id of another holder. The kernel releases the lock when the process ends for any
+    reason. The lock file stays.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def lock(folder: Path, name: str = LOCK) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
             raise ValueError(
-                f"{folder}: another process (pid {holder}) writes here; wait for it, stop it, or choose another output"
+                f"{folder}: another process (pid {holder}) writes here; wait for it, stop it or choose another output folder"
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

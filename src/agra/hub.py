@@ -1,6 +1,6 @@
-"""The one door to the model hub: models and datasets by hub id or folder, uploads, model cards. A leaf, without torch.
+"""The only module that talks to the model hub: models and datasets by hub id or folder, uploads, model cards.
 
-Errors of the hub and of the file system become one line that names the remedy.
+A leaf, without torch. Errors of the hub and of the file system become one line with the remedy.
 """
 
 import importlib.util
@@ -26,9 +26,9 @@ _DATASET_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w.-]+)(/(?P<folder>[\w.
 
 
 def package_folder(package: str, what: str) -> Path:
-    """Folder of an installed package, found without importing it (the weights matter, not its code).
+    """Return the folder of an installed package, whose weights are read, without importing the package.
 
-    Raises ImportError with the remedy where the package is missing.
+    Raises ImportError with the remedy if the package is missing.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -37,34 +37,34 @@ def package_folder(package: str, what: str) -> Path:
 
 
 def check_digest(path: Path, expected: str, what: str) -> None:
-    """Compare a packaged file with the SHA-256 that this version of agra was made with. Raises ValueError."""
+    """Raise ValueError unless a packaged file has the SHA-256 that this version of agra expects."""
     if sha256(path) != expected:
         raise ValueError(
-            f"{what}: {path} is not the file that agra was made with (its SHA-256 differs); reinstall the package, and do "
+            f"{what}: {path} is not the expected file, its SHA-256 differs from {expected}; reinstall the package, and do "
             "not use the file if that does not help"
         )
 
 
 def model_folder(what: str, *, source: str, revision: str | None, subfolder: str = "") -> Path:
-    """The folder of one part of a model: inside a local folder, or fetched from the hub, that part alone.
+    """Return the folder of one part of a model, inside a local folder or downloaded from the hub, that part alone.
 
-    The hub's client goes on with an interrupted download. Raises FileNotFoundError with the remedy.
+    The hub's client resumes interrupted downloads. Raises FileNotFoundError with the remedy.
     """
     with loading(what, source=source, revision=revision, subfolder=subfolder):
         root = Path(source)
         if not root.is_dir():
-            wanted = f"{subfolder}/*" if subfolder else None
-            root = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+            patterns = f"{subfolder}/*" if subfolder else None
+            root = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
         if not (root / subfolder).is_dir():
             raise FileNotFoundError(f"it has no folder {subfolder}")
     return root / subfolder
 
 
 def dataset_folder(path: str, revision: str | None = None) -> Path:
-    """The folder `path`, or the local copy of the dataset with that hub id: OWNER/NAME, or OWNER/NAME/FOLDER.
+    """Return the folder `path`, or the local copy of the dataset with that hub id, OWNER/NAME or OWNER/NAME/FOLDER.
 
-    A path that is no folder and looks like a hub id is requested from the hub. Raises FileNotFoundError where neither
-    has it.
+    A path that is not a folder but has the form of a hub id is requested from the hub. Raises FileNotFoundError if neither
+    exists.
     """
     if Path(path).is_dir() or not (match := _DATASET_ID.fullmatch(path)):
         return Path(path)
@@ -80,8 +80,8 @@ def dataset_folder(path: str, revision: str | None = None) -> Path:
         OfflineModeIsEnabled,
     ) as error:
         raise FileNotFoundError(
-            f"{path}: no LeRobot dataset in this folder, and the hub has none of that id ({_first_line(error)}); collect one"
-            f" with agra collect, or download it from https://huggingface.co/datasets/{repository}"
+            f"{path}: no such folder, and no dataset of that id on the hub ({_first_line(error)}); collect a dataset with "
+            f"agra collect, or download it from https://huggingface.co/datasets/{repository}"
         ) from error
     return Path(root) / (folder or "")
 
@@ -89,43 +89,42 @@ def dataset_folder(path: str, revision: str | None = None) -> Path:
 def upload_model(folder: Path, name: str, *, private: bool) -> str:
     """Upload a folder to the hub as the model `name` (owner/model). Returns its address.
 
-    Raises ValueError for an invalid name, and OSError with the remedy where the hub refuses.
+    Raises ValueError for an invalid name, OSError with the remedy if the upload fails.
     """
     api = HfApi()
     try:
         address = str(api.create_repo(name, private=private, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Checkpoint of agra")
     except HFValidationError as error:
-        raise ValueError(f"{name}: no name for the hub; expected owner/model") from error
+        raise ValueError(f"{name}: not a valid hub id; expected owner/model") from error
     except (HfHubHTTPError, OSError) as error:
         raise OSError(
-            f"{name}: could not be uploaded ({' '.join(str(error).split())}); run `hf auth login` with a token "
-            "that may write there"
+            f"{name}: upload failed ({' '.join(str(error).split())}); run `hf auth login` with a token that has write access"
         ) from error
     return address
 
 
 def download_model(name: str, output: Path, *, revision: str | None = None) -> None:
-    """Download a model of the hub into a folder. Raises FileNotFoundError with the remedy."""
+    """Download a model from the hub into a folder. Raises FileNotFoundError with the remedy."""
     with loading("policy", source=name, revision=revision):
         snapshot_download(name, revision=revision, local_dir=output)
 
 
 def model_card_text(text: str, *, license: str, tags: list[str]) -> str:
-    """A model card with the hub's header."""
+    """Return a model card with the hub's header."""
     return f"---\n{ModelCardData(library_name='agra', license=license, tags=tags).to_yaml()}\n---\n\n{text}"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A folder's safetensors files. Raises FileNotFoundError where there are none, or one that the index lists lacks."""
+    """List a folder's safetensors files. Raises FileNotFoundError if there are none or a file of the index is missing."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder}: no .safetensors file; the weights as published lie there")
+        raise FileNotFoundError(f"{folder}: expected the published weights as .safetensors files, found none")
     for index in folder.glob("*.safetensors.index.json"):
         listed = set(json.loads(index.read_text())["weight_map"].values())
-        if absent := sorted(listed - {file.name for file in files}):
+        if missing := sorted(listed - {file.name for file in files}):
             raise FileNotFoundError(
-                f"{folder / absent[0]}: missing, though {index.name} lists it, as after an interrupted download; "
+                f"{folder / missing[0]}: missing, though {index.name} lists it; an interrupted download may be the cause, "
                 "download it again"
             )
     return files
@@ -133,12 +132,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def loading(what: str, *, source: str, revision: str | None, subfolder: str = "") -> Iterator[None]:
-    """Turn the hub's and the file system's errors inside the block into one line that names the remedy.
+    """Turn errors of the hub and of the file system inside the block into one line with the remedy.
 
-    Raises FileNotFoundError where something is missing, gated or out of reach, ValueError where a file is damaged.
+    Raises FileNotFoundError if something is missing, gated or unreachable, ValueError if a file is damaged.
     """
     local = Path(source).is_dir()
-    at = f"{source}/{subfolder}".rstrip("/") + (f" (revision {revision})" if revision and not local else "")
+    address = f"{source}/{subfolder}".rstrip("/") + (f" (revision {revision})" if revision and not local else "")
     try:
         yield
     except (OSError, EntryNotFoundError, HFValidationError) as error:
@@ -151,10 +150,10 @@ def loading(what: str, *, source: str, revision: str | None, subfolder: str = ""
             )
         else:
             remedy = f"{source} is neither a folder nor a hub id of the form owner/name"
-        raise FileNotFoundError(f"{what}: cannot load {at}: {_first_line(error)}; {remedy}") from error
+        raise FileNotFoundError(f"{what}: cannot load {address}: {_first_line(error)}; {remedy}") from error
     except SafetensorError as error:
         raise ValueError(
-            f"{what}: the weights of {at} are damaged ({_first_line(error)}); download them again"
+            f"{what}: the weights of {address} are damaged ({_first_line(error)}); download them again"
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""Low-rank adapters on chosen linear layers, attached from outside and merged into the weights after training. A leaf.
+"""Low-rank adapters on selected linear layers, attached from outside and merged into the weights after training. A leaf.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685), not in the paper: y = W x + scale * U D x with W frozen, D (rank, inputs) random and
-U (outputs, rank) initially zero. The layers keep their names and weights, so checkpoints hold the base model unchanged and
-`<layer>.lora_down`, `<layer>.lora_up` beside it.
+LoRA (Hu et al. 2021, arXiv 2106.09685), not in the paper: y = W x + scale * U D x, where W is frozen, D (rank, inputs) is
+random and U (outputs, rank) is initially zero. The layers keep their names and weights. Checkpoints therefore hold the base
+model unchanged, with `<layer>.lora_down` and `<layer>.lora_up` in addition.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,48 +19,48 @@ _DOWN, _UP = "lora_down", "lora_up"
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Layers that get adapters, and their rank. A part of the method with adapters trains those alone."""
+    """Rank of the adapters and the layers that get them. A part of the method with adapters trains only the adapters."""
 
     rank: int | None = None
-    """None means no adapters, as in the paper."""
+    """Rank of the adapters. None means no adapters, as in the paper."""
     scale: float = 1.0
-    """Factor of the adapters' results; alpha / rank in other libraries."""
+    """Factor of the adapters' results, alpha / rank in other libraries."""
     layers: tuple[str, ...] = tuple(f"video_dit.*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
-    """Names of linear layers, `<part>.<name>`, with * for anything. Layers that no stage trains never match."""
+    """Name patterns of linear layers, `<part>.<name>`, where * matches anything. Layers that no stage trains never match."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"stage.lora.rank: expected at least 1, or None, got {self.rank}")
+            raise ValueError(f"stage.lora.rank: expected at least 1 or None, got {self.rank}")
         if not self.scale > 0:
             raise ValueError(f"stage.lora.scale: expected a positive number, got {self.scale}")
         if not self.layers:
-            raise ValueError("stage.lora.layers: expected at least one name")
+            raise ValueError("stage.lora.layers: expected at least one name pattern, got none")
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with an adapter; `attach` makes one of an nn.Linear in place."""
+    """A linear layer with an adapter. `attach` turns an nn.Linear into one in place, so that references to it stay valid."""
 
     scale: float
     lora_down: nn.Parameter
     lora_up: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        """The layer's own result and the adapter's."""
+        """Add the adapter's result to that of the layer."""
         return super().forward(input) + self.scale * F.linear(F.linear(input, self.lora_down), self.lora_up)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter."""
+    """Return whether a parameter of this name belongs to an adapter."""
     return name.rpartition(".")[2] in (_DOWN, _UP)
 
 
 def attach(
     parts: Mapping[str, nn.Module], config: LoRAConfig, *, seed: int = 0, leave_out: Sequence[nn.Module] = ()
 ) -> None:
-    """Put adapters on the linear layers of a method's parts that `config` names; nothing where its rank is None.
+    """Attach adapters to the linear layers of a method's parts that `config` names. Without a rank do nothing.
 
-    `seed` decides their first values. Modules inside `leave_out` get none. Raises ValueError where a name matches no linear
-    layer, or the rank is no lower than a layer's own.
+    `seed` determines the initial values. Modules inside `leave_out` get no adapters. Raises ValueError if a pattern matches
+    no linear layer, or if the rank is not lower than the smaller width of a layer.
     """
     if config.rank is None:
         return
@@ -73,7 +73,7 @@ def attach(
     }
     for pattern in config.layers:
         if not any(fnmatchcase(name, pattern) for name in linear):
-            raise ValueError(f"stage.lora.layers: no linear layer is called {pattern!r}; there are {', '.join(linear)}")
+            raise ValueError(f"stage.lora.layers: {pattern!r} matches no linear layer; there are {', '.join(linear)}")
     generator = torch.Generator().manual_seed(seed)
     for name, layer in linear.items():
         if any(fnmatchcase(name, pattern) for pattern in config.layers):
@@ -84,8 +84,8 @@ def _adapt(layer: nn.Linear, name: str, config: LoRAConfig, generator: torch.Gen
     assert config.rank is not None
     if config.rank >= min(layer.in_features, layer.out_features):
         raise ValueError(
-            f"stage.lora.rank: {config.rank} is not low for {name}, which maps {layer.in_features} numbers to "
-            f"{layer.out_features}; expected less than the smaller one"
+            f"stage.lora.rank: expected less than {min(layer.in_features, layer.out_features)}, the smaller width of {name}, "
+            f"got {config.rank}"
         )
     bound = layer.in_features**-0.5
     down = torch.empty(config.rank, layer.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
@@ -97,7 +97,7 @@ def _adapt(layer: nn.Linear, name: str, config: LoRAConfig, generator: torch.Gen
 
 @torch.no_grad()
 def merge(parts: Mapping[str, nn.Module]) -> None:
-    """Add every adapter into its layer's weight and take it off."""
+    """Add every adapter to its layer's weight and remove the adapter."""
     for layer in (module for root in parts.values() for module in root.modules()):
         if isinstance(layer, AdaptedLinear):
             layer.weight.add_(layer.lora_up @ layer.lora_down, alpha=layer.scale)
@@ -109,8 +109,7 @@ def merge(parts: Mapping[str, nn.Module]) -> None:
 def merged(
     parts: Mapping[str, nn.Module], config: LoRAConfig, *, leave_out: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
-    """Inside this context `parts` have the adapters of a checkpoint that is being read; afterwards their weights include
-    them."""
+    """Attach adapters for reading a checkpoint inside the block, and merge them into the weights at its end."""
     attach(parts, config, leave_out=leave_out)
     yield
     merge(parts)

@@ -1,8 +1,8 @@
-"""Random numbers that belong to a sample, not to a process. A leaf.
+"""Random numbers that belong to samples, not to processes. A leaf.
 
-A step's samples are spread over shards: processes, and micro-batches of each. Every shard draws the whole step's numbers
-from the same seed and keeps the rows of its own samples. One process, eight processes and eight micro-batches therefore see
-the same noise, and a run may move between them.
+The samples of a step are divided into shards: processes, and micro-batches of each process. Every shard draws the numbers
+of the whole step from the same seed and keeps the rows of its own samples. One process, eight processes and eight
+micro-batches therefore see the same noise, and a run can continue with another number of processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,10 +36,10 @@ def seed_everything(*numbers: int) -> None:
 
 @contextmanager
 def sharded_rng(seed: int, step: int, *, samples: int, index: int = 0, count: int = 1) -> Iterator[None]:
-    """Inside this context, `sample_shard` returns only this shard's rows (`index::count`) of the noise generated for the
-    whole step from (seed, step). The shard holds `samples` samples.
+    """Make `sample_shard` return only this shard's rows (`index::count`) of the whole step's noise from (seed, step).
 
-    Dropout, which draws from torch's global generators directly, gets different numbers in each shard.
+    The shard holds `samples` samples. Dropout draws from torch's global generators directly, so its numbers differ between
+    shards.
     """
     seed_everything(seed, step)
     token = _current.set(_Shard(samples, index, count, _get_state()))
@@ -51,24 +51,24 @@ def sharded_rng(seed: int, step: int, *, samples: int, index: int = 0, count: in
 
 
 def sample_shard(sampler: Sampler, rows: int) -> Tensor:
-    """`rows` rows of noise; outside `sharded_rng` that is `sampler(rows)`.
+    """Draw `rows` rows of noise. Outside `sharded_rng` this is `sampler(rows)`.
 
-    Sample i of a shard is sample index + i * count of the step. The rows of one sample stay together.
+    Sample i of a shard is sample index + i * count of the step. The rows of a sample stay together.
     """
     shard = _current.get()
     if shard is None:
         return sampler(rows)
-    outer = _get_state()
+    outer_state = _get_state()
     _set_state(shard.state)
-    together = max(1, rows // shard.samples)
-    values = sampler(rows * shard.count).unflatten(0, (-1, together))[shard.index :: shard.count].flatten(0, 1)
+    rows_per_sample = max(1, rows // shard.samples)
+    values = sampler(rows * shard.count).unflatten(0, (-1, rows_per_sample))[shard.index :: shard.count].flatten(0, 1)
     shard.state = _get_state()
-    _set_state(outer)
+    _set_state(outer_state)
     return values
 
 
 def noise_like(like: Tensor) -> Tensor:
-    """Standard normal numbers in the shape of `like`, a row for each sample."""
+    """Draw standard normal numbers in the shape of `like`, one row per sample."""
     return sample_shard(lambda n: torch.randn(n, *like.shape[1:], dtype=like.dtype, device=like.device), len(like))
 
 

@@ -1,4 +1,4 @@
-"""The stages of training and the settings of one run. A leaf: what trains, loads and serves reads it."""
+"""The stages of training and the settings of one run. A leaf, read by training, loading and serving."""
 
 import math
 import re
@@ -10,36 +10,40 @@ from agra.precision import Precision
 
 
 class Stage(StrEnum):
-    """The order of training (C.3). Most methods have the joint stage alone."""
+    """Stages of training, in order (C.3). Most methods have only the joint stage."""
 
     ADAPT = "adapt"  # representations before actions: a WAM's video DiT on the video loss
-    JOINT = "joint"  # everything, on all losses
-    FINETUNE = "finetune"  # the action head alone, on the action loss
+    JOINT = "joint"  # all parts on all losses
+    FINETUNE = "finetune"  # the action head on the action loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One training run. Defaults are the simulation experiments' joint stage (C.3) and, where the paper is silent, the
-    optimiser of the GR00T family (docs/paper.md #26)."""
+    """Settings of one training run.
+
+    The defaults are those of the simulation experiments' joint stage (C.3). Where the paper is silent, they are the
+    optimiser settings of the GR00T family (docs/paper.md #26).
+    """
 
     name: Stage = Stage.JOINT
     steps: int = 80_000
     batch_size: int = 256
     learning_rate: float = 1e-4
     learning_rate_by_part: dict[str, float] = field(default_factory=dict)
-    """Rates of parts of the method that differ from `learning_rate`, such as {"video_dit": 1e-5}."""
+    """Learning rates of parts of the method that differ from `learning_rate`, such as {"video_dit": 1e-5}."""
     frozen: tuple[str, ...] = ()
-    """Parts of the method that keep their weights."""
+    """Parts of the method that are not trained."""
     warmup_ratio: float = 0.05
     weight_decay: float = 1e-5
     betas: tuple[float, float] = (0.95, 0.999)
     clip_norm: float = 1.0
     ema_decay: float | None = None
-    """Decay of an exponential average of the trained weights, kept beside them; not in the paper (docs/paper.md #26)."""
+    """Decay of an additional exponential moving average of the trained weights. Not in the paper (docs/paper.md #26)."""
     ema_power: float | None = None
-    """Power p of the average's warm-up: at step n the decay is at most 1 - (1 + n)^-p. None averages at `ema_decay` at once."""
+    """Power p of the average's warm-up: at step n the decay is at most 1 - (1 + n)^-p. None applies `ema_decay` from the
+    first step."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Low-rank adapters instead of the weights themselves; not in the paper (docs/paper.md #26)."""
+    """Low-rank adapters, trained instead of the weights. Not in the paper (docs/paper.md #26)."""
     precision: Precision = "auto"
     seed: int = 0
     log_every: int = 10
@@ -47,7 +51,7 @@ class StageConfig:
     save_every: int = 1_000
     keep_checkpoints: int = 2
     keep_best: str = ""
-    """`min:NAME` or `max:NAME` of a figure logged at validation, such as `min:validation/action_loss` or
+    """`min:NAME` or `max:NAME` of a metric logged at validation, such as `min:validation/action_loss` or
     `max:grounding/in_mask_ratio`. The checkpoint with the best value is saved and kept. RUN/best refers to it."""
 
     def __post_init__(self) -> None:
@@ -64,7 +68,7 @@ class StageConfig:
             raise ValueError(f"stage.warmup_ratio: expected a number in [0, 1], got {self.warmup_ratio}")
 
     def rate_of(self, part: str) -> float:
-        """The learning rate of a part before its schedule."""
+        """Return the learning rate of a part before the schedule."""
         return self.learning_rate_by_part.get(part, self.learning_rate)
 
     def ema_decay_at(self, step: int) -> float | None:
@@ -74,7 +78,7 @@ class StageConfig:
         return min(self.ema_decay, 1 - (1 + step) ** -self.ema_power)
 
     def learning_rate_factor(self, step: int) -> float:
-        """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine to 0 (C.3)."""
+        """Return the schedule's factor: linear warm-up over `warmup_ratio` of the steps, then a cosine to 0 (C.3)."""
         warmup = max(1, round(self.warmup_ratio * self.steps))
         if step < warmup:
             return (step + 1) / warmup

@@ -1,7 +1,7 @@
-"""What crosses between rooms: observations, action chunks, trials, episodes, and the two protocols.
+"""Types shared by all packages: observations, action chunks, trials, episodes, and the protocols Policy and Simulator. A leaf.
 
-numpy only, so that a simulator or a robot client can import it without torch. Value ranges are stated once, here:
-frames are uint8 RGB, height x width x channel; states and actions are float32 in the robot's own units.
+It needs only numpy, so a simulator or a robot client can import it without torch. Frames are uint8 RGB, height x width x
+channel. States and actions are float32 in the robot's units.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 REGIMES = ("in_distribution", "semantic", "instance", "attribute")
-"""The four evaluation regimes of the paper, C.2.2."""
+"""The four evaluation regimes of the paper (C.2.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Embodiment:
-    """A robot's name and the meaning of every state and action dimension."""
+    """Name of a robot and of every dimension of its state and action."""
 
     name: str
     state_names: tuple[str, ...]
@@ -24,15 +24,15 @@ class Embodiment:
 
 
 class SimulatorFailed(RuntimeError):
-    """The simulator, not the policy, broke down in an episode; the same trial may be played again from its start."""
+    """A failure of the simulator, not of the policy. The same trial can be played again from its start."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
-    """What a policy sees at one instant: o_0, s_0 and c of Eq. 1. `views` are further cameras that a suite defines.
+    """Input of a policy at one instant: o_0, s_0 and c (Eq. 1). `views` holds additional cameras of a suite.
 
-    `past` are the observations at the control steps in `PolicySpec.past`, in that order. Before an episode's first
-    observation it repeats. Without any the present one stands for all.
+    `past` holds the observations at the control steps `PolicySpec.past`, in that order. At the start of an episode the first
+    observation repeats. If `past` is empty, the present observation stands for all.
     """
 
     frame: np.ndarray  # (H, W, 3) uint8 RGB
@@ -52,10 +52,10 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ActionChunk:
-    """What a policy answers: a_1:K of Eq. 1, un-normalised, and how long each part of the answer took.
+    """Output of a policy: the actions a_1:K (Eq. 1), unnormalised, and the time of each part of their computation.
 
-    `imagined` is the video that it expects, where it was asked for: (F, H, W, 3) uint8 at the model's size, from the
-    observation to the chunk's end in equal steps.
+    `imagined` is the predicted video if the request asked for it: (F, H, W, 3) uint8 at the model's size, from the
+    observation to the end of the chunk in equal steps.
     """
 
     actions: np.ndarray  # (K, D) float32
@@ -72,10 +72,10 @@ class ActionChunk:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Continuation:
-    """The rest of the chunk that a robot is executing while it asks for the next one (real-time chunking)."""
+    """Remaining actions of the chunk that a robot executes while it requests the next one (real-time chunking)."""
 
     actions: np.ndarray  # (P, D) in the robot's units; row 0 belongs to the control step of the observation
-    delay: int  # how many of them will have been executed before the answer can be there
+    delay: int  # number of these actions that the robot executes before the next chunk arrives
 
     def __post_init__(self) -> None:
         if self.actions.ndim != 2 or len(self.actions) == 0:
@@ -86,28 +86,28 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbodimentSpec:
-    """The named parts of a robot's state and action, each as the dimensions [start, end), in order."""
+    """Named parts of a robot's state and action, in order, each with its dimensions [start, end)."""
 
     state: Mapping[str, tuple[int, int]]
     action: Mapping[str, tuple[int, int]]
 
     @property
     def state_dim(self) -> int:
-        """S."""
+        """Number of state dimensions, S."""
         return max(end for _, end in self.state.values())
 
     @property
     def action_dim(self) -> int:
-        """D."""
+        """Number of action dimensions, D."""
         return max(end for _, end in self.action.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpec:
-    """What a policy takes and answers; `frame_size` (H, W) is what it makes of frames of any size.
+    """Inputs and outputs of a policy.
 
-    `imagines` says that it may be asked for the video that it expects. `past` are control steps before the present one,
-    such as (-1,), whose observations it reads too.
+    `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can predict
+    video. `past` are earlier control steps whose observations it also reads, such as (-1,).
     """
 
     name: str
@@ -120,19 +120,19 @@ class PolicySpec:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PolicyRequest:
-    """One robot's question in a batch; `episode` comes from the policy and holds its random numbers."""
+    """Request of one robot in a batch. `episode` comes from `BatchPolicy.episode` and holds random numbers."""
 
     observation: Observation
     episode: Any
     continuation: Continuation | None = None
-    imagine: bool = False  # answer the expected video too; the actions stay the same
+    imagine: bool = False  # predict the video too; the actions stay the same
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One evaluation trial as data: everything that decides what the simulator shows, JSON-serialisable.
+    """One evaluation trial as JSON-serialisable data that fully determines the simulated scene.
 
-    `name` is unique in its list; `scene` is the simulator's own description (objects, positions, colours).
+    `name` is unique in its list. `scene` is the simulator's description of objects, positions and colours.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """What a simulator answers to one action: `progress` holds the partial scores reached so far."""
+    """Result of one action in a simulator. `progress` holds the partial scores reached so far."""
 
     observation: Observation
     success: bool
@@ -155,7 +155,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Episode:
-    """A recorded trajectory of N control steps; row n is what was seen before action n was sent."""
+    """A recorded trajectory of N control steps. Row n holds the observation before action n."""
 
     frames: np.ndarray  # (N, H, W, 3) uint8
     states: np.ndarray  # (N, S) float32
@@ -175,127 +175,129 @@ class Episode:
             **({} if self.masks is None else {"masks": len(self.masks)}),
         }
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"Episode: all fields need one row a step, got {lengths}")
+            raise ValueError(f"Episode: expected one row per control step in all fields, got {lengths}")
 
     def __len__(self) -> int:
         return len(self.actions)
 
 
 NO_FRAME = np.zeros((0, 0, 3), np.uint8)
-"""The frame of an observation that nobody looks at."""
+"""Frame of an observation without rendering."""
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything that acts: a checkpoint in this process, a server's client, a scripted expert."""
+    """A source of actions: a checkpoint in this process, a client of a server, a scripted expert."""
 
     def reset(self, seed: int) -> None:
-        """Forget the last episode; every random number until the next reset follows from `seed`."""
+        """Forget the last episode. `seed` determines all random numbers until the next reset."""
         ...
 
     def act(self, observation: Observation) -> ActionChunk:
-        """Answer the next K actions."""
+        """Return the next K actions."""
         ...
 
 
 @runtime_checkable
 class ImaginingPolicy(Policy, Protocol):
-    """A policy that may be able to show the video that it expects."""
+    """A policy that may be able to predict video."""
 
     def act_and_imagine(self, observation: Observation) -> ActionChunk:
-        """The answer of `act`, with `imagined` where the policy can; stage `imagine` of the timings is what that took."""
+        """Return the result of `act`, with `imagined` if the policy predicts video, timed as `imagine` in the timings."""
         ...
 
 
 @runtime_checkable
 class BatchPolicy(Protocol):
-    """A policy for many robots at once, as a server wants it."""
+    """A policy for several robots at once, for a server."""
 
     @property
     def spec(self) -> PolicySpec:
-        """What it takes and answers."""
+        """Inputs and outputs of the policy."""
         ...
 
     def episode(self, seed: int) -> Any:
-        """What an episode's random numbers come from."""
+        """Return the source of an episode's random numbers."""
         ...
 
     def act_batch(self, requests: Sequence[PolicyRequest]) -> list[ActionChunk]:
-        """One chunk a request, in order. Raises ValueError, before any random number is drawn, for a request that the
-        policy cannot take."""
+        """Return one chunk per request, in order.
+
+        Raises ValueError for an invalid request, before any random number is drawn.
+        """
         ...
 
 
 @runtime_checkable
 class WarmsUp(Protocol):
-    """A `BatchPolicy` that compiles, or prepares otherwise, what it runs. Optional.
+    """A `BatchPolicy` that compiles or otherwise prepares its computations. Optional.
 
-    Before `warm_up` it answers all the same, uncompiled: a server tries a new checkpoint out before it warms it up.
+    Before `warm_up` it acts uncompiled, because a server tests a new checkpoint before it warms it up.
     """
 
     def warm_up(self, max_batch: int) -> None:
-        """Compile and run every batch size from 1 to `max_batch` once. Called in the thread that will call `act_batch`."""
+        """Compile and run every batch size from 1 to `max_batch` once, in the thread that later calls `act_batch`."""
         ...
 
     def adopt(self, other: BatchPolicy) -> bool:
-        """Take over another policy's weights and statistics in place, between two forwards.
+        """Copy another policy's weights and statistics in place, between two forward passes.
 
-        Afterwards this policy answers as `other` would, compiled as it is. Returns False, with nothing changed, where it
-        cannot, for instance because the shapes differ.
+        This policy then acts as `other` does, and stays compiled. Returns False and changes nothing if that is not possible,
+        for example because shapes differ.
         """
         ...
 
 
 class Ranges(Protocol):
-    """Statistics of an embodiment: quantity by name ("min", "max", ...), one number a dimension."""
+    """Statistics of an embodiment by name ("min", "max", ...), one number per dimension."""
 
     @property
     def state(self) -> Mapping[str, np.ndarray]:
-        """Each (S,)."""
+        """Statistics of the state, (S,) each."""
         ...
 
     @property
     def action(self) -> Mapping[str, np.ndarray]:
-        """Each (D,)."""
+        """Statistics of the actions, (D,) each."""
         ...
 
 
 @runtime_checkable
 class KnowsRanges(Protocol):
-    """A policy that knows the statistics of the states and actions that it was trained on. Optional."""
+    """A policy with the statistics of its training states and actions. Optional."""
 
     @property
     def stats(self) -> Mapping[str, Ranges]:
-        """Embodiment to statistics."""
+        """Statistics by embodiment."""
         ...
 
 
 class Instructions(Protocol):
-    """The instructions of a policy."""
+    """Instructions of a policy."""
 
     @property
     def known(self) -> Mapping[str, Any]:
-        """Instructions that need no text encoder."""
+        """Cached instructions, which need no text encoder."""
         ...
 
 
 @runtime_checkable
 class KnowsInstructions(Protocol):
-    """A policy that answers some instructions without loading more. Optional."""
+    """A policy with cached instructions. Optional."""
 
     @property
     def instructions(self) -> Instructions | None:
-        """Its instructions. None where it reads none."""
+        """Instructions of the policy, or None if it reads none."""
         ...
 
 
 @runtime_checkable
 class Simulator(Protocol):
-    """A world that plays trials, one at a time.
+    """A simulated environment that plays one trial at a time.
 
-    `name` is that of the registry and of its trials, `regimes` names its trial lists. `settings` holds what else of the
-    suite's conventions decides an episode (camera, frame size, settling steps ...), JSON-serialisable; it goes into
-    every results file.
+    `name` is its name in the registry and in its trials, `regimes` are the names of its trial lists. `settings` are the other
+    conventions of the suite that affect an episode (camera, frame size, settling steps ...), JSON-serialisable. Every
+    results file contains them.
     """
 
     name: str
@@ -306,20 +308,23 @@ class Simulator(Protocol):
     settings: Mapping[str, Any]
 
     def reset(self, trial: Trial) -> Observation:
-        """Set the trial's scene up; the same trial gives the same states and pixels."""
+        """Set up the trial's scene. The same trial gives the same states and pixels."""
         ...
 
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
-        """Apply one (D,) action for one control period. Without `render` the frame is left out, (0, 0, 3): rendering is
-        most of the work, and within a chunk nobody looks."""
+        """Apply one (D,) action for one control period.
+
+        Without `render` the frame is empty, (0, 0, 3). Rendering takes most of the time, and no frame is needed within a
+        chunk.
+        """
         ...
 
     def interaction_mask(self) -> np.ndarray:
-        """(H, W) bool: pixels of the acting hand and of the target object in the present frame (4.2.1)."""
+        """Return the pixels of the acting hand and the target object in the current frame, (H, W) bool (4.2.1)."""
         ...
 
     def trials(self, regime: str) -> Sequence[Trial]:
-        """The fixed trial list of one of `regimes`."""
+        """Return the fixed trial list of one of `regimes`."""
         ...
 
     def close(self) -> None:
@@ -329,8 +334,8 @@ class Simulator(Protocol):
 
 @runtime_checkable
 class LocatesTarget(Protocol):
-    """A simulator that can also tell the object from the hand."""
+    """A simulator that can distinguish the target object from the hand."""
 
     def target_mask(self) -> np.ndarray:
-        """(H, W) bool: pixels of the object that is to be moved next, in the present frame."""
+        """Return the pixels of the object to be moved next in the current frame, (H, W) bool."""
         ...

@@ -1,4 +1,4 @@
-"""Weights in safetensors files: read tensor by tensor, compared before anything is copied, and identified. A leaf."""
+"""Weights in safetensors files: reading tensor by tensor, comparison of names and shapes, hashes. A leaf."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over the name, type, shape and bytes of every parameter and buffer, as 16 hex digits."""
+    """Return 16 hex digits of the SHA-256 over name, type, shape and bytes of every parameter and buffer."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -24,19 +24,22 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def frozen(module: AnyModule) -> AnyModule:
-    """`module` itself, in evaluation mode and without gradients for its parameters."""
+    """Put `module` in evaluation mode without gradients for its parameters, and return it."""
     return module.eval().requires_grad_(False)
 
 
 @contextmanager
 def stored_tensors(files: Sequence[Path], what: str) -> Iterator[dict[str, Any]]:
-    """The tensors of safetensors `files` by name, as slices that read when indexed. ValueError where one is damaged."""
+    """Yield the tensors of safetensors `files` by name, as slices that read when indexed.
+
+    Raises ValueError if a file is damaged.
+    """
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(str(file), framework="pt")) for file in files]
             yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118, no mapping
     except SafetensorError as error:
-        raise ValueError(f"{what}: not a readable safetensors file ({error}); take it from its source again") from error
+        raise ValueError(f"{what}: not a readable safetensors file ({error}); download or copy it again") from error
 
 
 def read_into(
@@ -46,43 +49,44 @@ def read_into(
     what: str,
     name_of: Callable[[str], str | None] = lambda stored: stored,
 ) -> None:
-    """Copy tensors of safetensors `files` into the targets of their names, one at a time and cast to the target's type.
+    """Copy tensors of safetensors `files` into the targets of the same names, one at a time, cast to the target's type.
 
-    `name_of` turns a stored name into a target's, or into None for a tensor that is not wanted. Names and shapes are
-    compared before anything is copied: raises ValueError where they differ or a file is damaged.
+    `name_of` maps a stored name to a target's name, or to None for a tensor to skip. Raises ValueError before anything is
+    copied if names or shapes differ, or if a file is damaged.
     """
     with stored_tensors(files, what) as tensors, torch.no_grad():
-        wanted = {name: value for stored, value in tensors.items() if (name := name_of(stored)) is not None}
-        check_fit({name: tuple(value.get_shape()) for name, value in wanted.items()}, targets, what)
-        for name, value in wanted.items():
+        selected = {name: value for stored, value in tensors.items() if (name := name_of(stored)) is not None}
+        check_fit({name: tuple(value.get_shape()) for name, value in selected.items()}, targets, what)
+        for name, value in selected.items():
             targets[name].copy_(value[...])
 
 
 def under(prefix: str) -> Callable[[str], str | None]:
-    """A `name_of` for `read_into`: the names that begin with `prefix`, without it."""
+    """Return a `name_of` for `read_into` that selects the names with `prefix` and removes it."""
     return lambda stored: stored.removeprefix(prefix) if stored.startswith(prefix) else None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises ValueError for a damaged one."""
+    """Read all tensors of a safetensors file. Raises ValueError if it is damaged."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file. The caller gives a temporary path. Raises OSError where there is no room."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file to a temporary path (`agra.files.replacing`). Raises OSError if the disk is full."""
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
 
 def check_fit(stored: Mapping[str, Sequence[int]], targets: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError naming the first name or shape in which the `stored` shapes and `targets` differ."""
-    odd = sorted(set(stored) ^ set(targets)) or [k for k in stored if tuple(stored[k]) != tuple(targets[k].shape)]
-    if odd:
+    """Raise ValueError with the first name in which the `stored` shapes and the `targets` differ."""
+    differing = sorted(set(stored) ^ set(targets))
+    differing = differing or [name for name in stored if tuple(stored[name]) != tuple(targets[name].shape)]
+    if differing:
         raise ValueError(
-            f"{what}: made for another architecture; {len(odd)} entries do not fit, the first is {odd[0]!r}"
+            f"{what}: made for another architecture; {len(differing)} entries do not fit, the first is {differing[0]!r}"
         )

@@ -15,8 +15,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-import agra.precision
 import agra.hub
+import agra.precision
 from agra.alignment.dinov2_onnx import MODEL_FILE, PACKAGE
 from agra.alignment.teacher import Teacher, TeacherConfig, interpolate_grid, load_teacher, reference_frames
 from agra.hub import package_folder
@@ -153,7 +153,7 @@ def test_an_earlier_block_is_read_through_the_final_norm(folders, kind, norm):
     height, width = cut.grid_size
     expected = expected[:, -height * width :].reshape(1, height, width, 32)
     torch.testing.assert_close(cut(frames), expected, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="blocks are 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="expected a block from 0 to 2, got 3"):
         load_teacher(TeacherConfig(**config, layer=3))
 
 
@@ -166,7 +166,7 @@ def test_several_depths_lie_side_by_side(folders):
     torch.testing.assert_close(both(picture(1)), expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"TeacherConfig\.depths: expected 0-based blocks of a dinov2 teacher"):
         TeacherConfig(**config, depths=(2, 0), layer=1)
-    with pytest.raises(ValueError, match="blocks are 0 to 2, got 3"):
+    with pytest.raises(ValueError, match="expected a block from 0 to 2, got 3"):
         load_teacher(TeacherConfig(**config, depths=(3, 0)))
 
 
@@ -210,7 +210,7 @@ def test_siglip_sizes_are_the_published_ones(settings, grid, millions):
 
 
 def test_kind_and_source_must_agree(folders):
-    with pytest.raises(ValueError, match="is a siglip model, but the teacher's kind is dinov2"):
+    with pytest.raises(ValueError, match="expected a dinov2 teacher .*, got a siglip model"):
         load_teacher(TeacherConfig(source=str(folders / "siglip")))
 
 
@@ -218,7 +218,7 @@ def test_missing_weights_are_not_made_up(folders, tmp_path):
     model = Dinov2Model.from_pretrained(folders / "dinov2")
     weights = {name: value for name, value in model.state_dict().items() if name != "layernorm.bias"}
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=r"lacks 1 of the teacher's weights, such as layernorm\.bias"):
+    with pytest.raises(ValueError, match=r"1 of the teacher's weights are missing, such as layernorm\.bias"):
         load_teacher(TeacherConfig(source=str(tmp_path)))
 
 
@@ -260,9 +260,18 @@ def test_bfloat16_stays_close(packaged):
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_auto_precision_follows_the_device(packaged, monkeypatch, helps):
+    """The data type of a product tells the precision, whether or not the CPU has bfloat16 instructions."""
+    assert packaged.config.precision == "auto"
     monkeypatch.setattr(agra.precision, "bfloat16_helps", lambda device: helps)
-    auto = load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 196), precision="auto"))
-    assert torch.equal(auto(picture(1)), packaged(picture(1))) != helps
+    dtypes = []
+    linear = next(module for module in packaged.model.modules() if isinstance(module, torch.nn.Linear))
+    handle = linear.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    try:
+        features = packaged(picture(1))
+    finally:
+        handle.remove()
+    assert dtypes == [torch.bfloat16 if helps else torch.float32]
+    assert features.dtype == torch.float32
 
 
 def test_teacher_is_frozen_and_identified(packaged):
@@ -278,12 +287,12 @@ def test_teacher_is_frozen_and_identified(packaged):
     "bad", [np.zeros((1, 32, 32, 3)), np.zeros((32, 32, 3), np.uint8), np.zeros((1, 3, 32, 32), np.uint8)]
 )
 def test_frames_of_another_type_or_shape_are_refused(packaged, bad):
-    with pytest.raises(ValueError, match=r"expected frames \(N, H, W, 3\) uint8"):
+    with pytest.raises(ValueError, match=r"frames: expected \(N, H, W, 3\) uint8"):
         packaged(bad)
 
 
 def test_input_size_must_fit_the_patch():
-    with pytest.raises(ValueError, match=r"\(112, 200\): both sides must be multiples of the 14-pixel patch"):
+    with pytest.raises(ValueError, match=r"expected multiples of the 14-pixel patch, got \(112, 200\)"):
         load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(112, 200)))
 
 

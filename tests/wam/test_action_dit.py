@@ -130,5 +130,5 @@ def test_draws_that_share_a_guidance_act_as_if_each_had_its_own(head):
 def test_wrong_number_of_guidances_is_named(head):
     inputs = _inputs()
     inputs["guidance"].pop()
-    with pytest.raises(ValueError, match="guidance: expected 2, one a cross-attention block, got 1"):
+    with pytest.raises(ValueError, match="guidance: expected 2, one per cross-attention block, got 1"):
         head(**inputs)

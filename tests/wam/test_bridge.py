@@ -22,7 +22,7 @@ def test_bridged_layers(video, action, expected):
 
 
 def test_a_single_block_has_no_spread():
-    with pytest.raises(ValueError, match="at least two cross-attention blocks"):
+    with pytest.raises(ValueError, match="num_action_blocks: expected at least 2"):
         bridged_layers(28, 1)
 
 
@@ -64,5 +64,5 @@ def test_position_sinusoid_is_as_loud_as_a_normalised_state_and_unique():
 
 
 def test_missing_layer_is_named():
-    with pytest.raises(ValueError, match=r"reads layers \(0, 2\), but \[2\] are missing"):
+    with pytest.raises(ValueError, match=r"hidden: expected the layers \(0, 2\), but \[2\] are missing"):
         Bridge(BridgeConfig(layers=(0, 2), **TINY))(_hidden(0))

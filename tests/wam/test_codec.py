@@ -70,7 +70,7 @@ def test_resizing_is_antialiased():
     "bad", [np.zeros((5, 16, 16, 3)), np.zeros((16, 16, 3), np.uint8), np.zeros((5, 3, 16, 16), np.uint8)]
 )
 def test_frames_of_another_type_or_shape_are_refused(bad):
-    with pytest.raises(ValueError, match=r"expected frames \(\.\.\., T, H, W, 3\) uint8"):
+    with pytest.raises(ValueError, match=r"frames: expected \(\.\.\., T, H, W, 3\) uint8"):
         to_video(bad, (16, 16))
 
 
@@ -162,7 +162,7 @@ def test_damaged_and_foreign_files_are_refused(codec, tmp_path):
         with pytest.raises(ValueError, match="damaged patch PCA codec"):
             PatchPCACodec.load(path)
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not a fitted patch PCA codec"):
+    with pytest.raises(ValueError, match="expected a fitted patch PCA codec"):
         PatchPCACodec.load(path)
     with pytest.raises(FileNotFoundError, match=r"missing\.safetensors"):
         PatchPCACodec.load(tmp_path / "missing.safetensors")
@@ -174,7 +174,7 @@ def test_damaged_and_foreign_files_are_refused(codec, tmp_path):
         ((1, 3, 16, 32, 32), "use 13 or 17"),
         ((1, 3, 0, 32, 32), "use 1 or 5"),
         ((1, 3, 5, 32, 30), "multiples of 8"),
-        ((3, 5, 32, 32), "expected float video"),
+        ((3, 5, 32, 32), r"video: expected \(B, 3, T, H, W\) float"),
     ],
 )
 def test_video_that_does_not_fit_is_refused(codec, wan, shape, message):
@@ -242,11 +242,11 @@ def test_the_real_wan_has_its_known_size():
 
 
 def test_load_codec_refuses_what_does_not_fit(wan_folder, codec, tmp_path):
-    with pytest.raises(ValueError, match="channels is 16, but the loaded codec has 4"):
+    with pytest.raises(ValueError, match="channels: expected 4 for the loaded codec, got 16"):
         load_codec(CodecConfig(source=str(wan_folder)))
-    with pytest.raises(ValueError, match="fitted on training frames"):
+    with pytest.raises(ValueError, match="path: expected the fitted file"):
         load_codec(CodecConfig(kind="patch_pca"))
-    with pytest.raises(ValueError, match="not from a file"):
+    with pytest.raises(ValueError, match="path: expected None"):
         load_codec(CodecConfig(source=str(wan_folder)), tmp_path / "codec.safetensors")
     with pytest.raises(FileNotFoundError, match=r"Wan video codec.*must hold vae as saved by save_pretrained") as error:
         load_codec(CodecConfig(source=str(tmp_path)))

@@ -22,11 +22,11 @@ VARIANTS = {
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
 def pair(request, small_config):
     changes = {
-        name: replace(getattr(small_config.model, name), **value) if isinstance(value, dict) else value
+        name: replace(getattr(small_config.method.model, name), **value) if isinstance(value, dict) else value
         for name, value in request.param.items()
     }
     torch.manual_seed(0)
-    model = WAM(replace(small_config.model, **changes)).eval().requires_grad_(False)
+    model = WAM(replace(small_config.method.model, **changes)).eval().requires_grad_(False)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -102,7 +102,7 @@ def test_future_tokens_are_pooled_and_the_observed_frames_are_not(pair, small_co
 @pytest.mark.parametrize("pool_future", [1, 2])
 def test_compiled_gives_the_same(small_config, make_batch, pool_future):
     torch.manual_seed(0)
-    model = WAM(small_config.model).eval().requires_grad_(False)
+    model = WAM(small_config.method.model).eval().requires_grad_(False)
     batch = make_batch(small_config)
     noise, actions_noise = torch.randn_like(batch.latents), torch.randn_like(batch.actions)
     tokens = torch.randn(5, 12)

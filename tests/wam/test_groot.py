@@ -161,7 +161,7 @@ def test_banks_may_stay_fresh_and_shapes_must_fit(published):
         load_groot_head(bridge, head, folder)
     assert "action_decoder.layer2.W" in load_groot_head(bridge, head, folder, rows=())
     assert torch.equal(head.action_decoder.layer2.weight, before)
-    with pytest.raises(ValueError, match=r"expected one of GR00T's embodiments or 2, got \[1, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"rows: expected 1 or 2 of GR00T's embodiment rows, got \[1, 2, 3\]"):
         load_groot_head(bridge, head, folder, rows=(1, 2, 3))
     with pytest.raises(FileNotFoundError, match="GR00T head: cannot load"):
         load_groot_head(bridge, head, "./nowhere")

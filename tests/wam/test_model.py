@@ -12,7 +12,7 @@ from agra.wam.video_dit import VideoOutput
 @pytest.fixture
 def wam(small_config):
     torch.manual_seed(0)
-    model = WAM(small_config.model).eval()
+    model = WAM(small_config.method.model).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
@@ -42,7 +42,7 @@ def test_condition_is_pure_noise_behind_a_clean_observation(wam, small_config, m
     assert kwargs["condition_mask"][:, :, 0].eq(1).all()
     assert kwargs["condition_mask"][:, :, 1:].eq(0).all()
     assert sorted(hidden) == [0, 1, 3]
-    assert hidden[1].shape == (4, *small_config.model.token_grid, 32)
+    assert hidden[1].shape == (4, *small_config.method.model.token_grid, 32)
     assert all(h.requires_grad for h in hidden.values())
 
 
@@ -71,7 +71,7 @@ def test_denoise_mixes_the_future_and_keeps_the_observation(wam, small_config, m
 
 
 def test_pre_trained_cosmos_gives_the_observation_the_common_level(wam, small_config, make_batch):
-    wam.config = replace(small_config.model, condition_noise_level=None)
+    wam.config = replace(small_config.method.model, condition_noise_level=None)
     batch, calls = make_batch(small_config), _spy(wam)
     wam.denoise(batch.latents, torch.randn_like(batch.latents), torch.rand(4), batch.instruction)
     assert calls[0][1].shape == (4,)
@@ -108,22 +108,22 @@ def test_actions_on_cuda_equal_those_on_the_cpu(wam, small_config, make_batch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_frames": 8}, r"num_frames: a causal 4x codec takes 1 \+ 4n frames, got 8"),
+        ({"num_frames": 8}, r"num_frames: expected 1 \+ 4n for the causal codec, got 8"),
         ({"frame_size": (30, 48)}, r"frame_size: expected multiples of \(16, 16\), got \(30, 48\)"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(small_config, changes, message):
     with pytest.raises(ValueError, match=message):
-        replace(small_config.model, **changes)
+        replace(small_config.method.model, **changes)
 
 
 def test_bridge_and_head_must_agree(small_config):
-    model = small_config.model
+    model = small_config.method.model
     with pytest.raises(ValueError, match="expected 2 layers, one for each cross-attention block"):
         replace(model, bridge=replace(model.bridge, layers=(0, 1, 3)))
     with pytest.raises(ValueError, match=r"bridge.layers: expected layers 0\.\.3, got \(0, 4\)"):
         replace(model, bridge=replace(model.bridge, layers=(0, 4)))
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="expected equal widths"):
         replace(model, action_dit=replace(model.action_dit, guidance_dim=64))
 
 
@@ -142,6 +142,6 @@ def test_text_attention_is_that_of_the_conditioning_pass(wam, small_config, make
     batch, calls = make_batch(small_config), _spy(wam)
     noise = torch.randn_like(batch.latents)
     found = wam.text_attention(batch.latents[:, :, :1], noise, batch.instruction, layers=(2,))
-    assert found[2].shape == (4, *small_config.model.token_grid, 5)
-    torch.testing.assert_close(found[2].sum(-1), torch.ones(4, *small_config.model.token_grid))
+    assert found[2].shape == (4, *small_config.method.model.token_grid, 5)
+    torch.testing.assert_close(found[2].sum(-1), torch.ones(4, *small_config.method.model.token_grid))
     assert calls[0][1][:, 1:].eq(1).all()

@@ -24,6 +24,7 @@ MEAN, STD = [0.3, -0.2, 0.1, 0.7], [1.5, 0.8, 2.0, 0.5]
 CONFIG = WAMConfig(
     frame_size=SIZE,
     num_frames=FRAMES,
+    codec=CodecConfig(channels=4),
     video_dit=VideoDiTConfig(
         latent_channels=4,
         num_layers=2,
@@ -158,5 +159,5 @@ def test_the_text_projection_loads_alone_and_its_result_takes_a_megabyte(folder)
     assert cached.shape == (LENGTH, CONFIG.video_dit.text_dim)
     real, tokens = VideoDiTConfig(), TextConfig().length
     assert tokens * real.text_dim * cached.itemsize == 2**20
-    with pytest.raises(ValueError, match="it has no text projection"):
+    with pytest.raises(ValueError, match="this video DiT has no text projection"):
         load_text_projection(VideoDiTConfig(text_projection_dim=None), folder)

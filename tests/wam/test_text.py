@@ -42,7 +42,7 @@ def test_minilm_carries_meaning(minilm):
 
 
 def test_minilm_refuses_to_truncate(minilm):
-    with pytest.raises(ValueError, match=r"'put put .* has 32 tokens, more than the text encoder's length 16"):
+    with pytest.raises(ValueError, match=r"'put put .*: expected at most 16 tokens, got 32"):
         minilm.encode(["put " * 30])
 
 

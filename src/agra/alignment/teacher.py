@@ -80,8 +80,8 @@ class TeacherConfig:
     """Read several blocks (0-based, each through the final LayerNorm), one for each aligned video layer, and concatenate
     their features along the last axis. If empty, read the block `layer`."""
     precision: Precision = "auto"
-    """Precision of the encoder's matrix products. "auto" is bfloat16 on devices with instructions for it. Features are
-    always float32."""
+    """Precision of the encoder's matrix products. "auto" is bfloat16 on GPUs with instructions for it. Features are always
+    float32."""
 
     def __post_init__(self) -> None:
         if self.kind not in (*_MODEL_TYPES, "packaged_dinov2_small"):
@@ -277,7 +277,9 @@ def _load_pretrained(config: TeacherConfig) -> PreTrainedModel:
     with loading(f"{config.kind} teacher", source=source, revision=config.revision):
         model_type = AutoConfig.from_pretrained(source, revision=revision).model_type
         if model_type not in _MODEL_TYPES[config.kind]:
-            raise ValueError(f"{source}: expected a {config.kind} teacher (TeacherConfig.kind), got a {model_type} model")
+            raise ValueError(
+                f"{source}: expected a {config.kind} teacher (TeacherConfig.kind), got a {model_type} model"
+            )
         settings = _cut(
             config_class.from_pretrained(source, revision=revision), max(config.depths, default=config.layer)
         )

@@ -161,7 +161,7 @@ class WAMMethodConfig(MethodConfig):
     @property
     def grid_frames(self) -> tuple[int, ...]:
         """The reference frames of the latent frames (Eq. 3)."""
-        return reference_frames(self.model.latent_shape[1])
+        return reference_frames(self.model.latent_shape[1], self.model.codec.time_stride)
 
     @property
     def trains_actions(self) -> bool:

@@ -96,7 +96,7 @@ def load_codec(config: CodecConfig, path: Path | str | None = None) -> "PatchPCA
     else:
         codec = PatchPCACodec.load(path)
     if codec.channels != config.channels:
-        raise ValueError(f"CodecConfig.channels is {config.channels}, but the loaded codec has {codec.channels}")
+        raise ValueError(f"CodecConfig.channels: expected {codec.channels} for the loaded codec, got {config.channels}")
     return codec
 
 
@@ -114,7 +114,7 @@ def to_video(frames: np.ndarray | Tensor, size: tuple[int, int]) -> Float[Tensor
     if not isinstance(frames, Tensor):
         frames = torch.from_numpy(np.array(frames))  # a copy: decoded frames may be read-only or flipped views
     if frames.dtype != torch.uint8 or frames.ndim < 4 or frames.shape[-1] != 3:
-        raise ValueError(f"expected frames (..., T, H, W, 3) uint8, got {tuple(frames.shape)} {frames.dtype}")
+        raise ValueError(f"frames: expected (..., T, H, W, 3) uint8, got {tuple(frames.shape)} {frames.dtype}")
     *_, num_frames, height, width, _ = frames.shape
     images = frames.reshape(-1, height, width, 3).movedim(-1, 1).float()
     if (height, width) != tuple(size):
@@ -147,7 +147,9 @@ class WanCodec(nn.Module):
         config: Any = vae.config
         strides = config.scale_factor_temporal, config.scale_factor_spatial
         if strides != (TIME_STRIDE, SPACE_STRIDE):
-            raise ValueError(f"VAE: expected strides of {TIME_STRIDE} in time and {SPACE_STRIDE} in space, got {strides}")
+            raise ValueError(
+                f"VAE: expected strides of {TIME_STRIDE} in time and {SPACE_STRIDE} in space, got {strides}"
+            )
         if not len(config.latents_mean) == len(config.latents_std) == config.z_dim:
             raise ValueError(
                 f"VAE: expected a mean and a std for each of its {config.z_dim} latent channels, got "

@@ -165,7 +165,9 @@ class PatchPCACodec(nn.Module):
         """Read a file of `save`. Raises FileNotFoundError, or ValueError if the file is damaged or of another kind."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; expected a fitted patch PCA codec (`agra prepare` fits one)")
+            raise FileNotFoundError(
+                f"{path}: no such file; expected a fitted patch PCA codec (`agra prepare` fits one)"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

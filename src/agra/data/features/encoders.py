@@ -73,9 +73,11 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 def _codec_videos(method: MethodConfig, sources: Sequence[Source]) -> Iterator[Tensor]:
+    assert method.codec is not None
+    stride = method.codec.time_stride
     training = [(source, episode) for source in sources for episode in source.training]
     indices = np.linspace(0, len(training) - 1, min(len(training), _CODEC_EPISODES)).round().astype(int)
     for source, episode in (training[index] for index in indices):
         frames = source.dataset.frames(episode)[:: source.config.frame_stride]
-        length = (len(frames) - 1) // 4 * 4 + 1
+        length = (len(frames) - 1) // stride * stride + 1
         yield to_video(frames[:length], method.shapes.frame_size)
