@@ -40,23 +40,32 @@ LAYOUTS = ((8, None), (32, None), (32, 8), (128, None), (128, 8), (256, 8))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="one round of half of the variants, without the paper's model"
+        "--quick",
+        action="store_true",
+        help="batches of 8, one round of half of the variants, without the paper's model",
     )
     parser.add_argument(
         "--steps", type=int, help="only take steps, as one of several processes, and print their seconds"
     )
     arguments = parser.parse_args()
+    base = tiny()
+    if arguments.quick:
+        base = replace(base, stage=replace(base.stage, batch_size=8))
     if arguments.steps:
-        _steps_together(arguments.steps)
+        seconds = _steps(base, arguments.steps)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(seconds))
         return
     rounds = 1 if arguments.quick else ROUNDS
     peak = peak_flops()
     print(f"float32 products: at most {peak / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads")
-    larger = variants(tiny())
-    rows = _growth(
-        {name: larger[name] for name in larger if "x 2" in name} if arguments.quick else larger, rounds, peak
-    )
-    alone, together = (_seconds_of(size, 3 if arguments.quick else 10) for size in (1, 2))
+    larger = variants(base)
+    if arguments.quick:
+        larger = {name: config for name, config in larger.items() if name.endswith("x 2")}
+    rows = _growth(base, larger, rounds, peak)
+    steps = 3 if arguments.quick else 10
+    torch.set_num_threads(1)
+    alone, together = _steps(base, steps), _steps_of_two_processes(steps, quick=arguments.quick)
     result = ratio_of("growth", together, alone, unit="s, a step of two processes and of one")
     print(f"two processes of one thread: {result['ratio']}x one {result['spread']}")
     result |= {"peak_flops": peak, "variants": rows}
@@ -66,7 +75,7 @@ def main() -> None:
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Return tiny with one dimension larger, by name."""
+    """Return tiny, whose config is `config`, with one dimension larger, by name."""
     method: Any = config.method
     model, stage = method.model, config.stage
     height, width = model.frame_size
@@ -93,8 +102,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def _growth(larger: dict[str, RunConfig], rounds: int, peak: float) -> list[dict]:
-    base = tiny()
+def _growth(base: RunConfig, larger: dict[str, RunConfig], rounds: int, peak: float) -> list[dict]:
     train, answer = _train_step(base), _answer(base)
     base_work = base.stage.batch_size * flops_per_sample(base), count_flops(answer)
     rows = []
@@ -172,17 +180,17 @@ def _answer(config: RunConfig) -> Callable[[], object]:
     return answer
 
 
-def _seconds_of(size: int, steps: int) -> list[float]:
-    """Return the seconds of each step that `size` processes take together."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone"]
-    command += ["-m", "benchmarks.growth", "--steps", str(steps)]
+def _steps_of_two_processes(steps: int, *, quick: bool) -> list[float]:
+    """Return the seconds of each step that two processes of one thread take together."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "benchmarks.growth", "--steps", str(steps), *(["--quick"] if quick else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
-def _steps_together(steps: int) -> None:
-    """Take steps in each process, and print the seconds in the main process. The first step is not counted."""
-    config, parallel = tiny(), ParallelConfig()
+def _steps(config: RunConfig, steps: int) -> list[float]:
+    """Take steps together with the other processes, and return the seconds of each after a first one."""
+    parallel = ParallelConfig()
     torch.manual_seed(0)
     with distributed_context("cpu", shard_degree=None, deterministic=False) as context:
         method = fake_method(config)
@@ -198,8 +206,7 @@ def _steps_together(steps: int) -> None:
             method(batch).total.backward()
             optimizer.step()
             times.append(time.perf_counter() - start)
-        if context.is_main:
-            print(json.dumps(times[1:]))
+        return times[1:]
 
 
 def _planned() -> list[dict]:

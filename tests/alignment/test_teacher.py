@@ -210,7 +210,7 @@ def test_siglip_sizes_are_the_published_ones(settings, grid, millions):
 
 
 def test_kind_and_source_must_agree(folders):
-    with pytest.raises(ValueError, match="expected a dinov2 teacher .*, got a siglip model"):
+    with pytest.raises(ValueError, match=r"expected a dinov2 teacher .*, got a siglip model"):
         load_teacher(TeacherConfig(source=str(folders / "siglip")))
 
 
