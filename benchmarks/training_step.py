@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,7 @@ from agra.wam.codec import to_video
 from agra.wam.patch_pca import PatchPCACodec
 from agra.wam.text import load_text_encoder
 from benchmarks.side_by_side import compare, finish, peak_flops
-from benchmarks.stock import StockWAM, stock_method
+from benchmarks.stock import StockMethod
 
 CONFIG = tiny()
 METHOD: Any = CONFIG.method
@@ -127,7 +128,7 @@ def methods() -> tuple[WAMMethod, WAMMethod]:
     with torch.no_grad():
         for parameter in ours.wam.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return ours.train(), stock_method(ours).train()
+    return ours.train(), StockMethod(deepcopy(ours)).train()
 
 
 def losses(method: WAMMethod, batch: Batch) -> Losses:
@@ -139,7 +140,7 @@ def losses(method: WAMMethod, batch: Batch) -> Losses:
 def step(method: WAMMethod, batch: Callable[[], Batch]) -> Callable[[], None]:
     """Return a whole training step: forward, backward, clipping, AdamW."""
     groups = list(parameter_groups(method, CONFIG.stage))
-    optimizer = torch.optim.AdamW(groups, betas=CONFIG.stage.betas, fused=not isinstance(method.wam, StockWAM))
+    optimizer = torch.optim.AdamW(groups, betas=CONFIG.stage.betas, fused=not isinstance(method, StockMethod))
 
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
