@@ -43,9 +43,9 @@ def make_results(policy: str, successes: dict[str, str], **header) -> Results:
         for i, outcome in enumerate(outcomes)
     )
     regimes = {regime: {"played": len(outcomes), "full": 40} for regime, outcomes in successes.items()}
-    known = {"policy": policy, "simulator": "point", "protocol": {"execute_steps": 4}, "max_steps": 30}
-    known |= {"num_trials": len(trials), "regimes": regimes, "trials_sha256": "abc"}
-    return Results(header=known | header, trials=trials)
+    fields = {"policy": policy, "simulator": "point", "protocol": {"execute_steps": 4}, "max_steps": 30}
+    fields |= {"num_trials": len(trials), "regimes": regimes, "trials_sha256": "abc"}
+    return Results(header=fields | header, trials=trials)
 
 
 A = make_results("a", {"semantic": "1100", "attribute": "111100"})
@@ -94,7 +94,7 @@ def test_averages_over_tasks():
     (summary,) = summarise(replace(A, trials=tuple(names)))
     assert (summary.tasks, summary.average.clusters) == (6, 6)
     assert summary.average.low < summary.rate < summary.average.high
-    assert all(one.average is None for one in summarise(A))
+    assert all(summary.average is None for summary in summarise(A))
     table = text(task_table(replace(A, trials=tuple(names))))
     assert "2 of 2" in table
     assert "34-100" in table

@@ -132,8 +132,8 @@ def test_the_digest_depends_on_every_bit():
 
     class Brighter(PointWorld):
         def _observe(self, render=True):
-            seen = super()._observe()
-            return replace(seen, frame=seen.frame + np.eye(32, 48, dtype=np.uint8)[..., None])
+            observation = super()._observe()
+            return replace(observation, frame=observation.frame + np.eye(32, 48, dtype=np.uint8)[..., None])
 
     assert digest() == digest()
     assert len({digest(), digest(seed=6), digest(instruction="go on"), digest(Brighter())}) == 4
@@ -159,10 +159,10 @@ def test_the_predicted_video_is_beside_the_recorded_one(tmp_path):
     assert (both[:, :, :48] == 7).all()
     assert [row.max() for row in both[:, :, 48:]] == [0, 0, 1, 2, 0, 0, 1]  # eight steps are five frames
     assert side_by_side(frames, [ActionChunk(actions=np.zeros((8, 2)))], 4) is frames
-    seen = play(tmp_path / "seen.jsonl", videos=1, limit=1, env=(env := PointWorld()), policy=Dreamer(env))
+    recorded = play(tmp_path / "recorded.jsonl", videos=1, limit=1, env=(env := PointWorld()), policy=Dreamer(env))
     plain = play(tmp_path / "plain.jsonl", videos=0, limit=1)
-    assert [trial.digest for trial in seen.trials] == [trial.digest for trial in plain.trials]
-    with av.open(str(tmp_path / seen.trials[0].video)) as video:
+    assert [trial.digest for trial in recorded.trials] == [trial.digest for trial in plain.trials]
+    with av.open(str(tmp_path / recorded.trials[0].video)) as video:
         assert (video.streams.video[0].width, video.streams.video[0].height) == (48 + 40, 32)
 
 

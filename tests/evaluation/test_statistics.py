@@ -171,8 +171,8 @@ def test_paired_minimum_detectable_effect_is_seen_in_four_of_five():
     effect = paired_minimum_detectable_effect(trials, discordant)
     chances = [(discordant + effect) / 2, (discordant - effect) / 2, 1 - discordant]
     counts = rng.multinomial(trials, chances, 1000)
-    seen = [stats.binomtest(only_a, only_a + only_b).pvalue < 0.05 for only_a, only_b, _ in counts]
-    assert 0.74 <= np.mean(seen) <= 0.84  # the exact test is a little conservative
+    detected = [stats.binomtest(only_a, only_a + only_b).pvalue < 0.05 for only_a, only_b, _ in counts]
+    assert 0.74 <= np.mean(detected) <= 0.84  # the exact test is a little conservative
     assert effect < minimum_detectable_effect(trials, 0.5)
     assert paired_minimum_detectable_effect(10, 0.1) == math.inf
     with pytest.raises(ValueError, match=r"discordant: expected a fraction in \[0, 1\]"):

@@ -52,7 +52,8 @@ def collect(
     if result.already_there:
         print(f"{output}: already there")
     else:
-        print(f"{output}: {result.episodes} demonstrations, {result.frames} rows, {result.attempts} attempts")
+        failed = f" ({result.failed} without success)" if result.failed else ""
+        print(f"{output}: {result.episodes} demonstrations, {result.frames} rows, {result.attempts} attempts{failed}")
 
 
 def doctor(

@@ -27,16 +27,16 @@ def first(env, regime):
 
 def test_same_trial_same_states_and_pixels(env):
     trial = first(env, "semantic")
-    one = run_episode(expert(env), env, trial, execute_steps=1, masks=True)
+    first_run = run_episode(expert(env), env, trial, execute_steps=1, masks=True)
     run_episode(expert(env), env, first(env, "attribute"), execute_steps=1)  # something else in between
     with_new = Tabletop()
-    two = run_episode(expert(with_new), with_new, trial, execute_steps=1, masks=True)
+    new_simulator = run_episode(expert(with_new), with_new, trial, execute_steps=1, masks=True)
     with_new.close()
     again = run_episode(expert(env), env, trial, execute_steps=1, masks=True)
-    for other in (two, again):
-        np.testing.assert_array_equal(one.frames, other.frames)
-        np.testing.assert_array_equal(one.states, other.states)
-        np.testing.assert_array_equal(one.masks, other.masks)
+    for other in (new_simulator, again):
+        np.testing.assert_array_equal(first_run.frames, other.frames)
+        np.testing.assert_array_equal(first_run.states, other.states)
+        np.testing.assert_array_equal(first_run.masks, other.masks)
 
 
 def test_what_was_drawn_before_leaves_no_trace(env):

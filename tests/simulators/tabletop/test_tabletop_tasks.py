@@ -56,27 +56,27 @@ def test_semantic_asks_for_both_things_at_both_places():
 
 
 def test_attribute_is_eight_buns_on_five_settings():
-    found = trials("attribute")
+    listed = trials("attribute")
     buns = {item.name for item in NOVEL_BUNS}
     plates = {
-        (t.scene["target"]["name"], t.scene["goal"]) for t in found if t.scene["tablecloth"] == DEFAULT_TABLECLOTH
+        (t.scene["target"]["name"], t.scene["goal"]) for t in listed if t.scene["tablecloth"] == DEFAULT_TABLECLOTH
     }
     assert plates == set(product(buns, [plate.name for plate in NOVEL_PLATES]))
-    clothed = [t for t in found if t.scene["tablecloth"] != DEFAULT_TABLECLOTH]
+    clothed = [t for t in listed if t.scene["tablecloth"] != DEFAULT_TABLECLOTH]
     assert {t.scene["target"]["name"] for t in clothed} == buns
     assert len(clothed) == 8
     assert len({t.scene["tablecloth"] for t in clothed}) == 3
 
 
 def test_training_scenes_hold_nothing_novel():
-    seen = SEEN_NAMES | {bun.name for bun in TRAINING_BUNS}
-    found = training_trials(400, 3)
-    for trial in found:
+    names = SEEN_NAMES | {bun.name for bun in TRAINING_BUNS}
+    listed = training_trials(400, 3)
+    for trial in listed:
         assert trial.scene["tablecloth"] == DEFAULT_TABLECLOTH
-        assert {trial.scene["target"]["name"], *(d["name"] for d in trial.scene["distractors"])} <= seen
-    steamers = sum("steamer" in trial.scene for trial in found)
+        assert {trial.scene["target"]["name"], *(d["name"] for d in trial.scene["distractors"])} <= names
+    steamers = sum("steamer" in trial.scene for trial in listed)
     assert 70 < steamers < 130  # a quarter of 400, three sigma
-    assert {trial.scene["target"]["name"] for trial in found} == seen
+    assert {trial.scene["target"]["name"] for trial in listed} == names
 
 
 def test_training_trial_depends_on_seed_and_index_only():
