@@ -29,16 +29,20 @@ def make_config(recorded, tmp_path):
     """The paper's recipe at a tiny size over those demonstrations, with a cache of its own."""
 
     def make(**data):
-        folders = {"path": str(recorded / "demonstrations"), "cache": str(tmp_path / "cache")}
-        return small_cosmos.paper_config(recorded, **{**folders, "embodiments": ("dot",), **data})
+        return _config(recorded, tmp_path / "cache", **data)
 
     return make
 
 
-@pytest.fixture
-def prepared(make_config):
-    """That recipe with its features cached."""
-    config = make_config()
+def _config(recorded, cache, **data):
+    settings = {"path": str(recorded / "demonstrations"), "cache": str(cache), "embodiments": ("dot",), **data}
+    return small_cosmos.paper_config(recorded, **settings)
+
+
+@pytest.fixture(scope="session")
+def prepared(recorded):
+    """That recipe with its features cached, for tests that only read the cache."""
+    config = _config(recorded, recorded / "cache")
     api.prepare(config)
     return config
 
@@ -47,7 +51,7 @@ def prepared(make_config):
 def meta(monkeypatch):
     """Lets whole commands run on the meta device, which stands for a GPU: "meta".
 
-    Meta tensors hold no values: whatever is copied to the CPU, read as a number or written is made up. An operation on
+    Meta tensors hold no values: values copied to the CPU, read as numbers or written to a file are made up. An operation on
     tensors of both devices raises as it would on a GPU.
     """
 

@@ -52,7 +52,7 @@ CALLS = {
 }
 """Every operation of a training step that may change a number's type, on a tensor (2, 4, 8)."""
 MOVES = {
-    "__getitem__", "__len__", "__setitem__", "chunk", "device.__get__", "dim", "dtype.__get__", "expand", "expand_as",
+    "__getitem__", "__len__", "__setitem__", "chunk", "detach", "device.__get__", "dim", "dtype.__get__", "expand", "expand_as",
     "flatten", "float", "index_select", "ndim.__get__", "new_ones", "new_zeros", "permute", "repeat",
     "repeat_interleave", "reshape", "select", "shape.__get__", "to", "transpose", "type_as", "unflatten", "unsqueeze",
     "view", "view_as",
@@ -76,8 +76,9 @@ class Called(TorchFunctionMode):
 def test_the_rules_are_those_of_cuda_s_autocast(small_config):
     """Every operation of a step gives the type that it gives on a fake CUDA tensor under CUDA's own autocast."""
     config = small_config.method
+    method = fake_method(small_config)
     with Called() as called, torch.autocast("cpu", torch.bfloat16):
-        fake_method(small_config)(fake_batch(config, 2 * config.batch_multiple))
+        method(fake_batch(config, 2 * config.batch_multiple))
     moves = {f"torch.Tensor.{name}" for name in MOVES} | {"torch.zeros_like", ""}
     assert called.names - moves <= CALLS.keys(), "new operations: say what they do"
     changed = {}
@@ -92,7 +93,7 @@ def test_the_rules_are_those_of_cuda_s_autocast(small_config):
     # CUDA computes these in float32; our models call them on float32 numbers alone, or bring the result back at once.
     assert {name for name, _ in changed} <= FLOAT32_ONLY
     with CudaAutocastRules(), torch.autocast("cpu", torch.bfloat16), Halves(FLOAT32_ONLY) as halves:
-        objective(fake_batch(config, width, 2 * least))
+        method(fake_batch(config, 2 * config.batch_multiple))
     assert not halves.seen
 
 

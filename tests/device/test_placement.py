@@ -1,5 +1,6 @@
 """Every command moves what it must: whole commands on the meta device, which refuses mixtures of devices as a GPU does."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from agra import api
 from agra.checkpoints.folder import newest
+from agra.config import VisualRelianceConfig
 from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.samples.probe_sample import save_samples
 from agra.diagnostics.samples.sources import dataset_samples
@@ -42,29 +44,37 @@ def test_estimates_run_the_networks_where_they_are(make_config, meta):
 
 @pytest.fixture
 def probes(prepared, tmp_path):
-    samples = dataset_samples(prepared, 3)
+    samples = dataset_samples(prepared, 2)
     masks = np.zeros_like(samples[0].masks)
     masks[:, :16, :16] = True
     save_samples([replace(sample, masks=masks, position=None) for sample in samples], tmp_path / "probes")
     return tmp_path / "probes"
 
 
-@pytest.mark.parametrize("cached", [("latents", "targets"), ()], ids=["cached", "encoded while training"])
-def test_training_with_validation_and_monitors_resumes(prepared, probes, meta, tmp_path, cached):
-    config = replace(prepared, data=replace(prepared.data, cached=cached))
-    config = replace(config, monitor=replace(config.monitor, probes=str(probes)))
-    config = replace(config, stage=replace(config.stage, ema_decay=0.9, precision="float32"))
-    assert api.train(config, output=tmp_path / "run", device=meta)
-    assert newest(tmp_path / "run").name == "step_000004"
-    (tmp_path / "run" / "step_000004").rename(tmp_path / "gone")
-    assert api.train(config, output=tmp_path / "run", device=meta)
-    assert newest(tmp_path / "run").name == "step_000004"
+def test_training_with_validation_and_monitors(prepared, probes, meta, tmp_path):
+    monitor = replace(prepared.monitor, probes=str(probes), sensitivity_samples=1, background_sets=1)
+    reliance = VisualRelianceConfig(step=0)
+    stage = replace(prepared.stage, steps=1)
+    config = replace(prepared, monitor=monitor, visual_reliance=reliance, stage=stage)
+    assert api.train(config, output=tmp_path, device=meta)
+    figures = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"validation/loss", "grounding/sensitivity_ratio", "visual_reliance/error"} <= figures.keys()
 
 
-@pytest.fixture
-def trained(prepared, recorded, tmp_path):
-    assert api.train(prepared, output=tmp_path / "trained", init_from=recorded / "cosmos")
-    return tmp_path / "trained"
+def test_training_that_encodes_its_windows_resumes(prepared, meta, tmp_path):
+    stage = replace(prepared.stage, steps=2, save_every=1, ema_decay=0.9)
+    config = replace(prepared, data=replace(prepared.data, cached=()), stage=stage)
+    for attempt in range(2):
+        assert api.train(config, output=tmp_path / "run", device=meta)
+        (tmp_path / "run" / "step_000002").rename(tmp_path / f"finished_{attempt}")
+        assert newest(tmp_path / "run").name == "step_000001"
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, recorded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert api.train(prepared, output=folder, init_from=recorded / "cosmos")
+    return folder
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -87,7 +97,8 @@ def test_diagnosis_of_an_aligned_policy(trained, probes, meta):
 
 
 def test_studies(prepared, meta, tmp_path):
-    path = api.study(prepared, over="alignment", output=tmp_path / "s", layers=(0,), simulator=None, device=meta)
+    config = replace(prepared, stage=replace(prepared.stage, steps=1))
+    path = api.study(config, over="alignment", output=tmp_path / "s", layers=(0,), simulator=None, device=meta)
     assert path.is_file()
 
 

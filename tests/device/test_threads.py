@@ -21,16 +21,16 @@ def codec():
     return WanCodec(small_cosmos.wan())
 
 
-def clips(count, frames=9):
+def clips(count, frames=5):
     return torch.rand(count, 3, frames, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def test_threads_that_encode_and_decode_at_once_get_what_one_gets(codec):
-    videos = [clips(3) + 0.01 * number for number in range(6)]
+    videos = [clips(3) + 0.01 * number for number in range(4)]
     alone = [codec.encode(video) for video in videos]
     decoded = [codec.decode(latents) for latents in alone]
     with ThreadPoolExecutor(3) as pool:
-        for _ in range(3):
+        for _ in range(2):
             assert all(map(torch.equal, pool.map(codec.encode, videos), alone))
             both = [pool.submit(call, x) for call, x in ((codec.encode, videos[0]), (codec.decode, alone[1])) * 3]
             results = [future.result() for future in both]
