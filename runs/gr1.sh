@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# AGRA on the RoboCasa GR1 demonstrations, one machine with several GPUs: the video DiT adapts for 5k steps, then the joint
-# stage runs for 80k on 1,000 demonstrations of each of the 24 tasks, or with PRESETS=gr1_few_shot for 40k on 100 of each.
-# Batch, rates and weights are C.3's. Interrupted, by SIGTERM or by force, it goes on where it was, also with another number
-# of GPUs. What fits is said by
+# AGRA on the RoboCasa GR1 demonstrations, on one machine with several GPUs. The video DiT adapts for 5k steps. The joint stage
+# then runs for 80k steps on 1,000 demonstrations of each of the 24 tasks, or with PRESETS=gr1_few_shot for 40k steps on 100 of
+# each. Batch, learning rates and loss weights are those of C.3. After SIGTERM or a kill, the same command resumes the run, also
+# on another number of GPUs. Memory, time and cost before the launch:
 #   agra plan agra_dino_l8 --with gr1 --gpus 8 --gpu-memory 80
 set -euo pipefail
 
 PRESETS=${PRESETS:-gr1} OUT=${OUT:-outputs/gr1} GPUS=${GPUS:-8} RECIPE=${RECIPE:-agra_dino_l8}
-DATA=${DATA:-}                                  # a folder that holds the 24 tasks' own; else they come from the hub
+DATA=${DATA:-}                                  # a folder with the 24 datasets; by default they come from the hub
 COSMOS=${COSMOS:-nvidia/Cosmos-Predict2.5-2B}   # hub id, or a local folder in its layout
 COMMON="--with $PRESETS ${DATA:+--data.path $DATA} --data.cache $OUT/cache --device cuda"
 train() { torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" --parallel.activation-checkpointing 1; }

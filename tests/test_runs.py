@@ -1,4 +1,4 @@
-"""The scripts under runs/ parse, and say only what the command line knows."""
+"""The scripts under runs/ parse, and use commands, recipes and flags that exist."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from agra.cli.main import COMMANDS
+from agra.cli.renamed import _CONFIG, _FLAGS
 from agra.recipes import RECIPES
 from agra.training.parallelize import ParallelConfig
 
@@ -33,12 +34,14 @@ def test_a_script_parses_and_names_what_exists(path):
     assert commands
     assert set(commands) <= COMMANDS.keys()
     assert set(re.findall(r"\b(?:train|prepare|plan) (agra_\w+|wam\w*|tiny\w*)", text)) <= RECIPES.keys()
+    renamed = {*_CONFIG, *(flag for flags in _FLAGS.values() for flag in flags)}
+    assert not {flag for flag in re.findall(r"--[\w.-]+", text)} & renamed
     known = {f"--parallel.{field.name.replace('_', '-')}" for field in fields(ParallelConfig)}
     assert set(re.findall(r"--parallel\.[\w-]+", text)) <= known
 
 
 STAND_IN = """#!/usr/bin/env bash
-# Notes its command line and leaves what the next steps look for.
+# Records its command line and makes the files that the next steps read.
 echo "$*" >> "$CALLS"
 if [ "$1" = "$FAIL" ]; then exit 1; fi
 case "$1" in
@@ -52,7 +55,7 @@ esac
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "tabletop.sh"])
 def test_a_script_goes_on_after_a_failure_and_repeats_nothing_costly_when_finished(script, tmp_path):
-    """With a stand-in for `agra`: its own commands take up where they were, the script must only let them."""
+    """With a stand-in for `agra`. Its commands resume by themselves. The script must let them."""
     (tmp_path / "runs").mkdir()
     shutil.copy(RUNS[0].parent / script, tmp_path / "runs" / script)
     command = tmp_path / "bin" / "agra"

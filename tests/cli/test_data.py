@@ -62,7 +62,7 @@ def test_a_wrong_mixture_is_named(folder, tmp_path, capsys):
     path = tmp_path / "mix.json"
     for content, message in (
         ('[{"path": "one", "wieght": 2.0}]', "the closest known key is 'weight'"),
-        ('[{"path": "one"}]', "name the embodiment of every source, 'one' has none"),
+        ('[{"path": "one"}]', "source 'one' has no embodiment; set it for every source of a mixture"),
         ("[", "mix.json: not JSON"),
         ('[{"path": "none", "embodiment": "dot"}]', "none: not a LeRobot dataset"),
     ):

@@ -1,6 +1,7 @@
 """A WAM's two ways to act: as in training, and with nothing computed twice."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -8,12 +9,14 @@ from torch import Tensor
 
 from agra.batch import PolicyInputs
 from agra.methods.method import Actor, Continuation, Lap, Method, Noise
-from agra.methods.wam import WAMMethod
 from agra.wam.fast import FastWAM, KeysValues, padded_size
+
+if TYPE_CHECKING:
+    from agra.methods.wam import WAMMethod
 
 
 def make_actor(
-    method: WAMMethod,
+    method: "WAMMethod",
     *,
     fast: bool = True,
     action_steps: int | None = None,
@@ -35,7 +38,7 @@ class TrainingActor:
 
     compiled = False
 
-    def __init__(self, method: WAMMethod, steps: int) -> None:
+    def __init__(self, method: "WAMMethod", steps: int) -> None:
         self.method, self.steps = method, steps
 
     def prepare_instruction(self, tokens: Float[Tensor, "L E"]) -> None:
@@ -106,8 +109,7 @@ class FastActor:
 
     def update(self, weights: Method) -> None:
         """Copy the other WAM's weights without invalidating compiled graphs."""
-        assert isinstance(weights, WAMMethod)
-        self.fast.update(weights.wam)
+        self.fast.update(cast("WAMMethod", weights).wam)
 
     def compile(self) -> None:
         """Compile the three parts."""

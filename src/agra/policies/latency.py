@@ -111,11 +111,7 @@ def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **op
 def _random_codec(config: CodecConfig) -> Codec:
     if config.kind == "patch_pca":
         return PatchPCACodec(config.channels)
-    # Imported here: it takes seconds, and the patch PCA does not need it.
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-    shape = {"z_dim": config.channels, "latents_mean": [0.0] * config.channels, "latents_std": [1.0] * config.channels}
-    return WanCodec(AutoencoderKLWan(**shape).to(getattr(torch, config.dtype)))  # type: ignore[arg-type]
+    return WanCodec.untrained(config.channels, dtype=getattr(torch, config.dtype))
 
 
 def timed(policy: MethodPolicy, batch: int) -> Call:

@@ -1,9 +1,11 @@
-"""The processes of a run: rank, device, mesh, and the few values that they agree on. torchrun starts them."""
+"""The processes of a run: rank, device, mesh, the values that they agree on, and the signals that stop them."""
 
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -72,6 +74,25 @@ def distributed_context(device: str, *, shard_degree: int | None, deterministic:
         else:
             with _process_group(device, shard_degree, world_size) as context:
                 yield context
+
+
+@contextmanager
+def stop_signals() -> Iterator[Sequence[int]]:
+    """Inside this context SIGINT and SIGTERM are added to the list instead of raising. A second one acts as usual."""
+    received: list[int] = []
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def make_mesh(device_type: str, shard_degree: int | None, world_size: int) -> DeviceMesh:

@@ -28,7 +28,7 @@ from agra.lora import attach
 from agra.methods.method import Method, MethodConfig
 from agra.training.optimization import freeze
 from agra.training.parallelize import ParallelConfig, apply
-from agra.wam.codec import CodecConfig, latent_shape
+from agra.wam.codec import CodecConfig, WanCodec, latent_shape
 from agra.wam.patch_pca import PatchPCACodec
 
 _FLOPS = {
@@ -145,10 +145,7 @@ def _codec_flops(codec: CodecConfig, config: MethodConfig, num_frames: int) -> f
     video = torch.zeros(1, 3, num_frames, *config.shapes.frame_size)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         if codec.kind == "wan":
-            # Imported here: it takes seconds, and the patch PCA does not need it.
-            from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-            encode = AutoencoderKLWan(z_dim=codec.channels).encode
+            encode = WanCodec.untrained(codec.channels).vae.encode
         else:
             encode = PatchPCACodec(codec.channels).encode
         return count_flops(lambda: encode(video))

@@ -165,9 +165,7 @@ def _accumulation_steps(config: RunConfig, machines: Machines) -> list[int]:
     return [count for count in counts if count * machines.gpus == 1 or local // count % multiple == 0]
 
 
-def _layout(
-    step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, encoding: float
-) -> Layout:
+def _layout(step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, encoding: float) -> Layout:
     """The quicker of two layouts: gradients reduced once a step, or after every micro-batch to save memory."""
     once, every = (
         _reduced(step_cost, local, counts, machines, encoding=encoding, every=every) for every in (False, True)

@@ -25,12 +25,11 @@ from agra.methods.method import LossDenominators, Losses, Method
 from agra.precision import autocast
 from agra.rng import sharded_rng
 from agra.training import checkpoint, distributed_checkpoint
-from agra.training.distributed import DistributedContext
+from agra.training.distributed import DistributedContext, stop_signals
 from agra.training.metrics import ThroughputMeter, metrics_log, progress
 from agra.training.nan_check import first_module, suspects
 from agra.training.optimization import freeze, parameter_groups, trained_names
 from agra.training.parallelize import ParallelConfig, gathered
-from agra.training.signals import stop_signals
 from agra.weights import write_tensors
 
 MicroBatch = tuple[Batch, LossDenominators | None]

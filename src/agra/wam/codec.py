@@ -179,6 +179,16 @@ class WanCodec(nn.Module):
             vae = AutoencoderKLWan.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype)
         return cls(vae)
 
+    @classmethod
+    def untrained(cls, channels: int, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Wan's architecture with random weights, to count and time its calls. Loads no file."""
+        # Imported here: it takes seconds, and the patch PCA does not need it.
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+        statistics = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+        vae = AutoencoderKLWan(z_dim=channels, **statistics)  # type: ignore[arg-type]
+        return cls(vae.to(dtype))
+
     @property
     def key(self) -> dict[str, Any]:
         """Kind, channels and a hash of weights, mean and std."""
