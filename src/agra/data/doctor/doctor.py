@@ -297,6 +297,7 @@ def _frames(view: LeRobotDataset, camera: str, episodes: Sequence[int], broken: 
     """Decode episodes, and check for frozen frames, padding and the aspect ratio."""
     rows: set[tuple[int, int]] = set()
     size = (0, 0)
+    damaged: dict[str, list[int]] = {}
     for index in episodes:
         entry = view.layout.entries[index]
         if camera in entry.videos and entry.videos[camera][0] in broken:
@@ -304,12 +305,14 @@ def _frames(view: LeRobotDataset, camera: str, episodes: Sequence[int], broken: 
         try:
             frames = view.frames(index)
         except (ValueError, OSError) as error:
-            yield _error("frames", f"{camera}, episode {index}", error)
+            damaged.setdefault(" ".join(str(error).split()), []).append(index)
             continue
         if array_checks.frozen(frames):
             yield _warning("frames", f"{camera}, episode {index}", "all frames are the same picture")
         rows.add(array_checks.content_rows(frames))
         size = frames.shape[1], frames.shape[2]
+    for message, indices in damaged.items():
+        yield Finding(level="error", check="frames", where=f"{camera}, {_episodes(indices)}", message=message)
     if rows and size[0]:
         first, end = min(r[0] for r in rows), max(r[1] for r in rows)
         if first > 2 or end < size[0] - 2:
