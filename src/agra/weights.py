@@ -1,6 +1,7 @@
 """Weights in safetensors files: reading tensor by tensor, comparison of names and shapes, hashes. A leaf."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -80,6 +81,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[s
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+    if metadata is not None:
+        sort_metadata(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file. The library writes it in random order, and equal content should be equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def check_fit(stored: Mapping[str, Sequence[int]], targets: Mapping[str, Tensor], what: str) -> None:

@@ -6,9 +6,10 @@ import textwrap
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from agra.data.config import SourceConfig
-from agra.data.features.cache import CachedFeature, cache_features, estimate_cost, feature_folder
+from agra.data.features.cache import CachedFeature, cache_features, estimate_cost, feature_folder, save_arrays
 from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.dataset import LeRobotDataset
@@ -216,6 +217,18 @@ def test_a_flipped_bit_is_detected_in_its_row(dataset, tmp_path, limit):
     assert np.array_equal(cached.read(1, rows=[3, 5]), expected[[3, 5]])
     with pytest.raises(ValueError, match=r"episode-000001\.safetensors: damaged \(a row of 'brightness' differs"):
         cached.read(1, rows=[3, 4])
+
+
+def test_equal_arrays_give_equal_files(tmp_path):
+    """The metadata are sorted, with texts outside ASCII and characters that JSON escapes."""
+    metadata = {"text": 'nimm den "Apfel"\n苹果', "folder": "a", "z": "", "b": "é"}
+    arrays = {"tokens": np.arange(12, dtype=np.float16).reshape(3, 4)}
+    for index in range(8):
+        save_arrays(tmp_path / f"{index}", arrays, metadata)
+    assert len({(tmp_path / f"{index}").read_bytes() for index in range(8)}) == 1
+    with safe_open(tmp_path / "0", framework="numpy") as file:
+        assert file.metadata() == metadata
+        assert np.array_equal(file.get_tensor("tokens"), arrays["tokens"])
 
 
 def test_exchanged_files(dataset, tmp_path):

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 from agra import files
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.types import Episode
+from agra.weights import sort_metadata
 
 MANIFEST = "manifest.json"
 _CHECK = "/crc32"
@@ -249,6 +250,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     tensors |= {name + _CHECK: _row_checks(array) for name, array in arrays.items()}
     with files.replacing(path, failures=SafetensorError) as temporary:
         save_file(tensors, temporary, metadata=dict(metadata))
+        sort_metadata(temporary)
 
 
 def _write_manifest(path: Path, feature: Feature, dataset: LeRobotDataset, episodes: Sequence[int]) -> None:

@@ -88,15 +88,15 @@ class Preparation:
         """Encode the instructions without tokens.
 
         The first process encodes a small number alone, so that the others need no text encoder. A large number is divided.
+        The division does not depend on the tokens that other processes have written.
         """
         index, texts = _instruction_index(self.method, self.data), _instruction_texts(self.sources)
         tokens = InstructionTokens(self.root / json.loads(index.read_text())) if index.is_file() else None
-        missing = texts if tokens is None else tokens.missing(texts)
-        share = missing[rank::world_size] if len(missing) > _FEW * world_size else missing if rank == 0 else []
-        if tokens is not None and not share:
-            return tokens.folder
-        if tokens is None and rank > 0 and not share:
+        share = texts[rank::world_size] if len(texts) > _FEW * world_size else texts if rank == 0 else []
+        if tokens is None and not share:
             return index
+        if tokens is not None and not tokens.missing(share):
+            return tokens.folder
         encoder = open_text_encoder(self.method, device=self._device)
         tokens = InstructionTokens(self.root / f"instructions-{digest({'text': encoder.key})}")
         _encode_missing(encoder, tokens, tokens.missing(share))
