@@ -44,8 +44,9 @@ class ParallelConfig:
     """Compile the blocks. None compiles them on GPUs."""
     gather_bfloat16: bool = False
     """Gather parameters over processes in bfloat16 instead of float32: half the traffic, and no bfloat16 copies of the
-    weights for the backward pass. Matrix products are the same in a stage that computes in bfloat16. Biases and the affine
-    norms of the bridge are rounded too."""
+    weights for the backward pass. Matrix products are the same in a stage that computes in bfloat16. Normalised queries and
+    keys, the bridge's affine norms and the action head's tokens are rounded too, which moves the gradient about as much as
+    autocast does (tests/device/test_gather.py)."""
     deterministic: bool = False
     """Use operations alone that give the same bits every time. An operation without such a version raises RuntimeError.
     CPU operations always are. On a GPU they are slower."""
