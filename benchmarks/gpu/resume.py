@@ -256,7 +256,7 @@ def _command(arguments: list[str]) -> None:
 def _diagnose(setting: Setting, run: Path) -> Figures:
     """Two samples under every instrument."""
     from agra.diagnostics.diagnosis import diagnose
-    from agra.diagnostics.instruments.sample import DiagnosisConfig
+    from agra.diagnostics.measurement import DiagnosisConfig
     from agra.diagnostics.samples.probe_sample import ProbeSample
 
     policy = load_policy(run, device=setting.device, known_instructions=True)

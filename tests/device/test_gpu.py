@@ -20,7 +20,7 @@ from agra.data.features.online import OnlineEncoder
 from agra.data.features.preparation import open_instructions
 from agra.data.sampling.prefetch import Prefetched
 from agra.data.source import embodiment_stats, open_sources
-from agra.diagnostics.instruments.sample import DiagnosisConfig
+from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.samples.probe_sample import save_samples
 from agra.diagnostics.samples.sources import dataset_samples
 from agra.policies.latency import random_policy, timed

@@ -1,5 +1,7 @@
 """`benchmarks/gpu`, the script for a machine with a GPU: its imports, its bookkeeping, and every section on a CPU."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -57,6 +59,16 @@ def test_it_imports_the_nine_packages_alone(bare_site):
     path = os.pathsep.join(map(str, (bare_site, REPOSITORY / "src", REPOSITORY)))
     done = start("-S", "-c", IMPORT_ALL, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_imported_late_exists():
+    """A section imports some of agra inside its functions, for machines without the packages that it needs."""
+    for path in sorted((REPOSITORY / "benchmarks" / "gpu").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("agra"):
+                module = importlib.import_module(str(node.module))
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{path.name} imports {missing} of {node.module}"
 
 
 def report(folder, budget=60.0):
