@@ -1,7 +1,9 @@
-"""What the grounding monitor costs a training run: tiny's joint step with it, at the default interval, against without.
+"""The cost of the grounding monitor in training: tiny's joint step with the monitor at the default interval, against without.
 
-A training step and a call of the monitor on 24 probe samples are timed in turn, in processor seconds of this process, so
-that other work on the machine does not count. `ours` is a step with its share of a call.
+    python -m benchmarks.monitor [--quick]
+
+A training step and a call of the monitor on 24 probe samples are timed in turn, in processor seconds of this process, so that
+other work on the machine does not count. `ours` is a step with its fraction of a call.
 """
 
 import argparse
@@ -13,13 +15,12 @@ from collections.abc import Callable
 import torch
 
 from agra.diagnostics.monitors import GroundingMonitor, ProbeInputs
-from agra.training.memory_estimate import fake_batch
+from agra.methods.method import observation_inputs
 from agra.recipes import tiny
-from agra.methods.wam import Objective
-from agra.wam.model import WAM
+from agra.training.memory_estimate import fake_batch
 from benchmarks.side_by_side import finish
 
-SAMPLES, TEACHER_WIDTH = 24, 384
+SAMPLES = 24
 
 
 def main() -> None:
@@ -28,40 +29,35 @@ def main() -> None:
     rounds = 2 if parser.parse_args().quick else 8
     torch.manual_seed(0)
     config = tiny()
-    batch = fake_batch(config, TEACHER_WIDTH, config.stage.batch_size)
-    objective = Objective(WAM(config.method.model), config.method.objective, config.method.alignment, TEACHER_WIDTH).train()
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
-    masks = torch.zeros(SAMPLES, *config.method.model.token_grid, dtype=torch.bool)
+    batch, method = fake_batch(config.method, config.stage.batch_size), config.method.build().train()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4)
+    masks = torch.zeros(SAMPLES, *method.token_grid, dtype=torch.bool)
     masks[:, :, 1:3, 2:4] = True
-    inputs = ProbeInputs(
-        latents=batch.latents[:SAMPLES, :, :1],
-        instruction=batch.instruction[:SAMPLES],
-        state=batch.state[:SAMPLES],
-        embodiment=batch.embodiment[:SAMPLES],
-        masks=masks,
-    )
-    monitor = GroundingMonitor(inputs, config.monitor)
+    inputs = observation_inputs(fake_batch(config.method, SAMPLES), config.method)
+    monitor = GroundingMonitor(ProbeInputs(inputs=inputs, masks=masks), config.monitor)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        objective(batch).total.backward()
+        method(batch).total.backward()
         optimizer.step()
 
-    pairs = [(_seconds(step), _seconds(lambda: monitor(objective.wam))) for _ in range(1 + rounds)][1:]
+    pairs = [(_seconds(step), _seconds(lambda: monitor(method))) for _ in range(1 + rounds)][1:]
     interval = config.stage.validate_every
-    shares = [call / interval / one for one, call in pairs]
-    one, call = (statistics.median(column) for column in zip(*pairs, strict=True))
-    share = statistics.median(shares)
-    print(f"a step {one:.3f} s, a call {call:.3f} s, every {interval} steps: {100 * share:.2f} % of the training time")
+    overheads = [call / interval / alone for alone, call in pairs]
+    alone, call = (statistics.median(column) for column in zip(*pairs, strict=True))
+    overhead = statistics.median(overheads)
+    print(
+        f"a step {alone:.3f} s, a call {call:.3f} s, every {interval} steps: {100 * overhead:.2f} % of the training time"
+    )
     finish(
         {
             "name": "monitor",
-            "ratio": round(1 / (1 + share), 4),
-            "ours": round(one + call / interval, 5),
-            "alternative": round(one, 5),
+            "ratio": round(1 / (1 + overhead), 4),
+            "ours": round(alone + call / interval, 5),
+            "alternative": round(alone, 5),
             "unit": "processor seconds a step",
-            "spread": [round(1 / (1 + x), 4) for x in (max(shares), min(shares))],
-            "overhead": round(share, 5),
+            "spread": [round(1 / (1 + x), 4) for x in (max(overheads), min(overheads))],
+            "overhead": round(overhead, 5),
             "rounds": rounds,
             "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }
