@@ -1,14 +1,14 @@
-"""Arms of several seeds side by side: python runs/comparison.py FOLDER REFERENCE ARM ...
+"""Compare runs of several training seeds: python runs/comparison.py FOLDER REFERENCE NAME ...
 
-FOLDER holds runs named ARM_SEED, evaluated and diagnosed. Every number is a mean over the arm's seeds and samples; an
-arm is compared with the reference on the seeds, trials and samples that both have. Intervals are 95 % bootstrap
-intervals that draw whole trials, with all that was measured on them under every seed: they say what other trials would
-change, and the values by seed what another training run might.
+FOLDER holds runs named NAME_SEED, evaluated and diagnosed. Every value is a mean (for ratios a median) over seeds and
+samples. Each name is compared with the reference on the seeds, trials and samples that both have. Intervals are 95 %
+bootstrap intervals over trials, with all measurements of a trial under every seed. They cover the choice of trials. The
+values by seed show the variation between training runs.
 """
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,41 +17,42 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from agra.diagnostics.visual_reliance import VisualReliance
+from agra import files
 from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
-from agra.diagnostics.record import read_diagnosis
+from agra.diagnostics.record import plain, read_diagnosis
+from agra.diagnostics.visual_reliance import VisualReliance
 from agra.evaluation.results import read_results
 
 Values = dict[tuple, float]
-"""A number by trial, or by trial and step."""
+"""A value by trial, or by trial and step."""
 
 
 def success(run: Path) -> Values:
-    """1 for every trial that succeeded, else 0."""
+    """1 for every successful trial, 0 for the others."""
     return {(t.trial,): float(t.success) for t in read_results(run / "results.jsonl").trials}
 
 
-def reached(run: Path) -> Values:
-    """1 for every trial in which the right thing was grasped, else 0."""
+def grasped(run: Path) -> Values:
+    """1 for every trial in which the right object was grasped, 0 for the others."""
     return {(t.trial,): float(t.progress["grasped"]) for t in read_results(run / "results.jsonl").trials}
 
 
-def of_samples(name: str, run: Path) -> Values:
+def grounding(name: str, run: Path) -> Values:
     """A grounding metric of every sample."""
     diagnosis = read_diagnosis(run / "diagnosis")
     return dict(zip(diagnosis.keys, diagnosis.values(name).tolist(), strict=True))
 
 
 def sensitivity(kind: str, run: Path) -> Values:
-    """The matched sensitivity ratio of every sample that has one."""
+    """The matched sensitivity ratio of every sample. NaN for samples without one."""
     diagnosis = read_diagnosis(run / "diagnosis")
     return dict(zip(diagnosis.keys, diagnosis.ratios(kind).tolist(), strict=True))
 
 
-def looking(measure: str, run: Path) -> Values:
-    """A measure of every first look, in centimetres."""
-    seen = VisualReliance.load(run / "diagnosis" / "visual_reliance.json")
-    return {(trial,): 100 * value for trial, value in zip(seen.trials, seen.values[measure].tolist(), strict=True)}
+def visual_reliance(measure: str, run: Path) -> Values:
+    """A measure of visual reliance of every trial, in centimetres."""
+    reliance = VisualReliance.load(run / "diagnosis" / "visual_reliance.json")
+    return {(trial,): 100 * v for trial, v in zip(reliance.trials, reliance.values[measure].tolist(), strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,11 @@ class Measure:
 
 MEASURES = (
     Measure(label="success, %", read=success, digits=1, scale=100),
-    Measure(label="grasped the right thing, %", read=reached, digits=1, scale=100),
-    Measure(label="first target's error, cm", read=partial(looking, "error"), digits=1),
-    Measure(label="shift when the image is swapped, cm", read=partial(looking, "image_swap_shift"), digits=1),
-    Measure(label="attention in mask, %", read=partial(of_samples, "in_mask_ratio"), digits=1, scale=100),
-    Measure(label="centroid error, grid units", read=partial(of_samples, "centroid_error"), digits=2),
+    Measure(label="grasped the right object, %", read=grasped, digits=1, scale=100),
+    Measure(label="first target's error, cm", read=partial(visual_reliance, "error"), digits=1),
+    Measure(label="shift when the image is swapped, cm", read=partial(visual_reliance, "image_swap_shift"), digits=1),
+    Measure(label="attention in mask, %", read=partial(grounding, "in_mask_ratio"), digits=1, scale=100),
+    Measure(label="centroid error, grid units", read=partial(grounding, "centroid_error"), digits=2),
     *(
         Measure(label=f"sensitivity ratio, {kind}", read=partial(sensitivity, kind), digits=2, statistic=np.median)
         for kind in ("mean", "zero", "shuffle", "swap")
@@ -80,52 +81,49 @@ MEASURES = (
 
 
 def main(folder: Path, names: Sequence[str]) -> None:
-    """Print a table for each measure and write everything to comparison.json."""
-    arms = {
+    """Print a table for each measure and write all of them to comparison.json."""
+    runs = {
         name: {int(run.name.rpartition("_")[2]): run for run in sorted(folder.glob(f"{name}_[0-9]*"))} for name in names
     }
-    for name, runs in arms.items():
-        if not runs:
-            raise SystemExit(f"{folder}: no run named {name}_SEED")
+    for name, by_seed in runs.items():
+        if not by_seed:
+            raise SystemExit(f"{folder}: no run named {name}_SEED; runs/comparison.sh trains them")
     console, written = Console(width=160), {}
     for measure in MEASURES:
-        table = Table("arm", "seeds", "all", "by seed", f"minus {names[0]}", "by seed", title=measure.label)
-        values = {name: {seed: measure.read(run) for seed, run in runs.items()} for name, runs in arms.items()}
+        table = Table("run", "seeds", "all", "by seed", f"minus {names[0]}", "by seed", title=measure.label)
+        values = {name: {s: measure.read(run) for s, run in by_seed.items()} for name, by_seed in runs.items()}
         for name in names:
             row = _row(measure, values[name], values[names[0]] if name != names[0] else None)
             written.setdefault(measure.label, {})[name] = row
-            table.add_row(name, ", ".join(map(str, arms[name])), *_told(row, measure.digits))
+            table.add_row(name, ", ".join(map(str, runs[name])), *_cells(row, measure.digits))
         console.print(table)
-    temporary = folder / "comparison.json.tmp"
-    temporary.write_text(json.dumps(written, indent=2) + "\n")
-    temporary.rename(folder / "comparison.json")
+    files.write_text(folder / "comparison.json", json.dumps(plain(written), indent=2, allow_nan=False) + "\n")
 
 
-def _row(measure: Measure, own: dict[int, Values], reference: dict[int, Values] | None) -> dict:
-    def mean(by_seed: dict[int, Values]) -> dict:
-        keys = [key for values in by_seed.values() for key in values]
-        flat = measure.scale * np.array([v for values in by_seed.values() for v in values.values()])
-        found = bootstrap_interval(flat, statistic=measure.statistic, groups=[key[0] for key in keys])
-        return _entry(found, {s: measure.scale * _of(measure, [*v.values()]) for s, v in by_seed.items()})
-
-    row = {"value": mean(own)}
+def _row(measure: Measure, by_seed: dict[int, Values], reference: dict[int, Values] | None) -> dict:
+    keys = [key for values in by_seed.values() for key in values]
+    pooled = measure.scale * np.array([v for values in by_seed.values() for v in values.values()])
+    estimate = bootstrap_interval(pooled, statistic=measure.statistic, groups=[key[0] for key in keys])
+    row = {"value": _entry(estimate, {s: measure.scale * _average(measure, v.values()) for s, v in by_seed.items()})}
     if reference is not None:
-        pairs = [(s, key) for s in own if s in reference for key in own[s] if key in reference[s]]
-        ours, theirs = (measure.scale * np.array([side[s][key] for s, key in pairs]) for side in (own, reference))
-        found = paired_difference(ours, theirs, statistic=measure.statistic, groups=[key[0] for _, key in pairs])
+        pairs = [(s, key) for s in by_seed if s in reference for key in by_seed[s] if key in reference[s]]
+        ours, theirs = (measure.scale * np.array([side[s][key] for s, key in pairs]) for side in (by_seed, reference))
+        estimate = paired_difference(ours, theirs, statistic=measure.statistic, groups=[key[0] for _, key in pairs])
         seeds = np.array([s for s, _ in pairs])
-        both = np.isfinite(ours) & np.isfinite(theirs)
-        by_seed = {
-            int(s): measure.statistic(ours[both & (seeds == s)]) - measure.statistic(theirs[both & (seeds == s)])
+        finite = np.isfinite(ours) & np.isfinite(theirs)
+        differences = {
+            int(s): _average(measure, ours[finite & (seeds == s)]) - _average(measure, theirs[finite & (seeds == s)])
             for s in dict.fromkeys(seeds.tolist())
         }
-        row["difference"] = _entry(found, by_seed)
+        row["difference"] = _entry(estimate, differences)
     return row
 
 
-def _of(measure: Measure, values: list[float]) -> float:
-    known = np.array(values)
-    return float(measure.statistic(known[np.isfinite(known)]))
+def _average(measure: Measure, values: Iterable[float]) -> float:
+    """The statistic over the finite values. NaN without one, such as for an instrument that is not applicable."""
+    array = np.array([*values])
+    finite = array[np.isfinite(array)]
+    return float(measure.statistic(finite)) if len(finite) else float("nan")
 
 
 def _entry(estimate: IntervalEstimate, by_seed: dict[int, float]) -> dict:
@@ -139,7 +137,7 @@ def _entry(estimate: IntervalEstimate, by_seed: dict[int, float]) -> dict:
     }
 
 
-def _told(row: dict, digits: int) -> list[str]:
+def _cells(row: dict, digits: int) -> list[str]:
     cells = []
     for name in ("value", "difference"):
         if name in row:

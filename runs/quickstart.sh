@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole method on the embedded default, in at most 20 minutes on two cores:
 # demonstrations, frozen features, three stages for two policies, four evaluation regimes, diagnosis, report.
-# Interrupted, it goes on where it was; finished, it writes the report again. Everything lands in outputs/quickstart.
+# After an interruption the script continues. When it has finished, it writes the report again. Results go to
+# outputs/quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +10,7 @@ OUT=${OUT:-outputs/quickstart}
 DATA="--data.path $OUT/demonstrations --data.cache $OUT/cache"
 mkdir -p "$OUT"
 
-# Two processes of one thread beat one of two on two cores: the two arms train, play and are examined side by side.
+# On two cores, two processes with one thread each are faster than one process with two threads.
 export OMP_NUM_THREADS=1
 both() {
   "$1" wam tiny_wam & local first=$!
@@ -20,17 +21,17 @@ both() {
 # 1. Demonstrations by the scripted expert: a LeRobot v3.0 dataset.
 agra collect tabletop --output "$OUT/demonstrations" --episodes 300 --seed 0 --workers 2
 
-# 2. Frozen features: the codec is fit, then latents, instruction tokens and DINOv2 targets are cached.
+# 2. Frozen features: the codec is fitted, then latents, instruction tokens and DINOv2 targets are cached.
 OMP_NUM_THREADS=2 agra prepare tiny $DATA
 
-# 3. Adapt: the video DiT alone on the video loss; both arms start from it.
+# 3. Adapt: the video loss trains the video DiT alone. Both policies start from it.
 OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 80 $DATA
 
-# 4. Joint: the same data, steps and seed for both arms; AGRA adds its loss.
+# 4. Joint: the same data, steps and seed for both policies. AGRA adds its loss.
 joint() { agra train "$2" --stage joint --init-from "$OUT/adapt" --output "$OUT/$1_joint" --stage.steps 300 $DATA; }
 both joint
 
-# 5. Finetune: the video DiT is frozen, the action loss alone trains bridge and action head.
+# 5. Finetune: the video DiT is frozen. The action loss trains the bridge and the action head.
 finetune() { agra train "$2" --stage finetune --init-from "$OUT/$1_joint" --output "$OUT/$1" --stage.steps 60 $DATA; }
 both finetune
 
@@ -39,15 +40,14 @@ evaluate() { agra evaluate "$OUT/$1" --limit 20; }
 both evaluate
 agra compare "$OUT/wam/results.jsonl" "$OUT/agra/results.jsonl"
 
-# 7. Diagnose. A finished diagnosis, of which visual_reliance.json is the last file, is not repeated.
+# 7. Diagnose. A finished diagnosis is not repeated. Its last file is visual_reliance.json.
 diagnose() { [ -f "$OUT/$1/diagnosis/visual_reliance.json" ] || agra diagnose "$OUT/$1"; }
 both diagnose
 
-# 8. The same for the two policies that come with agra, which trained ten times as long (runs/tabletop.sh), and the report
-# of all four.
-evaluate_shipped() { agra evaluate "tabletop-$1" --limit 20; }
-both evaluate_shipped
+# 8. The same for the two bundled policies, which trained ten times as long (runs/tabletop.sh), and a report on all four.
+evaluate_bundled() { agra evaluate "tabletop-$1" --limit 20; }
+both evaluate_bundled
 agra compare outputs/tabletop-wam/results.jsonl outputs/tabletop-agra/results.jsonl
-diagnose_shipped() { [ -f "outputs/tabletop-$1/diagnosis/visual_reliance.json" ] || agra diagnose "tabletop-$1"; }
-both diagnose_shipped
+diagnose_bundled() { [ -f "outputs/tabletop-$1/diagnosis/visual_reliance.json" ] || agra diagnose "tabletop-$1"; }
+both diagnose_bundled
 agra report tabletop-wam tabletop-agra "$OUT/wam" "$OUT/agra" --output "$OUT/report.html"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The two policies that come with agra, tabletop-wam and tabletop-agra: the same demonstrations, steps and seed, with and
-# without AGRA. About two and a half hours on two cores. Interrupted, it goes on where it was. Everything lands in outputs/tabletop;
-# the folders tabletop-* there are what lies in src/agra/policies.
+# The two bundled policies, tabletop-wam and tabletop-agra: the same demonstrations, steps and seed, without and with AGRA.
+# About two and a half hours on two cores. After an interruption the script continues. Results go to outputs/tabletop. The
+# folders tabletop-* there are those of src/agra/assets.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ both() {
 agra collect tabletop --output "$OUT/demonstrations" --episodes 3000 --seed 1 --workers 2
 OMP_NUM_THREADS=2 agra prepare tiny $DATA
 
-# One adapt stage for both; then joint, which ends in the policies.
+# One adapt stage for both. The joint stage ends with the policies.
 OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 500 $DATA
 joint() { agra train "$2" --stage joint --init-from "$OUT/adapt" --output "$OUT/$1" --stage.steps 2400 $DATA; }
 both joint
@@ -27,7 +27,7 @@ both joint
 export_half() { [ -d "$OUT/tabletop-$1" ] || agra export "$OUT/$1" --output "$OUT/tabletop-$1" --half; }
 both export_half
 
-# All 180 trials of the four regimes and the diagnosis, of what is shipped.
+# All 180 trials of the four regimes, and the diagnosis, of the exported policies.
 evaluate() { agra evaluate "$OUT/tabletop-$1"; }
 both evaluate
 agra compare "$OUT/tabletop-wam/results.jsonl" "$OUT/tabletop-agra/results.jsonl"

@@ -4,14 +4,16 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from agra.cli.arguments import recipe_arguments
 from agra.cli.main import COMMANDS
 from agra.cli.renamed import _CONFIG, _FLAGS
+from agra.methods.wam import Pass
 from agra.recipes import RECIPES
 from agra.training.parallelize import ParallelConfig
 
@@ -38,6 +40,27 @@ def test_a_script_parses_and_names_what_exists(path):
     assert not {flag for flag in re.findall(r"--[\w.-]+", text)} & renamed
     known = {f"--parallel.{field.name.replace('_', '-')}" for field in fields(ParallelConfig)}
     assert set(re.findall(r"--parallel\.[\w-]+", text)) <= known
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The flags of the config alone."""
+
+
+def test_the_arms_of_the_comparison_are_what_their_names_say():
+    """Every line of comparison.sh: NAME SEED RECIPE [flags of the config]."""
+    script = next(path for path in RUNS if path.name == "comparison.sh").read_text()
+    lines = [line.split() for line in script.split("<<'ARMS'\n")[1].split("\nARMS")[0].splitlines()]
+    arms = {f"{name}_{seed}": recipe_arguments("train", arguments, NoOptions)[1] for name, seed, *arguments in lines}
+    assert {name for name, config in arms.items() if config.method.alignment is None} == {
+        "wam_0", "wam_1", "wam_2", "freeze_backbone_0"
+    }  # fmt: skip
+    frozen, video = arms["freeze_backbone_0"], arms["agra_video_pass_0"].method.objective
+    assert (frozen.stage.frozen, frozen.method.objective.video_weight) == (("video_dit",), 0)
+    assert (video.guidance_pass, video.aligned_pass) == (Pass.CONDITIONING, Pass.DENOISING)
+    shared = arms["agra_shared_denoising_pass_0"].method.objective
+    assert (shared.guidance_pass, shared.aligned_pass) == (Pass.DENOISING, Pass.DENOISING)
+    assert video.video_batch_fraction == shared.video_batch_fraction == 1
 
 
 STAND_IN = """#!/usr/bin/env bash
