@@ -1,4 +1,4 @@
-"""A stand-in for a method whose action and attention depend on exactly one known hidden token."""
+"""A stand-in for a method whose action and attention depend on exactly one hidden token."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ WIDTH, HORIZON, ACTION, HEADS, FRAMES = 6, 4, 3, 2, 5
 class PlainMethod(Method):
     """A method without any capability beside acting: it reads the state and the image's mean."""
 
-    config = SimpleNamespace(kind="plain", aligned_layers=(), needs_to_act=lambda: SimpleNamespace(instruction=False))
+    config = SimpleNamespace(kind="plain", aligned_layers=())
 
     def __init__(self):
         super().__init__()

@@ -88,11 +88,11 @@ def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
     """The stand-in expects that nothing moves; of the four frames to come only the last one differs from the first."""
     samples = [make_sample(trial=f"t{i}", seed=i) for i in range(8)]
     config = DiagnosisConfig(background_sets=1, gallery=1, map_kinds=())
-    found = diagnose(policy, samples, tmp_path / "d", config=config, progress=False)
-    row = found.rows[0]
+    diagnosis = diagnose(policy, samples, tmp_path / "d", config=config, progress=False)
+    row = diagnosis.rows[0]
     assert 10 < row["psnr"] == row["still_psnr"] < 15
     assert 0.75 <= row["ssim"] == row["still_ssim"] < 0.85
-    np.testing.assert_array_equal(found.arrays["imagined"][0], found.arrays["recorded"][0][[0] * 5])
+    np.testing.assert_array_equal(diagnosis.arrays["imagined"][0], diagnosis.arrays["recorded"][0][[0] * 5])
     demonstrated, inputs = samples[0].actions[:4], policy.encode([samples[0].observation])
     seed = zlib.crc32(b"0/t0/0")
     chunks = [policy.method.act(inputs, policy.noise(1, seed + number))[0].detach().numpy() for number in range(2)]
@@ -105,12 +105,12 @@ def test_what_was_demonstrated_is_compared(policy, make_sample, tmp_path):
 
 def test_samples_without_a_recording_are_measured_all_the_same(policy, make_sample, tmp_path):
     samples = [make_sample(trial=f"t{i}", seed=i, recorded=False) for i in range(3)]
-    found = diagnose(
+    diagnosis = diagnose(
         policy, samples, tmp_path / "d", config=DiagnosisConfig(background_sets=1, map_kinds=()), progress=False
     )
     missing = ("psnr", "action_error", "probe_error_by_layer", "teacher_similarity_by_layer")
-    assert all(row[name] is None for row in found.rows for name in missing)
-    assert "imagined" not in found.arrays
+    assert all(row[name] is None for row in diagnosis.rows for name in missing)
+    assert "imagined" not in diagnosis.arrays
 
 
 def test_projectors_are_read_where_they_belong(policy, make_sample, tmp_path):
@@ -129,11 +129,11 @@ def test_projectors_are_read_where_they_belong(policy, make_sample, tmp_path):
     sample = make_sample()
     inputs, noise = policy.encode([sample.observation]), policy.noise(1, zlib.crc32(b"0/trial-0/0"))
     config = DiagnosisConfig(background_sets=1, noise_samples=1, map_kinds=())
-    found = diagnose(
+    diagnosis = diagnose(
         policy, [sample], tmp_path / "d", teacher=teacher, projectors=Exact(), config=config, progress=False
     )
-    row = found.rows[0]
-    assert found.header["layers"] == [0, 2]
+    row = diagnosis.rows[0]
+    assert diagnosis.header["layers"] == [0, 2]
     assert row["alignment_cosine_by_layer"] == [None, pytest.approx(1)]
     assert row["teacher_similarity_by_layer"][1] == pytest.approx(1)
     assert row["teacher_similarity_by_layer"][0] < 0.9

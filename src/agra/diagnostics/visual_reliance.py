@@ -224,7 +224,7 @@ def _target(actions: np.ndarray, dimensions: Sequence[int], step: int) -> np.nda
 
 
 def _constant(targets: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """For each row the mean target of the rest of its group. NaN in a group of one."""
+    """The mean target of the rest of each row's group. NaN in a group of one."""
     means = np.full(targets.shape, np.nan)
     for group in dict.fromkeys(groups):
         rows = np.flatnonzero(np.asarray(groups) == group)

@@ -42,9 +42,9 @@ def test_ticks_are_round_and_inside():
     assert ticks(0, 1) == [0, 0.5, 1] or ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert ticks(0, 600) == [0, 200, 400, 600]
     for low, high in ((-0.93, -0.41), (3e-6, 9e-6), (0, 12_345)):
-        found = ticks(low, high)
-        assert 2 <= len(found) <= 6
-        assert all(low <= tick <= high for tick in found)
+        marks = ticks(low, high)
+        assert 2 <= len(marks) <= 6
+        assert all(low <= tick <= high for tick in marks)
     assert ticks(1, 1) == [1]
 
 
@@ -89,7 +89,7 @@ def test_charts_stay_inside_their_box():
     assert (points <= [360, 200]).all()
 
 
-def test_interval_chart_draws_what_is_known():
+def test_interval_chart_leaves_undefined_values_out():
     nan = float("nan")
     dots = [
         Interval(label="a", index=0, value=0.5, low=0.2, high=0.8),

@@ -174,6 +174,9 @@ def test_visual_reliance_is_compared_on_the_same_trials(write_policy, tmp_path):
     assert "agra lower difference −4.0 cm" in page.words
     assert "agra higher difference +4.6 cm" in page.words
     assert page.words.count("Image swapped") == 2  # in the summary as well
+    (tmp_path / "wam" / "diagnosis" / "visual_reliance.json").rename(tmp_path / "wam" / "diagnosis" / "looking.json")
+    earlier = Page(build_report(entries, tmp_path / "report.html").read_text())
+    assert "agra lower difference −4.0 cm" in earlier.words
     make_reliance(0.02, 0.05, trials[::-1]).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
     with pytest.raises(
         ValueError, match="agra and wam: visual reliance was measured on different trials; diagnose them again"
@@ -195,7 +198,7 @@ def test_an_instrument_that_a_method_cannot_offer_is_not_applicable(
     assert "100 % [100 %, 100 %] not applicable not applicable" in row
     row = words.split("Sensitivity ratio, mean mean replacement; higher is better")[1]
     assert row.startswith(" ∞ no interval ∞ no interval not applicable")
-    row = words.split("PSNR of the imagined video dB; higher is better")[1][:90]
+    row = words.split("PSNR of the predicted video dB; higher is better")[1][:90]
     assert row.count("not applicable") == 2
     assert "Not applicable: attention, sensitivity, PCA, predicted video." in words
     assert "Not applicable: attention, predicted video." in words

@@ -21,9 +21,9 @@ def coco(**annotation):
     }
 
 
-def agree(found, expected, pixels=0):
+def agree(mask, expected, pixels=0):
     """Outlines through the middle of pixels may be drawn with their border."""
-    assert (found != expected).sum() <= pixels
+    assert (mask != expected).sum() <= pixels
 
 
 def compressed():
@@ -65,11 +65,11 @@ def test_cvat(tmp_path):
     for kind, shape in shapes.items():
         head = f'<image id="0" name="a.png" width="{WIDTH}" height="{HEIGHT}">'
         path.write_text(f"<annotations><version>1.1</version>{head}{shape}</image></annotations>")
-        found = read_masks(path)["a.png"]
+        mask = read_masks(path)["a.png"]
         if kind == "mask":
-            assert np.argwhere(found).tolist() == [[6, 6], [6, 7]]
+            assert np.argwhere(mask).tolist() == [[6, 6], [6, 7]]
         else:
-            agree(found, BOX, 13 if kind == "polygon" else 0)
+            agree(mask, BOX, 13 if kind == "polygon" else 0)
         assert not read_masks(path, labels=["lid"])["a.png"].any()
 
 
@@ -80,19 +80,19 @@ def test_labelme(tmp_path):
             "shapes": [{"label": "hand", "points": points, "shape_type": kind}],
         }  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    found = read_masks(tmp_path)
-    assert set(found) == {"a.png", "b.png"}
-    agree(found["a.png"], BOX, 13)
-    agree(found["b.png"], BOX)
+    masks = read_masks(tmp_path)
+    assert set(masks) == {"a.png", "b.png"}
+    agree(masks["a.png"], BOX, 13)
+    agree(masks["b.png"], BOX)
     assert set(read_masks(tmp_path / "a.json")) == {"a.png"}
 
 
 def test_masks_find_their_frames(make_sample):
     sample = make_sample(trial="kitchen/3", step=12, masked=False)
     assert sample.image_names()[1] == "kitchen-3-step00012-frame1.png"
-    (found,) = with_masks([sample], {sample.image_names()[1]: BOX})
-    assert found.masks.any(axis=(1, 2)).tolist() == [False, True, False]
-    np.testing.assert_array_equal(found.masks[1], BOX)
+    (annotated,) = with_masks([sample], {sample.image_names()[1]: BOX})
+    assert annotated.masks.any(axis=(1, 2)).tolist() == [False, True, False]
+    np.testing.assert_array_equal(annotated.masks[1], BOX)
     with pytest.raises(ValueError, match=r"expected names such as kitchen-3-step00012-frame0\.png, got \['x\.png'\]"):
         with_masks([sample], {"x.png": BOX})
     with pytest.raises(ValueError, match=r"expected \(16, 20\) pixels, got \(8, 20\)"):

@@ -1,4 +1,4 @@
-"""Attention of the action head over the token grid that it reads (3.2; Figs. 2, 5, 15).
+"""Attention of the action head over the token grid that it reads (3.2, Figs. 2, 5, 15).
 
 The last K query tokens of a WAM's action DiT are its actions, and the state token comes before them. The keys are the
 T x H x W guidance tokens of one bridged layer. The paper averages over heads and action tokens, and does not specify the state

@@ -1,4 +1,4 @@
-"""Interventions on the hidden tokens that the action head reads (3.2, 4.2.1; Table 1, Figs. 2, 5).
+"""Interventions on the hidden tokens that the action head reads (3.2, 4.2.1, Table 1, Figs. 2, 5).
 
 The hidden states are computed once. Tokens are replaced in copies of them, and only the path from there to the actions
 (a WAM's bridge and action DiT) runs again, with the same action noise on both sides. The deviation Delta is the Euclidean
@@ -65,20 +65,20 @@ def token_table(
     """
     if kind not in INTERVENTION_KINDS:
         raise ValueError(f"unknown intervention {kind!r}: expected one of {', '.join(INTERVENTION_KINDS)}")
-    chosen = tokens.flatten(1).cpu()
-    rows, count = chosen.shape
+    selected = tokens.flatten(1).cpu()
+    rows, count = selected.shape
     table = torch.arange(count).repeat(rows, 1)
     if kind in ("zero", "mean"):
-        return torch.where(chosen, count if kind == "mean" else count + 1, table)
+        return torch.where(selected, count if kind == "mean" else count + 1, table)
     if generator is None:
         raise ValueError(f"intervention {kind!r} is random: pass a generator")
     for row in range(rows):
-        inside = chosen[row].nonzero().flatten()
+        inside = selected[row].nonzero().flatten()
         inside = inside[torch.randperm(len(inside), generator=generator)]
         if kind == "shuffle":
             table[row, inside] = inside.roll(1)
             continue
-        outside = (~chosen[row]).nonzero().flatten()
+        outside = (~selected[row]).nonzero().flatten()
         if len(outside) < len(inside):
             raise ValueError(
                 f"swap: {len(inside)} chosen tokens need as many others to exchange with, but there are {len(outside)}"
@@ -176,16 +176,16 @@ def single_token_sets(
     alone, frames * H * W sets.
     """
     t, h, w = grid
-    chosen = list(range(t)) if frames is None else [range(t)[frame] for frame in frames]
+    places = list(range(t)) if frames is None else [range(t)[frame] for frame in frames]
     cells = torch.eye(h * w, dtype=torch.bool).view(h * w, h, w)
     if unit == "column":
         sets = torch.zeros(h * w, t, h, w, dtype=torch.bool)
-        sets[:, chosen] = cells[:, None]
+        sets[:, places] = cells[:, None]
         return sets
     if unit != "token":
         raise ValueError(f"unit: expected column or token, got {unit!r}")
-    sets = torch.zeros(len(chosen), h * w, t, h, w, dtype=torch.bool)
-    for row, frame in enumerate(chosen):
+    sets = torch.zeros(len(places), h * w, t, h, w, dtype=torch.bool)
+    for row, frame in enumerate(places):
         sets[row, :, frame] = cells
     return sets.flatten(0, 1)
 

@@ -22,8 +22,8 @@ MEASURES = (
     ("probe_error", "Position error of a linear probe", "grid units, held out by trial; lower is better"),
 )
 VIDEO = (
-    ("psnr", "still_psnr", "PSNR of the imagined video", "dB; higher is better"),
-    ("ssim", "still_ssim", "SSIM of the imagined video", "at most 1; higher is better"),
+    ("psnr", "still_psnr", "PSNR of the predicted video", "dB; higher is better"),
+    ("ssim", "still_ssim", "SSIM of the predicted video", "at most 1; higher is better"),
     ("action_error", None, "Error of the predicted actions", "root mean square, normalised; lower is better"),
 )
 

@@ -21,6 +21,8 @@ from agra.diagnostics.visual_reliance import VisualReliance
 
 VISUAL_RELIANCE = "visual_reliance.json"
 """The file in a diagnosis folder."""
+_EARLIER = "looking.json"
+"""Its name until version 0.1."""
 
 VisualRelianceColumn = tuple[int, str, VisualReliance | None]
 """A policy's number, name and visual reliance."""
@@ -47,9 +49,9 @@ ROWS = (
 
 
 def read_visual_reliance(diagnosis: Path | None) -> VisualReliance | None:
-    """The visual reliance in a diagnosis folder. None where it was not measured."""
-    path = None if diagnosis is None else diagnosis / VISUAL_RELIANCE
-    return None if path is None or not path.is_file() else VisualReliance.load(path)
+    """The visual reliance in a diagnosis folder. None if it was not measured."""
+    paths = [] if diagnosis is None else [diagnosis / name for name in (VISUAL_RELIANCE, _EARLIER)]
+    return next((VisualReliance.load(path) for path in paths if path.is_file()), None)
 
 
 def visual_reliance_section(columns: Sequence[VisualRelianceColumn]) -> dict[str, Any] | None:
