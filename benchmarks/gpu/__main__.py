@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the sections. Returns 1 where a figure failed, and 2 where there is no GPU."""
     options = tyro.cli(Options, args=arguments, description=gpu.__doc__)
     if not options.dry_run and not torch.cuda.is_available():
-        print("benchmarks.gpu: torch sees no GPU; --dry-run runs every section at tiny sizes on the CPU")
+        print("benchmarks.gpu: torch finds no GPU; --dry-run runs every section at tiny sizes on the CPU")
         return 2
     device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
     options.output.mkdir(parents=True, exist_ok=True)

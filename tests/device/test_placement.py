@@ -109,7 +109,7 @@ def test_latency_of_a_recipe(make_config, meta):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named(make_config):
-    with pytest.raises(ValueError, match="torch sees no GPU"):
+    with pytest.raises(ValueError, match="torch finds no GPU"):
         api.preparation(make_config(), device="cuda")
 
 

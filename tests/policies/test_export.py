@@ -170,7 +170,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(run, tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"lab/policy: could not be uploaded .*run `hf auth login`") as error:
+    with pytest.raises(OSError, match=r"lab/policy: upload failed .*run `hf auth login`") as error:
         push(run[0], "lab/policy")
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"policy: cannot load lab/none"):
