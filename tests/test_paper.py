@@ -1,6 +1,7 @@
 """The paper's equations against arithmetic written independently, mostly with numpy loops."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from agra.alignment.teacher import reference_frames
 from agra.flow import interpolate, velocity
 from agra.recipes import PRESETS, RECIPES, agra_dino_l8, compose
 from agra.stages import Stage
-from agra.wam.bridge import bridged_layers
+from agra.training.optimization import parameter_groups
+from agra.wam.action_dit import ActionDiTConfig, EmbodimentLinear
+from agra.wam.bridge import BridgeConfig, SelfAttentionBlock, bridged_layers
 from agra.wam.model import WAM
 
 
@@ -111,9 +114,10 @@ def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
         assert (config.method.objective.action_draws, config.method.objective.video_batch_fraction) == (1, 1.0), name
 
 
-def _on_meta(config):
+@cache
+def _on_meta(model_config):
     with torch.device("meta"):
-        return WAM(config.method.model)
+        return WAM(model_config)
 
 
 def _count(*modules):
@@ -127,7 +131,7 @@ def test_every_recipe_builds_on_the_meta_device():
             assert recipe(stage).stage.name is stage
             assert compose(name, stage) == recipe(stage), name
         if not name.startswith("tiny"):
-            model = _on_meta(recipe(Stage.JOINT))
+            model = _on_meta(recipe(Stage.JOINT).method.model)
             assert _count(model.video_dit) == 2_059_174_912, name
             assert _count(model.bridge, model.action_dit) == 763_300_896 - 32 * 1536, name
 
@@ -137,7 +141,7 @@ def test_every_preset_builds_on_the_meta_device(name):
     for stage in Stage:
         assert compose("agra_dino_l8", stage, [name]).stage.name is stage
     config = compose("agra_dino_l8", Stage.JOINT, [name])
-    model = _on_meta(config)
+    model = _on_meta(config.method.model)
     blocks, width = (36, 5120) if name == "cosmos_14b" else (28, 2048)
     each = 14 * width**2 + 5120 * width + 512  # attention 4 + 2, feed-forward 8; modulations, text keys, head norms
     around = 4 * width**2 + 905 * width + 100_353 * 1024  # time, output, patches; the text projection
@@ -148,9 +152,9 @@ def test_every_preset_builds_on_the_meta_device(name):
 
 def test_head_presets_have_the_published_counts():
     """GR00T-N1.5 has 763.3 M with one embodiment, the literal reading 464.2 M, both with 32 future tokens."""
-    groot = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["groot_head"]))
+    groot = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["groot_head"]).method.model)
     assert _count(groot.bridge, groot.action_dit) == 763_300_896
-    literal = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["literal_head", "groot_head"]))
+    literal = _on_meta(compose("agra_dino_l8", Stage.JOINT, ["literal_head", "groot_head"]).method.model)
     assert _count(literal.bridge, literal.action_dit) == 464_198_688
 
 
@@ -188,6 +192,39 @@ def test_condition_level_follows_the_checkpoint():
     assert (post.codec.revision, post.condition_noise_level) == ("diffusers/base/post-trained", 1e-4)
     assert (pre.codec.revision, pre.condition_noise_level) == ("diffusers/base/pre-trained", None)
     assert pre.text.revision == pre.codec.revision
+
+
+def test_banks_of_biases_have_no_weight_decay(small_config):
+    """#44: a bank of biases (n, out) has two axes, but is a bias."""
+    method = small_config.method.build()
+    decayed = {id(p): g["weight_decay"] > 0 for g in parameter_groups(method, small_config.stage) for p in g["params"]}
+    for name, parameter in method.named_parameters():
+        assert decayed[id(parameter)] == (parameter.ndim > 1 and not name.endswith("bias")), name
+    bank = method.wam.action_dit.action_encoder.layer1
+    assert (bank.bias.ndim, decayed[id(bank.bias)], decayed[id(bank.weight)]) == (2, False, True)
+
+
+@pytest.mark.parametrize(("std", "expected"), [(0.02, 0.02), (None, 1 / 8)], ids=["GR00T's", "from scratch"])
+def test_initial_banks(std, expected):
+    """#45."""
+    torch.manual_seed(0)
+    bank = EmbodimentLinear(2, 64, 256, std)
+    assert bank.weight.std().item() == pytest.approx(expected, rel=0.02)
+    assert bank.bias.eq(0).all()
+    assert ActionDiTConfig().bank_init_std == 0.02
+
+
+def test_bridge_drops_the_attention_twice():
+    """#46: with probability 1/2 each, a quarter of the values remains, scaled by 4."""
+    torch.manual_seed(0)
+    block = SelfAttentionBlock(BridgeConfig(num_heads=2, head_dim=32, dropout=0.5)).train()
+    for linear, bias in ((block.attn.to_out, 1.0), (block.ff[3], 0.0)):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.constant_(linear.bias, bias)
+    x = torch.zeros(4, 100, 64)
+    values = block(x)
+    assert values.unique().tolist() == [0.0, 4.0]
+    assert values.ne(0).float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
