@@ -1,8 +1,8 @@
-"""Datasets written by hand in the documented layouts, with json, pyarrow and av alone: nothing of ours takes part.
+"""Datasets written by hand in the documented layouts, with json, pyarrow and av alone, without `agra`.
 
 Layouts: LeRobot's `datasets/utils.py` and `convert_dataset_v21_to_v30.py`; GR00T's `LeRobot_compatible_data_schema.md`;
-EgoDex (arXiv 2505.11709); robomimic's and LIBERO's HDF5. Every layout tells the same story, `Story`, so that what is read
-back can be compared number by number.
+EgoDex (arXiv 2505.11709); robomimic's and LIBERO's HDF5. Every layout holds the same `EPISODES`, so that read values
+can be compared number by number.
 """
 
 import io
@@ -25,8 +25,8 @@ STATE_DIM, ACTION_DIM = 6, 5
 
 
 @dataclass(frozen=True)
-class Told:
-    """One episode of the story."""
+class StoredEpisode:
+    """The values of one episode."""
 
     states: np.ndarray  # (N, 6)
     actions: np.ndarray  # (N, 5)
@@ -34,8 +34,8 @@ class Told:
     frames: dict[str, np.ndarray]  # camera -> (N, H, W, 3)
 
 
-def story(index: int, length: int) -> Told:
-    """Random numbers; pictures of one shade an episode and camera, with a bar that moves two pixels a step."""
+def make_episode(index: int, length: int) -> StoredEpisode:
+    """Return random numbers, and images of one shade by episode and camera, with a bar that moves two pixels each step."""
     rng = np.random.default_rng(index)
     frames = {}
     for which, (camera, (height, width)) in enumerate(SIZES.items()):
@@ -43,10 +43,10 @@ def story(index: int, length: int) -> Told:
         for step in range(length):
             frames[camera][step, :, 2 * step : 2 * step + 2] = 230
     states, actions = rng.normal(size=(length, STATE_DIM)), rng.normal(size=(length, ACTION_DIM))
-    return Told(states.astype(np.float32), actions.astype(np.float32), index % 2, frames)
+    return StoredEpisode(states.astype(np.float32), actions.astype(np.float32), index % 2, frames)
 
 
-STORY = [story(i, n) for i, n in enumerate(LENGTHS)]
+EPISODES = [make_episode(i, n) for i, n in enumerate(LENGTHS)]
 
 
 def encode(frames: np.ndarray, *, fps: int = FPS, options: dict | None = None) -> bytes:
@@ -83,35 +83,35 @@ def join(videos: list[bytes], path: Path) -> list[float]:
 
 def features(kind: str) -> dict:
     """info.json's features; `kind` is how the cameras are stored."""
-    found: dict = {}
+    features: dict = {}
     for camera, (height, width) in SIZES.items():
-        found[camera] = {"dtype": kind, "shape": [height, width, 3], "names": ["height", "width", "channels"]}
+        features[camera] = {"dtype": kind, "shape": [height, width, 3], "names": ["height", "width", "channels"]}
         if kind == "video":
-            found[camera]["info"] = {"video.fps": float(FPS), "video.codec": "h264", "has_audio": False}
-    found["observation.state"] = {"dtype": "float32", "shape": [6], "names": {"motors": [f"s{i}" for i in range(6)]}}
-    found["action"] = {"dtype": "float32", "shape": [5], "names": None}
+            features[camera]["info"] = {"video.fps": float(FPS), "video.codec": "h264", "has_audio": False}
+    features["observation.state"] = {"dtype": "float32", "shape": [6], "names": {"motors": [f"s{i}" for i in range(6)]}}
+    features["action"] = {"dtype": "float32", "shape": [5], "names": None}
     for name, dtype in {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64"}.items():
-        found[name] = {"dtype": dtype, "shape": [1], "names": None}
+        features[name] = {"dtype": dtype, "shape": [1], "names": None}
     for name in ("index", "task_index"):
-        found[name] = {"dtype": "int64", "shape": [1], "names": None}
-    return found
+        features[name] = {"dtype": "int64", "shape": [1], "names": None}
+    return features
 
 
-def rows(index: int, told: Told, kind: str) -> pa.Table:
+def rows(index: int, stored: StoredEpisode, kind: str) -> pa.Table:
     """The table of an episode: variable lists for vectors, as LeRobot 2 wrote them."""
-    count = len(told.states)
+    count = len(stored.states)
     columns: dict = {}
     if kind == "image":
         for camera in CAMERAS:
-            cells = [{"bytes": png(frame), "path": None} for frame in told.frames[camera]]
+            cells = [{"bytes": png(frame), "path": None} for frame in stored.frames[camera]]
             columns[camera] = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    columns["observation.state"] = pa.array(told.states.tolist(), pa.list_(pa.float32()))
-    columns["action"] = pa.array(told.actions.tolist(), pa.list_(pa.float32()))
+    columns["observation.state"] = pa.array(stored.states.tolist(), pa.list_(pa.float32()))
+    columns["action"] = pa.array(stored.actions.tolist(), pa.list_(pa.float32()))
     columns["timestamp"] = pa.array(np.arange(count, dtype=np.float32) / np.float32(FPS))
     columns["frame_index"] = pa.array(np.arange(count))
     columns["episode_index"] = pa.array(np.full(count, index))
     columns["index"] = pa.array(np.arange(count) + sum(LENGTHS[:index]))
-    columns["task_index"] = pa.array(np.full(count, told.task))
+    columns["task_index"] = pa.array(np.full(count, stored.task))
     return pa.table(columns)
 
 
@@ -132,8 +132,8 @@ def _lines(path: Path, values: list) -> None:
 
 def _statistics(values: np.ndarray) -> dict:
     values = values.astype(np.float64)
-    found = {name: getattr(values, name)(0).tolist() for name in ("min", "max", "mean", "std")}
-    return found | {"count": [len(values)]}
+    statistics = {name: getattr(values, name)(0).tolist() for name in ("min", "max", "mean", "std")}
+    return statistics | {"count": [len(values)]}
 
 
 def _info(version: str, kind: str) -> dict:
@@ -153,15 +153,15 @@ def _info(version: str, kind: str) -> dict:
 def write_v2(root: Path, version: str = "v2.1", kind: str = "video") -> Path:
     """LeRobot 2.0 or 2.1: a parquet file and mp4 files for each episode."""
     statistics = []
-    for index, told in enumerate(STORY):
+    for index, stored in enumerate(EPISODES):
         path = root / f"data/chunk-000/episode_{index:06d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(rows(index, told, kind), path)
+        pq.write_table(rows(index, stored, kind), path)
         for camera in CAMERAS if kind == "video" else ():
             path = root / f"videos/chunk-000/{camera}/episode_{index:06d}.mp4"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode(told.frames[camera]))
-        stats = {"observation.state": _statistics(told.states), "action": _statistics(told.actions)}
+            path.write_bytes(encode(stored.frames[camera]))
+        stats = {"observation.state": _statistics(stored.states), "action": _statistics(stored.actions)}
         statistics.append({"episode_index": index, "stats": stats})
     info = _info(version, kind) | {
         "total_videos": len(CAMERAS) * len(LENGTHS) if kind == "video" else 0,
@@ -172,7 +172,7 @@ def write_v2(root: Path, version: str = "v2.1", kind: str = "video") -> Path:
     if kind == "image":
         info["video_path"] = None
     _text(root / "meta/info.json", json.dumps(info, indent=4))
-    episodes = [{"episode_index": i, "tasks": [TASKS[t.task]], "length": len(t.states)} for i, t in enumerate(STORY)]
+    episodes = [{"episode_index": i, "tasks": [TASKS[t.task]], "length": len(t.states)} for i, t in enumerate(EPISODES)]
     _lines(root / "meta/episodes.jsonl", episodes)
     _lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(TASKS)])
     if version == "v2.1":
@@ -183,7 +183,7 @@ def write_v2(root: Path, version: str = "v2.1", kind: str = "video") -> Path:
 
 
 def _all_statistics() -> dict:
-    states, actions = (np.concatenate([getattr(t, name) for t in STORY]) for name in ("states", "actions"))
+    states, actions = (np.concatenate([getattr(t, name) for t in EPISODES]) for name in ("states", "actions"))
     return {"observation.state": _statistics(states), "action": _statistics(actions)}
 
 
@@ -191,7 +191,7 @@ def write_v3(root: Path, kind: str = "video") -> Path:
     """LeRobot 3.0: all episodes in one parquet file (a row group each) and one mp4 a camera; tasks in a pandas index."""
     path = root / "data/chunk-000/file-000.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables = [rows(i, t, kind) for i, t in enumerate(STORY)]
+    tables = [rows(i, t, kind) for i, t in enumerate(EPISODES)]
     with pq.ParquetWriter(path, tables[0].schema) as writer:
         for table in tables:
             writer.write_table(table)
@@ -199,18 +199,18 @@ def write_v3(root: Path, kind: str = "video") -> Path:
     starts = {}
     for camera in CAMERAS if kind == "video" else ():
         starts[camera] = join(
-            [encode(t.frames[camera]) for t in STORY], root / f"videos/{camera}/chunk-000/file-000.mp4"
+            [encode(t.frames[camera]) for t in EPISODES], root / f"videos/{camera}/chunk-000/file-000.mp4"
         )
-    for index, told in enumerate(STORY):
-        count = len(told.states)
-        entry = {"episode_index": index, "tasks": [TASKS[told.task]], "length": count}
+    for index, stored in enumerate(EPISODES):
+        count = len(stored.states)
+        entry = {"episode_index": index, "tasks": [TASKS[stored.task]], "length": count}
         entry |= {"data/chunk_index": 0, "data/file_index": 0}
         entry |= {"dataset_from_index": first, "dataset_to_index": first + count}
         for camera, begins in starts.items():
             entry |= {f"videos/{camera}/chunk_index": 0, f"videos/{camera}/file_index": 0}
             entry |= {f"videos/{camera}/from_timestamp": begins[index]}
             entry |= {f"videos/{camera}/to_timestamp": begins[index] + count / FPS}
-        for name, values in {"observation.state": told.states, "action": told.actions}.items():
+        for name, values in {"observation.state": stored.states, "action": stored.actions}.items():
             entry |= {f"stats/{name}/{key}": value for key, value in _statistics(values).items()}
         entries.append(entry | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
         first += count
@@ -259,7 +259,7 @@ GR1_FPS, GR1_LENGTHS = 20, (6, 8, 5)
 
 
 def gr1_states(episode: int, length: int) -> np.ndarray:
-    """Known values: dimension d of step n of episode e is .01 d + .1 n + e, in radians."""
+    """Exact values: dimension d of step n of episode e is .01 d + .1 n + e, in radians."""
     return 0.01 * np.arange(44) + 0.1 * np.arange(length)[:, None] + episode
 
 
@@ -300,11 +300,11 @@ def write_gr1(root: Path) -> Path:
     scalar = {"shape": [1], "names": None}
     joints = {"dtype": "float64", "shape": [44], "names": [f"motor_{i}" for i in range(44)]}
     video = {"dtype": "video", "shape": [256, 256, 3], "names": ["height", "width", "channel"]}
-    given: dict = {camera: video | {"video_info": {"video.fps": 20.0, "video.codec": "h264"}}}
-    given |= {"observation.state": joints, "action": joints, "timestamp": {"dtype": "float64", **scalar}}
-    given |= {f"annotation.{name}": {"dtype": "int64", **scalar} for name in (*annotations, "human.coarse_action")}
-    given |= {name: {"dtype": "int64", **scalar} for name in ("task_index", "episode_index", "index")}
-    given |= {"next.reward": {"dtype": "float64", **scalar}, "next.done": {"dtype": "bool", **scalar}}
+    features: dict = {camera: video | {"video_info": {"video.fps": 20.0, "video.codec": "h264"}}}
+    features |= {"observation.state": joints, "action": joints, "timestamp": {"dtype": "float64", **scalar}}
+    features |= {f"annotation.{name}": {"dtype": "int64", **scalar} for name in (*annotations, "human.coarse_action")}
+    features |= {name: {"dtype": "int64", **scalar} for name in ("task_index", "episode_index", "index")}
+    features |= {"next.reward": {"dtype": "float64", **scalar}, "next.done": {"dtype": "bool", **scalar}}
     info = {
         "codebase_version": "v2.0",
         "robot_type": "GR1ArmsAndWaistFourierHands",
@@ -318,7 +318,7 @@ def write_gr1(root: Path) -> Path:
         "splits": {"train": "0:100"},
         "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
         "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
-        "features": given,
+        "features": features,
     }
     _text(root / "meta/info.json", json.dumps(info))
     _lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(texts)])
@@ -341,7 +341,7 @@ EGODEX_JOINTS = ("camera", "hip", "neck4", "leftForearm", "leftHand", "rightHand
 
 
 def egodex_transform(joint: str, step: int, episode: int) -> np.ndarray:
-    """Known poses in ARKit's frame (x right, y up, z back): hands turn about the vertical by .1 a step."""
+    """Exact poses in ARKit's frame (x right, y up, z back): hands turn about the vertical by .1 a step."""
     angle, side = 0.1 * step + 0.3 * episode, -0.2 if joint.startswith("left") else 0.2
     pose = np.eye(4)
     pose[:3, :3] = [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
@@ -404,27 +404,27 @@ def write_hdf5(path: Path, kind: str, lengths=(5, 7)) -> Path:
         if kind == "libero":
             data.attrs["problem_info"] = json.dumps({"language_instruction": "pick up the bowl"})
         for index, (name, length) in enumerate(zip(("demo_2", "demo_10"), lengths, strict=True)):
-            told = demonstration(index, length)
+            stored = demonstration(index, length)
             demo = data.create_group(name)
             demo.attrs["num_samples"] = length
-            demo["actions"] = told["actions"]
+            demo["actions"] = stored["actions"]
             demo["dones"] = np.arange(length) == length - 1
-            quaternion = Rotation.from_rotvec(told["axis_angle"]).as_quat()  # real part last, as robosuite has it
-            seen = {
+            quaternion = Rotation.from_rotvec(stored["axis_angle"]).as_quat()  # real part last, as robosuite has it
+            observations = {
                 "libero": {
-                    "agentview_rgb": told["picture"][:, ::-1, ::-1],
-                    "eye_in_hand_rgb": told["picture"][:, ::-1, ::-1],
-                    "ee_pos": told["position"],
-                    "ee_ori": told["axis_angle"],
-                    "gripper_states": told["fingers"],
+                    "agentview_rgb": stored["picture"][:, ::-1, ::-1],
+                    "eye_in_hand_rgb": stored["picture"][:, ::-1, ::-1],
+                    "ee_pos": stored["position"],
+                    "ee_ori": stored["axis_angle"],
+                    "gripper_states": stored["fingers"],
                 },
                 "robomimic": {
-                    "agentview_image": told["picture"],
-                    "robot0_eef_pos": told["position"],
+                    "agentview_image": stored["picture"],
+                    "robot0_eef_pos": stored["position"],
                     "robot0_eef_quat": quaternion,
-                    "robot0_gripper_qpos": told["fingers"],
+                    "robot0_gripper_qpos": stored["fingers"],
                 },
             }[kind]
-            for key, values in seen.items():
+            for key, values in observations.items():
                 demo[f"obs/{key}"] = values
     return path

@@ -25,9 +25,9 @@ class SourceConfig:
     camera: str = EGO_VIEW  # a feature, or its name in modality.json
     extra_cameras: tuple[str, ...] = ()  # placed to the right of `camera`, scaled to its height
     crop_rows: tuple[int, int] | None = None  # [first, end) of the recorded frame, cropped before any resizing
-    crop_columns: tuple[int, int] | None = None
-    state: tuple[str, ...] = ()
-    action: tuple[str, ...] = ()
+    crop_columns: tuple[int, int] | None = None  # [first, end), likewise
+    state: tuple[str, ...] = ()  # KEY or KEY:METHOD, in the model's order. Empty: all of observation.state
+    action: tuple[str, ...] = ()  # KEY or KEY:METHOD, in the model's order. Empty: all of action
     relative: tuple[str, ...] = ()  # keys of `action` that are movements. They are 0 past an episode's end
     missing_keys: tuple[str, ...] = ()  # keys of the embodiment that are absent here: zeros, masked out of the loss
     normalization: Normalization = "min_max"  # of keys without a METHOD

@@ -1,4 +1,4 @@
-"""A healthy dataset has nothing; every fault that is put in is found, by its check and place."""
+"""A healthy dataset has no findings. Each inserted fault is a finding with its check and place."""
 
 import json
 import shutil

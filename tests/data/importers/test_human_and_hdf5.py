@@ -51,8 +51,8 @@ def test_a_trajectory_s_numbers(egodex):
 
 
 def test_which_instruction(egodex):
-    said = [read_trajectory(egodex / f"basic_pick_place/{i}.hdf5", size=SIZE).instruction for i in (0, 1)]
-    assert said == ["put the cup on the plate", "take the cup off the plate"]
+    instructions = [read_trajectory(egodex / f"basic_pick_place/{i}.hdf5", size=SIZE).instruction for i in (0, 1)]
+    assert instructions == ["put the cup on the plate", "take the cup off the plate"]
     path = egodex / "x.hdf5"
     assert choose_instruction({"llm_description": "Fold.", "llm_description2": "Unfold."}, path) == "fold"
     with pytest.raises(ValueError, match=r"x\.hdf5: which_llm_description: expected '1' or '2', got '3'"):
@@ -62,7 +62,7 @@ def test_which_instruction(egodex):
 
 
 def test_two_columns_make_dial_s_local_frames():
-    """diag(1, -1, 1) and diag(-1, -1, -1) change what the first two columns tell, and those only."""
+    """diag(1, -1, 1) and diag(-1, -1, -1) change the first two columns of the rotation, and those only."""
     turned = np.tile(np.eye(4), (1, 1, 1))
     world = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
     for side, local in (("left", np.diag([1, -1, 1])), ("right", np.diag([-1, -1, -1]))):
@@ -137,16 +137,16 @@ def test_damaged_trajectories_are_named(egodex, tmp_path):
 @pytest.mark.parametrize("kind", ["libero", "robomimic"])
 def test_demonstrations(kind, tmp_path):
     path = write_hdf5(tmp_path / "task_demo.hdf5", kind)
-    said = None if kind == "libero" else "lift the cube"
-    convert_hdf5([path], tmp_path / "set", kind=kind, instruction=said)
+    instruction = None if kind == "libero" else "lift the cube"
+    convert_hdf5([path], tmp_path / "set", kind=kind, instruction=instruction)
     dataset = LeRobotDataset(tmp_path / "set", camera="observation.images.agentview")
     assert (dataset.fps, dataset.embodiment, dataset.lengths.tolist()) == (20, kind, [5, 7])
     for index, length in ((0, 5), (1, 7)):
-        told, episode = demonstration(index, length), dataset.episode(index)
-        states = np.concatenate([told["position"], told["axis_angle"], told["fingers"]], 1)
+        values, episode = demonstration(index, length), dataset.episode(index)
+        states = np.concatenate([values["position"], values["axis_angle"], values["fingers"]], 1)
         np.testing.assert_allclose(episode.states, states, atol=1e-6)
-        np.testing.assert_allclose(episode.actions, told["actions"], atol=1e-6)
-        assert np.abs(episode.frames.astype(int) - told["picture"]).mean() < 3
+        np.testing.assert_allclose(episode.actions, values["actions"], atol=1e-6)
+        assert np.abs(episode.frames.astype(int) - values["picture"]).mean() < 3
         assert episode.instruction == ("pick up the bowl" if kind == "libero" else "lift the cube")
         assert episode.success
     parts = SourceConfig(camera=dataset.camera, action=("position", "rotation", "gripper"))

@@ -1,4 +1,4 @@
-"""From every version to every other: the same story, and our own files byte for byte."""
+"""Conversion from every version to every other gives the same values. Our own files come back byte for byte."""
 
 import json
 
@@ -11,7 +11,7 @@ from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
 from agra.types import Embodiment, Episode
 from tests.support.full_disk import file_size_limit
-from tests.support.layouts import CAMERAS, LENGTHS, LEROBOT_WRITERS, STORY, TASKS, write_gr1
+from tests.support.layouts import CAMERAS, EPISODES, LENGTHS, LEROBOT_WRITERS, TASKS, write_gr1
 
 
 @pytest.fixture(scope="module", params=LEROBOT_WRITERS)
@@ -20,19 +20,19 @@ def root(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
-def test_the_same_story_in_every_version(root, tmp_path, version):
+def test_the_same_values_in_every_version(root, tmp_path, version):
     convert(root, tmp_path / "out", version)
     assert json.loads((tmp_path / "out/meta/info.json").read_text())["codebase_version"] == version
     for camera in CAMERAS:
         before, after = LeRobotDataset(root, camera=camera), LeRobotDataset(tmp_path / "out", camera=camera)
-        for index, told in enumerate(STORY):
+        for index, expected in enumerate(EPISODES):
             assert np.array_equal(after.frames(index), before.frames(index))
-            assert np.array_equal(after.states(index), told.states)
-            assert np.array_equal(after.actions(index), told.actions)
-            assert after.instruction(index) == TASKS[told.task]
-        shades = np.concatenate([told.frames[camera] for told in STORY]) / 255
+            assert np.array_equal(after.states(index), expected.states)
+            assert np.array_equal(after.actions(index), expected.actions)
+            assert after.instruction(index) == TASKS[expected.task]
+        shades = np.concatenate([expected.frames[camera] for expected in EPISODES]) / 255
         assert np.abs(after.stats[camera]["mean"].ravel() - shades.mean((0, 1, 2))).max() < 0.01
-    actions = np.concatenate([told.actions for told in STORY]).astype(float)
+    actions = np.concatenate([expected.actions for expected in EPISODES]).astype(float)
     np.testing.assert_allclose(after.stats["action"]["q99"], np.quantile(actions, 0.99, axis=0))
 
 
@@ -44,12 +44,13 @@ def test_v21_as_lerobot_lays_it_out(root, tmp_path):
     assert (info["total_chunks"], info["total_episodes"], info["total_frames"]) == (1, 3, sum(LENGTHS))
     rows = [json.loads(line) for line in (tmp_path / "out/meta/episodes.jsonl").read_text().splitlines()]
     assert rows == [
-        {"episode_index": i, "tasks": [TASKS[told.task]], "length": len(told.states)} for i, told in enumerate(STORY)
+        {"episode_index": i, "tasks": [TASKS[expected.task]], "length": len(expected.states)}
+        for i, expected in enumerate(EPISODES)
     ]
     tasks = [json.loads(line) for line in (tmp_path / "out/meta/tasks.jsonl").read_text().splitlines()]
     assert tasks == [{"task_index": 0, "task": TASKS[0]}, {"task_index": 1, "task": TASKS[1]}]
     stats = [json.loads(line) for line in (tmp_path / "out/meta/episodes_stats.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(stats[2]["stats"]["action"]["max"], STORY[2].actions.max(0))
+    np.testing.assert_allclose(stats[2]["stats"]["action"]["max"], EPISODES[2].actions.max(0))
     assert set(stats[0]["stats"]) == set(info["features"])
     table = pq.read_table(tmp_path / "out/data/chunk-000/episode_000001.parquet")
     assert table["frame_index"].to_pylist() == list(range(LENGTHS[1]))

@@ -32,13 +32,18 @@ KINDS = ("truncated", "flipped", "missing", "swapped", "metadata")
 def read(root, name):
     """Everything that training would see of a dataset."""
     views = [gr1_source("")] if name == "gr1" else [SourceConfig(camera=camera) for camera in CAMERAS]
-    seen = []
+    values = []
     for view in views:
         dataset = LeRobotDataset(root, source=view)
         for index in range(dataset.num_episodes):
             episode = dataset.episode(index)
-            seen += [episode.frames, episode.states, episode.actions, np.array([episode.instruction, str(episode.fps)])]
-    return seen
+            values += [
+                episode.frames,
+                episode.states,
+                episode.actions,
+                np.array([episode.instruction, str(episode.fps)]),
+            ]
+    return values
 
 
 def damage(root, kind, rng):
@@ -57,13 +62,13 @@ def damage(root, kind, rng):
     elif kind == "missing":
         path.unlink()
     else:
-        alike = [p for p in files if p != path and p.suffix == path.suffix]
-        if not alike:
+        candidates = [p for p in files if p != path and p.suffix == path.suffix]
+        if not candidates:
             path.unlink()
             return f"missing {path.name}"
-        other = alike[rng.integers(len(alike))]
-        content, theirs = path.read_bytes(), other.read_bytes()
-        path.write_bytes(theirs)
+        other = candidates[rng.integers(len(candidates))]
+        content, other_content = path.read_bytes(), other.read_bytes()
+        path.write_bytes(other_content)
         other.write_bytes(content)
     return f"{kind} {path.relative_to(root)}"
 
@@ -142,10 +147,10 @@ def run(tmp_path, count, seed):
 def check(outcomes):
     assert [key for key in outcomes if str(key[0]).startswith("unnamed")] == []
     wrong = [key for key in outcomes if key[0] == "wrong"]
-    unknowable = [
+    undetectable = [
         key for key in wrong if key[2].startswith("flipped") or key[1:3] == ("gr1", "tasks.jsonl: 'task' changed")
     ]
-    assert [key for key in wrong if key[3] or key not in unknowable] == []
+    assert [key for key in wrong if key[3] or key not in undetectable] == []
     for kind in KINDS:
         assert outcomes[True, kind, "named"] > 0, kind
 

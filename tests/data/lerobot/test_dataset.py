@@ -60,12 +60,12 @@ def test_round_trip(original):
     assert (dataset.state_names, dataset.action_names) == (("a",), ("u", "v"))
     assert dataset.stats["action"]["mean"].shape == (2,)
     for index in (2, 0, 1):
-        expected, found = make_episode(index, LENGTHS[index]), dataset.episode(index)
-        assert np.array_equal(found.states, expected.states)
-        assert np.array_equal(found.actions, expected.actions)
-        assert found.instruction == dataset.instruction(index) == expected.instruction
-        assert (found.embodiment, found.fps, found.success) == ("bot", 10, False)
-        assert np.abs(found.frames.astype(int) - expected.frames).mean() < 3
+        expected, episode = make_episode(index, LENGTHS[index]), dataset.episode(index)
+        assert np.array_equal(episode.states, expected.states)
+        assert np.array_equal(episode.actions, expected.actions)
+        assert episode.instruction == dataset.instruction(index) == expected.instruction
+        assert (episode.embodiment, episode.fps, episode.success) == ("bot", 10, False)
+        assert np.abs(episode.frames.astype(int) - expected.frames).mean() < 3
 
 
 def test_rows_need_no_video(copy):

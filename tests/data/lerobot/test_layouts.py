@@ -1,4 +1,4 @@
-"""Every layout, written by hand (`layouts.py`), is read back as the same story."""
+"""Every layout, written by hand (`tests/support/layouts.py`), is read back with the same values."""
 
 import json
 import shutil
@@ -19,11 +19,11 @@ from agra.stages import Stage
 from agra.training.plan import Machines
 from tests.support.layouts import (
     CAMERAS,
+    EPISODES,
     FPS,
     GR1_LENGTHS,
     LENGTHS,
     LEROBOT_WRITERS,
-    STORY,
     TASKS,
     gr1_states,
     write_gr1,
@@ -35,11 +35,11 @@ def root(request, tmp_path_factory):
     return LEROBOT_WRITERS[request.param](tmp_path_factory.mktemp("layout") / "set")
 
 
-def close(frames: np.ndarray, told: np.ndarray) -> bool:
-    return frames.shape == told.shape and np.abs(frames.astype(int) - told).mean() < 4
+def close(frames: np.ndarray, expected: np.ndarray) -> bool:
+    return frames.shape == expected.shape and np.abs(frames.astype(int) - expected).mean() < 4
 
 
-def test_the_story_is_read_back(root):
+def test_values_are_read_back(root):
     for camera in CAMERAS:
         dataset = LeRobotDataset(root, camera=camera)
         assert (dataset.num_episodes, dataset.fps, dataset.embodiment) == (3, FPS, "bot")
@@ -47,11 +47,11 @@ def test_the_story_is_read_back(root):
         assert dataset.state_names == ("s0", "s1", "s2", "s3", "s4", "s5")
         assert dataset.action_names == ("0", "1", "2", "3", "4")
         for index in (2, 0, 1):
-            episode, told = dataset.episode(index), STORY[index]
-            assert np.array_equal(episode.states, told.states)
-            assert np.array_equal(episode.actions, told.actions)
-            assert episode.instruction == TASKS[told.task]
-            assert close(episode.frames, told.frames[camera])
+            episode, expected = dataset.episode(index), EPISODES[index]
+            assert np.array_equal(episode.states, expected.states)
+            assert np.array_equal(episode.actions, expected.actions)
+            assert episode.instruction == TASKS[expected.task]
+            assert close(episode.frames, expected.frames[camera])
 
 
 def test_a_clip_is_what_the_episode_shows(root):
@@ -65,10 +65,10 @@ def test_cameras_side_by_side_and_cropped(root):
     source = SourceConfig(camera=CAMERAS[0], extra_cameras=(CAMERAS[1],))
     tiled = LeRobotDataset(root, source=source).frames(2)
     assert tiled.shape == (9, 32, 96, 3)
-    assert close(tiled[:, :, :48], STORY[2].frames[CAMERAS[0]])
-    assert close(tiled[:, :, 48:], STORY[2].frames[CAMERAS[1]].repeat(2, 1).repeat(2, 2))
+    assert close(tiled[:, :, :48], EPISODES[2].frames[CAMERAS[0]])
+    assert close(tiled[:, :, 48:], EPISODES[2].frames[CAMERAS[1]].repeat(2, 1).repeat(2, 2))
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 30), crop_columns=(10, 48))
-    assert close(LeRobotDataset(root, source=source).frames(1), STORY[1].frames[CAMERAS[0]][:, 4:30, 10:48])
+    assert close(LeRobotDataset(root, source=source).frames(1), EPISODES[1].frames[CAMERAS[0]][:, 4:30, 10:48])
     source = SourceConfig(camera=CAMERAS[0], crop_rows=(4, 33))
     with pytest.raises(ValueError, match=r"front: data\.crop_rows is 4 to 33, but the frames have 32 rows"):
         LeRobotDataset(root, source=source).frames(1)

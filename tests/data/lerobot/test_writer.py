@@ -175,8 +175,8 @@ def test_size_limits_and_chunks(tmp_path):
     places = ["chunk-000/file-000", "chunk-000/file-001", "chunk-001/file-000"]
     for folder, end in (("data", "parquet"), (f"videos/{CAMERA}", "mp4"), ("meta/episodes", "parquet")):
         root = tmp_path / "set" / folder
-        found = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob(f"*.{end}"))
-        assert found == places, folder
+        names = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob(f"*.{end}"))
+        assert names == places, folder
     rows = [
         row
         for path in sorted((tmp_path / "set/meta/episodes").rglob("*.parquet"))
@@ -242,6 +242,6 @@ def test_a_video_that_grows_is_the_video_of_all_its_frames():
     growing = GrowingVideo(*frames.shape[1:3], fps=10)
     for frame in frames:
         growing.add(frame)
-    found, whole = growing.finish(), EncodedVideo.of(frames, fps=10)
-    assert (found.video, found.size) == (whole.video, whole.size)
-    assert np.array_equal(found.histogram, whole.histogram)
+    grown, whole = growing.finish(), EncodedVideo.of(frames, fps=10)
+    assert (grown.video, grown.size) == (whole.video, whole.size)
+    assert np.array_equal(grown.histogram, whole.histogram)

@@ -19,14 +19,14 @@ def chunks(dtype, seed=0):
 def test_streaming_equals_numpy_on_the_whole_set(dtype, block_rows):
     parts = chunks(dtype)
     whole = np.concatenate(parts).astype(np.float64)
-    found = describe_stream(lambda: iter(parts), block_rows=block_rows)
+    statistics = describe_stream(lambda: iter(parts), block_rows=block_rows)
     for name, q in {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}.items():
-        np.testing.assert_array_equal(found[name], np.quantile(whole, q, axis=0), name)
-    np.testing.assert_array_equal(found["min"], whole.min(0))
-    np.testing.assert_array_equal(found["max"], whole.max(0))
-    np.testing.assert_allclose(found["mean"], whole.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found["std"], whole.std(0), rtol=1e-12)
-    assert found["count"].tolist() == [sum(LENGTHS)]
+        np.testing.assert_array_equal(statistics[name], np.quantile(whole, q, axis=0), name)
+    np.testing.assert_array_equal(statistics["min"], whole.min(0))
+    np.testing.assert_array_equal(statistics["max"], whole.max(0))
+    np.testing.assert_allclose(statistics["mean"], whole.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(statistics["std"], whole.std(0), rtol=1e-12)
+    assert statistics["count"].tolist() == [sum(LENGTHS)]
 
 
 def test_one_block_is_described_directly():

@@ -103,10 +103,10 @@ def test_errors(tmp_path):
     path.write_text(json.dumps({"arm": {"method": "min_max", "state": {}}}))
     with pytest.raises(ValueError, match=r"norm_stats\.json: not normalisation statistics"):
         NormStats.load_all(path)
-    ROWS.actions(1)[3, 1], kept = np.nan, ROWS.actions(1)[3, 1]
+    ROWS.actions(1)[3, 1], original = np.nan, ROWS.actions(1)[3, 1]
     with pytest.raises(ValueError, match="row 43, dimension 1 is nan"):
         NormStats.of([ROWS], "min_max")
-    ROWS.actions(1)[3, 1] = kept
+    ROWS.actions(1)[3, 1] = original
 
 
 class Poses:
@@ -172,8 +172,8 @@ def test_angles_and_rotations_come_back(rotation, size, tmp_path):
 def test_a_rotation_is_the_first_two_columns_of_its_matrix():
     """A quarter turn about z, by hand: x goes to y, y to -x."""
     part = NormalizedPart(name="r", start=0, end=3, method="rot6d", rotation="axis_angle")
-    found = part.encode(np.array([[0, 0, np.pi / 2]]), {})
-    np.testing.assert_allclose(found, [[0, 1, 0, -1, 0, 0]], atol=1e-7)
+    decoded = part.encode(np.array([[0, 0, np.pi / 2]]), {})
+    np.testing.assert_allclose(decoded, [[0, 1, 0, -1, 0, 0]], atol=1e-7)
     euler = NormalizedPart(name="r", start=0, end=3, method="rot6d", rotation="euler_angles_rpy")
     roll, yaw = 0.3, 0.5  # Rx(roll) @ Rz(yaw): its first column is (cos yaw, cos roll sin yaw, sin roll sin yaw)
     expected = [np.cos(yaw), np.cos(roll) * np.sin(yaw), np.sin(roll) * np.sin(yaw)]
@@ -182,8 +182,8 @@ def test_a_rotation_is_the_first_two_columns_of_its_matrix():
 
 def test_gram_schmidt_takes_what_is_no_rotation():
     part = NormalizedPart(name="r", start=0, end=9, method="rot6d", rotation="matrix")
-    found = part.decode(np.array([[2.0, 0, 0, 1, 3, 0]]), {}).reshape(3, 3)
-    np.testing.assert_allclose(found, np.eye(3), atol=1e-6)
+    decoded = part.decode(np.array([[2.0, 0, 0, 1, 3, 0]]), {}).reshape(3, 3)
+    np.testing.assert_allclose(decoded, np.eye(3), atol=1e-6)
 
 
 def test_a_missing_part_enters_no_statistics():

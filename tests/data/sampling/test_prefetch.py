@@ -20,16 +20,16 @@ def test_each_step_gets_its_own_batch_whatever_was_asked_before():
 
 
 def test_the_next_batches_are_begun_before_they_are_asked_for():
-    begun = threading.Event()
+    started = threading.Event()
 
     def batch(step):
         if step == 2:
-            begun.set()
+            started.set()
         return step
 
     with Prefetched(batch, ahead=2) as batches:
         batches(0)
-        assert begun.wait(timeout=10)
+        assert started.wait(timeout=10)
 
 
 def test_an_error_is_raised_by_its_own_step():
