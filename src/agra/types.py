@@ -5,7 +5,7 @@ channel. States and actions are float32 in the robot's units.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -196,6 +196,35 @@ class Policy(Protocol):
     def act(self, observation: Observation) -> ActionChunk:
         """Return the next K actions."""
         ...
+
+
+@runtime_checkable
+class ReadsPast(Protocol):
+    """A policy that may read earlier observations. Optional."""
+
+    @property
+    def past(self) -> tuple[int, ...]:
+        """`PolicySpec.past`."""
+        ...
+
+
+def past_of(policy: object) -> tuple[int, ...]:
+    """Control steps before the present one whose observations a policy reads."""
+    return policy.past if isinstance(policy, ReadsPast) else ()
+
+
+def with_past(observation: Observation, earlier: Sequence[Observation], past: Sequence[int]) -> Observation:
+    """The observation with those at the control steps `past`, taken from all `earlier` ones of the episode, in order.
+
+    Before the first observation it repeats. Raises ValueError where a past observation has no frame.
+    """
+    if not past:
+        return observation
+    moments = [earlier[max(0, len(earlier) + step)] if earlier else observation for step in past]
+    for step, moment in zip(past, moments, strict=True):
+        if not moment.frame.size:
+            raise ValueError(f"the policy reads the observation at control step {step}, whose frame was not rendered")
+    return replace(observation, past=tuple(moments))
 
 
 @runtime_checkable

@@ -104,6 +104,65 @@ def test_only_frames_that_the_policy_receives_are_rendered():
     assert digests[0] == digests[1]
 
 
+class CountingWorld(PointWorld):
+    """Counts what it renders."""
+
+    rendered = 0
+
+    def _observe(self, render=True):
+        self.rendered += render
+        return super()._observe(render)
+
+
+class ReadingPast(Scripted):
+    """Reads past observations."""
+
+    past: tuple[int, ...] = (-1,)
+
+
+@pytest.mark.parametrize(("past", "rendered"), [((), 5), ((-1,), 9), ((-4,), 5), ((-6, -3), 12)])
+def test_past_observations_are_rendered_and_given(past, rendered):
+    """Chunks of 4 in 14 steps: calls at steps 0, 4, 8 and 12, and a short last chunk. The first observation repeats before it."""
+    _, trial = env_at([0.1, 0.1], [0.9, 0.9])
+    policies, episodes, worlds = [], [], []
+    for record in (True, False):
+        policy, world = ReadingPast([(0.9, 0.3), (0.9, 0.3), (0.2, 0.3), (0.2, 0.3)]), CountingWorld()
+        policy.past = past
+        episodes.append(run_episode(policy, world, trial, execute_steps=4, max_steps=14, record=record))
+        policies.append(policy)
+        worlds.append(world)
+    episode = episodes[0]
+    assert [world.rendered for world in worlds] == [15, rendered]
+    for policy in policies:
+        assert len(policy.observations) == 4
+        for call, observation in zip((0, 4, 8, 12), policy.observations, strict=True):
+            assert len(observation.past) == len(past)
+            for step, moment in zip(past, observation.past, strict=True):
+                assert np.array_equal(moment.frame, episode.frames[max(0, call + step)])
+                assert np.array_equal(moment.state, episode.states[max(0, call + step)])
+    plain = run_episode(
+        Scripted([(0.9, 0.3), (0.9, 0.3), (0.2, 0.3), (0.2, 0.3)]), PointWorld(), trial, execute_steps=4, max_steps=14
+    )
+    assert np.array_equal(plain.frames, episode.frames)
+
+
+def test_a_digest_holds_the_past():
+    digests = []
+    for past in ((), (-1,), (-2,)):
+        policy = ReadingPast([(0.2, 0.3)] * 4)
+        policy.past = past
+        recorded = RecordedPolicy(policy)
+        digests.append(recorded.digest(run_episode(recorded, PointWorld(), TRIAL, execute_steps=4, max_steps=8)))
+    assert len(set(digests)) == 3
+
+
+def test_past_observations_need_chunks_of_one_length():
+    policy = ReadingPast([(0.2, 0.3)] * 4, [(0.2, 0.3)])
+    policy.past = (-3,)
+    with pytest.raises(ValueError, match="control step -3, whose frame was not rendered"):
+        run_episode(policy, PointWorld(), TRIAL, execute_steps=4, max_steps=14, record=False)
+
+
 def test_same_trial_same_episode():
     policy, env = wanderer()
     first = run_episode(policy, env, TRIAL, execute_steps=4)

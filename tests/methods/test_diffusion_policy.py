@@ -20,15 +20,17 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from agra.api import prepare, train
+from agra.api import make_sampler, prepare, train
 from agra.batch import Batch
 from agra.checkpoints.folder import newest, resolve
 from agra.checkpoints.read import read_config
 from agra.cli.main import main
 from agra.config import RunConfig
 from agra.data.config import DataConfig
+from agra.data.source import embodiment_stats, open_sources
 from agra.evaluation.collect import collect
 from agra.evaluation.results import read_results
+from agra.evaluation.rollout import RecordedPolicy, run_episode
 from agra.methods.diffusion_policy import (
     ConditionedBlock,
     DiffusionPolicyConfig,
@@ -46,6 +48,7 @@ from agra.serving.client import PolicyClient
 from agra.simulators.registry import SUITES, Suite
 from agra.stages import StageConfig
 from agra.training.memory_estimate import measure
+from agra.types import Observation
 from agra.wam.text import TextConfig
 from tests.support.echo import running
 from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
@@ -554,12 +557,52 @@ def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
 def test_it_is_served(trained):
     policy = load_policy(trained[0])
     assert policy.spec.past == (-1,)
-    observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
+    trial, digests = make_trial("t", "in_distribution", 3, reachable=False), []
     with running(policy) as server:
         server.call(server.service.start())
         client = PolicyClient(server.address)
-        np.testing.assert_array_equal(client.act(observation).actions, policy.act(observation).actions)
+        for player in (policy, client):
+            recorded = RecordedPolicy(player)
+            episode = run_episode(recorded, PointWorld(), trial, execute_steps=2, max_steps=8, record=False)
+            digests.append(recorded.digest(episode))
         client.close()
+    assert digests[0] == digests[1]
+
+
+def test_a_policy_reads_the_observation_before(trained):
+    policy, world = load_policy(trained[0]), PointWorld()
+    first = world.reset(make_trial("t", "in_distribution", 3))
+    second = world.step(first.state + 0.1).observation
+    together = policy.encode([replace(second, past=(first,)), second])
+    assert torch.equal(together.frames[0, 0], torch.from_numpy(first.frame))
+    assert torch.equal(together.frames[0, 1], torch.from_numpy(second.frame))
+    assert torch.equal(together.frames[1, 0], together.frames[1, 1])  # it repeats
+    normalized = policy.stats["dot"].normalize("state", np.stack([first.state, second.state]))
+    np.testing.assert_array_equal(together.states[0].numpy(), normalized)
+    assert torch.equal(together.states[1], together.states[0, 1].expand(2, -1))
+    with pytest.raises(ValueError, match=re.escape("expected past observations at the control steps (-1,), got 2")):
+        policy.encode([replace(second, past=(first, first))])
+
+
+def test_a_policy_sees_what_training_saw(trained):
+    """Windows of the sampler and observations of a policy are the same inputs, at an episode's start and within it."""
+    config = trained[1]
+    sources = open_sources(config.data)
+    stats = embodiment_stats(sources)
+    sampler = make_sampler(config, sources, stats, None, None)
+    policy, dataset = load_policy(trained[0]), sources[0].dataset
+    episode = int(np.argmax(dataset.lengths))
+    steps = (0, 1, dataset.lengths[episode] - 1)
+    windows = observation_inputs(sampler._assemble(np.array([(0, episode, step) for step in steps])), config.method)
+    frames, states = dataset.frames(episode), dataset.states(episode)
+
+    def moment(step):
+        return Observation(frame=frames[step], state=states[step], instruction="go", embodiment="dot")
+
+    observations = [replace(moment(step), past=(moment(max(0, step - 1)),)) for step in steps]
+    seen = policy.encode(observations)
+    assert torch.equal(seen.frames, windows.frames)
+    assert torch.equal(seen.states, windows.states)
 
 
 def test_it_is_evaluated_by_name(trained, monkeypatch, capsys):

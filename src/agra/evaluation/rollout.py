@@ -18,7 +18,18 @@ from agra import files
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import Results, TrialResult, read_results
 from agra.evaluation.workers import ATTEMPTS, imap_unordered
-from agra.types import ActionChunk, Episode, ImaginingPolicy, Observation, Policy, Simulator, Step, Trial
+from agra.types import (
+    ActionChunk,
+    Episode,
+    ImaginingPolicy,
+    Observation,
+    Policy,
+    Simulator,
+    Step,
+    Trial,
+    past_of,
+    with_past,
+)
 
 PACKAGES = (
     *("agra", "numpy", "mujoco", "gymnasium", "torch", "diffusers", "transformers"),
@@ -45,27 +56,31 @@ def run_episode(
     actions of each chunk are executed, or all of a shorter chunk. `execute_steps`, `max_steps` and `termination` are those
     of `agra.evaluation.protocols.Protocol`. `perturb` maps an action (D,) to the executed one, while the row keeps the
     policy's. Without `record`, only frames that the policy receives are rendered and the episode has no frames,
-    (N, 0, 0, 3). With `masks`, every row has the simulator's interaction mask.
+    (N, 0, 0, 3). A policy that reads past observations (`agra.types.ReadsPast`) must answer chunks of one length. With `masks`, every row has the simulator's interaction mask.
     """
     limit = simulator.max_steps if max_steps is None else max_steps
     if execute_steps < 1 or limit < 1:
         raise ValueError(f"execute_steps and max_steps must be at least 1, got {execute_steps} and {limit}")
     observation = simulator.reset(trial)
     policy.reset(trial.seed)
+    past = past_of(policy)
     observations: list[Observation] = []
     actions: list[np.ndarray] = []
     interaction_masks: list[np.ndarray] = []
     step: Step | None = None
     done = False
     while not done and len(actions) < limit:
-        chunk = policy.act(observation).actions[: min(execute_steps, limit - len(actions))]
+        chunk = policy.act(with_past(observation, observations, past)).actions
+        chunk = chunk[: min(execute_steps, limit - len(actions))]
+        end = len(actions) + len(chunk)
         for index, action in enumerate(chunk):
             if masks:
                 interaction_masks.append(simulator.interaction_mask())
             observations.append(observation)
             actions.append(np.array(action, dtype=np.float32))
             last = index == len(chunk) - 1
-            step = simulator.step(action if perturb is None else perturb(action), render=record or last)
+            seen = any((len(actions) - offset - end) % len(chunk) == 0 for offset in (0, *past))
+            step = simulator.step(action if perturb is None else perturb(action), render=record or seen)
             observation = step.observation
             if step.success and (termination == "step" or last):
                 done = True
@@ -95,6 +110,11 @@ class RecordedPolicy:
         self._act = policy.act_and_imagine if imagine and isinstance(policy, ImaginingPolicy) else policy.act
         self._start(0)
 
+    @property
+    def past(self) -> tuple[int, ...]:
+        """The policy's."""
+        return past_of(self.policy)
+
     def reset(self, seed: int) -> None:
         """Reset the policy and the record."""
         self._start(seed)
@@ -107,8 +127,10 @@ class RecordedPolicy:
         self.seconds.append(time.perf_counter() - start - chunk.timings.get("imagine", 0.0))
         self.chunks.append(chunk)
         self._hash.update(f"{observation.instruction}\n{observation.embodiment}\n".encode())
-        for array in (observation.frame, *observation.views.values(), observation.state, chunk.actions):
-            self._hash.update(np.ascontiguousarray(array).data)
+        for moment in (*observation.past, observation):
+            for array in (moment.frame, *moment.views.values(), moment.state):
+                self._hash.update(np.ascontiguousarray(array).data)
+        self._hash.update(np.ascontiguousarray(chunk.actions).data)
         return chunk
 
     def digest(self, episode: Episode) -> str:

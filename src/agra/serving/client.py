@@ -54,6 +54,11 @@ class PolicyClient:
         assert self._spec is not None
         return self._spec
 
+    @property
+    def past(self) -> tuple[int, ...]:
+        """Control steps before the present one whose observations the policy reads."""
+        return self.spec.past
+
     def reset(self, seed: int) -> None:
         """Begin an episode with the next observation."""
         self._seed, self._in_episode = seed, False

@@ -1,5 +1,7 @@
 """Valid requests become observations. Errors name the key, the expected value and the actual one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,34 @@ def test_a_request_round_trips():
     assert (parsed.seed, parsed.request_id, parsed.continuation.delay) == (7, "a", 2)
     assert np.array_equal(parsed.continuation.actions, request.continuation.actions)
     assert parsed.ignored == ()
+
+
+def test_past_observations_round_trip():
+    two = replace(spec(), past=(-5, -1))
+    asked = InferRequest(observation=replace(observation(3), past=(observation(1), observation(2))))
+    sent = unpack(pack(encode_request(asked, KEYS, two)))
+    parsed = parse_request(sent, two, KEYS)
+    for past, same in zip(parsed.observation.past, asked.observation.past, strict=True):
+        assert np.array_equal(past.frame, same.frame)
+        assert np.array_equal(past.state, same.state)
+    assert parsed.ignored == ()
+    assert parse_request(message(), two, KEYS).observation.past == ()
+    assert parse_request(sent, spec(), KEYS).ignored == ("past_image", "past_state")
+    assert {"past_image", "past_state"} <= set(describe(two, KEYS)["optional_keys"])
+    assert not {"past_image", "past_state"} & set(describe(spec(), KEYS)["optional_keys"])
+    assert read_description(unpack(pack(describe(two, KEYS)))) == (two, KEYS)
+    invalid = {
+        r"past_image: expected \(2, H, W, 3\) uint8, got \(1, 32, 48, 3\) uint8": {
+            "past_image": sent["past_image"][:1]
+        },
+        r"past_image: expected \(H, W, 3\) uint8 .* float32": {"past_image": np.zeros((2, 32, 48, 3), np.float32)},
+        r"past_image: expected .* got nothing": {"past_image": None},
+        r"past_state: expected \(2, 4\) float, got nothing": {"past_state": None},
+        r"past_state: expected \(2, 4\) float, got \(2, 3\) float32": {"past_state": np.zeros((2, 3), np.float32)},
+    }
+    for complaint, change in invalid.items():
+        with pytest.raises(RequestError, match=complaint):
+            parse_request({**sent, **change}, two, KEYS)
 
 
 INVALID = {

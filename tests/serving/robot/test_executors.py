@@ -51,6 +51,25 @@ def play(executor, steps=60):
     return [executor.step(observe(step)) for step in range(steps)]
 
 
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_requests_carry_the_past_that_the_policy_reads(name):
+    """Known from the first answer on, when the episode has no past yet."""
+
+    class Reading(Counting):
+        past = (-3, -1)
+
+        def act(self, observation, *, continuation=None):
+            self.steps = [*getattr(self, "steps", []), [int(moment.state[0]) for moment in observation.past]]
+            return super().act(observation, continuation=continuation)
+
+    policy = Reading()
+    play(make_executor(name, DelayedInference(policy, 0), execute_steps=2), steps=8)
+    assert policy.steps[0] == []
+    assert len(policy.asked) > 3
+    for now, steps in zip(policy.asked[1:], policy.steps[1:], strict=True):
+        assert steps == [max(0, now - 3), now - 1]
+
+
 @pytest.mark.parametrize("delay", [0, 1, 2, 4])
 @pytest.mark.parametrize("name", ["asynchronous", "ensemble", "rtc"])
 def test_each_action_is_executed_at_its_own_step(name, delay):

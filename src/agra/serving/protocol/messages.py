@@ -43,6 +43,8 @@ OPTIONAL = {
     "seed": f"integer from 0 to {SEEDS - 1}: begins an episode with this observation",
     "continuation": "(P, D) float: actions being executed, starting at this observation's control step",
     "continuation_delay": "integer: number of those that will have been executed when the response arrives",
+    "past_image": "(P, H, W, 3) uint8 RGB: at the control steps in `past`, all after an episode's first observation",
+    "past_state": "(P, S) float: the states there, all keys joined",
     "imagine": "true: return the predicted video too, as `imagined`, (F, H, W, 3) uint8",
     "request_id": "integer, or text of at most 100 characters: returned with the response",
 }
@@ -83,8 +85,9 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
             **dict.fromkeys(keys.state, f"{state} float{joined}"),
             keys.prompt: f"text of 1 to {MAX_INSTRUCTION} characters",
         },
-        "optional_keys": OPTIONAL if spec.imagines else {k: v for k, v in OPTIONAL.items() if k != "imagine"},
+        "optional_keys": {key: OPTIONAL[key] for key in _optional(spec) if spec.imagines or key != "imagine"},
         "imagines": spec.imagines,
+        "past": list(spec.past),
         "roles": {"image": keys.image, "state": list(keys.state), "prompt": keys.prompt},
     }
 
@@ -107,6 +110,7 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
             frame_size=(int(height), int(width)),
             embodiments=embodiments,
             imagines=bool(message.get("imagines", False)),
+            past=tuple(int(step) for step in message.get("past", ())),
         )
         keys = WireKeys(image=roles["image"], state=tuple(roles["state"]), prompt=roles["prompt"])
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -134,6 +138,9 @@ def encode_request(request: InferRequest, keys: WireKeys, spec: PolicySpec) -> d
             )
         for key, (start, end) in zip(keys.state, parts.values(), strict=True):
             message[key] = observation.state[start:end].astype(np.float32)
+    if observation.past:
+        message["past_image"] = np.stack([moment.frame for moment in observation.past])
+        message["past_state"] = np.stack([moment.state for moment in observation.past]).astype(np.float32)
     if request.seed is not None:
         message["seed"] = request.seed
     if continuation is not None:
@@ -170,12 +177,13 @@ def parse_request(message: Any, spec: PolicySpec, keys: WireKeys) -> InferReques
     embodiment = _embodiment(message.get("embodiment"), spec)
     robot = spec.embodiments[embodiment]
     observation = Observation(
+        past=_past(message, embodiment, robot.state_dim, spec),
         frame=parse_frame(keys.image, message[keys.image]),
         state=_state(message, keys.state, robot.state_dim),
         instruction=parse_text(keys.prompt, message[keys.prompt], MAX_INSTRUCTION),
         embodiment=embodiment,
     )
-    accepted = {*_required(keys), *OPTIONAL}
+    accepted = {*_required(keys), *_optional(spec)}
     return InferRequest(
         observation=observation,
         seed=_integer("seed", message.get("seed"), SEEDS - 1),
@@ -224,6 +232,26 @@ def parse_text(key: str, value: Any, longest: int) -> str:
 
 def _required(keys: WireKeys) -> tuple[str, ...]:
     return keys.image, *keys.state, keys.prompt
+
+
+def _optional(spec: PolicySpec) -> list[str]:
+    """The optional keys that are read. Without past observations those are ignored."""
+    return [key for key in OPTIONAL if spec.past or not key.startswith("past_")]
+
+
+def _past(message: Mapping[str, Any], embodiment: str, size: int, spec: PolicySpec) -> tuple[Observation, ...]:
+    """The past observations, or none of them."""
+    frames, states = message.get("past_image"), message.get("past_state")
+    if not spec.past or (frames is None and states is None):
+        return ()
+    count = len(spec.past)
+    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or len(frames) != count:
+        raise RequestError(f"past_image: expected ({count}, H, W, 3) uint8, got {_kind(frames)}")
+    rows = parse_floats("past_state", states, (count, size))
+    return tuple(
+        Observation(frame=parse_frame("past_image", frame), state=row, instruction="", embodiment=embodiment)
+        for frame, row in zip(frames, rows, strict=True)
+    )
 
 
 def _embodiment(value: Any, spec: PolicySpec) -> str:

@@ -14,11 +14,14 @@ from typing import Protocol
 
 import numpy as np
 
-from agra.types import ActionChunk, Continuation, Observation, Policy
+from agra.types import ActionChunk, Continuation, Observation, Policy, past_of, with_past
 
 
 class Inference(Protocol):
     """Requests to a policy, one at a time, with results that arrive later."""
+
+    past: tuple[int, ...]
+    """Control steps before the present one whose observations the policy reads. Empty until its first request."""
 
     @property
     def busy(self) -> bool:
@@ -53,7 +56,7 @@ class ThreadedInference:
     """Runs a policy in a thread, in real time."""
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.past = policy, ()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
         self._result: Future[ActionChunk] | None = None
 
@@ -70,7 +73,11 @@ class ThreadedInference:
     def submit(self, observation: Observation, continuation: Continuation | None) -> None:
         """Start a request. Only valid when not busy."""
         assert not self.busy
-        self._result = self._thread.submit(_act, self.policy, observation, continuation)
+        self._result = self._thread.submit(self._act, observation, continuation)
+
+    def _act(self, observation: Observation, continuation: Continuation | None) -> ActionChunk:
+        self.past = past_of(self.policy)  # here, as it may connect to a server
+        return _act(self.policy, observation, continuation)
 
     def poll(self) -> ActionChunk | None:
         """Return the result once, or None until it has arrived. Raises the policy's error."""
@@ -94,7 +101,7 @@ class DelayedInference:
     def __init__(self, policy: Policy, delay: int) -> None:
         if delay < 0:
             raise ValueError(f"delay: expected at least 0 control steps, got {delay}")
-        self.policy, self.delay = policy, delay
+        self.policy, self.delay, self.past = policy, delay, ()
         self._result: ActionChunk | None = None
         self._left = 0
 
@@ -111,6 +118,7 @@ class DelayedInference:
     def submit(self, observation: Observation, continuation: Continuation | None) -> None:
         """Compute the result at once and keep it for `delay` control steps. Only valid when not busy."""
         assert not self.busy
+        self.past = past_of(self.policy)
         self._result, self._left = _act(self.policy, observation, continuation), self.delay
 
     def poll(self) -> ActionChunk | None:
@@ -154,6 +162,7 @@ class Executor:
         """Begin an episode."""
         self.inference.reset(seed)
         self._now, self._requested = 0, 0
+        self._earlier: list[Observation] = []  # of this episode, as many as the policy reads
         self._chunks: list[_Chunk] = []
 
     def step(self, observation: Observation) -> Command:
@@ -167,7 +176,8 @@ class Executor:
             arrived = self._receive()
             if not self.inference.busy and self._request_due():
                 self._requested = self._now
-                self.inference.submit(observation, self._continuation())
+                seen = with_past(observation, self._earlier, self.inference.past)
+                self.inference.submit(seen, self._continuation())
                 arrived = self._receive() or arrived  # without latency the chunk arrives at once
         except OSError as lost:
             error = f"{lost}"
@@ -180,6 +190,8 @@ class Executor:
             error=error,
         )
         self._now += 1
+        depth = -min(self.inference.past, default=0)
+        self._earlier = [*self._earlier, observation][-depth:] if depth else []
         self.inference.tick()
         return command
 
