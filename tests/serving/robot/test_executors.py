@@ -65,8 +65,8 @@ def test_requests_carry_the_past_that_the_policy_reads(name):
     policy = Reading()
     play(make_executor(name, DelayedInference(policy, 0), execute_steps=2), steps=8)
     assert policy.steps[0] == []
-    assert len(policy.asked) > 3
-    for now, steps in zip(policy.asked[1:], policy.steps[1:], strict=True):
+    assert len(policy.requested) > 3
+    for now, steps in zip(policy.requested[1:], policy.steps[1:], strict=True):
         assert steps == [max(0, now - 3), now - 1]
 
 
