@@ -80,7 +80,7 @@ def test_uniform_levels_fill_the_interval():
 
 
 def test_beta_levels_are_gr00t_reversed():
-    """b ~ Beta(1.5, 1) has CDF b^1.5; the level is b / 0.999, clamped."""
+    """b ~ Beta(1.5, 1) has CDF b^1.5. The level is b / 0.999, clamped."""
     torch.manual_seed(0)
     levels = beta_levels(200_000)
     assert levels.max() <= 1
@@ -109,7 +109,7 @@ def test_continuation_weights_are_those_of_the_paper():
 
 
 def test_guidance_is_eq_2_of_the_paper_in_our_time():
-    """Against the paper's own convention (time 1 - level, velocity towards data), written out with a full Jacobian."""
+    """The paper's convention (time 1 - level, velocity towards data), computed with a full Jacobian."""
     torch.manual_seed(0)
     matrix, target, weights = torch.randn(6, 6), torch.randn(1, 3, 2), torch.rand(1, 3, 2)
     for level in (1.0, 0.75, 0.3):
@@ -132,7 +132,7 @@ def test_guidance_is_eq_2_of_the_paper_in_our_time():
 
 
 def test_guidance_reaches_the_old_chunk_through_a_network_that_listens():
-    """Where the denoised estimate follows the sample, the frozen actions come out as they were."""
+    """If the denoised estimate follows the sample, the executed actions stay unchanged."""
     torch.manual_seed(0)
     noise, previous = torch.randn(2, 8, 3), 0.3 * torch.randn(2, 8, 3)
     weights = torch.zeros_like(noise)
@@ -144,7 +144,7 @@ def test_guidance_reaches_the_old_chunk_through_a_network_that_listens():
 
     plain = euler(predict, noise, 20)
     held = euler(continue_chunk(predict, previous, weights), noise, 20)
-    before, after = ((one - previous)[0, :4].abs().mean() for one in (plain, held))
+    before, after = ((chunk - previous)[0, :4].abs().mean() for chunk in (plain, held))
     assert after < 0.1 * before
     torch.testing.assert_close(held[0, 6:], plain[0, 6:])
     torch.testing.assert_close(held[1], plain[1])  # a row without a chunk to continue

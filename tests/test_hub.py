@@ -21,11 +21,11 @@ def test_digest_follows_every_weight():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = weights_digest(module)
     assert before == weights_digest(module)
-    seen = {before}
+    digests = {before}
     for tensor in module.state_dict().values():
         tensor.view(-1)[-1:].add_(1)
-        seen.add(weights_digest(module))
-    assert len(seen) == 1 + len(module.state_dict())
+        digests.add(weights_digest(module))
+    assert len(digests) == 1 + len(module.state_dict())
     assert weights_digest(nn.Linear(2, 2).bfloat16()) != before
 
 
@@ -76,7 +76,7 @@ def test_a_missing_package_names_the_extra():
 
 @pytest.fixture
 def published(tmp_path):
-    """A model in two shards with their index, as the hub has them."""
+    """A model in two shards with their index, in the hub's layout."""
     torch.manual_seed(0)
     parts = {"first": nn.Linear(3, 4).state_dict(), "second": nn.Linear(4, 5).state_dict()}
     index = {}
@@ -115,7 +115,7 @@ def test_an_interrupted_download_is_called_that_and_changes_nothing(published):
 
 
 def test_packaged_weights_are_compared_with_their_digest(monkeypatch):
-    """Another file under the same name, as after an attack on a package, is not read."""
+    """Another file of the same name, as after an attack on a package, is not read."""
     monkeypatch.setattr(dinov2_onnx, "DIGEST", "0" * 64)
     with pytest.raises(ValueError, match=r"packaged DINOv2 teacher: .*vit_s_focus\.onnx is not the expected file"):
         dinov2_onnx.read_packaged_dinov2()

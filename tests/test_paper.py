@@ -1,4 +1,4 @@
-"""The paper's equations against arithmetic written independently, mostly with numpy loops."""
+"""The paper's equations against independent arithmetic, mostly numpy loops."""
 
 import math
 from functools import cache
@@ -49,7 +49,7 @@ def test_eq_6_is_float32_under_autocast():
 
 @pytest.mark.parametrize("shape", [(3, 16, 5, 4, 6), (3, 16, 29)], ids=["Eqs. 8-9 latents", "Eqs. 11, 13 actions"])
 def test_eqs_8_9_11_13_flow(shape):
-    """z^tau = (1 - tau) z + tau eps; the target is eps - z, the derivative of z^tau by tau."""
+    """z^tau = (1 - tau) z + tau eps. The target is eps - z, the derivative of z^tau by tau."""
     rng = np.random.default_rng(1)
     data, noise = rng.normal(size=shape), rng.normal(size=shape)
     tau = rng.uniform(size=shape[0])
@@ -70,7 +70,7 @@ def test_eq_14_layers_are_those_of_c1():
 
 
 def test_reference_frames_are_the_first_of_each_latent_frame():
-    """Latent frame 0 is frame 0; latent frame t covers 4t - 3 .. 4t."""
+    """Latent frame 0 is frame 0. Latent frame t covers 4t - 3 .. 4t."""
     covered = {0: [0]} | {t: list(range(4 * t - 3, 4 * t + 1)) for t in range(1, 5)}
     assert sorted(f for frames in covered.values() for f in frames) == list(range(17))
     assert reference_frames(5) == tuple(frames[0] for frames in covered.values()) == (0, 1, 5, 9, 13)
@@ -98,7 +98,7 @@ def test_default_recipe_is_c1_and_c3():
 
 
 PAPER_RECIPES = {name: recipe for name, recipe in RECIPES.items() if recipe(Stage.JOINT).method.kind == "wam"}
-"""Rows of the paper. The other methods have tests of their own."""
+"""Rows of the paper. Tests of the other methods are in tests/methods."""
 
 
 def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
@@ -125,7 +125,7 @@ def _count(*modules):
 
 
 def test_every_recipe_builds_on_the_meta_device():
-    """The video DiT is Cosmos-Predict2.5-2B; head and bridge together have the counts of N1.5 less its future tokens."""
+    """The video DiT is Cosmos-Predict2.5-2B. Head and bridge together have N1.5's count without its future tokens."""
     for name, recipe in PAPER_RECIPES.items():
         for stage in Stage:
             assert recipe(stage).stage.name is stage
@@ -159,7 +159,7 @@ def test_head_presets_have_the_published_counts():
 
 
 def test_presets_are_c3():
-    """Steps, rates, horizon and stride of every experiment; the adapt stage's 5k before each, the robot's 2k after."""
+    """Steps, rates, horizon and stride of every experiment, with the adapt stage's 5k before and the robot's 2k after."""
     rows = {
         ("agra_dino_l8", ()): (80_000, 1e-4, 16, 1),
         ("agra_dino_l8", ("gr1",)): (80_000, 1e-4, 16, 1),
@@ -206,7 +206,7 @@ def test_banks_of_biases_have_no_weight_decay(small_config):
 
 @pytest.mark.parametrize(("std", "expected"), [(0.02, 0.02), (None, 1 / 8)], ids=["GR00T's", "from scratch"])
 def test_initial_banks(std, expected):
-    """#45."""
+    """#45: the banks' initial standard deviation is GR00T's by default."""
     torch.manual_seed(0)
     bank = EmbodimentLinear(2, 64, 256, std)
     assert bank.weight.std().item() == pytest.approx(expected, rel=0.02)

@@ -1,4 +1,4 @@
-"""A sample's random numbers do not depend on how a step is spread."""
+"""A sample's random numbers do not depend on the shards of a step."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SAMPLES = 8
 
 
 def step_numbers(samples, index=0, count=1, dropout=0):
-    """What a training step draws: half of the samples' levels, noise, two actions a sample, with dropout in between."""
+    """The draws of a training step: levels of half the samples, noise, two actions per sample, with dropout in between."""
     with sharded_rng(3, 7, samples=samples, index=index, count=count):
         levels = logit_normal_levels(samples // 2)
         torch.rand(dropout)
@@ -19,14 +19,14 @@ def step_numbers(samples, index=0, count=1, dropout=0):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_shares_together_are_the_whole(count):
+def test_shards_together_are_the_whole(count):
     whole = step_numbers(SAMPLES)
     for index in range(count):
-        for mine, all_of_them in zip(step_numbers(SAMPLES // count, index, count), whole, strict=True):
-            assert torch.equal(mine, all_of_them[index::count])
+        for mine, all_rows in zip(step_numbers(SAMPLES // count, index, count), whole, strict=True):
+            assert torch.equal(mine, all_rows[index::count])
 
 
-def test_dropout_in_between_changes_nothing_and_differs_between_shares():
+def test_dropout_in_between_changes_nothing_and_differs_between_shards():
     for plain, disturbed in zip(step_numbers(4, 1, 2), step_numbers(4, 1, 2, dropout=100), strict=True):
         assert torch.equal(plain, disturbed)
     masks = []
@@ -36,7 +36,7 @@ def test_dropout_in_between_changes_nothing_and_differs_between_shares():
     assert not torch.equal(*masks)
 
 
-def test_one_share_draws_what_the_seed_alone_would():
+def test_a_single_shard_draws_the_same_as_the_seed_alone():
     with sharded_rng(3, 7, samples=4):
         ours = sample_shard(torch.rand, 4), sample_shard(torch.randn, 4)
     seed_everything(3, 7)

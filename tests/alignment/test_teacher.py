@@ -39,7 +39,7 @@ def picture(count=2, size=(90, 160), seed=0):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One random-weight checkpoint of each family, saved as the hub has them."""
+    """A random-weight checkpoint of each family in the hub's layout."""
     root = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(0)
     dinov2 = {**SMALL, "patch_size": 14, "image_size": 70}
@@ -73,7 +73,7 @@ def test_reference_frames_are_the_first_that_each_latent_frame_covers():
 
 
 def by_hand(grid, height, width):
-    """Bilinear with aligned pixel centres and clamped edges, one output cell at a time."""
+    """Bilinear interpolation with aligned pixel centres and clamped edges, cell by cell."""
     h, w = grid.shape[:2]
     out = np.zeros((height, width, grid.shape[2]))
     for i in range(height):
@@ -102,7 +102,7 @@ def test_halving_is_the_mean_of_each_block():
 
 @pytest.mark.parametrize(("antialias", "unread"), [(False, [2, 5, 10, 13, 18, 21, 26, 29]), (True, [])])
 def test_which_rows_of_32_a_12_row_grid_reads(antialias, unread):
-    """What the docstring says about shrinking by 2.67: one patch row at a time is lit and looked for."""
+    """The docstring's statement about shrinking by 2.67, tested by setting one patch row at a time to 1."""
     rows = torch.eye(32).view(32, 32, 1, 1).expand(32, 32, 32, 1)
     read = interpolate_grid(rows, (12, 21), antialias=antialias).abs().sum((1, 2, 3)) > 1e-6
     assert (~read).nonzero().flatten().tolist() == unread
@@ -177,7 +177,7 @@ def test_several_depths_lie_side_by_side(folders):
 )
 @pytest.mark.parametrize("registers", [False, True])
 def test_dinov2_sizes_are_the_published_ones(width, depth, heads, millions, registers):
-    """Built without weights: 448 x 448 gives 32 x 32 patches of the known width, from the known number of parameters."""
+    """Without weights: 448 x 448 gives 32 x 32 patches of the published width, from the published number of parameters."""
     settings = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "patch_size": 14}
     settings |= {"image_size": 518, "use_swiglu_ffn": width == 1536}
     with torch.device("meta"):
@@ -226,7 +226,7 @@ def test_missing_weights_are_not_made_up(folders, tmp_path):
 
 
 def test_packaged_dinov2_equals_its_onnx_graph(tmp_path):
-    """The same picture through the package's own graph, tapped after the final norm."""
+    """The same picture through the package's graph, read after the final norm."""
     teacher = load_teacher(TeacherConfig(kind="packaged_dinov2_small", input_size=(224, 224)))
     graph = onnx.load(str(package_folder(PACKAGE, "test") / MODEL_FILE))
     graph.graph.output.append(onnx.helper.make_tensor_value_info(FINAL_NORM, onnx.TensorProto.FLOAT, None))
@@ -240,7 +240,7 @@ def test_packaged_dinov2_equals_its_onnx_graph(tmp_path):
 
 
 def test_packaged_dinov2_sees_objects_where_they_are(packaged):
-    """Moving one disc changes the features most at the disc's old and new place."""
+    """Moving a square changes the features most at its old and its new place."""
     frames = np.full((2, 112, 196, 3), (90, 70, 60), dtype=np.uint8)
     frames[0, 42:70, 28:56] = frames[1, 42:70, 140:168] = (220, 40, 40)  # patch rows 3-4, columns 2-3 and 10-11
     change = (packaged(frames[:1]) - packaged(frames[1:])).norm(dim=-1)[0]

@@ -1,4 +1,4 @@
-"""Small configs and batches that several rooms' tests use."""
+"""Small configs and batches for the tests of several packages."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ TEACHER_WIDTH = 384
 
 
 def make_small_config():
-    """tiny() made smaller still: 4 video layers of width 32, 2 action blocks, 32 x 48 frames."""
+    """tiny() at a smaller size: 4 video layers of width 32, 2 action blocks, 32 x 48 frames."""
     config = tiny()
     method, model = config.method, config.method.model
     layers = bridged_layers(4, 2)
@@ -50,17 +50,17 @@ def make_small_config():
 
 
 def with_model(config, **changes):
-    """The config with fields of its WAM's model replaced."""
+    """Replace fields of the WAM's model."""
     return replace(config, method=replace(config.method, model=replace(config.method.model, **changes)))
 
 
 def with_objective(config, **changes):
-    """The config with fields of its WAM's objective replaced."""
+    """Replace fields of the WAM's objective."""
     return replace(config, method=replace(config.method, objective=replace(config.method.objective, **changes)))
 
 
 def random_batch(config, count=4, seed=0):
-    """A batch of noise in the shapes that `config` reads."""
+    """Return a batch of noise in the shapes of `config`."""
     generator = torch.Generator().manual_seed(seed)
     shapes, model = config.method.shapes, config.method.model
 
@@ -79,5 +79,5 @@ def random_batch(config, count=4, seed=0):
 
 
 def with_alignment(config, **changes):
-    """The config with fields of its WAM's alignment replaced."""
+    """Replace fields of the WAM's alignment."""
     return replace(config, method=replace(config.method, alignment=replace(config.method.alignment, **changes)))

@@ -1,4 +1,4 @@
-"""Cosmos-Predict2.5 and DINOv2 made tiny: the real classes with random weights, in the layout of the public checkpoints."""
+"""Tiny Cosmos-Predict2.5 and DINOv2: the real classes with random weights, in the layout of the public checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-# Says what Qwen2.5-VL's template says for a text-only chat.
+# Equal to Qwen2.5-VL's template for a text-only chat.
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
@@ -23,7 +23,7 @@ TEMPLATE = (
 
 
 def qwen() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
-    """A Qwen2.5-VL of three thin blocks and a byte-level tokenizer."""
+    """Return a Qwen2.5-VL of three thin blocks and a byte-level tokenizer."""
     alphabet = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     bytes_only = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,21 +42,21 @@ def qwen() -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]
 
 
 def wan() -> AutoencoderKLWan:
-    """Wan's VAE with four latent channels."""
+    """Return Wan's VAE with four latent channels."""
     torch.manual_seed(0)
     settings = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
     return AutoencoderKLWan(**settings, latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[2.0, 0.5, 1.5, 3.0])
 
 
 def dinov2() -> Dinov2Model:
-    """A DINOv2 of two thin blocks."""
+    """Return a DINOv2 of two thin blocks."""
     torch.manual_seed(0)
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
     return Dinov2Model(Dinov2Config(**shape, patch_size=14))
 
 
 def save_public_models(folder: Path) -> None:
-    """`cosmos` in the layout of Cosmos-Predict2.5, for the transformer of `paper_config`, and `dinov2`, below `folder`."""
+    """Save `cosmos`, in the layout of Cosmos-Predict2.5 for the transformer of `paper_config`, and `dinov2` below `folder`."""
     torch.manual_seed(0)
     paper_config(folder).method.model.video_dit.build().save_pretrained(folder / "cosmos" / "transformer")
     model, tokenizer = qwen()
@@ -67,7 +67,7 @@ def save_public_models(folder: Path) -> None:
 
 
 def paper_config(folder: Path, **data):
-    """The paper's default recipe with every size made tiny, reading the models that `save_public_models` wrote.
+    """Return the paper's default recipe at a tiny size. It reads the models of `save_public_models`.
 
     `data` sets fields of its `DataConfig`.
     """

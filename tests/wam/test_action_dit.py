@@ -94,13 +94,13 @@ def test_embodiments_have_their_own_weights(head):
 
 
 def test_time_runs_from_noise_to_data(head):
-    """Level 0.75 is GR00T's bucket 250, whatever the float rounding."""
-    seen = []
-    head.action_encoder.register_forward_hook(lambda _, args, __: seen.append(args[1]))
+    """Level 0.75 is GR00T's bucket 250, independent of float rounding."""
+    times = []
+    head.action_encoder.register_forward_hook(lambda _, args, __: times.append(args[1]))
     inputs = _inputs()
     inputs["noise_level"] = torch.tensor([1.0, 0.75, 0.3])
     head(**inputs)
-    assert torch.equal(seen[0], head.action_encoder.time_features(torch.tensor([0.0, 250.0, 700.0])))
+    assert torch.equal(times[0], head.action_encoder.time_features(torch.tensor([0.0, 250.0, 700.0])))
 
 
 def test_state_dropout_acts_in_training_only():

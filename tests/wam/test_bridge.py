@@ -1,4 +1,4 @@
-"""The bridge: layer choice, one projector for all layers, repeats."""
+"""The bridge: choice of layers, a shared projector, repeated layers."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_positions_tell_tokens_apart():
     assert placed.std(dim=1).max() > 1e-3
 
 
-def test_position_sinusoid_is_as_loud_as_a_normalised_state_and_unique():
+def test_position_sinusoid_is_as_large_as_a_normalised_state_and_unique():
     table = grid_sinusoid((2, 4, 7), 128).flatten(0, 2)
     assert table.square().mean(dim=1).sqrt().sub(0.7).abs().max() < 0.02
     distances = torch.cdist(table, table) + 100 * torch.eye(len(table))

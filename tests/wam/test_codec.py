@@ -11,7 +11,7 @@ MEAN, STD = [0.1, -0.2, 0.3, 0.4], [2.0, 0.5, 1.5, 3.0]
 
 
 def smooth_video(count=4, frames=9, size=(32, 48), seed=0):
-    """Blobs that drift: video that has the low-rank patches of real frames."""
+    """Drifting blobs, video with low-rank patches as in real frames."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 3, 3, 4, generator=generator)
     return F.interpolate(coarse, size=(frames, *size), mode="trilinear").clamp(-1, 1)
@@ -60,7 +60,7 @@ def test_read_only_and_flipped_frames_are_accepted():
 
 
 def test_resizing_is_antialiased():
-    """A one-pixel checkerboard turns grey; without the wide filter it would alias."""
+    """A one-pixel checkerboard turns grey. Without the wide filter it would alias."""
     checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     frames = np.repeat(checkerboard[None, :, :, None], 3, axis=-1)
     assert to_video(frames, (20, 20)).abs().max() < 0.2
@@ -110,7 +110,7 @@ def test_patch_pca_is_whitened_on_its_training_video():
 
 
 def test_patch_pca_equals_svd_in_one_piece():
-    """The streamed fit spans the subspace of a plain SVD of all patches, cut here by unfold."""
+    """The streamed fit spans the subspace of an SVD of all patches, cut by unfold."""
     video = smooth_video(count=6)
     codec = PatchPCACodec.fit(video.split(2), channels=5)
     frames = video[:, :, ::4].transpose(1, 2).flatten(0, 1)
@@ -194,7 +194,7 @@ def test_fit_needs_video():
 
 
 def test_wan_is_causal(wan):
-    """Latent 0 of 17 frames equals the encoding of frame 0 alone, latent 1 needs frames 0..4 alone."""
+    """Latent 0 of 17 frames equals the encoding of frame 0 alone, and latent 1 needs only frames 0..4."""
     video = smooth_video(count=2, frames=17)
     latents = wan.encode(video)
     assert latents.shape == (2, 4, 5, 4, 6)
@@ -203,7 +203,7 @@ def test_wan_is_causal(wan):
 
 
 def test_wan_latents_are_the_normalised_mode(wan, wan_folder):
-    """(z - mean) / std of the posterior's mean, which is the first half of the VAE's moments; and its inverse."""
+    """(z - mean) / std of the posterior's mean, the first half of the VAE's moments, and its inverse."""
     vae = AutoencoderKLWan.from_pretrained(wan_folder, subfolder="vae")
     video = smooth_video(count=1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The fast path against the plain one, on the same weights and numbers."""
+"""The fast path against the plain path, with the same weights and inputs."""
 
 from dataclasses import replace
 
@@ -20,70 +20,70 @@ VARIANTS = {
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
-def pair(request, small_config):
+def model(request, small_config):
     changes = {
         name: replace(getattr(small_config.method.model, name), **value) if isinstance(value, dict) else value
         for name, value in request.param.items()
     }
     torch.manual_seed(0)
-    model = WAM(replace(small_config.method.model, **changes)).eval().requires_grad_(False)
-    for parameter in model.parameters():
+    wam = WAM(replace(small_config.method.model, **changes)).eval().requires_grad_(False)
+    for parameter in wam.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return wam
 
 
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+def close(values, reference):
+    torch.testing.assert_close(values, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 4, 7])
-def test_the_same_results(pair, small_config, make_batch, steps):
-    batch, width = make_batch(small_config), pair.config.video_dit.text_projection_dim or 12
+def test_the_same_results(model, small_config, make_batch, steps):
+    batch, width = make_batch(small_config), model.config.video_dit.text_projection_dim or 12
     torch.manual_seed(1)
     noise, actions_noise = torch.randn_like(batch.latents), torch.randn_like(batch.actions)
     tokens = torch.randn(2, 5, width)[[0, 1, 0, 0]]
-    fast = FastWAM(pair, action_steps=steps)
+    fast = FastWAM(model, action_steps=steps)
     first, second = fast.instruction(tokens[0]), fast.instruction(tokens[1])
-    hidden = pair.condition(batch.latents[:, :, :1], noise, tokens)
+    hidden = model.condition(batch.latents[:, :, :1], noise, tokens)
     ours = fast.condition(batch.latents[:, :, :1], noise, [first, second, first, first])
     assert sorted(ours) == sorted(hidden)
     for layer, values in hidden.items():
         close(ours[layer], values)
-    head = (pair.guide(hidden), batch.state, batch.embodiment, actions_noise)
-    close(fast.act(*head), pair.act(*head, steps=steps))
+    head = (model.guide(hidden), batch.state, batch.embodiment, actions_noise)
+    close(fast.act(*head), model.act(*head, steps=steps))
     weights = continuation_weights(1, 3, 4)[None, :, None].expand_as(actions_noise)
     continuation = (batch.actions, weights)
     held = fast.act(*head, continuation=continuation)
-    close(held, pair.act(*head, steps=steps, continuation=continuation))
+    close(held, model.act(*head, steps=steps, continuation=continuation))
     assert not torch.allclose(held, fast.act(*head), atol=1e-2)
 
 
 @torch.no_grad()
-def test_one_instruction_for_all_is_not_copied(pair, small_config, make_batch):
+def test_one_instruction_for_all_is_not_copied(model, small_config, make_batch):
     batch = make_batch(small_config)
-    tokens = torch.randn(5, pair.config.video_dit.text_projection_dim or 12)
-    fast, noise = FastWAM(pair), torch.randn_like(batch.latents)
-    hidden = pair.condition(batch.latents[:, :, :1], noise, tokens.expand(4, -1, -1))
+    tokens = torch.randn(5, model.config.video_dit.text_projection_dim or 12)
+    fast, noise = FastWAM(model), torch.randn_like(batch.latents)
+    hidden = model.condition(batch.latents[:, :, :1], noise, tokens.expand(4, -1, -1))
     ours = fast.condition(batch.latents[:, :, :1], noise, [fast.instruction(tokens)] * 4)
     for layer, values in hidden.items():
         close(ours[layer], values)
 
 
-def test_steps_are_checked(pair):
+def test_steps_are_checked(model):
     with pytest.raises(ValueError, match="action_steps"):
-        FastWAM(pair, action_steps=0)
+        FastWAM(model, action_steps=0)
 
 
 @torch.no_grad()
-def test_future_tokens_are_pooled_and_the_observed_frames_are_not(pair, small_config, make_batch):
-    bridge, (frames, height, width) = pair.bridge, pair.config.token_grid
+def test_future_tokens_are_pooled_and_the_observed_frames_are_not(model, small_config, make_batch):
+    bridge, (frames, height, width) = model.bridge, model.config.token_grid
     torch.manual_seed(2)
     hidden = {
-        layer: torch.randn(2, frames, height, width, bridge.config.width) for layer in set(pair.config.bridge.layers)
+        layer: torch.randn(2, frames, height, width, bridge.config.width) for layer in set(model.config.bridge.layers)
     }
-    fast = FastWAM(pair, pool_future=2)
-    x = bridge.norm(hidden[pair.config.bridge.layers[0]])
+    fast = FastWAM(model, pool_future=2)
+    x = bridge.norm(hidden[model.config.bridge.layers[0]])
     if bridge.positions is not None:
         x = x + bridge.positions
     rows = [list(range(i, min(i + 2, height))) for i in range(0, height, 2)]
@@ -93,8 +93,8 @@ def test_future_tokens_are_pooled_and_the_observed_frames_are_not(pair, small_co
     for block in bridge.blocks:
         expected = block(expected)
     close(fast.guide(hidden)[0], expected)
-    for own, plain in zip(FastWAM(pair).guide(hidden), pair.guide(hidden), strict=True):
-        assert torch.equal(own, plain)
+    for fast, plain in zip(FastWAM(model).guide(hidden), model.guide(hidden), strict=True):
+        assert torch.equal(fast, plain)
 
 
 @pytest.mark.slow
@@ -109,10 +109,10 @@ def test_compiled_gives_the_same(small_config, make_batch, pool_future):
     answers = []
     for compiled in (False, True):
         fast = FastWAM(model, pool_future=pool_future, compiled=compiled)
-        known = [fast.instruction(tokens)] * 4
+        instructions = [fast.instruction(tokens)] * 4
         for _ in range(2):
             fast.begin()
-            guidance = fast.guide(fast.condition(batch.latents[:, :, :1], noise, known))
+            guidance = fast.guide(fast.condition(batch.latents[:, :, :1], noise, instructions))
             answers.append(fast.act(guidance, batch.state, batch.embodiment, actions_noise).clone())
     for answer in answers[1:]:
         close(answer, answers[0])

@@ -1,4 +1,4 @@
-"""The import of GR00T-N1.5's head, against a head written from its description out of diffusers' parts."""
+"""The import of GR00T-N1.5's head against a head built from diffusers' modules by its description."""
 
 from dataclasses import replace
 
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
 
 class Groot(nn.Module):
-    """N1.5's head in its own convention: time 1 is data, the velocity points from noise to data."""
+    """N1.5's head in N1.5's convention: time 1 is data, the velocity points from noise to data."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ class Groot(nn.Module):
                 "proj_out_2": nn.Linear(WIDTH, HIDDEN),
             }
         )
-        self.mask_token = nn.Parameter(torch.zeros(1))  # something that we have no place for
+        self.mask_token = nn.Parameter(torch.zeros(1))  # a tensor without counterpart
 
     def forward(self, noisy, state, time, features, row):
         features = self.vlln(features)

@@ -1,4 +1,4 @@
-"""The WAM's three verbs: denoise, condition, act."""
+"""The WAM's methods: denoise, condition, act, imagine, text attention."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_condition_is_pure_noise_behind_a_clean_observation(wam, small_config, m
 
 
 def test_future_latents_do_not_enter_the_conditioning_pass(wam, small_config, make_batch):
-    """What the robot cannot see must not guide it: only latent frame 0 of the window counts."""
+    """Future frames must not guide the robot. Only latent frame 0 of the window has an effect."""
     batch = make_batch(small_config)
     noise = torch.randn_like(batch.latents)
     other = batch.latents.clone()
@@ -129,19 +129,19 @@ def test_bridge_and_head_must_agree(small_config):
 
 @torch.no_grad()
 def test_imagination_reaches_a_video_that_the_velocity_points_at(wam, small_config, make_batch):
-    """With a velocity of noise - latents for known latents, any number of Euler steps arrives at them."""
+    """With the velocity noise - latents, any number of Euler steps arrives at the latents."""
     batch, noise = make_batch(small_config), torch.randn_like(make_batch(small_config).latents)
     wam.video_dit.forward = lambda latents, *a, **k: VideoOutput(velocity=noise - batch.latents)
     for steps in (1, 5):
-        found = wam.imagine(batch.latents[:, :, :1], noise, batch.instruction, steps=steps)
-        torch.testing.assert_close(found, batch.latents)
+        imagined = wam.imagine(batch.latents[:, :, :1], noise, batch.instruction, steps=steps)
+        torch.testing.assert_close(imagined, batch.latents)
 
 
 @torch.no_grad()
 def test_text_attention_is_that_of_the_conditioning_pass(wam, small_config, make_batch):
     batch, calls = make_batch(small_config), _spy(wam)
     noise = torch.randn_like(batch.latents)
-    found = wam.text_attention(batch.latents[:, :, :1], noise, batch.instruction, layers=(2,))
-    assert found[2].shape == (4, *small_config.method.model.token_grid, 5)
-    torch.testing.assert_close(found[2].sum(-1), torch.ones(4, *small_config.method.model.token_grid))
+    attention = wam.text_attention(batch.latents[:, :, :1], noise, batch.instruction, layers=(2,))
+    assert attention[2].shape == (4, *small_config.method.model.token_grid, 5)
+    torch.testing.assert_close(attention[2].sum(-1), torch.ones(4, *small_config.method.model.token_grid))
     assert calls[0][1][:, 1:].eq(1).all()

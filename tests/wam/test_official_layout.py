@@ -1,4 +1,4 @@
-"""A whole pipeline saved by diffusers in the official layout, loaded part by part, against the pipeline's own tensors."""
+"""A pipeline saved by diffusers in the official layout, loaded part by part, against the tensors of the pipeline."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ CONFIG = WAMConfig(
 
 
 class NothingToCheck:
-    """Stands for the guardrail, a package of its own: random weights and one fixed instruction need none."""
+    """Stand-in for the guardrail, a separate package that random weights and a fixed instruction do not need."""
 
     def to(self, device):
         return self
@@ -54,7 +54,7 @@ class NothingToCheck:
 
 @pytest.fixture(autouse=True)
 def _resize_without_torchvision(monkeypatch):
-    """The stock forward needs torchvision for one nearest resize of the padding mask; this is that resize."""
+    """Replace the nearest resize of the padding mask, for which the stock forward pass needs torchvision."""
     functional = SimpleNamespace(
         resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation)
     )
@@ -90,7 +90,7 @@ def pipeline(cosmos_reason):
 
 @pytest.fixture(scope="module")
 def folder(pipeline, tmp_path_factory):
-    """Several shards of the transformer, so that its index is read too."""
+    """The saved pipeline, with several shards of the transformer, so that its index is read too."""
     saved = tmp_path_factory.mktemp("official")
     pipeline.save_pretrained(saved, safe_serialization=True, max_shard_size="100KB")
     assert len(list((saved / "transformer").glob("*.safetensors"))) > 1
@@ -99,12 +99,12 @@ def folder(pipeline, tmp_path_factory):
 
 
 def run_pipeline(pipeline, video, noise):
-    """One step of the pipeline; what its parts were given and what they answered."""
-    seen = {}
+    """Run one step of the pipeline and return the transformer's inputs and its velocity."""
+    recorded = {}
 
     def watch(_, __, arguments, output):
-        seen.setdefault("inputs", arguments)
-        seen.setdefault("velocity", output[0])
+        recorded.setdefault("inputs", arguments)
+        recorded.setdefault("velocity", output[0])
 
     handle = pipeline.transformer.register_forward_hook(watch, with_kwargs=True)
     try:
@@ -116,14 +116,14 @@ def run_pipeline(pipeline, video, noise):
         )  # fmt: skip
     finally:
         handle.remove()
-    return seen
+    return recorded
 
 
 def test_text_vae_and_transformer_equal_the_pipeline_on_its_own_weights(pipeline, folder):
     torch.manual_seed(2)
     video = torch.rand(1, 3, 1, *SIZE) * 2 - 1
     noise = torch.randn(1, *CONFIG.latent_shape)
-    seen = run_pipeline(pipeline, video, noise)
+    recorded = run_pipeline(pipeline, video, noise)
 
     torch.manual_seed(3)
     model = WAM(CONFIG).eval()
@@ -133,7 +133,7 @@ def test_text_vae_and_transformer_equal_the_pipeline_on_its_own_weights(pipeline
     projected = load_text_encoder(TextConfig(source=folder, length=LENGTH, dtype="float32"), projection)
     codec = load_codec(CodecConfig(source=folder, channels=4, dtype="float32"))
 
-    inputs = seen["inputs"]
+    inputs = recorded["inputs"]
     torch.testing.assert_close(plain.encode([INSTRUCTION]), inputs["encoder_hidden_states"], atol=1e-5, rtol=0)
     latent = codec.encode(video)
     torch.testing.assert_close(latent, inputs["hidden_states"][:, :, :1], atol=1e-5, rtol=0)
@@ -143,8 +143,8 @@ def test_text_vae_and_transformer_equal_the_pipeline_on_its_own_weights(pipeline
     latents = torch.cat([latent, torch.zeros_like(noise[:, :, 1:])], dim=2)
     for text in (plain, projected):
         velocity = model.denoise(latents, noise / level, level, text.encode([INSTRUCTION])).velocity
-        torch.testing.assert_close(velocity, seen["velocity"], atol=2e-5, rtol=0)
-    assert seen["velocity"].abs().max() > 0.5
+        torch.testing.assert_close(velocity, recorded["velocity"], atol=2e-5, rtol=0)
+    assert recorded["velocity"].abs().max() > 0.5
 
 
 def test_the_text_projection_loads_alone_and_its_result_takes_a_megabyte(folder):

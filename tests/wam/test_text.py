@@ -35,7 +35,7 @@ def test_minilm_does_not_depend_on_padding_or_company(minilm):
 
 
 def test_minilm_carries_meaning(minilm):
-    """Real weights: the mean token of a paraphrase is nearer than that of another task."""
+    """With the real weights, the mean token of a paraphrase is nearer than that of another task."""
     mean = minilm.encode(["put the banana in the box", "place the banana into the box", "open the steamer lid"]).sum(1)
     similarity = torch.nn.functional.cosine_similarity(mean[:1], mean[1:])
     assert similarity[0] > similarity[1] + 0.2
@@ -73,7 +73,7 @@ def test_minilm_without_its_package_names_the_remedy(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cosmos_folder(cosmos_reason, tmp_path_factory):
-    """The two parts as the hub has them."""
+    """Text encoder and tokenizer in the hub's layout."""
     model, tokenizer = cosmos_reason
     folder = tmp_path_factory.mktemp("cosmos")
     model.save_pretrained(folder / "text_encoder")
@@ -118,7 +118,7 @@ def test_cosmos_reason_says_the_fixed_system_message(cosmos):
 
 
 def test_cosmos_words_are_those_of_the_instruction(cosmos):
-    """The system message says "a helpful assistant", too."""
+    """The system message also contains "a helpful assistant"."""
     instruction = "a helpful banana"
     ids = cosmos._token_ids(instruction)
     for word, places in cosmos.words(instruction):

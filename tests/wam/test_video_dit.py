@@ -1,4 +1,4 @@
-"""Our forward of the Cosmos transformer against diffusers' own."""
+"""The forward pass of the Cosmos transformer against diffusers' own."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ CONFIG = VideoDiTConfig(
 
 @pytest.fixture(autouse=True)
 def _resize_without_torchvision(monkeypatch):
-    """The stock forward needs torchvision for one nearest resize of the padding mask; this is that resize."""
+    """Replace the nearest resize of the padding mask, for which the stock forward pass needs torchvision."""
     functional = SimpleNamespace(
         resize=lambda mask, size, interpolation: interpolate(mask, size=size, mode=interpolation)
     )
@@ -89,26 +89,26 @@ def test_hidden_states_are_the_blocks_outputs():
     model = _random()
     latents, text, mask = _inputs()
     level = torch.rand(2)
-    seen = {}
+    outputs = {}
     twin = _twin(model)
     for i, block in enumerate(twin.transformer_blocks):
-        block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
+        block.register_forward_hook(lambda _, __, out, i=i: outputs.__setitem__(i, out))
     _stock(twin, latents, level, text, mask)
     hidden = model(latents, level, text, condition_mask=mask, layers=(0, 1, 2)).hidden
     assert sorted(hidden) == [0, 1, 2]
     for index, value in hidden.items():
         assert value.shape == (2, 3, 4, 6, 48)
-        torch.testing.assert_close(value.flatten(1, 3), seen[index], atol=2e-5, rtol=0)
+        torch.testing.assert_close(value.flatten(1, 3), outputs[index], atol=2e-5, rtol=0)
 
 
-def test_text_attention_is_what_the_values_are_weighed_with():
-    """A value of 1 for one token and 0 for the rest comes out as that token's weight; looking changes nothing."""
+def test_text_attention_holds_the_weights_of_the_values():
+    """A value of 1 for a token and 0 for the rest becomes that token's weight. Recording the weights changes nothing."""
     model = _random()
     (latents, text, mask), level = _inputs(), torch.rand(2)
     plain = model(latents, level, text, condition_mask=mask)
-    found = model(latents, level, text, condition_mask=mask, text_layers=(0, 1))
-    assert torch.equal(found.velocity, plain.velocity)
-    assert {layer: weights.shape for layer, weights in found.text_attention.items()} == dict.fromkeys(
+    watched = model(latents, level, text, condition_mask=mask, text_layers=(0, 1))
+    assert torch.equal(watched.velocity, plain.velocity)
+    assert {layer: weights.shape for layer, weights in watched.text_attention.items()} == dict.fromkeys(
         (0, 1), (2, 3, 4, 6, 5)
     )
     attn = model.transformer.transformer_blocks[0].attn2
@@ -116,15 +116,15 @@ def test_text_attention_is_what_the_values_are_weighed_with():
     weights = _attention_weights(attn, x, _keys_values(attn, context)[0])
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 7))
     width = attn.to_q.out_features
-    telling = SimpleNamespace(
+    indicator = SimpleNamespace(
         heads=attn.heads, to_q=attn.to_q, to_k=attn.to_k, norm_q=attn.norm_q, norm_k=attn.norm_k,
         to_v=lambda c: torch.eye(5)[None, :, 3:4].expand(2, 5, width), to_out=[torch.nn.Identity()],
     )  # fmt: skip
-    seen = _attend(telling, x, _keys_values(telling, context)).unflatten(-1, (attn.heads, -1)).mean(dim=(2, 3))
-    torch.testing.assert_close(seen, weights[..., 3])
+    attended = _attend(indicator, x, _keys_values(indicator, context)).unflatten(-1, (attn.heads, -1)).mean(dim=(2, 3))
+    torch.testing.assert_close(attended, weights[..., 3])
 
 
-def test_stops_after_the_last_wanted_layer():
+def test_stops_after_the_last_requested_layer():
     model = _random()
     latents, text, mask = _inputs()
     output = model(latents, torch.rand(2), text, condition_mask=mask, layers=(1,), velocity=False)
@@ -180,7 +180,7 @@ def test_bad_input_is_named(kwargs, message):
 
 
 def test_pretrained_weights_load_from_a_diffusers_folder(tmp_path):
-    """As the public checkpoints lie: a folder with a `transformer` written by diffusers."""
+    """The layout of the public checkpoints: a folder with a `transformer` written by diffusers."""
     theirs = _random(seed=3).transformer
     theirs.save_pretrained(tmp_path / "model" / "transformer")
     ours = _random(seed=4)

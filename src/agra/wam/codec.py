@@ -181,12 +181,12 @@ class WanCodec(nn.Module):
 
     @classmethod
     def untrained(cls, channels: int, *, dtype: torch.dtype = torch.float32) -> Self:
-        """Wan's architecture with random weights, to count and time its calls. Loads no file."""
-        # Imported here: it takes seconds, and the patch PCA does not need it.
+        """Build Wan's architecture with random weights, to count and time its calls. Reads no file."""
+        # Imported here because the import takes seconds and the patch PCA does not need it.
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
         statistics = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
-        vae = AutoencoderKLWan(z_dim=channels, **statistics)  # type: ignore[arg-type]
+        vae: Any = AutoencoderKLWan(z_dim=channels, **statistics)  # type: ignore[arg-type]
         return cls(vae.to(dtype))
 
     @property
