@@ -136,6 +136,7 @@ class StandInPolicy:
 
     name = "stand-in"
     frame_size = (16, 20)
+    past = ()
     instructions = SimpleNamespace(encoder=StandInText())
 
     def __init__(self, method):

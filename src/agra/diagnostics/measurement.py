@@ -105,7 +105,7 @@ class SampleMeasurement:
         teacher: TeacherFeatures | None = None,
         projectors: Projectors | None = None,
     ) -> None:
-        """Raises ValueError for a sample with other frames than the method's token grid."""
+        """Raises ValueError for a sample with other frames than the method's token grid, or without its past observations."""
         self.policy, self.method, self.sample, self.config = policy, policy.method, sample, config
         require_eval(self.method)
         self.tokens = policy.method if isinstance(policy.method, ReadsTokens) else None
@@ -113,7 +113,7 @@ class SampleMeasurement:
         self.steps: int | None = policy.options.get("action_steps") if config.steps is None else config.steps
         self.layers = measured_layers(policy, config)
         self.seed = zlib.crc32(f"{seed}/{sample.trial}/{sample.step}".encode())
-        self.inputs = policy.encode([sample.observation])
+        self.inputs = policy.encode([sample.observation_for(policy.past)])
         rows = [policy.noise(1, self.seed + number) for number in range(config.noise_samples)]
         self.noise = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         self.repeated = self.inputs.expand(config.noise_samples)

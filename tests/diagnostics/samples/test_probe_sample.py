@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -26,6 +28,24 @@ def test_samples_repeat_the_last_frame(episode):
     assert last.frames[:, 0, 0, 0].tolist() == [8, 9, 9]
     assert last.state.tolist() == [16, 17]
     np.testing.assert_array_equal(last.observation.frame, episode.frames[8])
+
+
+def test_samples_hold_past_observations(episode, tmp_path):
+    """Before the start the first observation repeats, as in an evaluation."""
+    samples = samples_from_episode(episode, [1, 8], [0], trial="t", regime="semantic", past_offsets=(-4, -1))
+    save_samples(samples, tmp_path / "probe")
+    for sample, rows in zip(load_samples(tmp_path / "probe"), ([0, 0], [4, 7]), strict=True):
+        observation = sample.observation_for((-4, -1))
+        assert [past.frame[0, 0, 0] for past in observation.past] == rows
+        assert [past.state[0] for past in observation.past] == [2 * row for row in rows]
+        assert sample.observation_for(()).past == ()
+        with pytest.raises(ValueError, match=r"steps \(-1,\), but the sample holds 2 past observations"):
+            sample.observation_for((-1,))
+    (bare,) = samples_from_episode(episode, [1], [0], trial="t", regime="semantic")
+    with pytest.raises(ValueError, match="write the probe samples again"):
+        bare.observation_for((-1,))
+    with pytest.raises(ValueError, match="as many past_frames as past_states"):
+        replace(samples[0], past_states=None)
 
 
 def test_samples_refuse(episode):

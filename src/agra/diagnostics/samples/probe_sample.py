@@ -9,7 +9,7 @@ predicted video, the predicted actions and the hidden states. numpy only, stored
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from agra import files
 from agra.types import REGIMES, Episode, Observation
 
 ARRAYS = ("state", "frames", "masks")
-OPTIONAL = ("video", "actions", "position")
+OPTIONAL = ("video", "actions", "position", "past_frames", "past_states")
 TEXTS = ("trial", "step", "regime", "instruction", "embodiment")
 
 
@@ -37,6 +37,8 @@ class ProbeSample:
     video: np.ndarray | None = None  # (F, H, W, 3) uint8 RGB: every frame of the method's window
     actions: np.ndarray | None = None  # (N, D) float32: the demonstration from here on, in the robot's units
     position: np.ndarray | None = None  # (2,) row and column of the target object's centre, as fractions of the frame
+    past_frames: np.ndarray | None = None  # (P, H, W, 3) uint8 RGB: earlier observations, for policies that read them
+    past_states: np.ndarray | None = None  # (P, S)
 
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
@@ -58,6 +60,9 @@ class ProbeSample:
             )
         if self.actions is not None and (self.actions.ndim != 2 or not len(self.actions)):
             raise ValueError(f"ProbeSample.actions: expected (N, D), got shape {self.actions.shape}")
+        past = tuple(None if array is None else len(array) for array in (self.past_frames, self.past_states))
+        if past[0] != past[1]:
+            raise ValueError(f"ProbeSample: expected as many past_frames as past_states, got {past[0]} and {past[1]}")
         if self.position is not None and self.position.shape != (2,):
             raise ValueError(f"ProbeSample.position: expected (2,), got shape {self.position.shape}")
 
@@ -70,9 +75,28 @@ class ProbeSample:
         """The file name of every reference frame, by which annotations refer to it."""
         return [f"{self.name}-frame{frame}.png" for frame in range(len(self.frames))]
 
+    def observation_for(self, past: Sequence[int]) -> Observation:
+        """The input of a policy that also reads the observations at the control steps `past` (`PolicySpec.past`).
+
+        Raises ValueError if the sample does not hold them.
+        """
+        if not past:
+            return self.observation
+        count = 0 if self.past_frames is None else len(self.past_frames)
+        if self.past_frames is None or self.past_states is None or count != len(past):
+            raise ValueError(
+                f"sample {self.name}: the policy reads the observations at the control steps {tuple(past)}, but the sample"
+                f" holds {count} past observations; write the probe samples again for this recipe"
+            )
+        earlier = zip(self.past_frames, self.past_states, strict=True)
+        return replace(
+            self.observation,
+            past=tuple(replace(self.observation, frame=frame, state=state) for frame, state in earlier),
+        )
+
     @property
     def observation(self) -> Observation:
-        """The policy's input."""
+        """The policy's input at this control step."""
         return Observation(
             frame=self.frames[0], state=self.state, instruction=self.instruction, embodiment=self.embodiment
         )
@@ -86,13 +110,14 @@ def samples_from_episode(
     trial: str,
     regime: str,
     window_offsets: Sequence[int] | None = None,
+    past_offsets: Sequence[int] = (),
     position: np.ndarray | None = None,
 ) -> list[ProbeSample]:
     """The samples of an episode at the control steps `steps`.
 
     `reference_offsets` are the control steps from the observation to the reference frame of each latent frame: (0, 1, 5, 9,
-    13) times the video stride for five latent frames. `window_offsets` are those to every frame of the window. After the end
-    of the episode its last frame repeats. An episode without masks gives empty masks, to be drawn later. Raises ValueError
+    13) times the video stride for five latent frames. `window_offsets` are those to every frame of the window, `past_offsets` those to
+    earlier observations. Before the start of the episode its first frame repeats, after the end its last frame. An episode without masks gives empty masks, to be drawn later. Raises ValueError
     for a step outside the episode.
     """
     offsets = np.asarray(reference_offsets)
@@ -106,6 +131,7 @@ def samples_from_episode(
 
     def sample(step: int) -> ProbeSample:
         rows = np.minimum(step + offsets, len(episode) - 1)
+        past = np.maximum(step + np.asarray(past_offsets, dtype=int), 0)
         window = None if window_offsets is None else np.minimum(step + np.asarray(window_offsets), len(episode) - 1)
         return ProbeSample(
             trial=trial,
@@ -119,6 +145,8 @@ def samples_from_episode(
             video=None if window is None else episode.frames[window],
             actions=episode.actions[step:],
             position=position,
+            past_frames=episode.frames[past] if len(past) else None,
+            past_states=episode.states[past] if len(past) else None,
         )
 
     return [sample(step) for step in steps]

@@ -52,7 +52,7 @@ def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[P
     method of `config` predicts.
     """
     demonstrator = expert(simulator)
-    stride = config.data.source(simulator.embodiment.name).frame_stride
+    stride, past = config.data.source(simulator.embodiment.name).frame_stride, _past_steps(config)
     samples: list[ProbeSample] = []
     for trial in regime_trials(simulator, limit=-(-count // len(REGIMES))):
         episode = run_episode(demonstrator, simulator, trial, execute_steps=1, masks=True)
@@ -64,6 +64,7 @@ def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[P
             trial=trial.name,
             regime=trial.regime,
             window_offsets=_window_steps(config.method, stride),
+            past_offsets=past,
             position=_position(simulator, trial),
         )
     return samples
@@ -78,7 +79,7 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
     source = open_sources(config.data)[0]
     uncropped = LeRobotDataset.of(replace(source.config, crop_rows=None, crop_columns=None), config.data.root)
     episodes = (source.validation or source.training)[:count]
-    stride = source.config.frame_stride
+    stride, past = source.config.frame_stride, _past_steps(config)
     samples: list[ProbeSample] = []
     for place, episode in enumerate(episodes):
         recorded = uncropped.episode(episode)
@@ -90,6 +91,7 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
             trial=f"episode{episode:06d}",
             regime="in_distribution",
             window_offsets=_window_steps(config.method, stride),
+            past_offsets=past,
         )
     return samples
 
@@ -137,7 +139,7 @@ def probe_inputs(
     if not masked:
         raise ValueError(f"{config.monitor.probes}: no probe sample has a mask; draw them in a report and add them")
     return ProbeInputs(
-        inputs=encoder.encode([samples[place].observation for place in masked]),
+        inputs=encoder.encode([samples[place].observation_for(encoder.past) for place in masked]),
         masks=torch.from_numpy(np.stack([masks[place] for place in masked])),
     )
 
@@ -213,6 +215,11 @@ def _grid_steps(method: MethodConfig, stride: int) -> list[int]:
 def _window_steps(method: MethodConfig, stride: int) -> list[int]:
     """Control steps from the observation to the frames of the predicted video."""
     return [frame * stride for frame in range(max(1, method.needs().clip))]
+
+
+def _past_steps(config: RunConfig) -> tuple[int, ...]:
+    """Control steps before the observation that the policy of a config also reads."""
+    return ObservationEncoder(config, None, None, {}).past
 
 
 def _position(simulator: Simulator, trial: Trial) -> np.ndarray | None:
