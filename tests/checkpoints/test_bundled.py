@@ -3,14 +3,13 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from agra.checkpoints.folder import BUNDLED, resolve
 from agra.checkpoints.lineage import lineage
-from agra.cli.deploy import _policy_source
+from agra.cli.main import main
 from agra.evaluation.results import read_results, summarise
 from agra.methods.wam_actor import FastActor, TrainingActor
 from agra.policies.load import load_policy
@@ -74,9 +73,15 @@ def test_its_evaluation_is_the_whole_one_and_the_card_says_the_same(name):
     assert counts == [(s.successes, s.trials) for s in summarise(results) if s.regime != "all"]
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_a_server_takes_the_path_that_it_is_told(fast):
-    """`agra serve NAME`, with and without --no-fast."""
-    source = _policy_source(Path("tabletop-wam"), device="cpu", fast=fast)
-    assert type(source.load()._actor) is (FastActor if fast else TrainingActor)
+@pytest.mark.parametrize(("flags", "actor"), [([], FastActor), (["--no-fast"], TrainingActor)])
+def test_a_server_takes_the_path_of_its_flags(flags, actor, monkeypatch):
+    sources = []
+
+    async def serve(config, source, **_):
+        sources.append(source)
+
+    monkeypatch.setattr("agra.serving.server.app.serve", serve)
+    main(["serve", "tabletop-wam", *flags])
+    (source,) = sources
+    assert type(source.load()._actor) is actor
     assert source.stamp() == BUNDLED / "tabletop-wam"
