@@ -7,7 +7,7 @@ import torch
 
 from agra.config import RunConfig
 from agra.data.config import DataConfig
-from agra.methods.wam import ObjectiveConfig, Pass
+from agra.methods.wam import ObjectiveConfig, Pass, WAMMethodConfig
 from agra.recipes import at_stage
 from agra.stages import Stage, StageConfig
 from agra.training.optimization import freeze
@@ -92,21 +92,23 @@ def test_micro_batches_average_to_the_whole_batch(small_config, make_batch):
     counts = method.counts(batch)
     assert counts == {"actions": 4 * 4 * 3, "targets": 3}
     denominators = {name: torch.tensor(value / 2) for name, value in counts.items()}
+    halves = []
     with torch.no_grad():
-        torch.manual_seed(3)
         hidden = method.video_passes(batch).hidden[Pass.CONDITIONING]
-        pairs = method.aligned_pairs(batch, hidden)
-        whole = torch.stack(
-            [torch.nn.functional.cosine_similarity(z, y, dim=-1) for z, y in zip(pairs[0][0], [pairs[0][1]])]
-        )
-        shares = []
+        whole, _ = method.alignment_loss(batch, hidden, method.denominators(batch)["targets"])
         for index in range(2):
             half = batch.micro_batch(index, 2)
             states = {layer: value[index::2] for layer, value in hidden.items()}
-            values = method.aligned_pairs(half, states)
-            cosine = torch.nn.functional.cosine_similarity(values[0][0][0], values[0][1], dim=-1).mean()
-            shares.append(cosine * method.target_share(half, denominators))
-    torch.testing.assert_close(sum(shares) / 2, whole.mean())
+            loss, _ = method.alignment_loss(half, states, denominators["targets"])
+            halves.append(loss)
+    torch.testing.assert_close(sum(halves) / 2, whole)
+
+
+def test_a_batch_without_actions_has_no_action_loss(small_config, make_batch):
+    method, batch = _build(small_config), make_batch(small_config)
+    losses = method(replace(batch, action_mask=torch.zeros_like(batch.action_mask)))
+    assert losses.terms["action"] == 0
+    assert losses.total.isfinite()
 
 
 def test_adapt_computes_the_video_loss_alone(small_config, make_batch):
@@ -218,6 +220,9 @@ def test_missing_targets_are_named(small_config, make_batch):
         _build(small_config)(replace(make_batch(small_config), targets=None))
 
 
+_NO_LOSS = ObjectiveConfig(video_weight=0, action_weight=0)
+
+
 def _run(stage):
     return RunConfig(data=DataConfig(), stage=stage)
 
@@ -233,6 +238,10 @@ def _run(stage):
             "stage.frozen: 'head' is no part of this method; it has video_dit",
         ),
         (lambda: ObjectiveConfig(video_batch_fraction=0), r"method.objective.video_batch_fraction: expected a number"),
+        (
+            lambda: replace(_run(StageConfig()), method=WAMMethodConfig(alignment=None, objective=_NO_LOSS)),
+            "no loss has a weight above 0",
+        ),
         (lambda: StageConfig(steps=0), "stage.steps: expected at least 1, got 0"),
     ],
 )

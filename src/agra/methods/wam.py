@@ -74,9 +74,9 @@ class ObjectiveConfig:
     """Fraction of the batch that takes the denoising pass. Not in the paper. Saves time on small machines."""
 
     def __post_init__(self) -> None:
-        for name in ("video_weight", "action_weight", "alignment_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"method.objective.{name}: expected at least 0, got {getattr(self, name)}")
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"method.objective.{name}_weight: expected at least 0, got {weight}")
         if self.guidance_pass is Pass.DENOISING and self.aligned_pass is Pass.CONDITIONING:
             raise ValueError("method.objective: with guidance_pass=denoising there is no conditioning pass to align")
         if self.action_draws < 1:
@@ -89,6 +89,11 @@ class ObjectiveConfig:
             raise ValueError(
                 "method.objective.video_batch_fraction: must be 1 where guidance or alignment reads the denoising pass"
             )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the losses by name."""
+        return {"video": self.video_weight, "action": self.action_weight, "alignment": self.alignment_weight}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,18 @@ class WAMMethodConfig(MethodConfig):
     def aligns(self) -> bool:
         """Whether the alignment loss is computed."""
         return self.alignment is not None and self.objective.alignment_weight > 0
+
+    @property
+    def pass_layers(self) -> dict[Pass, tuple[int, ...]]:
+        """The passes of a training step, and the video layers whose hidden states each must return (Table 2)."""
+        objective, layers = self.objective, {}
+        if objective.video_weight > 0:
+            layers[Pass.DENOISING] = set()
+        if objective.action_weight > 0:
+            layers.setdefault(objective.guidance_pass, set()).update(self.model.bridge.layers)
+        if self.aligns:
+            layers.setdefault(objective.aligned_pass, set()).update(self.aligned_layers)
+        return {each: tuple(sorted(layers[each])) for each in layers}
 
     @property
     def shapes(self) -> Shapes:
@@ -206,6 +223,8 @@ class WAMMethodConfig(MethodConfig):
                 raise ValueError(
                     f"method.objective.{weight}: must be 0 in the {stage} stage, got {getattr(self.objective, weight)}"
                 )
+        if not self.pass_layers:
+            raise ValueError("method.objective: no loss has a weight above 0")
         if stage is Stage.FINETUNE and "video_dit" not in frozen:
             raise ValueError("stage.frozen: the finetune stage keeps the video DiT as it is; add video_dit")
         if stage is Stage.ADAPT and "video_dit" in frozen:
@@ -232,10 +251,12 @@ class WAMMethodConfig(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPasses:
-    """Results of a training step's passes. None where a pass is not needed."""
+    """Results of a training step's passes."""
 
-    video_loss: Float[Tensor, ""] | None
     hidden: Mapping[Pass, Mapping[int, Float[Tensor, "B T H W D"]]]
+    """Hidden states by pass and video layer."""
+    losses: Mapping[str, Float[Tensor, ""]]
+    """The video loss, where the denoising pass ran."""
 
 
 class WAMMethod(Method):
@@ -246,80 +267,74 @@ class WAMMethod(Method):
         self.config = config
         self.wam = WAM(config.model)
         self.projectors: Projectors | None = None
+        """None where the stage does not align."""
         if config.aligns and config.alignment is not None:
             teacher = config.alignment.teacher
             width = teacher_shape(teacher).width * max(1, len(teacher.depths))
             self.projectors = Projectors(config.model.video_dit.width, width, config.alignment)
-        guides = config.objective.guidance_pass if config.objective.action_weight > 0 else None
-        aligns = config.objective.aligned_pass if config.aligns else None
-        self._conditions = Pass.CONDITIONING in (guides, aligns)
-        self._denoises = config.objective.video_weight > 0 or Pass.DENOISING in (guides, aligns)
-        aligned = config.alignment.layers if aligns is not None and config.alignment is not None else ()
-        read = {guides: self.wam.bridged_layers}
-        self._layers = {
-            each: tuple(sorted({*read.get(each, ()), *(aligned if aligns is each else ())})) for each in Pass
-        }
 
     # --- the objective ------------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
-        """The weighted sum of the video, action and alignment losses (Eqs. 7, 18), those whose weight is above zero."""
+        """Compute the losses whose weight is above zero, and their weighted sum (Eqs. 7, 18).
+
+        Without `denominators` the batch is a whole step.
+        """
         objective, passes = self.config.objective, self.video_passes(batch)
-        terms, figures = {}, {}
-        if passes.video_loss is not None:
-            terms["video"] = passes.video_loss
+        denominators = denominators or self.denominators(batch)
+        terms, figures = dict(passes.losses), {}
         if objective.action_weight > 0:
-            terms["action"] = self.action_loss(batch, passes.hidden[objective.guidance_pass], denominators)
+            guidance = self.wam.guide(passes.hidden[objective.guidance_pass])
+            terms["action"] = self.action_loss(batch, guidance, denominators["actions"])
         if self.projectors is not None:
-            pairs = self.aligned_pairs(batch, passes.hidden[objective.aligned_pass])
-            share = self.target_share(batch, denominators)
-            loss = torch.stack([alignment_loss(z, y) for z, y in pairs]).mean()
-            terms["alignment"] = loss if share is None else loss * share
-            gain = torch.stack([cosine_gain(z, y) for z, y in pairs]).mean().detach()
-            figures["alignment_cosine_gain"] = gain if share is None else gain * share
-        weights = {
-            "video": objective.video_weight,
-            "action": objective.action_weight,
-            "alignment": objective.alignment_weight,
-        }
+            hidden = passes.hidden[objective.aligned_pass]
+            alignment = self.alignment_loss(batch, hidden, denominators["targets"])
+            terms["alignment"], figures["alignment_cosine_gain"] = alignment
+        weighted = [weight * terms[name] for name, weight in objective.weights.items() if weight > 0 and name in terms]
         zero = torch.zeros((), device=batch.state.device)
-        total = sum((weights[name] * term for name, term in terms.items() if weights[name] > 0), start=zero)
-        return Losses(total=total, terms=terms, figures=figures)
+        return Losses(total=sum(weighted, start=zero), terms=terms, figures=figures)
 
     def video_passes(self, batch: Batch) -> VideoPasses:
-        """The passes that this stage needs: the denoising pass (Eqs. 8, 9), the conditioning pass (Eqs. 16, 19), or both as
-        one forward. The video loss is over future latent frames, as the observation's velocity is known (#13)."""
+        """Run the passes that the stage needs: the denoising pass (Eqs. 8, 9), the conditioning pass (Eqs. 16, 19), or both
+        as one forward.
+
+        The video loss is that of the future latent frames, since the observation's velocity is known (#13).
+        """
         assert batch.latents is not None
         assert batch.instruction is not None
-        latents, text, objective = batch.latents, batch.instruction, self.config.objective
-        aligned = self._layers[Pass.CONDITIONING]
-        if not self._denoises:
-            if not self._conditions:
-                return VideoPasses(video_loss=None, hidden={})
-            hidden = self.wam.condition(latents[:, :, :1], noise_like(latents), text, layers=aligned)
-            return VideoPasses(video_loss=None, hidden={Pass.CONDITIONING: hidden})
+        latents, text, layers = batch.latents, batch.instruction, self.config.pass_layers
+        if Pass.DENOISING not in layers:
+            noise = noise_like(latents)
+            hidden = self.wam.condition(latents[:, :, :1], noise, text, layers=layers[Pass.CONDITIONING])
+            return VideoPasses(hidden={Pass.CONDITIONING: hidden}, losses={})
 
-        count = max(1, round(objective.video_batch_fraction * len(batch)))
+        count = max(1, round(self.config.objective.video_batch_fraction * len(batch)))
         level = self._noise_levels(count).to(latents.device)
-        noise, layers = noise_like(latents[:count]), self._layers[Pass.DENOISING]
-        hidden = {}
-        if self._conditions:
-            output, hidden[Pass.CONDITIONING] = self.wam.denoise_and_condition(
-                latents, noise, level, noise_like(latents), text, layers=layers, condition_layers=aligned
+        noise = noise_like(latents[:count])
+        if Pass.CONDITIONING in layers:
+            denoised, conditioned = self.wam.denoise_and_condition(
+                latents,
+                noise,
+                level,
+                noise_like(latents),
+                text,
+                layers=layers[Pass.DENOISING],
+                condition_layers=layers[Pass.CONDITIONING],
             )
+            hidden = {Pass.DENOISING: denoised.hidden, Pass.CONDITIONING: conditioned}
         else:
-            output = self.wam.denoise(latents[:count], noise, level, text[:count], layers=layers)
-        hidden[Pass.DENOISING] = output.hidden
-        assert output.velocity is not None
-        error = (output.velocity - velocity(latents[:count], noise))[:, :, 1:]
-        return VideoPasses(video_loss=error.float().square().mean(), hidden=hidden)
+            denoised = self.wam.denoise(latents[:count], noise, level, text[:count], layers=layers[Pass.DENOISING])
+            hidden = {Pass.DENOISING: denoised.hidden}
+        assert denoised.velocity is not None
+        error = (denoised.velocity - velocity(latents[:count], noise))[:, :, 1:]
+        return VideoPasses(hidden=hidden, losses={"video": error.float().square().mean()})
 
     def action_loss(
-        self, batch: Batch, hidden: Mapping[int, Tensor], denominators: LossDenominators | None = None
+        self, batch: Batch, guidance: Sequence[Float[Tensor, "B N D"]], denominator: Float[Tensor, ""]
     ) -> Float[Tensor, ""]:
-        """The action head's velocity error (Eqs. 11, 13), averaged over the actions that the mask keeps."""
+        """Compute the action head's squared velocity error (Eqs. 11, 13), summed over the actions that the mask keeps and
+        divided by `denominator` of them. All `action_draws` of a sample share its guidance."""
         draws = self.config.objective.action_draws
-        guidance = self.wam.guide(hidden)  # shared by the draws
         actions, mask, state, embodiment = (
             x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment)
         )
@@ -328,15 +343,27 @@ class WAMMethod(Method):
         noisy = interpolate(actions, noise, level)
         predicted = self.wam.action_dit(noisy, state, level, guidance, embodiment).velocity
         error = (predicted - velocity(actions, noise)).float().square()
-        return (error * mask).sum() / (mask.sum() if denominators is None else denominators["actions"] * draws)
+        return (error * mask).sum() / (denominator * draws)
+
+    def alignment_loss(
+        self, batch: Batch, hidden: Mapping[int, Float[Tensor, "B T H W D"]], denominator: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Compute the alignment loss (Eq. 6) and the cosine's gain over the mean target, over the samples with targets.
+
+        Both are scaled by the number of these samples over `denominator`.
+        """
+        pairs, scale = self.aligned_pairs(batch, hidden), _num_targets(batch) / denominator
+        loss = torch.stack([alignment_loss(projected, targets) for projected, targets in pairs]).mean()
+        gain = torch.stack([cosine_gain(projected, targets) for projected, targets in pairs]).mean().detach()
+        return loss * scale, gain * scale
 
     def aligned_pairs(
         self, batch: Batch, hidden: Mapping[int, Float[Tensor, "B T H W D"]]
     ) -> list[tuple[list[Float[Tensor, "R F H W P"]], Float[Tensor, "R F H W P"]]]:
-        """Projected hidden states (Eq. 5) beside their targets (Eqs. 3, 4), of the samples that have targets.
+        """Pair projected hidden states (Eq. 5) with their targets (Eqs. 3, 4), of the R samples with targets.
 
-        One pair for all aligned layers, or one a layer where each has a depth of the teacher for itself. Where no sample
-        has targets the first one stands in, so that all processes run the same operations; its weight is 0.
+        There is one pair for all aligned layers, or one for each layer where each is aligned with a depth of its own. In a
+        batch without targets the first sample stands in, so that all processes run the same operations.
         """
         assert self.projectors is not None
         assert self.config.alignment is not None
@@ -353,21 +380,14 @@ class WAMMethod(Method):
             return [(projected, targets)]
         return [([z], y) for z, y in zip(projected, targets.chunk(len(projected), dim=-1), strict=True)]
 
-    @staticmethod
-    def target_share(batch: Batch, denominators: LossDenominators | None) -> Tensor | float | None:
-        """Factor of a mean over this share's targets, so that the shares' mean is the mean over all targets.
-
-        None where the batch is a whole step and some sample has targets.
-        """
-        rows = len(batch) if batch.target_rows is None else len(batch.target_rows)
-        if denominators is None:
-            return None if rows else 0.0
-        return rows / denominators["targets"]
-
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Actions to learn, and samples with targets."""
-        targets = len(batch) if batch.target_rows is None else len(batch.target_rows)
-        return super().counts(batch) | {"targets": float(targets)}
+        """Count the actions to learn and the samples with targets."""
+        return super().counts(batch) | {"targets": float(_num_targets(batch))}
+
+    def denominators(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss denominators of a whole step, on its device. Every one is at least 1."""
+        targets = torch.full((), max(1, _num_targets(batch)), device=batch.state.device)
+        return {"actions": batch.action_mask.sum().clamp(min=1), "targets": targets}
 
     def _noise_levels(self, count: int) -> Float[Tensor, "count"]:
         if self.config.objective.noise_levels is NoiseLevels.UNIFORM:
@@ -519,3 +539,8 @@ class WAMMethod(Method):
         assert inputs.latents is not None
         assert inputs.instruction is not None
         return self.wam.text_attention(inputs.latents, noise["video"], inputs.instruction, layers=layers)
+
+
+def _num_targets(batch: Batch) -> int:
+    """The number of samples with targets."""
+    return len(batch) if batch.target_rows is None else len(batch.target_rows)
