@@ -13,9 +13,9 @@ from agra.alignment.loss import AlignmentConfig
 from agra.alignment.teacher import TeacherConfig
 from agra.config import RunConfig, VisualRelianceConfig
 from agra.data.config import DataConfig, SourceConfig
-from agra.data.lerobot.gr1 import EMBODIMENT as GR1
-from agra.data.lerobot.gr1 import REPOSITORY as GR1_REPOSITORY
-from agra.data.lerobot.gr1 import gr1_mixture
+from agra.data.gr1 import EMBODIMENT as GR1
+from agra.data.gr1 import REPOSITORY as GR1_REPOSITORY
+from agra.data.gr1 import gr1_mixture
 from agra.methods.diffusion_policy import DiffusionPolicyConfig
 from agra.methods.wam import ObjectiveConfig, Pass, WAMMethodConfig
 from agra.stages import Stage, StageConfig

@@ -10,8 +10,8 @@ from agra.cli.arguments import recipe_arguments
 from agra.config import RunConfig
 from agra.data.config import SourceConfig
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.lerobot.gr1 import KEYS, REPOSITORY, gr1_mixture, gr1_source, task_folder
-from agra.data.lerobot.gr1 import TASKS as GR1_TASKS
+from agra.data.gr1 import KEYS, REPOSITORY, gr1_mixture, gr1_source, task_folder
+from agra.data.gr1 import TASKS as GR1_TASKS
 from agra.data.sampling.sampler import DataConfig
 from agra.data.source import embodiment_stats, open_sources
 from agra.recipes import compose
@@ -142,7 +142,7 @@ def test_a_gr1_run_is_named_by_its_preset(gr1, tmp_path, monkeypatch, preset, st
     """From the command line to windows' statistics, on a stand-in for each of the 24 folders."""
     for task in GR1_TASKS:
         (tmp_path / task_folder(task)).symlink_to(gr1)
-    monkeypatch.setattr("agra.data.lerobot.gr1.FEW_SHOT", 1)
+    monkeypatch.setattr("agra.data.gr1.FEW_SHOT", 1)
     flags = ["agra_dino_l8", "--with", preset, "--data.path", str(tmp_path), "--gpus", "8"]
     _, config = recipe_arguments("plan", flags, Machines)
     assert RunConfig.from_json(config.to_json()) == config
