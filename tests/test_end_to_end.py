@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from agra import api
+from agra.checkpoints.folder import newest, resolve
 from agra.evaluation.collect import collect
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import evaluate
+from agra.lora import LoRAConfig
+from agra.policies.export import export
 from agra.policies.load import load_policy
 from agra.recipes import at_stage, tiny
-from agra.checkpoints.folder import newest, resolve
-from agra.policies.export import export
-from agra.lora import LoRAConfig
 from agra.stages import Stage
 from agra.wam.bridge import bridged_layers
 from tests.support.point_world import PointWorld, demonstrator, make_trial

@@ -37,7 +37,7 @@ def test_a_script_parses_and_names_what_exists(path):
     assert set(commands) <= COMMANDS.keys()
     assert set(re.findall(r"\b(?:train|prepare|plan) (agra_\w+|wam\w*|tiny\w*)", text)) <= RECIPES.keys()
     renamed = {*_CONFIG, *(flag for flags in _FLAGS.values() for flag in flags)}
-    assert not {flag for flag in re.findall(r"--[\w.-]+", text)} & renamed
+    assert not set(re.findall(r"--[\w.-]+", text)) & renamed
     known = {f"--parallel.{field.name.replace('_', '-')}" for field in fields(ParallelConfig)}
     assert set(re.findall(r"--parallel\.[\w-]+", text)) <= known
 

@@ -66,6 +66,8 @@ from agra.training.metrics import ThroughputMeter
 from agra.training.parallelize import ParallelConfig, build, check_batch_size
 from agra.training.plan import peak_flops
 from agra.training.trainer import Monitor, Trainer
+from agra.wam.action_dit import ActionDiT
+from agra.wam.bridge import Bridge
 from agra.wam.groot import GR1_ROW, load_groot_head
 
 _RESULTS = ("results.jsonl", "diagnosis")
@@ -125,10 +127,10 @@ def train(
 
 
 def _load_head(method: Method, head: str, rows: Sequence[int]) -> None:
-    parts = method.parts()
-    if not {"bridge", "action_dit"} <= parts.keys():
+    bridge, action_dit = (method.parts().get(name) for name in ("bridge", "action_dit"))
+    if not isinstance(bridge, Bridge) or not isinstance(action_dit, ActionDiT):
         raise ValueError(f"--head: the method {method.config.kind} has no action head of GR00T's shape")
-    load_groot_head(parts["bridge"], parts["action_dit"], head, rows=rows)
+    load_groot_head(bridge, action_dit, head, rows=rows)
 
 
 def _train(

@@ -28,8 +28,8 @@ from agra.checkpoints.folder import verify
 from agra.checkpoints.read import check_statistics, part_tensors, read_config, reading
 from agra.data.config import SourceConfig
 from agra.data.doctor.doctor import check_dataset
-from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.gr1 import gr1_source
+from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.normalization.dataset_statistics import describe
 from agra.data.normalization.normalize import NormStats
 from agra.diagnostics.samples.masks import read_masks

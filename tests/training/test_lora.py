@@ -152,7 +152,9 @@ def test_what_cannot_be_is_said(config):
     parts = config.method.build().parts()
     with pytest.raises(ValueError, match=r"'video_dit\.\*\.to_z' matches no linear layer; there are video_dit\."):
         attach(parts, LoRAConfig(rank=2, layers=("video_dit.*.to_z",)))
-    with pytest.raises(ValueError, match=r"stage\.lora\.rank: expected less than 12, the smaller width of .*attn2\.to_k, got 12"):
+    with pytest.raises(
+        ValueError, match=r"stage\.lora\.rank: expected less than 12, the smaller width of .*attn2\.to_k, got 12"
+    ):
         attach(parts, LoRAConfig(rank=12))
     for wrong in ({"rank": 0}, {"scale": 0.0}, {"layers": ()}):
         with pytest.raises(ValueError, match=rf"stage\.lora\.{next(iter(wrong))}: expected"):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from agra.data.config import SourceConfig
+from agra.data.gr1 import gr1_source
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.gr1 import gr1_source
 from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3
 
 WRITERS = {

@@ -9,9 +9,9 @@ import pytest
 from agra.cli.arguments import recipe_arguments
 from agra.config import RunConfig
 from agra.data.config import SourceConfig
-from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.gr1 import KEYS, REPOSITORY, gr1_mixture, gr1_source, task_folder
 from agra.data.gr1 import TASKS as GR1_TASKS
+from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.sampling.sampler import DataConfig
 from agra.data.source import embodiment_stats, open_sources
 from agra.recipes import compose
