@@ -266,16 +266,16 @@ def gr1_states(episode: int, length: int) -> np.ndarray:
 def gr1_frame(step: int, episode: int) -> np.ndarray:
     """256 x 256: black padding above row 43 and from row 213 on, content between them brighter with every step."""
     frame = np.zeros((256, 256, 3), np.uint8)
-    frame[43:213] = 60 + 12 * step + 20 * episode
+    frame[43:213] = (60 + 12 * step + 20 * episode) % 256
     return frame
 
 
-def write_gr1(root: Path) -> Path:
+def write_gr1(root: Path, lengths=GR1_LENGTHS) -> Path:
     """LeRobot v2.0 with modality.json and annotations: 44 dimensions in float64, no frame_index, 20 Hz."""
     camera, annotations = "observation.images.ego_view", ["human.action.task_description", "human.validity"]
     texts = ["pick the can from the plate and place it in the pan", "valid", "unlocked_waist: pick the can"]
     first = 0
-    for index, length in enumerate(GR1_LENGTHS):
+    for index, length in enumerate(lengths):
         states = gr1_states(index, length)
         columns = {
             "observation.state": pa.array(states.tolist(), pa.list_(pa.float64())),
@@ -308,10 +308,10 @@ def write_gr1(root: Path) -> Path:
     info = {
         "codebase_version": "v2.0",
         "robot_type": "GR1ArmsAndWaistFourierHands",
-        "total_episodes": len(GR1_LENGTHS),
-        "total_frames": sum(GR1_LENGTHS),
+        "total_episodes": len(lengths),
+        "total_frames": sum(lengths),
         "total_tasks": 3,
-        "total_videos": len(GR1_LENGTHS),
+        "total_videos": len(lengths),
         "total_chunks": 1,
         "chunks_size": 1000,
         "fps": float(GR1_FPS),
@@ -322,7 +322,7 @@ def write_gr1(root: Path) -> Path:
     }
     _text(root / "meta/info.json", json.dumps(info))
     _lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": text} for i, text in enumerate(texts)])
-    episodes = [{"episode_index": i, "tasks": texts[:1], "length": n} for i, n in enumerate(GR1_LENGTHS)]
+    episodes = [{"episode_index": i, "tasks": texts[:1], "length": n} for i, n in enumerate(lengths)]
     _lines(root / "meta/episodes.jsonl", episodes)
     parts = {name: {"start": start, "end": end} for name, (start, end) in GR1_PARTS.items()}
     modality = {
