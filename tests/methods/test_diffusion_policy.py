@@ -42,11 +42,11 @@ from agra.methods.diffusion_policy import (
 from agra.methods.method import observation_inputs
 from agra.policies.export import export
 from agra.policies.load import load_method, load_policy
-from agra.recipes import diffusion_policy, tiny_diffusion_policy
+from agra.recipes import compose, diffusion_policy, tiny_diffusion_policy
 from agra.rng import sharded_rng
 from agra.serving.client import PolicyClient
 from agra.simulators.registry import SUITES, Suite
-from agra.stages import StageConfig
+from agra.stages import Stage, StageConfig
 from agra.training.memory_estimate import measure
 from agra.types import Observation
 from agra.wam.text import TextConfig
@@ -112,6 +112,13 @@ def test_published_sizes():
     assert count(lerobot)["unet"] == 254_819_997
     narrow = replace(published, unet_channels=(256, 512, 1024), pooling="spatial_softmax")
     assert round(count(narrow)["unet"] / 1e6, 1) == 66.5
+
+
+def test_it_composes_with_the_presets_of_data():
+    config = compose("diffusion_policy", Stage.JOINT, ["gr1_few_shot"])
+    assert (config.method, config.stage.steps, len(config.data.mixture)) == (diffusion_policy().method, 40_000, 24)
+    with pytest.raises(ValueError, match="diffusion_policy: has the joint stage alone, not adapt"):
+        compose("diffusion_policy", Stage.ADAPT)
 
 
 def test_film_language_widens_the_condition_alone():
@@ -603,6 +610,9 @@ def test_a_policy_sees_what_training_saw(trained):
     seen = policy.encode(observations)
     assert torch.equal(seen.frames, windows.frames)
     assert torch.equal(seen.states, windows.states)
+    decoding = make_sampler(replace(config, data=replace(config.data, cached=())), sources, stats, None, None)
+    cached, decoded = sampler.batch(0).tensors, decoding.batch(0).tensors
+    assert all(torch.equal(value, decoded[name]) for name, value in cached.items())
 
 
 def test_it_is_evaluated_by_name(trained, monkeypatch, capsys):
