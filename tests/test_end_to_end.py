@@ -169,7 +169,7 @@ def test_what_cannot_act_is_refused(trained):
         load_policy(folder / Stage.ADAPT)
     policy = load_policy(folder / Stage.JOINT)
     observation = replace(PointWorld().reset(make_trial("t", "in_distribution", 3)), embodiment="gr1")
-    with pytest.raises(ValueError, match=r"not trained on embodiment 'gr1'; it knows \['dot'\]"):
+    with pytest.raises(ValueError, match=r"not trained on embodiment 'gr1'; expected one of \['dot'\]"):
         policy.act(observation)
 
 

@@ -206,7 +206,7 @@ def test_instruments_do_not_apply(trained, monkeypatch, tmp_path):
 
 
 def test_a_stage_that_it_does_not_have_is_refused():
-    with pytest.raises(ValueError, match="linear: has the joint stage alone, not adapt"):
+    with pytest.raises(ValueError, match="linear: expected the joint stage, the only one of this method, got adapt"):
         RunConfig(method=LinearConfig(), data=DataConfig(), stage=StageConfig(name=Stage.ADAPT))
 
 

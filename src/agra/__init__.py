@@ -1,7 +1,7 @@
 """World Action Models: training, evaluation, diagnosis and serving.
 
-The names of `__all__` are the public interface. They are imported at their first use, so that `import agra` is quick and an
-install without torch can use the rest.
+The names of `__all__` are the public interface. They are imported at their first use, so that `import agra` is quick and works
+without torch.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ _PUBLIC = {
     "Policy": "agra.types",
     "Simulator": "agra.types",
 }
-"""Public names and the modules that they come from."""
+"""Public names and their modules."""
 
 __all__ = sorted(_PUBLIC)
 

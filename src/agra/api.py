@@ -1,7 +1,7 @@
-"""The functions behind the commands, for use from Python: a config or a run's folder in, files out.
+"""The functions behind the commands, for use from Python. They take a config or a run's folder and write files.
 
-`agra` re-exports the public ones. This module wires the rooms together: data, training, policies and diagnostics do not know
-each other beyond what docs/architecture.md allows.
+`agra` re-exports the public ones. This module connects data, training, policies and diagnostics, which import each other only
+as docs/architecture.md allows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -74,12 +74,12 @@ _RESULTS = ("results.jsonl", "diagnosis")
 
 
 def preparation(config: RunConfig, *, device: str = "cpu") -> Preparation:
-    """The frozen features that the config's stage needs, to be estimated or computed."""
+    """Open the sources of a config, to estimate or compute the frozen features that its stage needs."""
     return Preparation(config.method, config.data, open_sources(config.data), device=local_device(device))
 
 
 def prepare(config: RunConfig, *, device: str = "cpu") -> list[Path]:
-    """Compute and cache the frozen features that the config's stage needs. Returns their folders."""
+    """Compute and cache the frozen features that a config's stage needs. Returns their folders."""
     return preparation(config, device=device).run()
 
 
@@ -93,11 +93,11 @@ def train(
     device: str = "cpu",
     parallel: ParallelConfig | None = None,
 ) -> bool:
-    """Train one stage into `output`, resuming a run there. Returns False if SIGTERM stopped it early.
+    """Train one stage into `output`, or resume the run there. Returns False if SIGTERM stopped it early.
 
-    A fresh run starts from `init_from` (see `load_initial_weights`) and from the GR00T-N1.5 action head in `head`, where they
-    are given. Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not
-    divide over processes and micro-batches.
+    A new run starts from `init_from` (see `load_initial_weights`), and its action head from the GR00T-N1.5 model `head`. Under
+    torchrun every process calls this with the same arguments. Raises ValueError where the batch does not divide over processes
+    and micro-batches.
     """
     parallel = parallel or ParallelConfig()
     options = {"shard_degree": parallel.shard_degree, "deterministic": parallel.deterministic}
@@ -129,7 +129,7 @@ def train(
 def _load_head(method: Method, head: str, rows: Sequence[int]) -> None:
     bridge, action_dit = (method.parts().get(name) for name in ("bridge", "action_dit"))
     if not isinstance(bridge, Bridge) or not isinstance(action_dit, ActionDiT):
-        raise ValueError(f"--head: the method {method.config.kind} has no action head of GR00T's shape")
+        raise ValueError(f"--head: expected a method with GR00T's action head, such as wam, got {method.config.kind}")
     load_groot_head(bridge, action_dit, head, rows=rows)
 
 
@@ -182,7 +182,7 @@ def _extra_files(
     stats: Mapping[str, NormStats],
     tokens: InstructionTokens | None,
 ) -> dict[str, Callable[[Path], object]]:
-    """Writers of the files of a checkpoint that a policy needs besides the weights."""
+    """Return writers of the files that a policy needs besides the weights."""
     writers: dict[str, Callable[[Path], object]] = {"norm_stats.json": partial(NormStats.save_all, stats)}
     if tokens is not None:
         writers[INSTRUCTIONS] = lambda path: write_instruction_tokens(path, tokens, sources)
@@ -201,7 +201,7 @@ def make_sampler(
     online: OnlineEncoder | None,
     context: DistributedContext | None = None,
 ) -> WindowSampler:
-    """The sampler of a config's windows. Features that are not cached come from `online`."""
+    """Make the sampler of a config's windows. `online` encodes features that are not cached."""
     context = context or DistributedContext()
     return WindowSampler(
         config.data,
@@ -225,7 +225,7 @@ def _monitors(
     tokens: InstructionTokens | None,
     context: DistributedContext,
 ) -> dict[str, Monitor]:
-    """Measures at every validation of the stages that train an action head."""
+    """Make the monitors of validation. Stages without an action loss have none."""
     if not config.method.trains_actions:
         return {}
     monitors: dict[str, Monitor] = {}
@@ -240,7 +240,7 @@ def _monitors(
 def _visual_reliance_monitor(
     config: RunConfig, reliance: VisualRelianceConfig, sampler: WindowSampler, stats: Mapping[str, NormStats]
 ) -> VisualRelianceMonitor:
-    """The initial observations of the first dataset's held-out episodes."""
+    """Make the monitor of visual reliance on the initial observations of the first dataset's held-out episodes."""
     source = sampler.sources[0]
     statistics = stats[source.dataset.embodiment]
     dimensions, step = reliance.select(source.dataset.action_names), reliance.step
@@ -270,8 +270,8 @@ def diagnose(
 ) -> Path:
     """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
 
-    The samples come from `probes`, a folder of `agra probes`, where it is given, and else from the simulator. `masks` are
-    annotations of their frames (`agra.diagnostics.samples.masks`).
+    The samples come from the simulator, or from `probes`, a folder of `agra probes`. `masks` are annotations of their frames
+    (`agra.diagnostics.samples.masks`).
     """
     policy = load_policy(run, device=device)
     settings = comparison_teacher(policy.config, teacher) if isinstance(policy.method, ReadsTokens) else None
@@ -325,8 +325,8 @@ def study(
     """Train, evaluate and diagnose a variant for every layer (`agra.diagnostics.study`). Returns `output`/study.json.
 
     Every variant starts from `init_from`, a checkpoint of the adapt or the joint stage. Projectors of layers that were not
-    aligned there start fresh. `limit` trials of each regime are played, all by default, and `samples` are diagnosed. Without a
-    `simulator` the losses alone are compared.
+    aligned there start fresh. `limit` trials of each regime are run, by default all, and `samples` are diagnosed. Without a
+    `simulator` only the losses are compared.
     """
 
     def judge(run: Path, name: str) -> None:

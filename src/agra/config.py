@@ -1,4 +1,4 @@
-"""RunConfig: the whole description of a training run, and its JSON. Describes and checks. Opens no data."""
+"""RunConfig: the whole description of a training run, and its JSON. It checks values and opens no files of data."""
 
 import difflib
 import fnmatch
@@ -20,39 +20,39 @@ from agra.stages import StageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VisualRelianceConfig:
-    """Action dimensions and chunk step used to measure visual reliance: together they are the *target* of a chunk."""
+    """Action dimensions and chunk step that measure visual reliance. Together they are the *target* of a chunk."""
 
     dimensions: tuple[str, ...] = ()
-    """Patterns over the embodiment's action names; all that match make one vector. Without any it is planar positions,
-    `*_x` and `*_y`, metres on the tabletop, and the whole action of an embodiment that has none."""
+    """Patterns of action names. All matching dimensions form one vector. By default the planar positions `*_x` and `*_y`, in
+    metres on the tabletop, or the whole action of an embodiment without such names."""
     step: int = 7
-    """Step of the chunk, from 0: about where the hand reaches the object."""
+    """Step of the chunk, from 0. The default is about where the hand reaches the object."""
 
     def __post_init__(self) -> None:
         if self.step < 0:
             raise ValueError(f"visual_reliance.step: expected at least 0, got {self.step}")
 
     def select(self, action_names: Sequence[str]) -> list[int]:
-        """The action dimensions. Raises ValueError where no name matches `dimensions`."""
+        """Select the action dimensions. Raises ValueError where no name matches `dimensions`."""
         patterns = self.dimensions or ("*_x", "*_y")
         matching = [i for i, name in enumerate(action_names) if any(fnmatch.fnmatch(name, p) for p in patterns)]
         if self.dimensions and not matching:
             raise ValueError(
-                f"visual_reliance.dimensions: {self.dimensions} match none of the actions {tuple(action_names)}"
+                f"visual_reliance.dimensions: {self.dimensions} match none of the actions; choose among {tuple(action_names)}"
             )
         return matching or list(range(len(action_names)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """Grounding measured on probe samples during training, every `stage.validate_every` steps."""
+    """Measurement of grounding on probe samples during training, every `stage.validate_every` steps."""
 
     probes: str = ""
-    """A folder that `agra probes` wrote; empty measures nothing. Samples without a mask are left out."""
+    """Folder written by `agra probes`. Empty turns the monitor off. Samples without a mask are left out."""
     sensitivity_samples: int = 8
-    """Samples, the first ones, whose sensitivity ratio is measured: the costly part."""
+    """Number of samples whose sensitivity ratio is measured, the costly part of the monitor."""
     background_sets: int = 2
-    """Background sets of each."""
+    """Background sets for each of these samples."""
 
     def __post_init__(self) -> None:
         if self.sensitivity_samples < 0 or self.background_sets < 1:
@@ -64,14 +64,14 @@ class MonitorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Method, data and stage. A recipe makes one, the command line changes it, a checkpoint keeps it."""
+    """Method, data and stage of a run. Recipes make it, the command line changes it, checkpoints store it."""
 
     method: MethodConfig = field(default_factory=WAMMethodConfig)
-    """Of the class that `agra.methods.table` lists for its `kind`."""
+    """Settings of the class that `agra.methods.table` lists for their `kind`."""
     data: DataConfig
     stage: StageConfig = field(default_factory=StageConfig)
     visual_reliance: VisualRelianceConfig | None = None
-    """Action dimensions and chunk step used to measure visual reliance, also during training. None disables it."""
+    """Settings of visual reliance, which is measured in diagnosis and during training. None turns it off."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class RunConfig:
             unknown = [part for part in parts if part not in self.method.part_names]
             if unknown:
                 raise ValueError(
-                    f"stage.{name}: {unknown[0]!r} is no part of this method; it has {', '.join(self.method.part_names)}"
+                    f"stage.{name}: {unknown[0]!r} is not a part of this method; expected {', '.join(self.method.part_names)}"
                 )
         for source in self.data.sources if self.method.clips_actions else ():
             methods = [method for _, method in source.keys("action")] or [source.normalization]
@@ -94,17 +94,17 @@ class RunConfig:
         rows = self.method.shapes.num_embodiments
         if len(self.data.embodiments) > rows:
             raise ValueError(
-                f"data.embodiments: {len(self.data.embodiments)} embodiments {self.data.embodiments} do not fit the"
-                f" method's {rows} rows; raise its num_embodiments"
+                f"data.embodiments: {len(self.data.embodiments)} embodiments {self.data.embodiments}, but the method has"
+                f" {rows} rows; raise its num_embodiments"
             )
 
     def to_json(self) -> str:
-        """The resolved config, every field spelled out."""
+        """Write the resolved config with all of its fields."""
         return json.dumps(_converter.unstructure(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str | Path = "config") -> "RunConfig":
-        """Inverse of `to_json`. An unknown, missing or ill-typed key raises ValueError naming it and `source`."""
+        """Read what `to_json` wrote. An unknown, missing or ill-typed key raises ValueError naming it and `source`."""
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -113,7 +113,7 @@ class RunConfig:
 
     @classmethod
     def from_values(cls, values: Any, source: str | Path = "config") -> "RunConfig":
-        """A config from JSON's values. Raises ValueError as `from_json` does."""
+        """Make a config from JSON values. Raises ValueError as `from_json` does."""
         try:
             return _converter.structure(values, cls)
         except cattrs.BaseValidationError as error:
@@ -122,7 +122,7 @@ class RunConfig:
 
 
 def first_difference(saved: RunConfig, present: RunConfig) -> str:
-    """A phrase naming the first field in which two configs differ."""
+    """Name the first field in which two configs differ, in a phrase."""
     saved_fields, present_fields = (flat(json.loads(config.to_json())) for config in (saved, present))
     names = sorted({*saved_fields, *present_fields})
     name = next(name for name in names if saved_fields.get(name) != present_fields.get(name))
@@ -130,7 +130,7 @@ def first_difference(saved: RunConfig, present: RunConfig) -> str:
 
 
 def flat(tree: object, prefix: str = "") -> dict[str, object]:
-    """The leaves of nested dictionaries by their dotted names."""
+    """Return the leaves of nested dictionaries by their dotted names."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
@@ -141,7 +141,7 @@ def flat(tree: object, prefix: str = "") -> dict[str, object]:
 
 
 def read_mixture(path: Path) -> tuple[SourceConfig, ...]:
-    """A JSON list of sources, each an object of the fields that it sets. Raises as `RunConfig.from_json` does."""
+    """Read a JSON list of sources, each an object of the fields that it sets. Raises as `RunConfig.from_json` does."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a JSON list of the datasets to mix")
     try:
@@ -157,7 +157,7 @@ def read_mixture(path: Path) -> tuple[SourceConfig, ...]:
 
 
 def _structure_method(value: Any, _: Any) -> MethodConfig:
-    """The method's config by its `kind`."""
+    """Make a method's config of the class of its `kind`."""
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in METHODS:
         raise ValueError(f"method.kind: expected one of {', '.join(METHODS)}, got {kind!r}")
@@ -172,16 +172,16 @@ _converter.register_unstructure_hook_func(
 
 
 def _reason(error: BaseException, kind: type | None) -> str:
-    """A check's own message, which cattrs would replace by "invalid value"."""
+    """Return a check's own message, which cattrs would replace by "invalid value"."""
     checked = type(error) is ValueError and str(error)
     return str(error) if checked else cattrs.v.format_exception(error, kind)
 
 
 def _suggestion(error: BaseException) -> str:
-    """The known key closest to the first unknown one."""
+    """Suggest the valid key closest to the first unknown one."""
     if isinstance(error, cattrs.ForbiddenExtraKeysError):
-        known = [f.name for f in fields(error.cl)]
-        close = difflib.get_close_matches(sorted(error.extra_fields)[0], known, n=1, cutoff=0)
+        names = [f.name for f in fields(error.cl)]
+        close = difflib.get_close_matches(sorted(error.extra_fields)[0], names, n=1, cutoff=0)
         return f"; the closest known key is {close[0]!r}"
     inner: tuple[Any, ...] = getattr(error, "exceptions", ())
     return next((text for e in inner if (text := _suggestion(e))), "")

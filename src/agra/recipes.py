@@ -1,11 +1,11 @@
-"""Recipes: one function for each row of the paper, presets that change any of them, and `tiny()`.
+"""Recipes: one function for each row of the paper, presets that change any recipe, and `tiny()`.
 
-A recipe takes the stage and returns a `RunConfig`. It calls another recipe and replaces the fields that differ. The defaults
-of the config classes are the paper's. A preset turns a config into another one: other data (C.3), EgoDex, another reading of the
-action head. `compose` combines recipe, stage and presets.
+A recipe takes a stage and returns a `RunConfig`. It calls another recipe and replaces the fields that differ. The defaults of
+the config classes are the paper's. A preset changes a config: other data (C.3), EgoDex, another reading of the action head.
+`compose` combines recipe, stage and presets.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ def wam(stage: Stage = Stage.JOINT) -> RunConfig:
 
 
 def freeze_backbone(stage: Stage = Stage.JOINT) -> RunConfig:
-    """Freeze backbone: the video DiT stays as the adapt stage left it, and only the action head learns (4.1, B.2.2)."""
+    """Freeze backbone: the video DiT keeps the weights of the adapt stage, and the action head alone learns (4.1, B.2.2)."""
     config = _objective(wam(), video_weight=0.0)
     return at_stage(replace(config, stage=replace(config.stage, frozen=("video_dit",))), stage)
 
@@ -74,20 +74,20 @@ def agra_bridge_l8(stage: Stage = Stage.JOINT) -> RunConfig:
 
 def agra_video_pass(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA-VideoPass: the denoising pass is aligned, the conditioning pass guides (B.2.2, Table 2)."""
-    return _passes(agra_dino_l8(stage), guidance=Pass.CONDITIONING, aligned=Pass.DENOISING)
+    return _objective(agra_dino_l8(stage), guidance_pass=Pass.CONDITIONING, aligned_pass=Pass.DENOISING)
 
 
 def agra_shared_denoising_pass(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA-SharedDenoisingPass: one pass, at the sampled noise level, guides and is aligned (B.2.2, Table 2)."""
-    return _passes(agra_dino_l8(stage), guidance=Pass.DENOISING, aligned=Pass.DENOISING)
+    return _objective(agra_dino_l8(stage), guidance_pass=Pass.DENOISING, aligned_pass=Pass.DENOISING)
 
 
 def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
-    """AGRA small enough for two CPU cores, on the embedded parts: patch-PCA codec, MiniLM, packaged DINOv2-S.
+    """AGRA small enough for two CPU cores, with packaged parts: patch-PCA codec, MiniLM, DINOv2-S.
 
-    It shows the mechanism, not the paper's numbers. Beyond size it departs from the paper where a model trained from
-    scratch within an hour needs it: positions on the guidance, state dropout, early windows, another balance of the
-    losses (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch.
+    It shows the mechanism, not the paper's numbers. Besides its size it differs from the paper where a model trained from
+    scratch within an hour needs it: positions on the guidance, state dropout, early windows, other weights of the losses
+    (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch.
     """
     layers = bridged_layers(6, 4)
     model = WAMConfig(
@@ -154,7 +154,7 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
 
 
 def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:
-    """The baseline WAM at tiny's size: the same in everything but the alignment."""
+    """The baseline WAM at the size of tiny. It differs in the alignment alone."""
     return _aligned(tiny(stage), None)
 
 
@@ -198,7 +198,7 @@ def tiny_diffusion_policy(stage: Stage = Stage.JOINT) -> RunConfig:
     return at_stage(replace(base, method=method, data=data, stage=training), stage)
 
 
-# --- presets: what C.3 and C.1 leave to the experiment -----------------------------------------------------------------
+# --- presets: settings that C.1 and C.3 vary between experiments -----------------------------------------------------
 
 
 def gr1(config: RunConfig) -> RunConfig:
@@ -216,9 +216,9 @@ def gr1_few_shot(config: RunConfig) -> RunConfig:
 
 
 def real_world(config: RunConfig) -> RunConfig:
-    """The robot: 60k steps (fine-tuning 2k), video DiT at 1e-5, chunks of 48 actions, every third frame (C.2.1, C.3).
+    """Real robot: 60k steps (fine-tuning 2k), video DiT at 1e-5, chunks of 48 actions, every third frame (C.2.1, C.3).
 
-    Rows of 64 for the 50 dimensions of IRON's state and action. They are padded and masked.
+    The 50 dimensions of IRON's state and action are padded to 64 and masked.
     """
     config = _head(config, horizon=48, state_dim=64, action_dim=64)
     return replace(
@@ -229,29 +229,29 @@ def real_world(config: RunConfig) -> RunConfig:
 
 
 def egodex(config: RunConfig) -> RunConfig:
-    """With human demonstrations of EgoDex: a second embodiment with its own encoders and decoder (4.2.2 d)."""
+    """Human demonstrations of EgoDex: a second embodiment with its own encoders and decoder (4.2.2 d)."""
     embodiments = (*config.data.embodiments, "human_egodex")
     config = _head(config, num_embodiments=len(embodiments))
     return replace(config, data=replace(config.data, embodiments=embodiments))
 
 
 def literal_head(config: RunConfig) -> RunConfig:
-    """The action head as C.1 words it: inner width 1024 = 32 x 32, instead of GR00T-N1.5's 1536 (#4)."""
+    """Action head by the wording of C.1: inner width 1024 = 32 x 32, instead of GR00T-N1.5's 1536 (#4)."""
     return _head(config, head_dim=32)
 
 
 def groot_head(config: RunConfig) -> RunConfig:
-    """The action head with N1.5's 32 future tokens, so that all of its weights have a place (`--head`)."""
+    """Action head with N1.5's 32 future tokens, so that all weights of N1.5 can be loaded (`--head`)."""
     return _head(config, future_tokens=32)
 
 
 def cosmos_pre_trained(config: RunConfig) -> RunConfig:
-    """Cosmos's pre-trained revision instead of the post-trained: the condition frame gets the others' level (#10, #11)."""
+    """Cosmos's pre-trained revision: the condition frame has the noise level of the other frames (#10, #11)."""
     return _cosmos(config, "nvidia/Cosmos-Predict2.5-2B", "diffusers/base/pre-trained", level=None)
 
 
 def cosmos_14b(config: RunConfig) -> RunConfig:
-    """Cosmos-Predict2.5-14B: 36 layers of width 5120, and the bridge and the head's keys with it. Not in the paper."""
+    """Cosmos-Predict2.5-14B: 36 layers of width 5120, with a bridge and keys of that width. Not in the paper."""
     config = _cosmos(config, "nvidia/Cosmos-Predict2.5-14B", "diffusers/base/post-trained", level=1e-4)
     model = _method(config).model
     video = replace(model.video_dit, num_layers=36, num_heads=40)
@@ -261,7 +261,7 @@ def cosmos_14b(config: RunConfig) -> RunConfig:
 
 
 def compose(name: str, stage: Stage, presets: Sequence[str] = ()) -> RunConfig:
-    """The recipe `name` changed by `presets` in their order, at `stage`."""
+    """Make the recipe `name`, change it by `presets` in their order, and turn it into `stage`."""
     config = RECIPES[name](Stage.JOINT)
     for preset in presets:
         config = PRESETS[preset](config)
@@ -269,7 +269,7 @@ def compose(name: str, stage: Stage, presets: Sequence[str] = ()) -> RunConfig:
 
 
 def at_stage(config: RunConfig, stage: Stage) -> RunConfig:
-    """A joint-stage config turned into another stage's, with C.3's steps for it."""
+    """Turn a joint-stage config into another stage's, with the steps of C.3."""
     if stage is Stage.JOINT:
         return config
     steps = min(config.stage.steps, 5_000 if stage is Stage.ADAPT else 2_000)
@@ -279,7 +279,7 @@ def at_stage(config: RunConfig, stage: Stage) -> RunConfig:
 
 def _method(config: RunConfig) -> WAMMethodConfig:
     if not isinstance(config.method, WAMMethodConfig):
-        raise ValueError(f"this preset changes a WAM, and {config.method.kind} is none")
+        raise ValueError(f"expected a recipe of the method wam for this preset, got one of {config.method.kind}")
     return config.method
 
 
@@ -312,10 +312,6 @@ def _gr1(config: RunConfig, mixture: tuple[SourceConfig, ...]) -> RunConfig:
     return replace(config, data=data)
 
 
-def _passes(config: RunConfig, *, guidance: Pass, aligned: Pass) -> RunConfig:
-    return _objective(config, guidance_pass=guidance, aligned_pass=aligned)
-
-
 def _bridged(config: RunConfig, layer: int) -> RunConfig:
     model = _method(config).model
     return _model(config, bridge=replace(model.bridge, layers=(layer,) * model.action_dit.num_blocks))
@@ -327,29 +323,25 @@ def _cosmos(config: RunConfig, source: str, revision: str, *, level: float | Non
     return _model(config, codec=codec, text=text, condition_noise_level=level)
 
 
-def _aligned_sweep() -> Iterator[Recipe]:
-    """Fig. 10: every bridged layer aligned alone, besides those that have a name of their own."""
-    for layer in sorted({*bridged_layers(28, 8)} - {8, 15}):
+def _named(name: str, summary: str, make: Recipe) -> Recipe:
+    """Make a recipe of a sweep, with a name and a summary."""
 
-        def recipe(stage: Stage = Stage.JOINT, layer: int = layer) -> RunConfig:
-            return _aligned(agra_dino_l8(stage), AlignmentConfig(layers=(layer,)))
+    def recipe(stage: Stage = Stage.JOINT) -> RunConfig:
+        return make(stage)
 
-        yield _named(recipe, f"agra_dino_l{layer}", f"Layer sweep: video layer {layer} aligned alone (Fig. 10).")
-
-
-def _bridge_sweep() -> Iterator[Recipe]:
-    """Fig. 11: the baseline WAM with a single-layer bridge."""
-    for layer in bridged_layers(28, 8):
-
-        def recipe(stage: Stage = Stage.JOINT, layer: int = layer) -> RunConfig:
-            return _bridged(wam(stage), layer)
-
-        yield _named(recipe, f"wam_bridge_l{layer}", f"WAM whose blocks all read video layer {layer} (Fig. 11).")
-
-
-def _named(recipe: Recipe, name: str, summary: str) -> Recipe:
     recipe.__name__, recipe.__doc__ = name, summary
     return recipe
+
+
+def _aligned_at(layer: int) -> Recipe:
+    summary = f"Layer sweep: video layer {layer} aligned alone (Fig. 10)."
+    alignment = AlignmentConfig(layers=(layer,))
+    return _named(f"agra_dino_l{layer}", summary, lambda stage: _aligned(agra_dino_l8(stage), alignment))
+
+
+def _bridged_at(layer: int) -> Recipe:
+    summary = f"WAM whose action blocks all read video layer {layer} (Fig. 11)."
+    return _named(f"wam_bridge_l{layer}", summary, lambda stage: _bridged(wam(stage), layer))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -365,8 +357,8 @@ RECIPES: dict[str, Recipe] = {
         agra_bridge_l8,
         agra_video_pass,
         agra_shared_denoising_pass,
-        *_aligned_sweep(),
-        *_bridge_sweep(),
+        *map(_aligned_at, sorted({*bridged_layers(28, 8)} - {8, 15})),
+        *map(_bridged_at, bridged_layers(28, 8)),
         tiny,
         tiny_wam,
         diffusion_policy,

@@ -170,11 +170,11 @@ def test_the_paper_s_layout_for_eight_gpus_of_80_gb_fits_with_its_validation():
     machines = Machines(gpus=8, gpu_memory=80.0)
     step_cost = measure(config, activation_checkpointing=1.0)
     (layout,) = lay_out(config, machines, [step_cost]).layouts
-    assert layout.accumulate
-    in_flight = config.stage.batch_size // machines.gpus // layout.accumulate
+    assert layout.gradient_accumulation_steps
+    in_flight = config.stage.batch_size // machines.gpus // layout.gradient_accumulation_steps
     assert in_flight <= layout.samples
     gradients = step_cost.gradients / machines.gpus
-    if layout.accumulate > 1 and not layout.reduce_every_micro_batch:
+    if layout.gradient_accumulation_steps > 1 and not layout.reduce_every_micro_batch:
         gradients = gradients.clip(min=4 * step_cost.trained)
     gathered = step_cost.weight_bytes * (2 * step_cost.root + 3 * step_cost.largest_block)
     whole = step_cost.states / machines.gpus + step_cost.fixed + in_flight * step_cost.per_sample + gradients + gathered

@@ -127,7 +127,7 @@ def test_groups_by_instruction():
 
 
 def test_bad_settings_are_named(initial):
-    with pytest.raises(ValueError, match=r"match none of the actions \('hand_x', 'hand_y', 'grip'\)"):
+    with pytest.raises(ValueError, match=r"match none of the actions; choose among \('hand_x', 'hand_y', 'grip'\)"):
         measure_visual_reliance(Dotter(), initial, NAMES, VisualRelianceConfig(dimensions=("arm_*",)))
     with pytest.raises(ValueError, match="no initial observations"):
         measure_visual_reliance(Dotter(), [], NAMES, VisualRelianceConfig())

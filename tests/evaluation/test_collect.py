@@ -280,7 +280,7 @@ def test_command_line(tmp_path, capsys):
     main([*command, "--tasks", "open_steamer_transfer_bun", "--noise", "*_x", "0.001"])
     assert "set: 1 demonstrations" in capsys.readouterr().out
     main([*command, "--tasks", "open_steamer_transfer_bun", "--noise", "*_x", "0.001"])
-    assert capsys.readouterr().out == f"{tmp_path / 'set'}: already there\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'set'}: complete, nothing to record\n"
     with pytest.raises(SystemExit, match="1"):
         main(command)
     error = capsys.readouterr().err

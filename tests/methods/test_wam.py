@@ -235,7 +235,7 @@ def _run(stage):
         (lambda: _run(StageConfig(name=Stage.ADAPT)), r"method.objective.action_weight: must be 0 in the adapt stage"),
         (
             lambda: _run(StageConfig(frozen=("head",))),
-            "stage.frozen: 'head' is no part of this method; it has video_dit",
+            "stage.frozen: 'head' is not a part of this method; expected video_dit",
         ),
         (lambda: ObjectiveConfig(video_batch_fraction=0), r"method.objective.video_batch_fraction: expected a number"),
         (

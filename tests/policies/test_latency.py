@@ -52,7 +52,7 @@ def test_what_can_be_compared():
 
 
 def test_pooling_belongs_to_the_fast_path_and_moves_an_answer_little():
-    with pytest.raises(ValueError, match="belong to the fast path"):
+    with pytest.raises(ValueError, match="need the fast path"):
         load_policy("tabletop-agra", fast=False, pool_future=2)
     answers = []
     for pool_future in (1, 2):

@@ -98,7 +98,7 @@ def test_checkpointing_keeps_less(monkeypatch):
     assert [layout.activation_checkpointing for layout in found.layouts] == [0, 0.25, 0.5, 0.75, 1]
     plain, *_, checkpointed = found.layouts
     assert checkpointed.per_sample < plain.per_sample
-    assert (plain.accumulate, checkpointed.accumulate) == (1, 1)
+    assert (plain.gradient_accumulation_steps, checkpointed.gradient_accumulation_steps) == (1, 1)
     assert plain.samples < checkpointed.samples
     steps, validations = config.stage.steps, 1 + config.stage.steps // config.stage.validate_every
     seconds = found.best.seconds * steps + found.best.validation_seconds * validations
@@ -130,7 +130,7 @@ def test_a_plan_proposes_micro_batches_that_training_accepts():
     config, step_cost = small_batch(64), small_cost()
     sizes = np.geomspace(1e-4, 1, 30)
     plans = [lay_out(config, Machines(gpus=8, gpu_memory=size), [step_cost]) for size in sizes]
-    assert {layout.accumulate for result in plans for layout in result.layouts} == {0, 1, 2}
+    assert {layout.gradient_accumulation_steps for result in plans for layout in result.layouts} == {0, 1, 2}
 
 
 class Received(TorchDispatchMode):
@@ -193,11 +193,11 @@ def test_gradients_of_several_micro_batches_are_reduced_once_or_held_by_no_proce
 
     sizes = np.geomspace(1e-4, 1, 60)
     layouts = [layout(size) for size in sizes]
-    several = [one for one in layouts if one.accumulate > 1]
+    several = [one for one in layouts if one.gradient_accumulation_steps > 1]
     assert {one.reduce_every_micro_batch for one in several} == {True, False}
     for one in several:
-        reductions = one.accumulate if one.reduce_every_micro_batch else 1
-        expected = 4 * (one.accumulate * step_cost.gathered + reductions * step_cost.trained) * 7 / 8
+        reductions = one.gradient_accumulation_steps if one.reduce_every_micro_batch else 1
+        expected = 4 * (one.gradient_accumulation_steps * step_cost.gathered + reductions * step_cost.trained) * 7 / 8
         assert one.traffic == pytest.approx(expected)
         assert ("--parallel.reduce-every-micro-batch True" in one.flags) == one.reduce_every_micro_batch
     assert not layouts[-1].flags

@@ -1,4 +1,4 @@
-"""Checkpoint folders: where they lie, what they are called, whether they are whole. No torch.
+"""Checkpoint folders: places, names, checksums and simple files. No torch.
 
     step_000500/
       config.json               the RunConfig
@@ -12,9 +12,9 @@
       manifest.json             sha256 of every file above
 
 Several processes write their shards into a folder `sharded` instead of the parts, the adapters and the moments. Readers
-take either. Tensors are named `<part>.<name in the part>` in both, and `<moment>/<part>.<name>` where they are moments.
+accept both. Tensors are named `<part>.<name in the part>`, and moments `<moment>/<part>.<name>`.
 
-Everything random in training is a pure function of seed, step and sample, so no random state is stored.
+All random numbers of training are a pure function of seed, step and sample, so no random state is stored.
 """
 
 import json
@@ -26,23 +26,23 @@ from typing import Any
 from agra import files
 
 BUNDLED = Path(__file__).parent.parent / "assets"
-"""The policies that come with the package: exported folders by name."""
+"""The folder of the bundled policies, which are exports by name."""
 ADAPTERS, OPTIMIZER = "lora.safetensors", "optimizer.safetensors"
 READ = ("*.safetensors", "sharded/*.safetensors", "norm_stats.json", "trainer.json")
-"""Patterns of the files that are read from a checkpoint. Its manifest must list them."""
+"""Patterns of the files that readers open. The manifest must list these files."""
 REMEDY = "take it from its source again"
 STEP = re.compile(r"step_(\d{6,})")
 """Name of a finished checkpoint in a run's folder."""
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint of the highest step in a run's folder. Unfinished ones have other names and do not count."""
+    """Return the checkpoint of the highest step in a run's folder. Unfinished ones have other names and do not count."""
     steps = [(int(match[1]), path) for path in run.glob("step_*") if (match := STEP.fullmatch(path.name))]
     return max(steps)[1] if steps else None
 
 
 def best(run: Path) -> tuple[Path, float] | None:
-    """The best checkpoint by `stage.keep_best`, and its figure; None where none was kept."""
+    """Return the best checkpoint by `stage.keep_best` and its figure, or None where the run has none."""
     path = run / "best.json"
     if not path.is_file():
         return None
@@ -56,19 +56,19 @@ def note_best(run: Path, step: int, value: float) -> None:
 
 
 def find(name: str | Path) -> Path:
-    """A folder by its path or, where there is none, by the name of a bundled policy."""
+    """Find a folder by its path or, where there is none, by the name of a bundled policy."""
     bundled = BUNDLED / name
     return bundled if not Path(name).exists() and bundled.is_dir() else Path(name)
 
 
 def resolve(name: str | Path) -> Path:
-    """A checkpoint folder from its own path, its run's, or the name of a bundled policy.
+    """Find a checkpoint folder by its own path, by its run's path, or by the name of a bundled policy.
 
-    RUN/best refers to the checkpoint that a run with `stage.keep_best` kept. Raises FileNotFoundError naming the path.
+    RUN/best is the best checkpoint of a run with `stage.keep_best`. Raises FileNotFoundError naming the path.
     """
     path = find(name)
-    if path.name == "best" and not path.exists() and (kept := best(path.parent)) is not None:
-        return kept[0]
+    if path.name == "best" and not path.exists() and (record := best(path.parent)) is not None:
+        return record[0]
     if (path / "manifest.json").is_file():
         return path
     last = newest(path) if path.is_dir() else None
@@ -82,7 +82,7 @@ def resolve(name: str | Path) -> Path:
 
 
 def artifact_dir(name: str | Path) -> Path:
-    """Where evaluation and diagnosis results of a policy are written: its run's folder, or an export's own.
+    """Return the folder for a policy's evaluation and diagnosis results: its run's folder, or the export itself.
 
     For a bundled policy, which is read-only, it is outputs/NAME in the working directory.
     """
@@ -112,12 +112,12 @@ def verify(
 
 
 def keeps_optimizer(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds the optimiser's state, and the weights' averages with it. An export does not."""
+    """Check whether a checkpoint holds the optimiser's state, with the averaged weights. An export does not."""
     return any(name == OPTIMIZER or name.startswith("sharded/") for name in _manifest(checkpoint))
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError naming the file for any other content."""
+    """Read a JSON object. Raises ValueError naming the file for any other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -128,7 +128,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _manifest(checkpoint: Path) -> dict[str, str]:
-    """Name to checksum of all files that are read from a checkpoint. Raises ValueError for any other content."""
+    """Read the manifest: name to checksum of all files that readers open. Raises ValueError for any other content."""
     path = checkpoint / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, so {checkpoint} is not a complete checkpoint")
@@ -141,5 +141,5 @@ def _manifest(checkpoint: Path) -> dict[str, str]:
             )
     there = {file.relative_to(checkpoint).as_posix() for pattern in READ for file in checkpoint.glob(pattern)}
     if unlisted := sorted({"config.json", *there} - listed.keys()):
-        raise ValueError(f"{path}: does not list {unlisted[0]}, so its content is not known to be whole; {REMEDY}")
+        raise ValueError(f"{path}: does not list {unlisted[0]}, so that file cannot be verified; {REMEDY}")
     return listed

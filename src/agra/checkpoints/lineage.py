@@ -1,9 +1,9 @@
-"""Where a policy comes from: the stages that made it, their settings and their logs (C.3).
+"""Lineage of a policy: its training stages, with their settings and logs (C.3).
 
-A run records its starting point and finds the stages before it where they lie. An export carries them all with it:
+A run records its starting point, where its earlier stages are found. An export includes them all:
 
     history/00_adapt.json   the RunConfig of the first stage
-    history/00_adapt.jsonl  its metrics, and so on, the policy's own stage last
+    history/00_adapt.jsonl  its metrics, and so on to the policy's last stage
 """
 
 import json
@@ -22,7 +22,7 @@ from agra.stages import Stage, StageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedStage:
-    """A finished stage. Its metrics.jsonl and newest checkpoint are None where they are gone."""
+    """A finished stage. Its metrics.jsonl and newest checkpoint are None where they are missing."""
 
     config: RunConfig
     metrics: Path | None
@@ -30,8 +30,7 @@ class TrainedStage:
 
 
 def record_origin(run: Path, init_from: str | Path | None) -> None:
-    """Write a run's starting point into its folder: a folder relative to it, so that both may be moved together, or a hub
-    id."""
+    """Write a run's starting point into its folder: a hub id, or a relative path, so that both folders can move together."""
     origin = None
     if init_from is not None:
         path = find(init_from)
@@ -40,7 +39,7 @@ def record_origin(run: Path, init_from: str | Path | None) -> None:
 
 
 def lineage(policy: str | Path) -> list[TrainedStage]:
-    """The stages that made a policy, its own last, as far back as they are there."""
+    """Find the stages of a policy, the last one at the end. Stages that are missing, and those before them, are left out."""
     path = resolve(policy)
     history = path / "history"
     if history.is_dir():
@@ -54,12 +53,12 @@ def lineage(policy: str | Path) -> list[TrainedStage]:
     init_from = json.loads(origin.read_text())["init"] if origin.is_file() else None
     try:
         return [*(lineage(run / init_from) if init_from else []), last]
-    except FileNotFoundError:  # a hub id, or a folder that is gone
+    except FileNotFoundError:  # a hub id, or a missing folder
         return [last]
 
 
 def carry(stages: Sequence[TrainedStage], folder: Path) -> None:
-    """Copy the settings and logs of the stages that made a policy into `folder`'s history."""
+    """Copy the settings and logs of a policy's stages into the history of `folder`."""
     history = folder / "history"
     history.mkdir()
     for number, stage in enumerate(stages):
@@ -70,7 +69,7 @@ def carry(stages: Sequence[TrainedStage], folder: Path) -> None:
 
 
 def describe(stages: Sequence[TrainedStage]) -> str:
-    """One sentence about a policy's method and its stages."""
+    """Describe a policy's method and its stages in a sentence."""
     configs = [stage.config for stage in stages]
     joint = next((config for config in reversed(configs) if config.stage.name is Stage.JOINT), configs[-1])
     return f"{joint.method.describe()}. Stages: {', '.join(_steps(config.stage) for config in configs)}"

@@ -1,4 +1,4 @@
-"""Reading checkpoints, of one process or several, of the present layout or an earlier one."""
+"""Reads checkpoints, of one process or several, in the present layout or an earlier one."""
 
 import math
 import warnings
@@ -24,10 +24,10 @@ _NOT_PARTS = (ADAPTERS, OPTIMIZER, "codec.safetensors", "instructions.safetensor
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The RunConfig a checkpoint was made with.
+    """Read the RunConfig of a checkpoint.
 
-    Raises ValueError where there is none, or where it describes a larger model than the weights beside it: such a model is
-    not built.
+    Raises ValueError where it is missing or invalid, and where it describes a larger model than the weights beside it, before
+    anything of that size is built.
     """
     path = checkpoint / "config.json"
     content = read_object(path)
@@ -37,7 +37,10 @@ def read_config(checkpoint: Path) -> RunConfig:
 
 
 def config_of(values: Mapping[str, Any], path: Path) -> RunConfig:
-    """Make a RunConfig of the JSON values in `path`, in the present layout or an earlier one. Raises ValueError naming it."""
+    """Make a RunConfig from the JSON values of `path`, in the present layout or an earlier one.
+
+    Raises ValueError naming `path`.
+    """
     try:
         current = current_config(values)
     except (LookupError, TypeError, AttributeError) as error:
@@ -46,9 +49,9 @@ def config_of(values: Mapping[str, Any], path: Path) -> RunConfig:
 
 
 def load_parts(parts: Mapping[str, nn.Module], checkpoint: Path) -> None:
-    """Load a checkpoint's weights into whole modules, by the names of the parts; other parts of it are left alone.
+    """Load a checkpoint's weights into whole modules by part. Other parts of the checkpoint are not read.
 
-    Adapters come with their layers, which must have them attached. Raises ValueError where names or shapes do not fit.
+    Layers with adapters in the checkpoint must have adapters attached. Raises ValueError where names or shapes do not fit.
     """
     targets = part_tensors(parts)
     if (checkpoint / "sharded").is_dir():
@@ -61,7 +64,7 @@ def load_parts(parts: Mapping[str, nn.Module], checkpoint: Path) -> None:
 def load_averages(parts: Mapping[str, nn.Module], checkpoint: Path) -> None:
     """Replace the trained weights of a loaded checkpoint by their exponential averages (`stage.ema_decay`).
 
-    Raises ValueError where the checkpoint holds none.
+    Raises ValueError where the checkpoint holds no averages.
     """
     weights, prefix = part_tensors(parts), "ema/"
     targets = {f"{prefix}{name}": value for name, value in weights.items()}
@@ -79,19 +82,19 @@ def load_averages(parts: Mapping[str, nn.Module], checkpoint: Path) -> None:
 
 
 def part_tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The tensors of a method's parts under their names in a checkpoint."""
+    """Return the tensors of a method's parts by their names in a checkpoint."""
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
 def stored_parts(checkpoint: Path) -> set[str]:
-    """Names of the parts whose weights a checkpoint holds."""
+    """List the parts whose weights a checkpoint holds."""
     return {current_name(name).split(".")[0] for name in _stored_sizes(checkpoint) if "/" not in name}
 
 
 def read_shards(targets: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Copy tensors out of a folder's safetensors, whole or sharded, into whole tensors or shards of any other layout.
+    """Copy tensors of a folder's safetensors, whole or sharded, into whole tensors or shards of any other layout.
 
-    Each process reads what its own shards need. With a process group all of its processes call this together.
+    Each process reads the values of its own shards alone. All processes of `group` must call this together.
     """
     try:
         reader = HuggingFaceStorageReader(str(folder))
@@ -107,12 +110,12 @@ def read_shards(targets: Mapping[str, Tensor], folder: Path, group: dist.Process
 
 
 def stored_names(folder: Path) -> list[str]:
-    """The tensors that a folder's safetensors, whole or sharded, hold between them, by their present names."""
+    """List the tensors of a folder's safetensors, whole or sharded, by their present names."""
     return [current_name(name) for name in _sizes(HuggingFaceStorageReader(str(folder)))]
 
 
 def check_statistics(stats: Mapping[str, NormStats], config: RunConfig, checkpoint: Path) -> None:
-    """Raise ValueError where statistics are of an embodiment, or of a width, that the method does not have."""
+    """Raise ValueError for statistics of an embodiment or a width that the checkpoint does not have."""
     shapes = config.method.shapes
     widths = {"state": shapes.state_dim, "action": shapes.action_dim}
     for name, statistics in stats.items():
@@ -128,19 +131,19 @@ def check_statistics(stats: Mapping[str, NormStats], config: RunConfig, checkpoi
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Turn the errors that Python and torch raise on odd content into one ValueError that names the checkpoint."""
+    """Turn errors of Python and torch about invalid content into one ValueError that names the checkpoint."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"{checkpoint}: cannot be loaded ({type(error).__name__}: {reason}); it is damaged or of another version of "
-            f"agra: {REMEDY}"
+            f"{checkpoint}: cannot be loaded ({type(error).__name__}: {reason}); it is damaged, or was written by another"
+            f" version of agra: {REMEDY}"
         ) from error
 
 
 def _part_files(checkpoint: Path) -> list[Path]:
-    """The safetensors files of the parts and of their adapters."""
+    """List the safetensors files of the parts and of their adapters."""
     stored = [path for path in sorted(checkpoint.glob("*.safetensors")) if path.name not in _NOT_PARTS]
     return [*stored, *([checkpoint / ADAPTERS] if (checkpoint / ADAPTERS).is_file() else [])]
 
@@ -154,7 +157,7 @@ def _current_under(prefixes: tuple[str, ...]) -> Callable[[str], str | None]:
 
 
 def _check_scale(section: str, settings: Any, checkpoint: Path) -> None:
-    """Compare a method's settings with the weights: no more layers than they number, no size beyond their count."""
+    """Check that a method's settings have no more layers than the weights, and no size above the number of weights."""
     sizes = _stored_sizes(checkpoint)
     if not sizes:
         return
@@ -180,7 +183,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
 
 
 def _stored_sizes(checkpoint: Path) -> dict[str, Sequence[int]]:
-    """Shapes of a checkpoint's weights by stored name, from the headers alone; none where there are no weights."""
+    """Read the shapes of a checkpoint's weights by stored name, from the headers alone."""
     sizes: dict[str, Sequence[int]] = {}
     try:
         if (checkpoint / "sharded").is_dir():

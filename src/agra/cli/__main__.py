@@ -1,4 +1,4 @@
-"""`python -m agra.cli`."""
+"""Entry point of `python -m agra.cli`."""
 
 from agra.cli.main import main
 

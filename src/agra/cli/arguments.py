@@ -1,4 +1,4 @@
-"""Command-line parsing: functions and options classes to flags, and the flags of a recipe's config."""
+"""Command-line parsing: flags from the parameters of functions, from options classes, and from a recipe's config."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ Command = Callable[[list[str]], None]
 
 
 def command(function: Callable[..., None]) -> Command:
-    """A command whose flags are the function's parameters."""
+    """Make a command whose flags are the function's parameters."""
     name = function.__name__.replace("_", "-")
 
     def run(arguments: list[str]) -> None:
@@ -51,8 +51,8 @@ def recipe_arguments(name: str, arguments: list[str], options: type) -> tuple:
     check_renamed(name, rest)
     stages, rest = _take("--stage", rest)
     presets, rest = _take("--with", rest)
-    for kind, given, choices in (("stage", stages, list(Stage)), ("preset", presets, PRESETS)):
-        for value in given:
+    for kind, values, choices in (("stage", stages, list(Stage)), ("preset", presets, PRESETS)):
+        for value in values:
             if value not in choices:
                 raise ValueError(unknown(kind, value, choices))
     config = compose(recipe, Stage(stages[-1]) if stages else Stage.JOINT, presets)
@@ -60,7 +60,7 @@ def recipe_arguments(name: str, arguments: list[str], options: type) -> tuple:
 
 
 def with_mixture(config: "RunConfig", path: Path | None) -> "RunConfig":
-    """The config with the datasets that a JSON file lists."""
+    """Replace the config's datasets by those that a JSON file lists."""
     if path is None:
         return config
     from agra.config import read_mixture
@@ -69,7 +69,7 @@ def with_mixture(config: "RunConfig", path: Path | None) -> "RunConfig":
 
 
 def use_threads(threads: int | None) -> None:
-    """Set torch's number of threads. None leaves it alone, and torch unimported."""
+    """Set torch's number of threads. None changes nothing and does not import torch."""
     if threads is not None:
         import torch
 
@@ -77,14 +77,14 @@ def use_threads(threads: int | None) -> None:
 
 
 def unknown(kind: str, name: str, choices: Sequence[str] | dict) -> str:
-    """An error message for a name that is not among the choices."""
+    """Write the error message for a name that is not among the choices."""
     names = [str(choice) for choice in choices]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0)
     return f"unknown {kind} {name!r}; did you mean {close[0]!r}? Available: {', '.join(names)}"
 
 
 def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """`function` with the same signature, returning the call to make: a parsing error then never looks like its own."""
+    """Wrap `function` to return its call instead of making it, so that tyro handles errors of parsing alone."""
 
     @wraps(function)
     def later(*arguments: Any, **options: Any) -> Callable[[], None]:
@@ -94,7 +94,7 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The values after `flag` up to the next flag, and the arguments without them."""
+    """Split off the values after `flag`, up to the next flag. Returns the values and the other arguments."""
     if flag not in arguments:
         return [], arguments
     start = arguments.index(flag)

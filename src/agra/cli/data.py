@@ -26,15 +26,15 @@ def collect(
 
     Args:
         simulator: a registered simulator, e.g. tabletop.
-        output: folder of the new dataset. Where it holds these very demonstrations, nothing happens.
-        episodes: number of demonstrations, of any task that the simulator's scenes show. 200 without --per-task.
+        output: folder of the new dataset. If it already holds these demonstrations, nothing happens.
+        episodes: number of demonstrations of any tasks. By default 200, unless --per-task is set.
         per_task: number of demonstrations of each task.
-        tasks: tasks of --per-task. By default all of the simulator.
+        tasks: tasks of --per-task. By default all tasks of the simulator.
         noise: standard deviation of the noise on executed actions, by pattern over their names, e.g. 'hand_d*' 0.25. The
             dataset keeps the expert's own actions. By default the simulator's usual noise.
         noise_correlation: correlation of the noise of --noise between neighbouring rows.
-        seed: decides every scene and all noise. The number of workers changes nothing.
-        workers: processes that play episodes side by side.
+        seed: seed of scenes and noise. The result does not depend on the number of workers.
+        workers: number of processes that record episodes.
     """
     from agra.evaluation.collect import ActionNoise
     from agra.evaluation.collect import collect as run
@@ -50,7 +50,7 @@ def collect(
         noise=None if noise is None else ActionNoise(std=noise, correlation=noise_correlation),
     )
     if result.already_there:
-        print(f"{output}: already there")
+        print(f"{output}: complete, nothing to record")
     else:
         failed = f" ({result.failed} without success)" if result.failed else ""
         print(f"{output}: {result.episodes} demonstrations, {result.frames} rows, {result.attempts} attempts{failed}")
@@ -63,14 +63,14 @@ def doctor(
     seal: bool = False,
     json: Path | None = None,
 ) -> None:
-    """Check a dataset for everything that can silently spoil training. Exit code 1 where it finds an error.
+    """Check a dataset for problems that would silently spoil training. The exit code is 1 where it finds an error.
 
     Args:
         dataset: a LeRobot dataset of version 2.0, 2.1 or 3.0, a folder or a hub id.
-        camera: check this camera only. By default all.
+        camera: check this camera only. By default all cameras.
         every_frame: decode every episode instead of three.
-        seal: write checksums of all files as they are now. Reading then finds any damage.
-        json: write the findings here, for machines.
+        seal: write checksums of all files in their present state. Readers then detect any damage.
+        json: write the findings to this JSON file.
     """
     from agra.data.doctor.doctor import check_dataset
     from agra.data.lerobot.checksums import seal as write_checksums
@@ -99,16 +99,16 @@ def convert(
     """Write a dataset in another format: LeRobot of any version, from LeRobot, EgoDex, or LIBERO's or robomimic's HDF5.
 
     Args:
-        source: the dataset: a folder or a hub id. For HDF5 a file, or a folder of files.
+        source: the dataset, a folder or a hub id. For HDF5 a file or a folder of files.
         output: folder of the new dataset.
         kind: the source's format.
-        version: LeRobot version to write, for a LeRobot source. The others become v3.0.
+        version: LeRobot version to write, for a LeRobot source. Other sources become v3.0.
         limit: convert only this many EgoDex trajectories.
         instruction: the instruction of HDF5 demonstrations, where the files have none.
         fps: control rate of HDF5 demonstrations, where the files have none.
     """
     if kind != "lerobot" and version != "v3.0":
-        raise ValueError(f"--version {version}: {kind} is written as v3.0; convert the result")
+        raise ValueError(f"--version {version}: {kind} is converted to v3.0 alone; convert the result again")
     if kind == "lerobot":
         from agra.data.importers.lerobot_versions import convert as run
 
@@ -135,10 +135,9 @@ class PrepareOptions:
     mixture: Path | None = None
     """JSON list of the datasets to mix, as for `agra train`."""
     estimate: bool = False
-    """Print the episodes to compute, the size and the time, and the cost of encoding while training instead. Compute
-    nothing."""
+    """Compute nothing. Print the episodes to compute, their size and time, and the cost of encoding while training instead."""
     rank: int = int(os.environ.get("RANK", 0))
-    """Number of this process among several. Each computes its share of the episodes. By default torchrun's."""
+    """Rank of this process among several, which divide the episodes between them. By default torchrun's."""
     world_size: int = int(os.environ.get("WORLD_SIZE", 1))
     """Number of processes. By default torchrun's."""
 

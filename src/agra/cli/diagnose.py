@@ -24,24 +24,24 @@ def diagnose(
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Diagnose policies by attention, interventions and PCA, into the folder `diagnosis` of each run.
+    """Diagnose policies by attention, interventions and PCA. Results go to the folder `diagnosis` of each run.
 
     The samples are moments of the scripted expert's episodes on evaluation trials, the same for every policy, with the
-    interaction mask that the simulator renders. With --probes they are those of a folder that `agra probes` wrote.
+    interaction mask that the simulator renders. With --probes the samples are those of a folder written by `agra probes`.
 
     Args:
-        policies: checkpoint or run folders, or names of policies that come with agra.
+        policies: checkpoint or run folders, or names of bundled policies.
         simulator: the simulator of the samples.
         samples: number of samples, spread evenly over the four regimes.
-        noise_samples: samples of video and action noise for each probe sample.
-        background_sets: background sets for each probe sample and noise sample.
-        gallery: samples that get maps and pictures.
+        noise_samples: draws of video and action noise for each sample.
+        background_sets: background sets for each sample and draw of noise.
+        gallery: number of samples with maps and pictures.
         maps: interventions of the sensitivity maps.
-        layers: layers to measure and picture. By default those that the action head reads.
-        teacher: the visual encoder that hidden states are compared with. `own` is the recipe's, or else the packaged DINOv2.
+        layers: layers to measure and show. By default those that the action head reads.
+        teacher: visual encoder to compare hidden states with. `own` is the recipe's, or the packaged DINOv2 without one.
         probes: a folder of samples instead of the simulator.
         masks: annotations of the samples' frames: COCO, CVAT or labelme.
-        seed: decides the noise and the background sets.
+        seed: seed of the noise and the background sets.
         device: the policies' device.
     """
     from agra.api import diagnose as run
@@ -74,14 +74,14 @@ def report(
     studies: tuple[Path, ...] = (),
     rerun: Path | None = None,
 ) -> None:
-    """Write one HTML page that compares runs: training, evaluation, grounding, pictures.
+    """Write an HTML report that compares policies: training, evaluation, grounding, pictures.
 
     Args:
-        policies: run folders or names of policies that come with agra. The report shows their metrics.jsonl, results.jsonl
-            and diagnosis/, as far as they exist, and the metrics of the stages that they started from.
-        output: the page.
+        policies: run folders or names of bundled policies. The report shows their metrics.jsonl, results.jsonl and diagnosis/
+            where they exist, and the metrics of their earlier stages.
+        output: file of the report.
         studies: folders of `agra study`.
-        rerun: write the galleries as a .rrd recording for the Rerun viewer as well.
+        rerun: also write the galleries to this .rrd recording for the Rerun viewer.
     """
     from agra.api import record
     from agra.api import report as run
@@ -98,7 +98,8 @@ class ProbesOptions:
     output: Path
     """Folder of the samples."""
     simulator: str | None = None
-    """Record this simulator's scripted expert, with masks. None takes the recipe's dataset, without masks."""
+    """Simulator whose scripted expert gives the samples, with masks. By default they come from the recipe's dataset, without
+    masks."""
     samples: int = 24
     """Number of samples."""
 
@@ -130,17 +131,17 @@ class StudyOptions:
     output: Path
     """Folder of the study."""
     over: Literal["alignment", "bridge"]
-    """Fig. 10: each layer aligned alone. Fig. 11: each layer read alone."""
+    """alignment: each layer is aligned alone (Fig. 10). bridge: each layer is read alone (Fig. 11)."""
     layers: tuple[int, ...] | None = None
-    """By default all that the recipe's action head reads."""
+    """Layers of the study. By default those that the recipe's action head reads."""
     init_from: str | None = None
     """Starting point of every variant, such as a run of the adapt stage."""
     simulator: str | None = "tabletop"
-    """None leaves evaluation and diagnosis out."""
+    """Simulator of evaluation and diagnosis. None compares the losses alone."""
     limit: int | None = 10
     """Trials of each regime."""
     samples: int = 40
-    """Samples of the diagnosis. 0 leaves it out."""
+    """Samples of the diagnosis. 0 turns it off."""
     device: str = "cpu"
     """Device of training and evaluation."""
 

@@ -1,6 +1,6 @@
-"""The command line `agra`. Errors that a user can correct are one line and exit code 1.
+"""The command line `agra`. Errors that a user can correct print one line and exit with code 1.
 
-Heavy imports happen inside the commands, so that `agra --help` answers at once and an install without torch can collect.
+Heavy imports happen inside the commands, so that `agra --help` is quick and an install without torch can collect.
 """
 
 import os
@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `agra`. AGRA_TRACEBACK=1 shows where an error came from."""
+    """Run a command. With AGRA_TRACEBACK=1 an error prints its traceback."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())

@@ -1,4 +1,4 @@
-"""Names of earlier versions, so that a command line that worked once gets the present name in its error message."""
+"""Flags of earlier versions. Their error messages give the present flags."""
 
 from collections.abc import Sequence
 
@@ -38,7 +38,7 @@ _CONFIGURED = ("train", "prepare", "probes", "study")
 
 
 def check_renamed(command: str, arguments: Sequence[str]) -> None:
-    """Raise ValueError where a flag of an earlier version is used."""
+    """Raise ValueError for a flag of an earlier version, with its present name."""
     flags = _CONFIG if command in _CONFIGURED else _FLAGS.get(command, {})
     sections = _SECTIONS if command in (*_CONFIGURED, "plan") else {}
     for argument in arguments:
@@ -48,4 +48,4 @@ def check_renamed(command: str, arguments: Sequence[str]) -> None:
             if present is None and name.startswith(earlier):
                 present = section + name.removeprefix(earlier)
         if present is not None:
-            raise ValueError(f"{name} is now {present}")
+            raise ValueError(f"{name}: renamed, use {present}")

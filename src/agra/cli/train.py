@@ -16,23 +16,24 @@ def train(arguments: list[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
     class TrainOptions:
         output: Path
-        """Folder of the run: checkpoints, metrics.jsonl, tensorboard. A run found there is resumed."""
+        """Folder of the run: checkpoints, metrics.jsonl, tensorboard. An unfinished run there is resumed."""
         init_from: str | None = None
-        """Checkpoint or run folder of the stage before, or a diffusers model (folder, or hub id with or without
-        @revision) for its transformer."""
+        """Checkpoint or run folder of an earlier stage, or a diffusers model (folder, or hub id with or without @revision) for
+        its transformer."""
         head: str | None = None
         """A GR00T-N1.5 model (folder or hub id) for its action head."""
         head_rows: tuple[int, ...] = (GR1_ROW,)
-        """Its embodiments that ours start from, one for each or one for all. None leaves encoders and decoder fresh."""
+        """Rows of that model's embodiments from which ours start: one for each, or one for all. Without rows the encoders and
+        the decoder stay fresh."""
         mixture: Path | None = None
-        """JSON list of the datasets to mix, each with the fields of `--data` that it sets (path, embodiment, weight ...)."""
+        """JSON list of the datasets to mix. Each sets fields of `--data` (path, embodiment, weight ...)."""
         augment: bool = False
-        """GR00T's image augmentation of clips that are decoded while training (--data.cached must be empty)."""
+        """Augment images as GR00T does. This needs clips that are decoded while training: --data.cached must be empty."""
         parallel: ParallelConfig = field(default_factory=ParallelConfig)
         device: str = "cpu"
         """cpu or cuda. Under torchrun each process takes the GPU of its local rank."""
         threads: int | None = None
-        """Threads of torch. By default OMP_NUM_THREADS, or all cores."""
+        """Number of torch's threads. By default OMP_NUM_THREADS, or all cores."""
 
     options, config = recipe_arguments("train", arguments, TrainOptions)
     config = with_mixture(config, options.mixture)
@@ -51,11 +52,11 @@ def train(arguments: list[str]) -> None:
         parallel=options.parallel,
     )
     if not finished:
-        print(f"stopped by SIGTERM; the same command resumes from {options.output}", file=sys.stderr)
+        print(f"stopped by SIGTERM; run the same command again to resume from {options.output}", file=sys.stderr)
 
 
 def plan(arguments: list[str]) -> None:
-    """Check before launch what fits: agra plan RECIPE --gpus 8 --gpu-memory 80 [--stage joint] [--with PRESET ...]"""
+    """Plan memory, time and cost before a launch: agra plan RECIPE --gpus 8 --gpu-memory 80 [--stage joint] [--with PRESET ...]"""
     from agra.training.plan import Machines, describe
     from agra.training.plan import plan as run
 
@@ -67,7 +68,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def recipes() -> None:
-    """List the recipes, a row of the paper each, and the presets that --with adds to any of them."""
+    """List the recipes, one for each row of the paper, and the presets that --with adds to them."""
     from agra.recipes import PRESETS, RECIPES
 
     for title, table in (("recipes", RECIPES), ("presets, for --with", PRESETS)):

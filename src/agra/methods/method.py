@@ -1,7 +1,7 @@
-"""The protocol of a method: the samples that it needs, its loss, its actions, its parts.
+"""The protocol of a method: the samples that it needs, its loss, its actions, and its parts.
 
-Trainer, sharding, checkpoints, policies, planner and instruments know a method by this file alone. A method is one file
-beside it, listed in `agra.methods.table`.
+Trainer, sharding, checkpoints, policies, planner and instruments use a method through this protocol alone. A method is one
+file beside it, listed in `agra.methods.table`.
 """
 
 from abc import ABC, abstractmethod
@@ -23,10 +23,10 @@ from agra.wam.video_dit import VideoDiTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Content of a sample, beside state, actions and embodiment.
+    """Content of a sample, besides state, actions and embodiment.
 
     Frames are counted at the source's frame stride: 0 is the observation, 1 the next frame of the window, -1 the frame
-    before the observation. Empty means that nothing of the kind is read.
+    before the observation. Empty fields are not read.
     """
 
     clip: int = 0
@@ -36,7 +36,7 @@ class Needs:
     frames: tuple[int, ...] = ()
     """Frames as pictures of the method's frame size: `Batch.frames`."""
     states: tuple[int, ...] = ()
-    """Frames at whose control steps the state is read as well: `Batch.states`. None is later than the observation."""
+    """Frames whose states are read as well: `Batch.states`. No frame is later than the observation."""
     features: tuple[int, ...] = ()
     """Frames whose teacher features are an input: `Batch.features`."""
     targets: tuple[int, ...] = ()
@@ -128,16 +128,16 @@ class MethodConfig(ABC):
 
     @abstractmethod
     def build(self) -> "Method":
-        """The method with fresh weights."""
+        """Make the method with fresh weights."""
 
     def at_stage(self, stage: Stage) -> Self:
-        """The same method with a stage's losses. Raises ValueError for a stage that the method does not have."""
+        """Return the config with a stage's losses. Raises ValueError for a stage that the method does not have."""
         if stage is not Stage.JOINT:
-            raise ValueError(f"{self.kind}: has the joint stage alone, not {stage}")
+            raise ValueError(f"{self.kind}: expected the joint stage, the only one of this method, got {stage}")
         return self
 
     def frozen_at(self, stage: Stage) -> tuple[str, ...]:
-        """Parts that keep their weights in a stage by default."""
+        """List the parts that a stage keeps frozen by default."""
         return ()
 
     def check(self, stage: Stage, frozen: Sequence[str]) -> None:
@@ -146,12 +146,12 @@ class MethodConfig(ABC):
 
     @property
     def trains_actions(self) -> bool:
-        """Whether the stage's losses train an action head."""
+        """True where the stage's losses train an action head."""
         return True
 
     @property
     def clips_actions(self) -> bool:
-        """Whether it clips actions to [-1, 1], so that their normalisation must map them into it."""
+        """True where the method clips actions to [-1, 1]. Their normalisation must then map them into that range."""
         return False
 
     @property
@@ -168,28 +168,28 @@ class MethodConfig(ABC):
 
     @property
     def grid_frames(self) -> tuple[int, ...]:
-        """The frame that stands for each time position of a token grid; (0,) where grids show the observation alone."""
+        """The frame shown at each time position of a token grid. (0,) is the observation alone."""
         return (0,)
 
     # --- acting -------------------------------------------------------------------------------------------------------
 
     @property
     def acts_on_average(self) -> bool:
-        """Whether a policy has the averages of the weights where the run kept them (`StageConfig.ema_decay`)."""
+        """True where a policy acts on the averaged weights of a run that keeps them (`StageConfig.ema_decay`)."""
         return False
 
     def to_act(self) -> Self:
-        """The same method without the parts that training alone needs."""
+        """Return the config without the parts that only training needs."""
         return self
 
     def describe(self) -> str:
-        """A phrase for model cards and reports."""
+        """Describe the method in a phrase for model cards and reports."""
         return self.kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Losses of a batch. Only those that the stage computes are there."""
+    """Losses of a batch, as far as the stage computes them."""
 
     total: Float[Tensor, ""]
     terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
@@ -199,64 +199,64 @@ class Losses:
 
     @property
     def row(self) -> dict[str, Tensor]:
-        """Everything by its name in the log."""
+        """All values by their names in the log."""
         return {"loss": self.total} | {f"{name}_loss": term for name, term in self.terms.items()} | dict(self.figures)
 
 
 LossDenominators = Mapping[str, Float[Tensor, ""]]
-"""What masked losses are divided by, averaged over ranks and micro-batches, so that the mean of the shard losses equals the
-full-batch loss. The keys are those of `Method.counts`."""
+"""Loss denominators, averaged over ranks and micro-batches, so that the mean of the shard losses equals the full-batch loss.
+The keys are those of `Method.counts`."""
 Noise = Mapping[str, Tensor]
-"""Starting noise of an answer by name, a row for each observation, in the shapes of `Method.noise_shapes`."""
+"""Starting noise of a response by name, one row for each observation, in the shapes of `Method.noise_shapes`."""
 Continuation = tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]]
-"""Actions of the chunk that is being executed, and the weight of each number (`agra.flow.continuation_weights`)."""
+"""Actions of the chunk in execution, and the weight of each number (`agra.flow.continuation_weights`)."""
 Lap = Callable[[str], None]
-"""Notes that a stage of an answer has ended, by its name."""
+"""Records the end of a stage of a response, by its name."""
 
 
 class Method(nn.Module, ABC):
-    """A trainable policy: one root module whose forward is a training step's losses."""
+    """A trainable policy. Its forward pass computes the losses of a training step."""
 
     config: Any
 
     @abstractmethod
     def loss(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
-        """All losses whose weight is above zero. `denominators` are given where `batch` is a share of a step."""
+        """Compute all losses whose weight is above zero. A `batch` that is a part of a step comes with `denominators`."""
 
     def forward(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
-        """`loss`, as a call of the root module, so that sharding sees it."""
+        """Call `loss` through the root module, where sharding hooks in."""
         return self.loss(batch, denominators)
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Numbers over which masked losses of a batch average, by name. Of a batch on the CPU."""
+        """Count the numbers that each masked loss of a batch averages over, by name. The batch must be on the CPU."""
         return {"actions": batch.action_mask.sum().item()}
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
-        """Modules with learning rates, gradient norms and files of their own. Every parameter is in exactly one."""
+        """Return the modules that have their own learning rate, gradient norm and file. Each parameter is in exactly one."""
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The repeated modules, in the order in which they run: units of sharding, checkpointing and compilation."""
+        """Return the repeated modules in the order in which they run: the units of sharding, checkpointing and compilation."""
 
     def always_frozen(self) -> list[nn.Module]:
-        """Modules that no stage trains, such as a projection whose results are cached."""
+        """Return the modules that no stage trains, such as a projection whose results are cached."""
         return []
 
     def shared_parts(self, parts: Mapping[str, nn.Module], earlier: Any) -> dict[str, nn.Module]:
-        """Those of `parts` whose weights a checkpoint made with the method config `earlier` can give. All by default.
+        """Select the `parts` that can start from a checkpoint made with the method config `earlier`. All by default.
 
-        A part may be given in pieces, as `<part>.<name of the piece>`.
+        A part may be returned in pieces, as `<part>.<name of the piece>`.
         """
         return dict(parts)
 
     def text_projection(self) -> nn.Module | None:
-        """The module that `MethodConfig.text_projection` describes."""
+        """Return the module that `MethodConfig.text_projection` describes."""
         return None
 
     @abstractmethod
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one observation's starting noise, by name, in the order in which it is drawn."""
+        """Return the shapes of one observation's starting noise, by name, in the order in which they are drawn."""
 
     @abstractmethod
     def act(
@@ -267,12 +267,12 @@ class Method(nn.Module, ABC):
         steps: int | None = None,
         continuation: Continuation | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """A chunk of normalised actions for each observation; `steps` is the number of denoising steps."""
+        """Compute a chunk of normalised actions for each observation, in `steps` denoising steps."""
 
     def actor(self, **options: Any) -> "Actor":
-        """The way to act that a policy uses. Raises ValueError for options that the method does not have."""
+        """Prepare the method for acting in a policy. Raises ValueError for options that the method does not have."""
         if options.get("compiled") or options.get("pool_future", 1) != 1:
-            raise ValueError(f"{self.config.kind}: has no compiled or pooled answers")
+            raise ValueError(f"{self.config.kind}: the options compiled and pool_future do not apply to this method")
         return PlainActor(self, steps=options.get("action_steps"))
 
 
@@ -282,7 +282,7 @@ class Actor(Protocol):
     compiled: bool
 
     def prepare_instruction(self, tokens: Float[Tensor, "L E"]) -> Any:
-        """Whatever of an answer follows from the instruction alone."""
+        """Compute the part of a response that follows from the instruction alone."""
         ...
 
     def act(
@@ -294,24 +294,24 @@ class Actor(Protocol):
         continuation: Continuation | None = None,
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
-        """`Method.act`, with `prepare_instruction` of each observation's instruction."""
+        """Act as `Method.act`, with the prepared instruction of each observation."""
         ...
 
     def update(self, weights: Method) -> None:
-        """Take over the weights of another method of the same config, in place."""
+        """Copy the weights of another method of the same config, in place."""
         ...
 
     def compile(self) -> None:
-        """Compile what answers run, where the options ask for it. Answers before that are uncompiled."""
+        """Compile the modules that act, where the options enable it. Responses before this call are uncompiled."""
         ...
 
     def batch_sizes(self, max_batch: int) -> list[int]:
-        """The batch sizes that answers of up to `max_batch` observations run in."""
+        """List the batch sizes in which up to `max_batch` observations run."""
         ...
 
 
 class PlainActor:
-    """A method's own `act`, with nothing prepared."""
+    """Acts with `Method.act`, without preparation."""
 
     compiled = False
 
@@ -319,7 +319,7 @@ class PlainActor:
         self.method, self.steps = method, steps
 
     def prepare_instruction(self, tokens: Float[Tensor, "L E"]) -> None:
-        """Nothing."""
+        """Return nothing: `Method.act` reads the tokens themselves."""
 
     def act(
         self,
@@ -330,7 +330,7 @@ class PlainActor:
         continuation: Continuation | None = None,
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
-        """`Method.act`, under autocast where the weights are bfloat16."""
+        """Run `Method.act`, under autocast where the weights are bfloat16."""
         weight = next(self.method.parameters())
         with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype is torch.bfloat16):
             actions = self.method.act(inputs, noise, steps=self.steps, continuation=continuation)
@@ -343,10 +343,10 @@ class PlainActor:
         self.method.load_state_dict(weights.state_dict())
 
     def compile(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def batch_sizes(self, max_batch: int) -> list[int]:
-        """One of any size stands for all."""
+        """Return one size, since all sizes run alike."""
         return [1]
 
 
@@ -358,15 +358,15 @@ class Imagines(Protocol):
     """A method that predicts video."""
 
     def imagine(self, inputs: PolicyInputs, noise: Noise, *, steps: int) -> Float[Tensor, "B C T h w"]:
-        """Latents of the predicted video, the observation's first."""
+        """Predict the video's latents. The first ones are the observation's."""
         ...
 
 
 @runtime_checkable
 class ReadsTokens(Protocol):
-    """A method whose action head reads grids of tokens: instruments can see and replace them.
+    """A method whose action head reads grids of tokens, which instruments can read and replace.
 
-    Grids are numbered; a WAM's numbers are its video layers.
+    Grids are numbered. A WAM's numbers are its video layers.
     """
 
     @property
@@ -382,19 +382,19 @@ class ReadsTokens(Protocol):
     def hidden(
         self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int] = ()
     ) -> dict[int, Float[Tensor, "B T H W E"]]:
-        """The grids that the action head reads, and those of `layers`."""
+        """Compute the grids that the action head reads, and those of `layers`."""
         ...
 
     def act_on(
         self, hidden: Mapping[int, Float[Tensor, "B T H W E"]], inputs: PolicyInputs, noise: Noise, *, steps: int | None
     ) -> Float[Tensor, "B K D"]:
-        """The actions that follow from given grids."""
+        """Compute the actions that follow from `hidden`."""
         ...
 
 
 @runtime_checkable
 class Attends(Protocol):
-    """A method whose attention over its token grids can be shown."""
+    """A method with attention over its token grids."""
 
     def visit_attention(
         self,
@@ -405,7 +405,7 @@ class Attends(Protocol):
         *,
         steps: int | None,
     ) -> Float[Tensor, "B K D"]:
-        """`act_on`, showing `visit` each denoising step's weights by block. The last K queries are the actions."""
+        """Act as `act_on`, and call `visit` with each denoising step's weights by block. The last K queries are the actions."""
         ...
 
 
@@ -416,27 +416,27 @@ class AttendsToText(Protocol):
     def text_attention(
         self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int]
     ) -> dict[int, Float[Tensor, "B T H W L"]]:
-        """How much every token of `layers` reads each instruction token."""
+        """Return the attention of every token of `layers` to each instruction token."""
         ...
 
 
 def observation_inputs(batch: Batch, config: MethodConfig) -> PolicyInputs:
-    """The observations of training windows as a policy would give them."""
-    needs, seen = config.needs(), config.needs_to_act()
+    """Reduce training windows to their observations, as a policy encodes them."""
+    needs, acting = config.needs(), config.needs_to_act()
 
-    def pick(values: Tensor | None, frames: Sequence[int], wanted: Sequence[int]) -> Tensor | None:
-        if values is None or not wanted:
+    def pick(values: Tensor | None, frames: Sequence[int], selected: Sequence[int]) -> Tensor | None:
+        if values is None or not selected:
             return None
-        return values[:, [frames.index(frame) for frame in wanted]]
+        return values[:, [frames.index(frame) for frame in selected]]
 
-    latents = batch.latents[:, :, :1] if batch.latents is not None and seen.clip else None
+    latents = batch.latents[:, :, :1] if batch.latents is not None and acting.clip else None
     return PolicyInputs(
         state=batch.state,
         embodiment=batch.embodiment,
-        instruction=batch.instruction if seen.instruction else None,
+        instruction=batch.instruction if acting.instruction else None,
         latents=latents,
-        frame_latents=pick(batch.frame_latents, needs.frame_latents, seen.frame_latents),
-        frames=pick(batch.frames, needs.frames, seen.frames),
-        features=pick(batch.features, needs.features, seen.features),
-        states=pick(batch.states, needs.states, seen.states),
+        frame_latents=pick(batch.frame_latents, needs.frame_latents, acting.frame_latents),
+        frames=pick(batch.frames, needs.frames, acting.frames),
+        features=pick(batch.features, needs.features, acting.features),
+        states=pick(batch.states, needs.states, acting.states),
     )

@@ -1,8 +1,8 @@
-"""The world action model as a method: two video passes, three losses (Eqs. 7, 18; A.3), and the whole of Table 2.
+"""The world action model as a method: two video passes, three losses (Eqs. 7, 18), and the variants of Table 2.
 
-The denoising pass runs at a sampled noise level, as the video loss needs it. The conditioning pass runs at level exactly 1,
-as the action head meets it at inference. `guidance_pass` is the pass that the action head reads, `aligned_pass` the one
-whose hidden states are aligned with the teacher.
+The denoising pass runs at a sampled noise level, for the video loss. The conditioning pass runs at level exactly 1, as at
+inference. `guidance_pass` is the pass that the action head reads, `aligned_pass` the pass whose hidden states are aligned
+with the teacher (A.3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ from agra.wam.video_dit import VideoDiTConfig
 
 
 class Pass(StrEnum):
-    """The two forwards of the video DiT in a training step."""
+    """The two forward passes of the video DiT in a training step."""
 
     DENOISING = "denoising"
     CONDITIONING = "conditioning"
@@ -55,10 +55,13 @@ class NoiseLevels(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Weights of the losses and the two passes' roles; the defaults are AGRA-ActionCondPass's (C.3).
+    """Weights of the losses, and the roles of the two passes. The defaults are those of AGRA-ActionCondPass (C.3).
 
-    guidance / aligned pass: conditioning / conditioning is AGRA, conditioning / denoising is AGRA-VideoPass,
-    denoising / denoising is AGRA-SharedDenoisingPass.
+    | guidance_pass | aligned_pass | variant of Table 2 |
+    |---|---|---|
+    | conditioning | conditioning | AGRA (ActionCondPass) |
+    | conditioning | denoising | AGRA-VideoPass |
+    | denoising | denoising | AGRA-SharedDenoisingPass |
     """
 
     guidance_pass: Pass = Pass.CONDITIONING
@@ -69,16 +72,19 @@ class ObjectiveConfig:
     noise_levels: NoiseLevels = NoiseLevels.LOGIT_NORMAL
     noise_shift: float = 5.0
     action_draws: int = 1
-    """Action noise draws for each guidance. Not in the paper. Cheap, since the head is small beside the video DiT."""
+    """Noise draws of the action loss for each sample. Not in the paper. They share the video pass, so they cost little."""
     video_batch_fraction: float = 1.0
-    """Fraction of the batch that takes the denoising pass. Not in the paper. Saves time on small machines."""
+    """Fraction of the batch that runs through the denoising pass. Not in the paper. It saves time on small machines."""
 
     def __post_init__(self) -> None:
         for name, weight in self.weights.items():
             if weight < 0:
                 raise ValueError(f"method.objective.{name}_weight: expected at least 0, got {weight}")
         if self.guidance_pass is Pass.DENOISING and self.aligned_pass is Pass.CONDITIONING:
-            raise ValueError("method.objective: with guidance_pass=denoising there is no conditioning pass to align")
+            raise ValueError(
+                "method.objective: with guidance_pass=denoising there is no conditioning pass to align; set"
+                " aligned_pass=denoising"
+            )
         if self.action_draws < 1:
             raise ValueError(f"method.objective.action_draws: expected at least 1, got {self.action_draws}")
         if not 0 < self.video_batch_fraction <= 1:
@@ -98,29 +104,29 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WAMMethodConfig(MethodConfig):
-    """A WAM with its alignment and its losses; the defaults are AGRA-DinoL8."""
+    """A WAM with its alignment and its losses. The defaults are AGRA-DinoL8."""
 
     kind: Literal["wam"] = "wam"
     model: WAMConfig = field(default_factory=WAMConfig)
     alignment: AlignmentConfig | None = field(default_factory=AlignmentConfig)
-    """None is the baseline WAM: no alignment, no teacher."""
+    """None is the baseline WAM, without alignment and teacher."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
         if self.alignment is not None:
             last = self.model.video_dit.num_layers - 1
-            outside = [layer for layer in self.alignment.layers if not 0 <= layer <= last]
-            if outside:
-                raise ValueError(f"method.alignment.layers: expected 0..{last}, got {outside}")
+            invalid = [layer for layer in self.alignment.layers if not 0 <= layer <= last]
+            if invalid:
+                raise ValueError(f"method.alignment.layers: expected layers of 0..{last}, got {invalid}")
 
     @property
     def aligns(self) -> bool:
-        """Whether the alignment loss is computed."""
+        """True where the stage computes the alignment loss."""
         return self.alignment is not None and self.objective.alignment_weight > 0
 
     @property
     def pass_layers(self) -> dict[Pass, tuple[int, ...]]:
-        """The passes of a training step, and the video layers whose hidden states each must return (Table 2)."""
+        """The passes of a training step, and the video layers whose hidden states each pass returns (Table 2)."""
         objective, layers = self.objective, {}
         if objective.video_weight > 0:
             layers[Pass.DENOISING] = set()
@@ -128,7 +134,7 @@ class WAMMethodConfig(MethodConfig):
             layers.setdefault(objective.guidance_pass, set()).update(self.model.bridge.layers)
         if self.aligns:
             layers.setdefault(objective.aligned_pass, set()).update(self.aligned_layers)
-        return {each: tuple(sorted(layers[each])) for each in layers}
+        return {name: tuple(sorted(numbers)) for name, numbers in layers.items()}
 
     @property
     def shapes(self) -> Shapes:
@@ -146,7 +152,7 @@ class WAMMethodConfig(MethodConfig):
 
     @property
     def part_names(self) -> tuple[str, ...]:
-        """The networks, and the projectors where they are trained."""
+        """The networks, and the projectors where the stage aligns."""
         return ("video_dit", "bridge", "action_dit", *(("projectors",) if self.aligns else ()))
 
     @property
@@ -161,7 +167,7 @@ class WAMMethodConfig(MethodConfig):
 
     @property
     def text_projection(self) -> VideoDiTConfig | None:
-        """The video DiT's own, for Cosmos's tokens."""
+        """The video DiT with its projection of Cosmos's tokens."""
         projects = self.text.kind == "cosmos_reason" and self.model.video_dit.text_projection_dim is not None
         return self.model.video_dit if projects else None
 
@@ -182,24 +188,24 @@ class WAMMethodConfig(MethodConfig):
 
     @property
     def trains_actions(self) -> bool:
-        """Whether there is an action loss."""
+        """True where the stage computes the action loss."""
         return self.objective.action_weight > 0
 
     @property
     def batch_multiple(self) -> int:
-        """Samples that `video_batch_fraction` divides without remainder."""
+        """The smallest number of samples that `video_batch_fraction` divides without remainder."""
         return Fraction(self.objective.video_batch_fraction).limit_denominator(1000).denominator
 
     def needs(self) -> Needs:
-        """Latents of the window, and targets of every latent frame's reference frame (Eq. 3)."""
+        """Return the latents of the window, and the targets at every latent frame's reference frame (Eq. 3)."""
         return Needs(clip=self.model.num_frames, targets=self.grid_frames if self.aligns else ())
 
     def needs_to_act(self) -> Needs:
-        """The observation's latent frame."""
+        """Return the observation's latent frame."""
         return Needs(clip=1)
 
     def at_stage(self, stage: Stage) -> Self:
-        """The losses of C.3: video alone in the adapt stage, actions alone in the finetune stage."""
+        """Set the losses of C.3: video alone in the adapt stage, actions alone in the finetune stage."""
         weights = {
             Stage.ADAPT: {"video_weight": 1.0, "action_weight": 0.0, "alignment_weight": 0.0},
             Stage.JOINT: {},
@@ -208,11 +214,11 @@ class WAMMethodConfig(MethodConfig):
         return replace(self, objective=replace(self.objective, **weights[stage]))
 
     def frozen_at(self, stage: Stage) -> tuple[str, ...]:
-        """The action head's parts in the adapt stage, the video DiT in the finetune stage."""
+        """Freeze the action head's parts in the adapt stage, and the video DiT in the finetune stage."""
         return {Stage.ADAPT: ("bridge", "action_dit"), Stage.JOINT: (), Stage.FINETUNE: ("video_dit",)}[stage]
 
     def check(self, stage: Stage, frozen: Sequence[str]) -> None:
-        """The adapt stage trains the video DiT on the video loss alone, the finetune stage never trains it."""
+        """Check that adapt trains the video DiT on the video loss alone, and that finetune does not train it."""
         off = {
             Stage.ADAPT: ("action_weight", "alignment_weight"),
             Stage.JOINT: (),
@@ -231,15 +237,15 @@ class WAMMethodConfig(MethodConfig):
             raise ValueError("stage.frozen: the adapt stage trains the video DiT alone; remove video_dit")
 
     def build(self) -> "WAMMethod":
-        """The WAM and its projectors with fresh weights."""
+        """Make the WAM and its projectors with fresh weights."""
         return WAMMethod(self)
 
     def to_act(self) -> Self:
-        """The same model without projectors."""
+        """Return the config without the alignment, and so without projectors."""
         return replace(self, alignment=None)
 
     def describe(self) -> str:
-        """The alignment, where there is one."""
+        """Describe the alignment in a phrase."""
         if not self.aligns or self.alignment is None:
             return "World action model without alignment"
         layers, teacher = ", ".join(map(str, self.alignment.layers)), self.alignment.teacher.kind.replace("_", " ")
@@ -397,40 +403,40 @@ class WAMMethod(Method):
     # --- the model's parts --------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
-        """The video DiT, the bridge, the action DiT, and the projectors where they are trained."""
+        """Return the video DiT, the bridge, the action DiT, and the projectors where the stage aligns."""
         parts = {"video_dit": self.wam.video_dit, "bridge": self.wam.bridge, "action_dit": self.wam.action_dit}
         return parts if self.projectors is None else {**parts, "projectors": self.projectors}
 
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of all three networks."""
+        """Return the transformer blocks of all three networks."""
         wam = self.wam
         return [*wam.video_dit.transformer.transformer_blocks, *wam.bridge.blocks, *wam.action_dit.blocks]
 
     def always_frozen(self) -> list[nn.Module]:
-        """Cosmos's text projection, so that projected instruction tokens can be cached."""
+        """Return Cosmos's text projection, so that projected instruction tokens can be cached."""
         projects = self.config.model.video_dit.text_projection_dim is not None
         return [self.wam.video_dit.transformer.crossattn_proj] if projects else []
 
     def text_projection(self) -> nn.Module | None:
-        """Cosmos's, where the tokens are projected."""
+        """Return Cosmos's text projection, where the tokens are projected."""
         return None if self.config.text_projection is None else self.wam.video_dit.transformer.crossattn_proj
 
     def shared_parts(self, parts: Mapping[str, nn.Module], earlier: WAMMethodConfig) -> dict[str, nn.Module]:
-        """All parts, but of the projectors those of layers that both align, and only for the same teacher and shape."""
+        """Select all networks, and the projectors of layers that both configs align with the same teacher and shape."""
         shared = {name: module for name, module in parts.items() if name != "projectors"}
-        present = self.config.alignment
-        if "projectors" not in parts or present is None or earlier.alignment is None:
+        alignment = self.config.alignment
+        if "projectors" not in parts or alignment is None or earlier.alignment is None:
             return shared
-        if (earlier.alignment.teacher, earlier.alignment.projector) == (present.teacher, present.projector):
+        if (earlier.alignment.teacher, earlier.alignment.projector) == (alignment.teacher, alignment.projector):
             assert self.projectors is not None
-            for layer in sorted(set(earlier.alignment.layers) & set(present.layers)):
+            for layer in sorted(set(earlier.alignment.layers) & set(alignment.layers)):
                 shared[f"projectors.{layer}"] = self.projectors[str(layer)]
         return shared
 
     def load_public(self, source: str | Path) -> None:
         """Load the video DiT of Cosmos-Predict2.5 from a folder or a hub id, OWNER/NAME or OWNER/NAME@REVISION.
 
-        Raises FileNotFoundError with the remedy. Raises ValueError where the revision does not belong to the config.
+        Raises FileNotFoundError with the remedy, and ValueError for a revision that does not match the config.
         """
         local, model = Path(source).is_dir(), self.config.model
         name, _, revision = (str(source), "", "") if local else str(source).partition("@")
@@ -439,14 +445,14 @@ class WAMMethod(Method):
         if not local and (pre or revision.endswith("post-trained")) and pre != (level is None):
             raise ValueError(
                 f"{name}: revision {revision} needs method.model.condition_noise_level {None if pre else 1e-4}, got {level};"
-                " the preset cosmos_pre_trained changes everything that belongs to it"
+                " use --with cosmos_pre_trained for the pre-trained revision"
             )
         self.wam.video_dit.load_pretrained(name, revision=revision or None)
 
     # --- acting -------------------------------------------------------------------------------------------------------
 
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Noise of the unseen latent frames, and of the actions."""
+        """Return the shapes of the video's and the actions' noise."""
         head = self.config.model.action_dit
         return {"video": self.config.model.latent_shape, "action": (head.horizon, head.action_dim)}
 
@@ -458,29 +464,29 @@ class WAMMethod(Method):
         steps: int | None = None,
         continuation: Continuation | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """One conditioning pass, then `steps` Euler steps of the action head under fixed guidance (A.2)."""
+        """Run the conditioning pass once, then `steps` Euler steps of the action head under its guidance (A.2)."""
         guidance = self.wam.guide(self.hidden(inputs, noise))
         return self.wam.act(
             guidance, inputs.state, inputs.embodiment, noise["action"], steps=steps or 4, continuation=continuation
         )
 
     def actor(self, **options: Any) -> Actor:
-        """The fast path, or with `fast=False` the plain one.
+        """Prepare the fast path, or with `fast=False` the forward passes of training.
 
         Options: `action_steps`, `compiled`, and the approximation `pool_future` (`agra.wam.fast`).
         """
-        # Imported here: it loads torch's compiler, which training does not need.
+        # Imported here: training needs neither of the actors.
         from agra.methods.wam_actor import make_actor
 
         return make_actor(self, **options)
 
     def imagine(self, inputs: PolicyInputs, noise: Noise, *, steps: int) -> Float[Tensor, "B C T h w"]:
-        """The predicted video as latents (Eqs. 8, 9)."""
+        """Predict the video as latents (Eqs. 8, 9)."""
         assert inputs.latents is not None
         assert inputs.instruction is not None
         return self.wam.imagine(inputs.latents, noise["video"], inputs.instruction, steps=steps)
 
-    # --- what instruments read ----------------------------------------------------------------------------------------
+    # --- instruments --------------------------------------------------------------------------------------------------
 
     @property
     def read_layers(self) -> tuple[int, ...]:
@@ -495,7 +501,7 @@ class WAMMethod(Method):
     def hidden(
         self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int] = ()
     ) -> dict[int, Float[Tensor, "B T H W D"]]:
-        """Hidden states of the conditioning pass."""
+        """Compute the hidden states of the conditioning pass."""
         assert inputs.latents is not None
         assert inputs.instruction is not None
         return self.wam.condition(inputs.latents, noise["video"], inputs.instruction, layers=layers)
@@ -508,7 +514,7 @@ class WAMMethod(Method):
         *,
         steps: int | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """The bridge and the action head on given hidden states."""
+        """Run the bridge and the action head on `hidden`."""
         guidance = self.wam.guide(hidden)
         return self.wam.act(guidance, inputs.state, inputs.embodiment, noise["action"], steps=steps or 4)
 
@@ -521,7 +527,7 @@ class WAMMethod(Method):
         *,
         steps: int | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """`act_on`, showing every Euler step's cross-attention."""
+        """Act as `act_on`, and call `visit` with every Euler step's cross-attention."""
         guidance, head = self.wam.guide(hidden), self.wam.action_dit
 
         def predict(actions: Tensor, level: Tensor) -> Tensor:
@@ -535,7 +541,7 @@ class WAMMethod(Method):
     def text_attention(
         self, inputs: PolicyInputs, noise: Noise, *, layers: Sequence[int]
     ) -> dict[int, Float[Tensor, "B T H W L"]]:
-        """How much every video token reads each instruction token in the conditioning pass (Fig. 14)."""
+        """Return the attention of each video token to each instruction token in the conditioning pass (Fig. 14)."""
         assert inputs.latents is not None
         assert inputs.instruction is not None
         return self.wam.text_attention(inputs.latents, noise["video"], inputs.instruction, layers=layers)

@@ -1,14 +1,13 @@
-"""A WAM's two ways to act: as in training, and with nothing computed twice."""
+"""Actors of a WAM: the forward passes of training, and the fast path that computes nothing twice."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from agra.batch import PolicyInputs
-from agra.methods.method import Actor, Continuation, Lap, Method, Noise
+from agra.methods.method import Actor, Continuation, Lap, Method, Noise, PlainActor
 from agra.wam.fast import FastWAM, KeysValues, padded_size
 
 if TYPE_CHECKING:
@@ -23,68 +22,52 @@ def make_actor(
     pool_future: int = 1,
     compiled: bool = False,
 ) -> Actor:
-    """Raises ValueError where an option of the fast path is given without it."""
+    """Make the actor of a policy. Raises ValueError for an option of the fast path without `fast`."""
     if fast:
         return FastActor(
             FastWAM(method.wam, action_steps=action_steps or 4, pool_future=pool_future, compiled=compiled)
         )
     if compiled or pool_future != 1:
-        raise ValueError("compiled and pool_future belong to the fast path")
-    return TrainingActor(method, action_steps or 4)
+        raise ValueError("the options compiled and pool_future need the fast path; leave out fast=False")
+    return TrainingActor(method, steps=action_steps or 4)
 
 
-class TrainingActor:
-    """The forwards of training."""
+class TrainingActor(PlainActor):
+    """The forward passes of training, timed stage by stage."""
 
-    compiled = False
-
-    def __init__(self, method: "WAMMethod", steps: int) -> None:
-        self.method, self.steps = method, steps
-
-    def prepare_instruction(self, tokens: Float[Tensor, "L E"]) -> None:
-        """Nothing: the video pass reads the tokens."""
+    def __init__(self, method: "WAMMethod", *, steps: int) -> None:
+        super().__init__(method, steps=steps)
+        self.wam_method, self.num_steps = method, steps
 
     def act(
         self,
         inputs: PolicyInputs,
         noise: Noise,
-        instructions: Sequence[None],
+        instructions: Sequence[Any],
         *,
         continuation: Continuation | None = None,
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
-        """`WAMMethod.act`, stage by stage."""
-        wam = self.method.wam
-        hidden = self.method.hidden(inputs, noise)
+        """Run `WAMMethod.act` stage by stage."""
+        wam = self.wam_method.wam
+        hidden = self.wam_method.hidden(inputs, noise)
         lap("video")
         guidance = wam.guide(hidden)
         lap("bridge")
         head = (guidance, inputs.state, inputs.embodiment, noise["action"])
-        actions = wam.act(*head, steps=self.steps, continuation=continuation)
+        actions = wam.act(*head, steps=self.num_steps, continuation=continuation)
         lap("action")
         return actions
 
-    @torch.no_grad()
-    def update(self, weights: Method) -> None:
-        """Copy the other method's parameters."""
-        self.method.load_state_dict(weights.state_dict())
-
-    def compile(self) -> None:
-        """Nothing."""
-
-    def batch_sizes(self, max_batch: int) -> list[int]:
-        """One of any size stands for all."""
-        return [1]
-
 
 class FastActor:
-    """`agra.wam.fast`."""
+    """The fast path (`agra.wam.fast`)."""
 
     def __init__(self, fast: FastWAM) -> None:
         self.fast, self.compiled = fast, fast.compiled
 
     def prepare_instruction(self, tokens: Float[Tensor, "L E"]) -> tuple[KeysValues, ...]:
-        """The instruction's keys and values in every video block."""
+        """Compute the instruction's keys and values in every video block."""
         return self.fast.instruction(tokens)
 
     def act(
@@ -96,7 +79,7 @@ class FastActor:
         continuation: Continuation | None = None,
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
-        """The same answer up to rounding."""
+        """Compute the actions of the training path, up to rounding."""
         assert inputs.latents is not None
         self.fast.begin()
         hidden = self.fast.condition(inputs.latents, noise["video"], instructions)
@@ -108,7 +91,7 @@ class FastActor:
         return actions
 
     def update(self, weights: Method) -> None:
-        """Copy the other WAM's weights without invalidating compiled graphs."""
+        """Copy the other WAM's weights. Compiled graphs stay valid."""
         self.fast.update(cast("WAMMethod", weights).wam)
 
     def compile(self) -> None:
@@ -116,7 +99,7 @@ class FastActor:
         self.fast.compile()
 
     def batch_sizes(self, max_batch: int) -> list[int]:
-        """The padded sizes of compiled answers (`agra.wam.fast.padded_size`)."""
+        """List the padded sizes of compiled batches (`agra.wam.fast.padded_size`)."""
         if not self.compiled:
             return [1]
         return sorted({padded_size(count) for count in range(1, max_batch + 1)})

@@ -24,7 +24,7 @@ from agra.wam.text import TextConfig
 from agra.weights import write_tensors
 
 LICENSE = "apache-2.0"
-"""Licence of the weights, as of the code. Whoever trained them may state another one in the card."""
+"""Licence of the weights, which is that of the code. Change the card to state another one."""
 MADE_OF = "export.json"
 """The file that records the checkpoint and the options of an export."""
 _COPIED = ("norm_stats.json", "trainer.json", "codec.safetensors", INSTRUCTIONS)
@@ -33,11 +33,12 @@ _COPIED = ("norm_stats.json", "trainer.json", "codec.safetensors", INSTRUCTIONS)
 def export(source: str | Path, output: Path, *, ema: bool = False, half: bool = False) -> Path:
     """Write a policy's newest checkpoint, whole or sharded, as a self-contained folder without optimiser state.
 
-    The settings and logs of all its stages come with it, and adapters are merged. With `ema` the averaged weights replace the
-    trained ones, as they always do of a method that acts on them. With `half` weights are rounded to float16. An `output` that is this very export already is left as it is.
+    The folder includes the settings and logs of all stages. Adapters are merged. With `ema` the averaged weights replace the
+    trained ones, as they always do for a method that acts on them. With `half` weights are rounded to float16. An `output`
+    that already holds this export is left as it is.
 
-    Raises FileNotFoundError where there is no checkpoint. Raises ValueError where the checkpoint is damaged, where it has no
-    average or values beyond float16's range, or where `output` is not empty.
+    Raises FileNotFoundError where there is no checkpoint. Raises ValueError for a damaged checkpoint, for one without averages
+    or with values beyond float16's range, and where `output` is not empty.
     """
     folder = resolve(source)
     verify(folder)
@@ -67,10 +68,10 @@ def push(source: str | Path, name: str, *, private: bool = True, ema: bool = Fal
 
 
 def pull(name: str, output: Path, *, revision: str | None = None) -> Path:
-    """Download a policy that `push` uploaded into a new folder, and check every file of it.
+    """Download a policy into a new folder and check every file of it.
 
-    The hub's client continues an interrupted download. Raises FileNotFoundError with the remedy, and ValueError where a file
-    is damaged.
+    The hub's client continues an interrupted download. Raises FileNotFoundError with the remedy, and ValueError for a damaged
+    file.
     """
     download_model(name, output, revision=revision)
     verify(output)
@@ -85,7 +86,7 @@ def _write(checkpoint: Path, folder: Path, *, ema: bool, half: bool) -> None:
     ema = ema or acts_on_average(checkpoint, config)
     method = load_method(checkpoint, config, averaged=ema)
     parts = method.parts()
-    whole = replace(config, stage=replace(config.stage, lora=LoRAConfig()))  # the history keeps the adapters' settings
+    whole = replace(config, stage=replace(config.stage, lora=LoRAConfig()))  # the history has the adapters' settings
     files.write_text(folder / "config.json", whole.to_json())
     for part, module in parts.items():
         weights: Mapping[str, Tensor] = part_tensors({part: module})
@@ -112,7 +113,7 @@ def _halved(name: str, value: Tensor) -> Tensor:
 
 
 def model_card(config: RunConfig, description: str, *, steps: int, method: Method, ema: bool) -> str:
-    """The model card of a checkpoint. `description` states its method and stages."""
+    """Write the model card of a checkpoint. `description` states its method and stages."""
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in method.parts().items()}
     stage, shapes = config.stage, config.method.shapes
     rows = "\n".join(f"| `{name}` | {count:,} |" for name, count in counts.items())
@@ -133,7 +134,7 @@ def model_card(config: RunConfig, description: str, *, steps: int, method: Metho
 
 
 def _frozen_part(part: CodecConfig | TextConfig) -> str:
-    """The name of a frozen part, and its source unless it comes with agra."""
+    """Name a frozen part, with its source unless it comes with agra."""
     return {"patch_pca": "the patch PCA in codec.safetensors", "minilm": "the packaged MiniLM"}.get(
         part.kind, f"{part.kind} ({part.source})"
     )

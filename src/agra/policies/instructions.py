@@ -1,7 +1,7 @@
 """Tokens of instructions at inference: known ones from a checkpoint's file, others from the text encoder.
 
-A checkpoint carries the tokens of its training instructions in `instructions.safetensors`, a tensor named after each text.
-A robot that gets no other instructions needs no text encoder, which for Cosmos has 7B parameters.
+A checkpoint holds the tokens of its training instructions in `instructions.safetensors`, one tensor named after each text.
+A robot that needs no other instructions needs no text encoder, which has 7B parameters for Cosmos.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,31 +16,31 @@ from agra.wam.text import TextEncoder
 
 FILE = "instructions.safetensors"
 _CACHED = 64
-"""Instructions kept in memory. A server's clients choose them, so their number is bounded."""
+"""Number of instructions kept in memory. It is bounded, since a server's clients choose the instructions."""
 
 
 class Instructions:
-    """Looks up or encodes instructions; the text encoder is loaded at its first use."""
+    """Looks up or encodes instructions. The text encoder is loaded at its first use."""
 
     def __init__(
         self,
         load: Callable[[], TextEncoder] | None,
         known: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """`load` makes the text encoder, None forbids it; `known` maps texts to tokens (L, E)."""
+        """`load` makes the text encoder. None allows known instructions alone. `known` maps texts to tokens (L, E)."""
         self._load, self.known = load, known or {}
         self.tokens = lru_cache(maxsize=_CACHED)(self._tokens)
-        """(L, E) float32 tokens of an instruction, as training read them."""
+        """(L, E) float32 tokens of an instruction, as in training."""
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """The text encoder. Raises ValueError where it is not to be loaded."""
+        """The text encoder. Raises ValueError for a policy of known instructions alone."""
         if self._load is None:
-            raise ValueError("this policy was loaded for its known instructions only: it has no text encoder")
+            raise ValueError("this policy was loaded for its known instructions alone, without a text encoder")
         return self._load()
 
     def load(self) -> None:
-        """Load the text encoder now, unless that is forbidden."""
+        """Load the text encoder now, unless the policy has none."""
         if self._load is not None:
             _ = self.encoder
 
@@ -52,12 +52,12 @@ class Instructions:
                 f"instruction {instruction!r}: not among the {len(self.known)} known ones ({_examples(self.known)}), and "
                 "this policy was loaded without a text encoder; use one of them, or load the policy with its encoder"
             )
-        # Rounded to float16, as in the cache that training read.
+        # Rounded to float16, as in training's cache.
         return self.encoder.encode([instruction])[0].half().float()
 
 
 class StoredInstructions(Mapping[str, Tensor]):
-    """The tokens in a checkpoint's file, read when they are needed."""
+    """Tokens in a checkpoint's file, read one instruction at a time."""
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError for a damaged file."""

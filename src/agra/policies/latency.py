@@ -1,4 +1,4 @@
-"""Latency of an answer by stage, for several paths in turn: `agra bench-latency`."""
+"""Latency of a response by stage, measured for several paths in turn: `agra bench-latency`."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -29,58 +29,58 @@ Call = Callable[[], Stages]
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Times of one way of answering, seconds: stage -> one number a call."""
+    """Times of one path in seconds: an array by stage, with one number for each call."""
 
     calls: Mapping[str, np.ndarray]
 
     def milliseconds(self, stage: str, percentile: float) -> float:
-        """A percentile of a stage's times, in ms."""
+        """Return a percentile of a stage's times, in ms."""
         return 1000 * float(np.percentile(self.calls[stage], percentile))
 
 
-def measure(ways: Mapping[str, Call], *, rounds: int) -> dict[str, Latency]:
-    """Call every way once in each of `rounds` rounds, in changing order, after two calls each that do not count."""
+def measure(calls: Mapping[str, Call], *, rounds: int) -> dict[str, Latency]:
+    """Call every path once in each of `rounds` rounds, in rotating order. Two calls of each come first and do not count."""
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
-    names = list(ways)
-    calls: dict[str, list[Stages]] = {name: [] for name in names}
+    names = list(calls)
+    timings: dict[str, list[Stages]] = {name: [] for name in names}
     for number in range(rounds + 2):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            stages = dict(ways[name]())
+            stages = dict(calls[name]())
             if number >= 2:
-                calls[name].append({**stages, "total": sum(stages.values())})
+                timings[name].append({**stages, "total": sum(stages.values())})
     return {
-        name: Latency(calls={stage: np.array([one[stage] for one in own]) for stage in own[0]})
-        for name, own in calls.items()
+        name: Latency(calls={stage: np.array([row[stage] for row in rows]) for stage in rows[0]})
+        for name, rows in timings.items()
     }
 
 
 def paths(*, pool_future: int = 1, compiled: bool = False) -> dict[str, dict[str, Any]]:
-    """What is compared, each by its options: the plain path, the fast one, and the fast one with what is asked for."""
-    ways: dict[str, dict[str, Any]] = {"plain": {"fast": False}, "fast": {}}
+    """List the compared paths with their options: plain, fast, and the fast path with the given options."""
+    options: dict[str, dict[str, Any]] = {"plain": {"fast": False}, "fast": {}}
     if compiled:
-        ways["compiled"] = {"compiled": True}
+        options["compiled"] = {"compiled": True}
     if pool_future != 1:
-        ways["pooled"] = {"pool_future": pool_future, "compiled": compiled}
-    return ways
+        options["pooled"] = {"pool_future": pool_future, "compiled": compiled}
+    return options
 
 
 def checkpoint_calls(
-    path: str | Path, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
+    path: str | Path, compared: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
 ) -> dict[str, Call]:
-    """A checkpoint's answers to `batch` robots at once, by each path."""
-    return {name: timed(load_policy(path, device=device, **options), batch) for name, options in ways.items()}
+    """Make the calls of a checkpoint's policy for `batch` robots together, by path."""
+    return {name: timed(load_policy(path, device=device, **options), batch) for name, options in compared.items()}
 
 
 def recipe_calls(
     config: RunConfig, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
 ) -> dict[str, Call]:
-    """The answers of a recipe's policy with random weights, by each path."""
-    return {name: timed(random_policy(config, device=device, **options), batch) for name, options in ways.items()}
+    """Make the calls of a recipe's policy with random weights, by path."""
+    return {name: timed(random_policy(config, device=device, **options), batch) for name, options in compared.items()}
 
 
 def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **options: Any) -> MethodPolicy:
-    """A policy of a recipe's shapes with random weights, its codec included, and one known instruction.
+    """Make a policy of a recipe's shapes with random weights and a random codec, and with one known instruction.
 
     It loads no file, so any recipe can be timed. `options` are those of `MethodPolicy`.
     """
@@ -115,7 +115,7 @@ def _random_codec(config: CodecConfig) -> Codec:
 
 
 def timed(policy: MethodPolicy, batch: int) -> Call:
-    """A call that answers `batch` robots at once and returns its stages' times. The policy is warmed up first."""
+    """Warm up a policy, and return a call that computes the chunks of `batch` robots and returns its stages' times."""
     policy.warm_up(batch)
     blank = policy.blank_observation()
     height, width = policy.frame_size
@@ -127,20 +127,20 @@ def timed(policy: MethodPolicy, batch: int) -> Call:
     return lambda: policy.act_batch(requests)[0].timings
 
 
-def report(found: Mapping[str, Latency], *, title: str) -> dict[str, Any]:
-    """Print the stages side by side; the same as a map for machines."""
+def report(latencies: Mapping[str, Latency], *, title: str) -> dict[str, Any]:
+    """Print the stages side by side. Returns the printed numbers: path, stage, (p50, p95) in ms."""
     table = Table(title=title)
     table.add_column("stage")
-    for name in found:
+    for name in latencies:
         table.add_column(f"{name} p50", justify="right")
         table.add_column("p95", justify="right")
     table.add_column("ratio of p50", justify="right")
-    first, *_, last = found.values()
-    summary: dict[str, Any] = {name: {} for name in found}
+    first, *_, last = latencies.values()
+    summary: dict[str, Any] = {name: {} for name in latencies}
     for stage in last.calls:
         cells = []
-        for name, one in found.items():
-            summary[name][stage] = [round(one.milliseconds(stage, p), 3) for p in (50, 95)]
+        for name, latency in latencies.items():
+            summary[name][stage] = [round(latency.milliseconds(stage, p), 3) for p in (50, 95)]
             cells += [f"{value:.2f} ms" for value in summary[name][stage]]
         table.add_row(stage, *cells, f"{first.milliseconds(stage, 50) / max(last.milliseconds(stage, 50), 1e-6):.2f}x")
     Console(width=100).print(table)
@@ -157,19 +157,19 @@ def bench(
     rounds: int,
     output: Path | None,
 ) -> None:
-    """Measure the `compared` paths of a checkpoint, or of a recipe with random weights where `config` is given.
+    """Measure the `compared` paths of a checkpoint, or with `config` those of a recipe with random weights.
 
     Prints the stages side by side and writes them as JSON.
     """
     if batch < 1:
         raise ValueError(f"batch: expected at least 1, got {batch}")
     if config is None:
-        ways = checkpoint_calls(subject, compared, device=device, batch=batch)
+        calls = checkpoint_calls(subject, compared, device=device, batch=batch)
     else:
-        ways = recipe_calls(config, compared, device=device, batch=batch)
-    found = measure(ways, rounds=rounds)
+        calls = recipe_calls(config, compared, device=device, batch=batch)
+    latencies = measure(calls, rounds=rounds)
     title = f"{subject}, {rounds} calls of {batch}, {device}, {torch.get_num_threads()} threads"
-    summary = report(found, title=title)
+    summary = report(latencies, title=title)
     if output is not None:
         content = {"subject": subject, "batch": batch, "rounds": rounds, "ms": summary}
         files.write_text(output, json.dumps(content) + "\n")

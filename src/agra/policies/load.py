@@ -1,4 +1,4 @@
-"""Checkpoints to policies."""
+"""Loads policies from checkpoints."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -30,14 +30,14 @@ def load_policy(
     known_instructions: bool = False,
     **options: Any,
 ) -> MethodPolicy:
-    """A policy from a checkpoint folder, from its run's folder (the newest checkpoint), or from a bundled policy's name.
+    """Load a policy from a checkpoint folder, from a run's folder (its newest checkpoint), or by a bundled policy's name.
 
-    A method that acts on averaged weights (`MethodConfig.acts_on_average`) gets them where its run kept them.
-    The text encoder is loaded at the first instruction that the checkpoint does not know, and with `known_instructions`
-    never. `options` are those of `MethodPolicy`.
+    A method that acts on averaged weights (`MethodConfig.acts_on_average`) gets them where its run has them. The text encoder
+    is loaded at the first instruction that the checkpoint does not know. With `known_instructions` it is never loaded, and
+    other instructions are refused. `options` are those of `MethodPolicy`.
 
-    Raises FileNotFoundError where there is no checkpoint. Raises ValueError where a file is damaged, or where the checkpoint
-    is one of the adapt stage, whose action head has not been trained.
+    Raises FileNotFoundError where there is no checkpoint. Raises ValueError for a damaged file, and for a checkpoint of the
+    adapt stage, whose action head is untrained.
     """
     folder, target = resolve(path), local_device(device)
     with reading(folder):
@@ -68,15 +68,15 @@ def load_policy(
 
 
 def acts_on_average(folder: Path, config: RunConfig) -> bool:
-    """Whether a checkpoint's policy has averaged weights that are kept beside the trained ones."""
-    kept = config.stage.ema_decay is not None and keeps_optimizer(folder)
-    return kept and config.method.acts_on_average
+    """Check whether a checkpoint's policy acts on averaged weights that lie beside the trained ones."""
+    averaged = config.stage.ema_decay is not None and keeps_optimizer(folder)
+    return averaged and config.method.acts_on_average
 
 
 def load_method(folder: Path, config: RunConfig, *, averaged: bool = False) -> Method:
-    """The method of a checkpoint on the CPU, without the parts that training alone needs, its adapters merged.
+    """Load a checkpoint's method on the CPU, without the parts that only training needs. Adapters are merged.
 
-    With `averaged`, trained weights are replaced by their averages. Raises ValueError where the checkpoint holds none.
+    With `averaged` the averages replace the trained weights. Raises ValueError where the checkpoint holds no averages.
     """
     with torch.device("meta"):
         method = config.method.to_act().build()
@@ -92,15 +92,15 @@ def load_method(folder: Path, config: RunConfig, *, averaged: bool = False) -> M
 def _instructions(
     folder: Path, config: RunConfig, method: Method, device: torch.device, *, known_instructions: bool
 ) -> Instructions | None:
-    """The tokens that the checkpoint carries, and the text encoder for others. None where the method reads none."""
+    """Combine the checkpoint's tokens and the text encoder. Returns None for a method without instructions."""
     text = config.method.text
     if text is None or not config.method.needs_to_act().instruction:
         return None
     file = folder / INSTRUCTIONS
     known = StoredInstructions(file) if file.is_file() else None
     if known_instructions and not known:
-        raise ValueError(f"{file}: missing, so no instruction is known; load the policy with its text encoder")
-    projection = deepcopy(method.text_projection())  # in float32, as tokens were made for training
+        raise ValueError(f"{file}: missing, so no instruction is known; leave out known_instructions")
+    projection = deepcopy(method.text_projection())  # in float32, as for training's tokens
 
     def load_encoder() -> TextEncoder:
         return load_text_encoder(text, projection).to(device)

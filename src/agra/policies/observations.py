@@ -1,4 +1,4 @@
-"""Observations as a method takes them: frames cropped, resized and encoded, instructions looked up, states normalised."""
+"""Encodes observations for a method: crops, resizes and encodes frames, looks up instructions, normalises states."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ from agra.wam.codec import Codec, to_video
 
 
 class ObservationEncoder:
-    """Turns observations into a method's inputs on `device`, as training saw them."""
+    """Encodes observations as a method's inputs on `device`, as in training."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class ObservationEncoder:
         teacher: Teacher | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """The codec, the instructions and the teacher may be None where the method reads nothing of theirs."""
+        """`codec`, `instructions` and `teacher` may be None where the method does not need them."""
         self.config, self.codec, self.instructions, self.stats = config, codec, instructions, stats
         self.teacher, self.device = teacher, torch.device(device)
         self.needs = config.method.needs_to_act()
@@ -43,20 +43,18 @@ class ObservationEncoder:
                 f" {sorted(strides)}"
             )
         self.past = tuple(frame * min(strides) for frame in self._past_frames)
-        """Control steps before the present one whose observations it reads."""
+        """Control steps of the past observations that the method reads, counted from the present one."""
 
     @torch.no_grad()
     def encode(self, observations: Sequence[Observation]) -> PolicyInputs:
-        """Raises ValueError where an observation does not fit the training data."""
+        """Encode a batch of observations. Raises ValueError where an observation does not fit the training data."""
         moments = [self._moments(observation) for observation in observations]
-        states = [{frame: self._state(seen) for frame, seen in moment.items()} for moment in moments]
-        frames = [
-            {frame: self.crop(seen.frame, seen.embodiment) for frame, seen in moment.items()} for moment in moments
-        ]
+        states = [{number: self._state(o) for number, o in moment.items()} for moment in moments]
+        frames = [{number: self.crop(o.frame, o.embodiment) for number, o in moment.items()} for moment in moments]
         fields = self._features(frames, [o.instruction for o in observations])
         if self.needs.states:
-            chosen = [torch.stack([state[frame] for frame in self.needs.states]) for state in states]
-            fields["states"] = torch.stack(chosen).to(self.device)
+            rows_of_states = [torch.stack([state[number] for number in self.needs.states]) for state in states]
+            fields["states"] = torch.stack(rows_of_states).to(self.device)
         rows = [self.config.data.embodiments.index(o.embodiment) for o in observations]
         return PolicyInputs(
             state=torch.stack([state[0] for state in states]).to(self.device),
@@ -65,19 +63,19 @@ class ObservationEncoder:
         )
 
     def _moments(self, observation: Observation) -> dict[int, Observation]:
-        """The observation and those before it, by their frame numbers. Without past ones the present one stands for them."""
+        """Return the observation and the past ones by frame number. The present one replaces past ones that are missing."""
         past = observation.past or (observation,) * len(self.past)
         if len(past) != len(self.past):
             raise ValueError(f"expected past observations at the control steps {self.past}, got {len(past)}")
         return dict(zip((*self._past_frames, 0), (*past, observation), strict=True))
 
     def _state(self, observation: Observation) -> Tensor:
-        """(S,) normalised, padded with zeros."""
+        """Return the (S,) normalised state, padded with zeros."""
         normalized = torch.as_tensor(self.stats_of(observation.embodiment).normalize("state", observation.state))
         return F.pad(normalized, (0, self.config.method.shapes.state_dim - len(normalized)))
 
     def _features(self, crops: Sequence[Mapping[int, np.ndarray]], instructions: Sequence[str]) -> dict[str, Tensor]:
-        """The optional fields of `PolicyInputs`, of each observation's cropped frames by their numbers."""
+        """Make the optional fields of `PolicyInputs` from each observation's cropped frames by number."""
         needs, shapes = self.needs, self.config.method.shapes
 
         def select(numbers: Sequence[int]) -> list[np.ndarray]:
@@ -107,11 +105,11 @@ class ObservationEncoder:
         return {name: value.to(self.device) for name, value in fields.items()}
 
     def crop(self, frames: np.ndarray, embodiment: str) -> np.ndarray:
-        """Frames (..., H, W, 3) cropped to the region that the embodiment's source gives."""
+        """Crop frames (..., H, W, 3) to the region of the embodiment's source."""
         return self.config.data.source(embodiment).crop(frames, "the observed frame")
 
     def stats_of(self, embodiment: str) -> NormStats:
-        """Statistics of an embodiment. Raises ValueError for one that was not trained on."""
+        """Return an embodiment's statistics. Raises ValueError for an embodiment that was not trained on."""
         if embodiment not in self.stats:
-            raise ValueError(f"not trained on embodiment {embodiment!r}; it knows {sorted(self.stats)}")
+            raise ValueError(f"not trained on embodiment {embodiment!r}; expected one of {sorted(self.stats)}")
         return self.stats[embodiment]

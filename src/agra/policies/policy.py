@@ -1,4 +1,4 @@
-"""A trained method as a policy: observations in, chunks of actions in the robot's units out (A.2, C.1)."""
+"""A trained method as a policy: from observations to chunks of actions in the robot's units (A.2, C.1)."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -34,10 +34,10 @@ _IMAGINE_STEPS = 6
 
 
 class MethodPolicy:
-    """An `agra.types.Policy`, and a `BatchPolicy`, around a trained method.
+    """An `agra.types.Policy` and `BatchPolicy` around a trained method.
 
-    It computes in the precision of its training: on a GPU the weights are bfloat16, and the rest runs in TF32. Noise comes
-    from a generator that `reset` seeds: the same seed and observations give the same actions.
+    It computes in the precision of its training. On a GPU the weights are bfloat16, and the rest runs in TF32. Noise comes
+    from a generator that `reset` seeds, so the same seed and observations give the same actions.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class MethodPolicy:
         imagines: bool = True,
         **options: Any,
     ) -> None:
-        """Takes `method` over: it is moved, cast and frozen. `precision` is the training's by default.
+        """Move, cast and freeze `method`, in place. `precision` is the training's by default.
 
-        `options` go to `Method.actor`: for a WAM `action_steps`, `fast`, `compiled` and `pool_future`. Raises ValueError for
-        options that the method does not have.
+        `options` are those of `Method.actor`: for a WAM `action_steps`, `fast`, `compiled` and `pool_future`. Raises ValueError
+        for options that the method does not have.
         """
         self.name, self.config, self.stats = name, config, stats
         self.device = local_device(device)
@@ -73,13 +73,12 @@ class MethodPolicy:
         self._warm_graphs: int | None = None
         self.reset(0)
 
-    # --- what a server does before it answers, and between two answers ------------------------------------------------
+    # --- preparation and updates, for servers -------------------------------------------------------------------------
 
     def warm_up(self, max_batch: int) -> None:
-        """Load what is loaded late, and answer a blank observation in every compiled batch size up to `max_batch`.
+        """Load the text encoder and compile, by acting on a blank observation in every batch size up to `max_batch`.
 
-        Call it in the thread that will answer, since CUDA graphs belong to their thread. Afterwards `recompiles` counts
-        from 0.
+        Call it in the thread that will act, since CUDA graphs belong to their thread. Afterwards `recompiles` counts from 0.
         """
         if self.instructions is not None:
             self.instructions.load()
@@ -94,23 +93,23 @@ class MethodPolicy:
         self._warm_graphs = self._compiled_graphs()
 
     def blank_observation(self) -> Observation:
-        """A black frame, the mean state of the first embodiment, and a known instruction if there is one."""
+        """Make an observation of a black frame, the mean state of the first embodiment, and a known instruction."""
         embodiment, stats = next(iter(self.stats.items()))
-        known = () if self.instructions is None else self.instructions.known
+        texts = () if self.instructions is None else self.instructions.known
         return Observation(
             frame=np.zeros((*self.frame_size, 3), np.uint8),
             state=np.asarray(stats.state["mean"], np.float32),
-            instruction=next(iter(known), "warm up"),
+            instruction=next(iter(texts), "warm up"),
             embodiment=embodiment,
         )
 
     @property
     def recompiles(self) -> int:
-        """Graphs compiled since `warm_up`. More than 0 means that an answer has waited for the compiler."""
+        """Number of graphs compiled since `warm_up`. Above 0, a response has waited for the compiler."""
         return 0 if self._warm_graphs is None else self._compiled_graphs() - self._warm_graphs
 
     def _compiled_graphs(self) -> int:
-        """Graphs that torch has compiled in this process."""
+        """Count the graphs that torch has compiled in this process."""
         if not self._actor.compiled:
             return 0
         # Imported here: it takes a second, and uncompiled policies do not need it.
@@ -119,9 +118,10 @@ class MethodPolicy:
         return counters["stats"]["unique_graphs"]
 
     def adopt(self, other: BatchPolicy) -> bool:
-        """Take over another policy in place where that keeps compiled graphs valid: same method, options and device.
+        """Take over another policy's weights in place, where compiled graphs stay valid: same method, options and device.
 
-        Returns False, with nothing changed, where it cannot or where nothing is compiled. Call it between two answers only.
+        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. Call it between two calls of
+        `act_batch`.
         """
         if not isinstance(other, MethodPolicy) or not self._actor.compiled:
             return False
@@ -139,7 +139,7 @@ class MethodPolicy:
         self.observations = other.observations
         return True
 
-    # --- answers ------------------------------------------------------------------------------------------------------
+    # --- acting -------------------------------------------------------------------------------------------------------
 
     @property
     def spec(self) -> PolicySpec:
@@ -166,28 +166,28 @@ class MethodPolicy:
         return self.observations.past
 
     def episode(self, seed: int) -> torch.Generator:
-        """The generator of an episode's noise."""
+        """Make the generator of an episode's noise."""
         return torch.Generator(device="cpu").manual_seed(seed)
 
     def reset(self, seed: int) -> None:
-        """Start an episode: every random number until the next reset follows from `seed`."""
+        """Start an episode. All noise until the next reset follows from `seed`."""
         self._episode = self.episode(seed)
 
     def act(self, observation: Observation, *, continuation: Continuation | None = None) -> ActionChunk:
-        """The next chunk of actions, in the robot's units. With `continuation` it continues the chunk in execution."""
+        """Compute the next chunk of actions in the robot's units. With `continuation` it continues the chunk in execution."""
         request = PolicyRequest(observation=observation, episode=self._episode, continuation=continuation)
         return self.act_batch([request])[0]
 
     def act_and_imagine(self, observation: Observation) -> ActionChunk:
-        """The answer of `act`, bit for bit, and the predicted video from the same noise."""
+        """Compute the chunk of `act`, bit for bit, and the predicted video from the same noise."""
         request = PolicyRequest(observation=observation, episode=self._episode, imagine=self.imagines)
         return self.act_batch([request])[0]
 
     @torch.no_grad()
     def act_batch(self, requests: Sequence[PolicyRequest]) -> list[ActionChunk]:
-        """One chunk for each request, all computed together. Each chunk's timings are those of the batch.
+        """Compute one chunk for each request, in one batch. Each chunk's timings are those of the batch.
 
-        Raises ValueError, before any noise is drawn, where an observation does not fit.
+        Raises ValueError, before any noise is drawn, for an observation that does not fit.
         """
         watch = Stopwatch(self.device)
         if self.instructions is not None:
@@ -204,36 +204,36 @@ class MethodPolicy:
             for request in requests
         ]
         actions = self._actor.act(inputs, noise, prepared, continuation=continuation, lap=watch.lap)
-        answers = [
+        chunks = [
             self.unnormalize(row[None], request.observation.embodiment)[0]
             for row, request in zip(actions, requests, strict=True)
         ]
         watch.lap("action")
-        asking = [row for row, request in enumerate(requests) if request.imagine]
+        imagining = [row for row, request in enumerate(requests) if request.imagine]
         imagined: dict[int, np.ndarray] = {}
-        if asking:
-            videos = self.imagine(inputs.rows(asking), {name: value[asking] for name, value in noise.items()})
-            imagined = dict(zip(asking, videos, strict=True))
+        if imagining:
+            videos = self.imagine(inputs.rows(imagining), {name: value[imagining] for name, value in noise.items()})
+            imagined = dict(zip(imagining, videos, strict=True))
             watch.lap("imagine")
         return [
-            ActionChunk(actions=answer, timings=watch.laps, imagined=imagined.get(row))
-            for row, answer in enumerate(answers)
+            ActionChunk(actions=chunk, timings=watch.laps, imagined=imagined.get(row))
+            for row, chunk in enumerate(chunks)
         ]
 
     @torch.no_grad()
     def imagine(
         self, inputs: PolicyInputs, noise: Noise, *, steps: int = _IMAGINE_STEPS
     ) -> UInt8[np.ndarray, "B F H W 3"]:
-        """The predicted videos (`Imagines.imagine`), decoded at the method's frame size.
+        """Predict videos (`Imagines.imagine`) and decode them at the method's frame size.
 
-        Raises ValueError where the method predicts none.
+        Raises ValueError for a method that predicts no video.
         """
         if not isinstance(self.method, Imagines) or self.observations.codec is None:
             raise ValueError(f"{self.name}: the method {self.config.method.kind} predicts no video")
         latents = self.method.imagine(inputs, noise, steps=steps)
         return to_frames(self.observations.codec.decode(latents))
 
-    # --- what instruments use -----------------------------------------------------------------------------------------
+    # --- instruments --------------------------------------------------------------------------------------------------
 
     @property
     def codec(self) -> Codec | None:
@@ -251,25 +251,25 @@ class MethodPolicy:
         return self.config.method.shapes.frame_size
 
     def encode(self, observations: Sequence[Observation]) -> PolicyInputs:
-        """Observations as the method takes them."""
+        """Encode observations as the method's inputs."""
         return self.observations.encode(observations)
 
     def noise(self, count: int, seed: int) -> dict[str, Tensor]:
-        """Starting noise of `count` answers, for diagnostics that hold it fixed."""
+        """Draw the starting noise of `count` chunks, for diagnostics that keep it fixed."""
         return self._draw(count, torch.Generator().manual_seed(seed))
 
     def unnormalize(self, actions: Float[Tensor, "B K D"], embodiment: str) -> np.ndarray:
-        """A method's actions in the robot's units, (B, K, the embodiment's own D) float32."""
+        """Convert the method's actions to the robot's units: (B, K, D of the embodiment) float32."""
         stats = self.observations.stats_of(embodiment)
         narrow = actions[..., : stats.width("action")].float().cpu().numpy()
         return stats.unnormalize("action", narrow).astype(np.float32)
 
     def normalize(self, actions: np.ndarray, embodiment: str) -> np.ndarray:
-        """Actions (..., the embodiment's own D) in the robot's units as a method predicts them. Inverse of `unnormalize`."""
+        """Convert actions (..., D of the embodiment) in the robot's units to the method's. Inverse of `unnormalize`."""
         return np.asarray(self.observations.stats_of(embodiment).normalize("action", actions), dtype=np.float32)
 
     def crop(self, frames: np.ndarray, embodiment: str) -> np.ndarray:
-        """Frames (..., H, W, 3) as training saw them: cropped as the embodiment's source says."""
+        """Crop frames (..., H, W, 3) to the region of the embodiment's source, as in training."""
         return self.observations.crop(frames, embodiment)
 
     def _draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -282,33 +282,35 @@ class MethodPolicy:
         return self._actor.prepare_instruction(self.instructions.tokens(instruction).to(self.device))
 
     def _continuation(self, requests: Sequence[PolicyRequest]) -> tuple[Tensor, Tensor] | None:
-        """The previous chunks in the method's units, and the weight of each number: (B, K, D) twice."""
+        """Convert the previous chunks to the method's units, and return them with their weights, both (B, K, D)."""
         if all(request.continuation is None for request in requests):
             return None
         shapes = self.config.method.shapes
         previous = torch.zeros(len(requests), shapes.horizon, shapes.action_dim)
         weights = torch.zeros_like(previous)
         for row, request in enumerate(requests):
-            given = request.continuation
-            if given is None:
+            continuation = request.continuation
+            if continuation is None:
                 continue
             stats = self.observations.stats_of(request.observation.embodiment)
-            kept = torch.as_tensor(stats.normalize("action", given.actions[: shapes.horizon]))
-            previous[row, : len(kept), : kept.shape[1]] = kept
-            held = continuation_weights(min(given.delay, len(kept)), len(kept), shapes.horizon)
-            weights[row, :, : kept.shape[1]] = held[:, None]
+            actions = torch.as_tensor(stats.normalize("action", continuation.actions[: shapes.horizon]))
+            length, width = actions.shape
+            previous[row, :length, :width] = actions
+            weights[row, :, :width] = continuation_weights(min(continuation.delay, length), length, shapes.horizon)[
+                :, None
+            ]
         return previous.to(self.device), weights.to(self.device)
 
 
 class Stopwatch:
-    """Seconds of consecutive stages. On a GPU each stage is waited for, so that its work counts as its own."""
+    """Measures the seconds of consecutive stages. On a GPU it waits for the end of each stage's work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.laps = device, {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """Note that `stage` ends now."""
+        """Record the end of `stage`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Writing checkpoints of one process: whole or not at all. `agra.checkpoints.folder` has their layout."""
+"""Writes checkpoints of one process, whole or not at all. `agra.checkpoints.folder` describes their layout."""
 
 import json
 import secrets
@@ -19,10 +19,10 @@ Writers = Mapping[str, Callable[[Path], object]]
 
 
 def save(run: Path, step: int, writers: Writers, *, keep: int) -> Path:
-    """Write a checkpoint under a temporary name, rename it, then drop all but the newest `keep` and the best."""
+    """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep` and the best."""
     for stale in run.glob(f".step_{step:06d}*.writing"):
         shutil.rmtree(stale, ignore_errors=True)
-    # A name of its own: a second writer can make this one fail, but never mix its files into this checkpoint.
+    # A second writer gets another name. It can make this one fail, but never mix its files into this checkpoint.
     temporary = run / f".step_{step:06d}.{secrets.token_hex(4)}.writing"
     temporary.mkdir(parents=True)
     try:
@@ -38,20 +38,22 @@ def save(run: Path, step: int, writers: Writers, *, keep: int) -> Path:
 
 
 def unfinished(run: Path, step: int) -> Path:
-    """Folder that several processes write a step's checkpoint into before it has its name."""
+    """Return the folder into which several processes write a step's checkpoint before it is renamed."""
     return run / f".step_{step:06d}.writing"
 
 
 def unwritten(run: Path, step: int, cause: BaseException) -> OSError:
-    """The error for a checkpoint that could not be written."""
+    """Make the error for a checkpoint that could not be written."""
     previous = newest(run)
-    kept = f"{previous} is intact" if previous else "there was none before it"
-    return OSError(f"{run}: the checkpoint of step {step} could not be written ({cause}); {kept}")
+    state = f"{previous} is intact" if previous else "there is no earlier one"
+    return OSError(f"{run}: the checkpoint of step {step} could not be written ({cause}); {state}")
 
 
 def commit(temporary: Path, run: Path, step: int, manifest: Mapping[str, str], *, keep: int) -> Path:
-    """Add the manifest (name to sha256) to a step's files and rename their folder; then drop all but the newest `keep`
-    and the best."""
+    """Add the manifest (name to sha256) to a step's files and rename their folder.
+
+    Afterwards all checkpoints but the newest `keep` and the best are removed.
+    """
     target = run / f"step_{step:06d}"
     files.write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     files.sync(temporary / "manifest.json")
@@ -59,15 +61,15 @@ def commit(temporary: Path, run: Path, step: int, manifest: Mapping[str, str], *
     temporary.rename(target)
     files.sync(run)
     finished = sorted((path for path in run.glob("step_*") if STEP.fullmatch(path.name)), key=lambda p: int(p.name[5:]))
-    kept = best(run)
-    for old in finished[:-keep]:
-        if kept is None or old != kept[0]:
-            shutil.rmtree(old)
+    best_checkpoint = best(run)
+    for earlier in finished[:-keep]:
+        if best_checkpoint is None or earlier != best_checkpoint[0]:
+            shutil.rmtree(earlier)
     return target
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors named `<moment>/<parameter>`."""
+    """Return AdamW's state as tensors named `<moment>/<parameter>`."""
     return {
         f"{key}/{names[parameter]}": value.contiguous()
         for parameter, state in optimizer.state.items()
@@ -76,7 +78,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, names: Mapping[Tensor, str]) -> None:
-    """Inverse of `optimizer_tensors`. Raises ValueError for the state of a parameter that is not trained."""
+    """Load what `optimizer_tensors` returned. Raises ValueError for the state of a parameter that is not trained."""
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in read_tensors(path).items():
         moment, name = current_name(key).split("/", 1)

@@ -26,11 +26,11 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's files and shows its progress."""
+        """True for the process that writes the run's files and shows its progress."""
         return self.rank == 0
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of every value over processes. All processes must give the same names."""
+        """Average every value over processes. All processes must give the same names."""
         if self.mesh is None:
             return dict(values)
         total = torch.tensor([*values.values()], dtype=torch.float64)
@@ -38,7 +38,7 @@ class DistributedContext:
         return dict(zip(values, (total / self.world_size).tolist(), strict=True))
 
     def first_signal(self, received: Sequence[int]) -> int | None:
-        """The signal that stops the run, the same in all processes. Of different signals the highest number wins."""
+        """Agree on the signal that stops the run. Of different signals the highest number wins."""
         if self.mesh is None:
             return received[0] if received else None
         number = torch.tensor(received[0] if received else 0)
@@ -46,12 +46,12 @@ class DistributedContext:
         return int(number.item()) or None
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.mesh is not None:
             dist.barrier()
 
     def gather(self, value: str) -> list[str]:
-        """Every process's `value`, by rank."""
+        """Collect every process's `value`, in the order of ranks."""
         if self.mesh is None:
             return [value]
         values: list[str] = [""] * self.world_size
@@ -61,9 +61,9 @@ class DistributedContext:
 
 @contextmanager
 def distributed_context(device: str, *, shard_degree: int | None, deterministic: bool) -> Iterator[DistributedContext]:
-    """The context that torchrun's environment variables describe. Without them this process is alone.
+    """Set up the processes that torchrun's environment variables describe. Without them there is one process.
 
-    Raises ValueError where processes or GPUs are too few for the mesh.
+    Raises ValueError where there are too few processes or GPUs for the mesh.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     with _deterministic_algorithms(deterministic):
@@ -78,7 +78,7 @@ def distributed_context(device: str, *, shard_degree: int | None, deterministic:
 
 @contextmanager
 def stop_signals() -> Iterator[Sequence[int]]:
-    """Inside this context SIGINT and SIGTERM are added to the list instead of raising. A second one acts as usual."""
+    """Collect SIGINT and SIGTERM in the list inside this context instead of raising. A second one acts as usual."""
     received: list[int] = []
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -96,12 +96,14 @@ def stop_signals() -> Iterator[Sequence[int]]:
 
 
 def make_mesh(device_type: str, shard_degree: int | None, world_size: int) -> DeviceMesh:
-    """A mesh of one dimension, "shard", or of two: "copy" and "shard" (HSDP)."""
+    """Make a mesh of the dimension "shard" (FSDP), or of the dimensions "copy" and "shard" (HSDP)."""
     degree = shard_degree or world_size
     if degree > world_size:
         raise ValueError(_too_few(shard_degree, world_size))
     if world_size % degree:
-        raise ValueError(f"parallel.shard_degree: {world_size} processes do not divide into copies of {degree}")
+        raise ValueError(
+            f"parallel.shard_degree: {world_size} processes do not divide into copies of {degree}; choose a divisor"
+        )
     if degree == world_size:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world_size // degree, degree), mesh_dim_names=("copy", "shard"))
@@ -121,9 +123,9 @@ def _process_group(device: str, shard_degree: int | None, world_size: int) -> It
 
 
 @contextmanager
-def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
+def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
+    if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
     try:

@@ -1,7 +1,7 @@
 """Checkpoints of several processes: torch DCP in safetensors, written in the background, committed in one rename.
 
-Every process writes its own shards and their checksums; the first one, once DCP has heard from all of them, adds the
-manifest and gives the folder its name (`checkpoint.commit`). Until then nothing that was there before is touched.
+Every process writes its own shards and their checksums. When DCP has heard from all processes, the main process adds the
+manifest and renames the folder (`checkpoint.commit`). Until then earlier checkpoints stay as they are.
 """
 
 import shutil
@@ -26,7 +26,7 @@ Writers = Mapping[str, Callable[[Path], object]]
 
 
 class Writer(HuggingFaceStorageWriter):
-    """DCP's safetensors writer with our folder, manifest and commit. DCP hands errors of one process to all."""
+    """DCP's safetensors writer with our folder, manifest and commit. DCP passes an error of one process to all."""
 
     def __init__(self, run: Path, step: int, writers: Writers, *, keep: int) -> None:
         self.run, self.step, self.writers, self.keep = run, step, writers, keep
@@ -34,17 +34,17 @@ class Writer(HuggingFaceStorageWriter):
         super().__init__(str(self.folder / "sharded"), save_distributed=True)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """The first process clears what a killed run left; the others make no folder before they heard from it."""
+        """Remove the unfinished folder of a killed run, on the main process. The other processes make no folder."""
         if is_coordinator:
             shutil.rmtree(self.folder, ignore_errors=True)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing: the folder is the first process's to make."""
+        """Return the plan. The superclass would make the folder, which is the main process's task."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first process alone, before any other writes: the folder and the small files."""
+        """Make the folder and write the small files, on the main process, before any process writes shards."""
         Path(self.path).mkdir(parents=True)
         for name, write in self.writers.items():
             write(self.folder / name)
@@ -52,7 +52,7 @@ class Writer(HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        """This process's shards, and the checksum of each file beside it."""
+        """Write this process's shards, and a checksum beside each file."""
         written = super().write_data(plan, planner)
         for name in {result.storage_data.relative_path for result in written.value()}:
             path = Path(self.path) / name
@@ -60,7 +60,7 @@ class Writer(HuggingFaceStorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first process alone, after all have written: the manifest and the name."""
+        """Write the manifest and rename the folder, on the main process, after all processes have written."""
         manifest = {name: files.sha256(self.folder / name) for name in sorted(self.writers)}
         for path in sorted(Path(self.path).glob("*.sha256")):
             manifest[f"sharded/{path.stem}.safetensors"] = path.read_text()
@@ -70,13 +70,13 @@ class Writer(HuggingFaceStorageWriter):
 
 
 class PendingSave:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that is being written in the background."""
 
     def __init__(self, writer: Writer, future: Future) -> None:
         self.writer, self.future = writer, future
 
     def wait(self) -> None:
-        """Until it is committed. Raises OSError, in every process, where one of them could not write."""
+        """Wait until it is committed. Raises OSError in every process where one of them could not write."""
         try:
             self.future.result()
         except CheckpointException as error:
@@ -88,9 +88,9 @@ class PendingSave:
 def save(
     run: Path, step: int, tensors: Mapping[str, Tensor], writers: Writers, *, keep: int, group: dist.ProcessGroup
 ) -> PendingSave:
-    """Copy every process's `tensors` and write them in the background; training may go on and change them.
+    """Copy every process's `tensors` and write them in the background. Training may change them meanwhile.
 
-    `group` is used by this alone, with a backend for the CPU. At most one save may be under way.
+    `group` needs a backend for the CPU and has no other use. At most one save may run at a time.
     """
     writer = Writer(run, step, writers, keep=keep)
     future = async_save(dict(tensors), storage_writer=writer, process_group=group)

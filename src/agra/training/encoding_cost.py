@@ -16,11 +16,11 @@ from agra.wam.codec import latent_shape
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingCost:
-    """The cost of a feature of the training windows: bytes of the cache, or FLOPs of encoding while training."""
+    """Cost of a feature of the training windows: bytes of the cache, or FLOPs of encoding while training."""
 
     feature: str
     cached: bool
-    """Whether the config caches it."""
+    """True where the config caches the feature."""
     bytes_per_step: int
     """Bytes of a control step in the cache."""
     bytes: int
@@ -37,7 +37,7 @@ class EncodingCost:
 
 
 def encoding_costs(config: RunConfig, sources: Sequence[Source]) -> list[EncodingCost]:
-    """The cost of every frozen feature of a config's method. Loads no frozen network."""
+    """Estimate the cost of every frozen feature that a config's method needs. Loads no frozen network."""
     method, cached = config.method, config.data.cached
     encoding, step = encoding_flops_per_sample(method), flops_per_sample(config)
     costs = []
@@ -64,7 +64,7 @@ def encoding_costs(config: RunConfig, sources: Sequence[Source]) -> list[Encodin
 
 
 def _values(method: MethodConfig, feature: str) -> int:
-    """Numbers that the cache holds for a control step."""
+    """Return the count of numbers that the cache holds for a control step."""
     if feature in ("targets", "features"):
         return math.prod(method.shapes.feature_grid) * feature_width(method)
     assert method.codec is not None

@@ -1,4 +1,4 @@
-"""Initial weights of a fresh stage: those of the stage before, or of a public checkpoint (C.3)."""
+"""Initial weights of a stage: those of an earlier stage, or of a public checkpoint (C.3)."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -21,11 +21,11 @@ class StartsFromPublicModel(Protocol):
 
 
 def load_initial_weights(method: Method, source: str | Path, config: RunConfig) -> None:
-    """Start a stage from a checkpoint of an earlier one, or from a public model (C.3).
+    """Start a stage from a checkpoint of an earlier stage, or from a public model (C.3).
 
-    From `adapt` the parts that it trained are taken and the rest stays fresh. From `joint` and `finetune` every part is
-    taken that both have and that fits (`Method.shared_parts`). Adapters of the earlier stage
-    are merged. Raises ValueError where the checkpoint does not fit this stage.
+    A checkpoint of `adapt` gives the parts that it trained. One of `joint` or `finetune` gives every part that both methods
+    have and whose weights fit (`Method.shared_parts`). Other parts stay fresh. Adapters of the earlier stage are merged.
+    Raises ValueError where the checkpoint does not fit this stage.
     """
     folder = find(source)
     if not folder.is_dir() or not _is_checkpoint(folder):
@@ -40,14 +40,14 @@ def load_initial_weights(method: Method, source: str | Path, config: RunConfig) 
         raise ValueError(f"{path}: a checkpoint of {earlier.method.kind} does not start {config.method.kind}")
     parts, stored = method.parts(), stored_parts(path)
     if earlier.stage.name is Stage.ADAPT:
-        taken = {part: module for part, module in parts.items() if part not in earlier.stage.frozen and part in stored}
+        loaded = {part: module for part, module in parts.items() if part not in earlier.stage.frozen and part in stored}
     elif config.stage.name is Stage.ADAPT:
         raise ValueError(f"{path}: a {earlier.stage.name} checkpoint does not start an adapt stage")
     else:
         _check_embodiments(earlier.data.embodiments, config.data.embodiments, path)
-        taken = {part: module for part, module in parts.items() if part in stored}
-    with merged(taken, earlier.stage.lora, leave_out=method.always_frozen()):
-        load_parts(method.shared_parts(taken, earlier.method), path)
+        loaded = {part: module for part, module in parts.items() if part in stored}
+    with merged(loaded, earlier.stage.lora, leave_out=method.always_frozen()):
+        load_parts(method.shared_parts(loaded, earlier.method), path)
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -55,10 +55,10 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _check_embodiments(earlier: tuple[str, ...], present: tuple[str, ...], path: Path) -> None:
-    """An embodiment's place in the list is its row in the embodiment banks: it must not move between stages."""
+    """Check that every embodiment keeps its place in the list, which is its row in the embodiment banks."""
     for row, name in enumerate(present):
         if name in earlier and earlier.index(name) != row:
             raise ValueError(
                 f"data.embodiments: {name!r} is row {row} here and row {earlier.index(name)} in {path}; list the embodiments"
-                f" in the order of that stage: {' '.join(earlier)}"
+                f" in that stage's order: {' '.join(earlier)}"
             )

@@ -1,8 +1,8 @@
-"""Memory and FLOPs of a training step of a recipe, counted on fake tensors.
+"""Memory and FLOPs of a training step, counted on fake tensors.
 
-The step runs forward and backward on tensors that have shapes but no storage. Every allocation is noted, so the memory is
-known at every moment of the step, and the FLOPs of every product are added up. Two runs with different numbers of samples
-separate the memory that grows with them from the rest.
+The step runs forward and backward on tensors that have shapes but no storage. Every allocation is recorded, which gives the
+memory at every moment of the step, and the FLOPs of every product are added up. Two runs with different numbers of samples
+separate the memory of a sample from the rest.
 """
 
 import weakref
@@ -40,8 +40,8 @@ _FLOPS = {
         lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
     ),
 }
-"""FLOPs of an operation. torch knows the GPU's kernels of attention; on the CPU, where the fake step runs, it has another
-name. (torch's own FlopCounterMode would keep the tensors of checkpointed blocks alive.)"""
+"""FLOPs by operation: torch's table, and the names of attention on the CPU, where the fake step runs. torch's own
+FlopCounterMode would keep the tensors of checkpointed blocks alive."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,55 +55,55 @@ class StepCost:
     trained: int
     """Number of parameters that this stage trains."""
     largest_block: int
-    """Parameters of the largest block, which is gathered whole while it runs."""
+    """Parameters of the largest block. It is gathered whole while it runs."""
     root: int
-    """Parameters outside the blocks, whole while a step runs."""
+    """Parameters outside the blocks. They are whole while a step runs."""
     gathered: int
-    """Parameters that a process of FSDP2 receives for a micro-batch, its own shard included: those of a block for each
-    time that it runs and again before its backward pass, those outside the blocks once."""
+    """Parameters that a process of FSDP2 receives for a micro-batch, its own shard included. Those of a block count for each
+    run and again for its backward pass, those outside the blocks count once."""
     weight_bytes: int
     """Bytes of a gathered parameter: 4, or 2 where parameters are gathered in bfloat16."""
     flops_per_sample: float
-    """Forward and backward, and the recomputation of checkpointed blocks."""
+    """FLOPs of forward and backward, with the recomputation of checkpointed blocks."""
     validation_flops_per_sample: float
-    """Forward alone."""
+    """FLOPs of the forward pass."""
     fixed: np.ndarray
-    """(moments,) bytes beside parameters, gradients and AdamW's moments that do not depend on the number of samples."""
+    """(moments,) bytes that do not depend on the number of samples, without parameters, gradients and AdamW's state."""
     per_sample: np.ndarray
     """(moments,) bytes for each sample in flight."""
     gradients: np.ndarray
-    """(moments,) bytes of gradients. In the optimiser's moment, AdamW's buffers besides."""
+    """(moments,) bytes of gradients. The moment of the optimiser's step includes AdamW's buffers."""
 
     @property
     def states(self) -> int:
-        """Bytes of parameters and AdamW's moments."""
+        """Bytes of parameters and AdamW's state."""
         return 4 * (sum(self.parameters.values()) + 2 * self.trained)
 
     def peak(self, samples: int) -> int:
-        """Bytes of a process alone, with `samples` in flight, at the fullest moment of a step or of validation."""
+        """Return the bytes of a single process with `samples` in flight, at the fullest moment of a step or a validation."""
         return self.states + int((self.fixed + samples * self.per_sample + self.gradients).max())
 
 
 def measure(config: RunConfig, *, activation_checkpointing: float = 0.0, gather_bfloat16: bool = False) -> StepCost:
-    """Count a step of a recipe's stage and its validation, as a GPU runs them.
+    """Count a step and a validation of a config's stage, as a GPU runs them.
 
     `activation_checkpointing` is the fraction of the blocks that run again in the backward pass. The moments of the arrays
-    are those of the step, of the optimiser, and of a validation forward without gradients.
+    are those of the step, of the optimiser, and of a validation's forward pass.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), CudaAutocastRules():
         with _default_dtype(torch.bfloat16 if gather_bfloat16 else torch.float32):
             method = fake_method(config)
         apply(method, ParallelConfig(activation_checkpointing=activation_checkpointing))
-        # One sample of a pass would let torch leave out copies that more samples need.
-        least, cache = config.method.batch_multiple, not activation_checkpointing
-        two, three = (_step(method, config, n * least, cache=cache) for n in (2, 3))
-        held_two, held_three = (_validation(method, config, n * least, cache=cache) for n in (2, 3))
+        # Not with one sample in a pass: torch then leaves out copies that more samples need.
+        multiple, cache = config.method.batch_multiple, not activation_checkpointing
+        two, three = (_step(method, config, n * multiple, cache=cache) for n in (2, 3))
+        validation_two, validation_three = (_validation(method, config, n * multiple, cache=cache) for n in (2, 3))
         assert len(two.levels) == len(three.levels), "the number of samples changes the operations of a step"
-        slope = (three.levels - two.levels) / least
-        held_slope = (held_three.levels - held_two.levels) / least
+        slope = (three.levels - two.levels) / multiple
+        validation_slope = (validation_three.levels - validation_two.levels) / multiple
         trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
-        apart = {id(p) for module in (*method.blocks(), *method.always_frozen()) for p in module.parameters()}
-        root = sum(p.numel() for p in method.parameters() if id(p) not in apart)
+        in_groups = {id(p) for module in (*method.blocks(), *method.always_frozen()) for p in module.parameters()}
+        root = sum(p.numel() for p in method.parameters() if id(p) not in in_groups)
         return StepCost(
             checkpointed=activation_checkpointing,
             parameters={name: _count(part) for name, part in method.parts().items()},
@@ -112,23 +112,29 @@ def measure(config: RunConfig, *, activation_checkpointing: float = 0.0, gather_
             root=root,
             gathered=two.gathered + root,
             weight_bytes=2 if gather_bfloat16 else 4,
-            flops_per_sample=two.flops / (2 * least),
-            validation_flops_per_sample=held_two.flops / (2 * least),
-            fixed=np.concatenate([two.levels - 2 * least * slope, [0.0], held_two.levels - 2 * least * held_slope]),
-            per_sample=np.concatenate([slope, [0.0], held_slope]),
-            gradients=np.concatenate([two.gradients, [4.0 * 2 * trained], np.zeros(len(held_slope))]),
+            flops_per_sample=two.flops / (2 * multiple),
+            validation_flops_per_sample=validation_two.flops / (2 * multiple),
+            fixed=np.concatenate(
+                [
+                    two.levels - 2 * multiple * slope,
+                    [0.0],
+                    validation_two.levels - 2 * multiple * validation_slope,
+                ]
+            ),
+            per_sample=np.concatenate([slope, [0.0], validation_slope]),
+            gradients=np.concatenate([two.gradients, [4.0 * 2 * trained], np.zeros(len(validation_slope))]),
         )
 
 
 def flops_per_sample(config: RunConfig) -> float:
-    """FLOPs of a step's forward and backward passes, the base of model FLOPs utilisation."""
-    least = config.method.batch_multiple
+    """Count the FLOPs of a step's forward and backward passes, the base of model FLOPs utilisation."""
+    multiple = config.method.batch_multiple
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return _step(fake_method(config), config, least).flops / least
+        return _step(fake_method(config), config, multiple).flops / multiple
 
 
 def encoding_flops_per_sample(config: MethodConfig) -> dict[str, float]:
-    """FLOPs of encoding one window, by the frozen features that a method needs."""
+    """Count the FLOPs of encoding one window, by the frozen feature that a method needs."""
     needs, codec, teacher = config.needs(), config.codec, config.teacher
     flops: dict[str, float] = {}
     if codec is not None and needs.clip:
@@ -152,20 +158,20 @@ def _codec_flops(codec: CodecConfig, config: MethodConfig, num_frames: int) -> f
 
 
 def count_flops(call: Callable[[], object]) -> float:
-    """FLOPs of all products that a call computes."""
+    """Count the FLOPs of all products that a call computes."""
     with _Watch() as watch:
         call()
     return watch.flops
 
 
 def feature_width(config: MethodConfig) -> int:
-    """Width of the teacher's features, all depths together. Raises FileNotFoundError where it cannot be read."""
+    """Return the width of the teacher's features, all depths together. Raises FileNotFoundError for an unknown teacher."""
     assert config.teacher is not None
     return teacher_shape(config.teacher).width * max(1, len(config.teacher.depths))
 
 
 def fake_method(config: RunConfig) -> Method:
-    """The method of a stage, with its adapters and frozen parts."""
+    """Make the method of a stage, with its adapters and frozen parts."""
     method = config.method.build()
     attach(method.parts(), config.stage.lora, leave_out=method.always_frozen())
     freeze(method, config.stage)
@@ -173,7 +179,7 @@ def fake_method(config: RunConfig) -> Method:
 
 
 def fake_batch(config: MethodConfig, count: int) -> Batch:
-    """`count` samples of noise in the shapes that a method reads."""
+    """Make `count` samples of noise in the shapes that a method reads."""
     shapes, needs = config.shapes, config.needs()
     fields: dict[str, Tensor] = {}
     if config.codec is not None and needs.clip:
@@ -252,7 +258,7 @@ def _step(method: Method, config: RunConfig, count: int, *, cache: bool = True) 
 
 @torch.no_grad()
 def _validation(method: Method, config: RunConfig, count: int, *, cache: bool) -> _Counted:
-    """A forward of held-out samples, as the trainer validates."""
+    """Run a forward pass of held-out samples, as the trainer validates."""
     method.eval()
     with _Watch() as watch, _autocast(config, cache=cache):
         method(fake_batch(config.method, count))
@@ -262,10 +268,10 @@ def _validation(method: Method, config: RunConfig, count: int, *, cache: bool) -
 
 
 class CudaAutocastRules(TorchFunctionMode):
-    """CUDA's autocast on the CPU: layer norms run in float32.
+    """CUDA's autocast rules on the CPU: layer norms run in float32.
 
     Steps are counted on CPU tensors, since a CPU build of torch has no backward pass for fake CUDA tensors. The other
-    operations of our models have the same types under both (`tests/device/test_memory.py` compares them).
+    operations of our models have the same types under both rules (`tests/device/test_memory.py` compares them).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -281,37 +287,37 @@ def _float32(value: Any) -> Any:
 
 
 class _Watch(TorchDispatchMode):
-    """Records the live bytes after every operation, of storages made since it began, and adds up FLOPs."""
+    """Records the live bytes of new storages after every operation, and adds up FLOPs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0.0
         self.levels: list[int] = []
         self.born: dict[int, tuple[int, int]] = {}
-        """Moment and bytes of every storage that is alive."""
+        """Moment of birth and bytes of every live storage."""
         self._alive: dict[int, weakref.ref] = {}
         self._level = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.is_inference_mode_enabled() and func._overloadpacket not in _FLOPS:
-            with self:  # inference mode does not decompose `linear` and the like
+            with self:  # inference mode does not decompose composite operations such as `linear`
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **kwargs)
         if (count := _FLOPS.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage(), given)
+                self._note(leaf.untyped_storage(), inputs)
         self.levels.append(self._level)
         return result
 
-    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+    def _note(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
         key = id(storage)
-        if key in given or key in self._alive:  # a view, or written in place
+        if key in inputs or key in self._alive:  # a view, or written in place
             return
         size = storage.nbytes()
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))

@@ -27,15 +27,15 @@ class ThroughputMeter:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     flops_per_sample: float | None = None
     peak_flops: float | None = None
-    """FLOPs of one device per second. Where either is None, model FLOPs utilisation is left out."""
+    """FLOPs per second of one device. Model FLOPs utilisation is measured where both numbers are set."""
 
     def start(self, step: int) -> None:
-        """Begin at `step`."""
+        """Start measuring at `step`."""
         self._step, self._clock, self._waited = step, time.monotonic(), 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside this context as waiting for data."""
+        """Count the time inside this context as time spent waiting for data."""
         start = time.monotonic()
         try:
             yield
@@ -43,7 +43,7 @@ class ThroughputMeter:
             self._waited += time.monotonic() - start
 
     def read(self, step: int, batch_size: int, devices: int) -> dict[str, float]:
-        """Figures since the last reading. `batch_size` counts all devices."""
+        """Return the figures since the last reading. `batch_size` is that of all devices together."""
         seconds = max(time.monotonic() - self._clock, 1e-9)
         rate = (step - self._step) * batch_size / seconds
         figures = {
@@ -65,20 +65,20 @@ class ThroughputMeter:
 
 @contextmanager
 def metrics_log(folder: Path, step: int, *, enabled: bool = True) -> Iterator[Log]:
-    """A function that writes rows into metrics.jsonl, and into TensorBoard where that is installed.
+    """Yield a function that writes rows into metrics.jsonl, and into TensorBoard where it is installed.
 
-    Both are cut back to the step that the run resumes from. Where not `enabled` the function writes nothing.
+    Both logs are cut back to `step`, from which the run resumes. Without `enabled` the function writes nothing.
     """
     if not enabled:
         yield lambda row: None
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "metrics.jsonl"
-    kept = []
+    earlier = []
     if path.exists():
         rows = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
-        kept = [row for row in rows if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        earlier = [row for row in rows if row["step"] <= step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in earlier))
     with _tensorboard(folder, step) as board:
 
         def log(row: dict[str, float]) -> None:
@@ -94,7 +94,7 @@ def _tensorboard(folder: Path, step: int) -> Iterator[Log]:
     if find_spec("tensorboard") is None:
         yield lambda row: None
         return
-    # Imported here: a machine without TensorBoard can train.
+    # Imported here: training does not need TensorBoard.
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -112,7 +112,7 @@ def _tensorboard(folder: Path, step: int) -> Iterator[Log]:
 
 @contextmanager
 def progress(name: str, total: int, start: int, *, shown: bool = True) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar, and the function that sets its step and loss."""
+    """Show a progress bar. Yields the function that sets its step and loss."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

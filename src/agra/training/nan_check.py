@@ -10,7 +10,7 @@ from agra.batch import Batch
 
 
 def first_module(root: nn.Module, forward: Callable[[], object]) -> str | None:
-    """The name of the first module whose output is not finite when `forward` runs `root`. None where all are finite."""
+    """Run `forward` and return the name of the first module of `root` whose output is not finite, or None."""
     names: list[str] = []
 
     def check(name: str, output: object) -> None:
@@ -31,7 +31,7 @@ def first_module(root: nn.Module, forward: Callable[[], object]) -> str | None:
 
 
 def suspects(batch: Batch, samples: Sequence[str]) -> str:
-    """The samples with inputs that are not finite, by field. All samples where the inputs are finite."""
+    """Name the samples with inputs that are not finite, and their field. Names all samples where all inputs are finite."""
     for field, value in batch.tensors.items():
         if value.is_floating_point() and not finite(value):
             rows = [i for i, row in enumerate(value) if not finite(row)]
@@ -40,7 +40,7 @@ def suspects(batch: Batch, samples: Sequence[str]) -> str:
 
 
 def finite(value: object) -> bool:
-    """Whether every number of every tensor inside `value` is finite."""
+    """Check that every number of every tensor inside `value` is finite."""
     return all(bool(tensor.isfinite().all()) for tensor in _tensors(value))
 
 

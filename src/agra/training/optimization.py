@@ -10,16 +10,16 @@ from agra.stages import StageConfig
 
 
 def named_parameters(method: Method) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter by its name in a checkpoint, `<part>.<name>`."""
+    """Yield every parameter with its name in a checkpoint, `<part>.<name>`."""
     for part, module in method.parts().items():
         for name, parameter in module.named_parameters():
             yield f"{part}.{name}", parameter
 
 
 def freeze(method: Method, stage: StageConfig) -> None:
-    """Leave gradients on only where this stage trains: of a part with adapters, in those alone.
+    """Turn gradients off where this stage does not train. A part with adapters trains the adapters alone.
 
-    Raises ValueError where adapters are on a part that the stage does not train.
+    Raises ValueError for adapters on a part that the stage keeps frozen.
     """
     for part, module in method.parts().items():
         module.requires_grad_(part not in stage.frozen)
@@ -36,22 +36,22 @@ def freeze(method: Method, stage: StageConfig) -> None:
 
 
 def trained_names(method: Method) -> dict[Tensor, str]:
-    """Names of the parameters that train."""
+    """Return the trained parameters and their names."""
     return {parameter: name for name, parameter in named_parameters(method) if parameter.requires_grad}
 
 
 def parameter_groups(method: Method, stage: StageConfig) -> Iterator[dict]:
-    """AdamW's groups: each part with its own learning rate, and no weight decay on biases and vectors.
+    """Yield AdamW's groups. Each part has its own learning rate. Biases and vectors have no weight decay.
 
     A bank of biases (n, out), one row per embodiment, counts as biases.
     """
     for part, module in method.parts().items():
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         for decays in (True, False):
-            chosen = [p for name, p in trained if (p.ndim > 1 and not name.endswith("bias")) == decays]
-            if chosen:
+            parameters = [p for name, p in trained if (p.ndim > 1 and not name.endswith("bias")) == decays]
+            if parameters:
                 yield {
-                    "params": chosen,
+                    "params": parameters,
                     "lr": stage.rate_of(part),
                     "base_lr": stage.rate_of(part),
                     "weight_decay": stage.weight_decay if decays else 0.0,

@@ -1,7 +1,7 @@
-"""One model over many devices: FSDP2 and HSDP, activation checkpointing and compilation, applied from outside.
+"""Sharding (FSDP2, HSDP), activation checkpointing and compilation, applied to a method from outside.
 
 A step's samples are spread over processes, and over the micro-batches of each. Random numbers, losses and gradients are those
-of the whole step (`agra.rng`), so the spread changes speed and memory, and the result by rounding alone.
+of the whole step (`agra.rng`). The spread therefore changes speed and memory, and the result by rounding alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,26 +30,26 @@ class ParallelConfig:
     """The spread of a step over processes and micro-batches. Not part of RunConfig: a run may resume with another one."""
 
     shard_degree: int | None = None
-    """Processes that hold one copy of the model together (FSDP2). None: all of them. A lower degree makes several copies
+    """Processes that hold one copy of the model together (FSDP2). By default all of them. A lower degree makes several copies
     (HSDP), for example one for each node."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of each process in a step."""
     activation_checkpointing: float = 0.0
-    """Fraction of the blocks, evenly spread, that keep their inputs alone and run again in the backward pass. `agra plan`
-    gives the memory and time of several fractions."""
+    """Fraction of the blocks, evenly spread, that store only their inputs and run again in the backward pass. `agra plan`
+    prints the memory and time of several fractions."""
     reduce_every_micro_batch: bool = False
-    """Reduce gradients over processes after every micro-batch instead of once a step. More traffic, but no process holds
-    whole gradients."""
+    """Reduce gradients over processes after every micro-batch instead of once a step. This needs more traffic, and less memory
+    since no process holds whole gradients."""
     compile: bool | None = None
-    """Compile the blocks. None compiles them on GPUs."""
+    """Compile the blocks. By default on GPUs alone."""
     gather_bfloat16: bool = False
     """Gather parameters over processes in bfloat16 instead of float32: half the traffic, and no bfloat16 copies of the
     weights for the backward pass. Matrix products are the same in a stage that computes in bfloat16. Normalised queries and
     keys, the bridge's affine norms and the action head's tokens are rounded too, which moves the gradient about as much as
     autocast does (tests/device/test_gather.py)."""
     deterministic: bool = False
-    """Use operations alone that give the same bits every time. An operation without such a version raises RuntimeError.
-    CPU operations always are. On a GPU they are slower."""
+    """Use deterministic operations alone. An operation without a deterministic version raises RuntimeError. CPU operations are
+    always deterministic. On a GPU they are slower."""
 
     def __post_init__(self) -> None:
         for name in ("shard_degree", "gradient_accumulation_steps"):
@@ -86,10 +86,10 @@ def build(
     context: DistributedContext,
     initialize: Callable[[Method], None] | None,
 ) -> Method:
-    """A method that is ready to train: with its stage's adapters and frozen parts, sharded, on its device.
+    """Make a method ready to train: with its stage's adapters and frozen parts, sharded, on its device.
 
-    `initialize` fills in the weights. None leaves them to a checkpoint. With a mesh the main process alone makes the whole
-    model, on the CPU, and sends it tensor by tensor. The other processes never hold more than their shards.
+    `initialize` sets the weights. With None they are left for a checkpoint to set. With a mesh the main process alone makes the
+    whole model, on the CPU, and sends it tensor by tensor. The other processes never hold more than their shards.
     """
     if context.mesh is None:
         method = make()
@@ -121,7 +121,7 @@ def build(
 
 
 def apply(method: Method, parallel: ParallelConfig, device: torch.device | None = None) -> None:
-    """Compile and checkpoint the blocks in place. Parameters keep their names. `device` is where the blocks will run."""
+    """Compile and checkpoint the blocks in place, for `device`. Parameters keep their names."""
     fraction = parallel.activation_checkpointing
     on_gpu = device is not None and device.type == "cuda"
     compiles = on_gpu if parallel.compile is None else parallel.compile
@@ -133,9 +133,9 @@ def apply(method: Method, parallel: ParallelConfig, device: torch.device | None 
 
 
 def shard(method: Method, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
-    """FSDP2 over `mesh`: a group for each block and for each module that no stage trains, and the method as the root.
+    """Shard with FSDP2 over `mesh`: one group for each block and each module that no stage trains, and the method as the root.
 
-    Gradients are reduced in float32. Parameters are gathered in float32 as well, unless `gather_bfloat16`. Where a stage
+    Gradients are reduced in float32. Parameters are gathered in float32 too, unless `gather_bfloat16` is set. In a stage that
     computes in bfloat16, autocast casts them, as in one process.
     """
     dtype = torch.bfloat16 if parallel.gather_bfloat16 else None
@@ -147,7 +147,7 @@ def shard(method: Method, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
 
 @contextmanager
 def gathered(method: Method) -> Iterator[None]:
-    """Inside this context modules of the method may be called, not only the root: the root's own parameters are whole."""
+    """Gather the root's parameters inside this context, so that modules of the method can be called directly."""
     if not isinstance(method, FSDPModule):
         yield
         return
@@ -163,7 +163,7 @@ def _attach(method: Method, stage: StageConfig) -> None:
 
 
 def _dimension(shards: int, parameter: nn.Parameter) -> Shard:
-    """Split rows. A bank of fewer rows than shards is split along another axis where that divides."""
+    """Split a parameter along its rows, or along another axis where there are fewer rows than shards and that axis divides."""
     if parameter.ndim and parameter.shape[0] < shards:
         even = [i for i in range(1, parameter.ndim) if parameter.shape[i] % shards == 0]
         return Shard(even[0] if even else 0)

@@ -1,7 +1,7 @@
 """Memory, FLOPs, time and cost of a run before its launch.
 
-A step and a validation are counted on fake tensors (`agra.training.memory_estimate`) and laid out on the machines. The
-fraction of a GPU's peak that a step reaches and the rate of communication are assumptions, and named as such.
+A step and a validation are counted on fake tensors (`agra.training.memory_estimate`) and laid out on the machines. Two numbers
+are assumptions: the fraction of a GPU's peak that a step reaches, and the rate of communication.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from agra.training.parallelize import check_batch_size
 PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
 """Dense bfloat16 FLOPs per second, from the makers' data sheets."""
 CHECKPOINTED = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Fractions of the blocks that run again in the backward pass, among which a plan chooses."""
+"""Fractions of activation checkpointing that a plan compares."""
 _PLANNED = 0.92
-"""Fraction of a GPU's memory that a plan fills. The rest is for the allocator, the libraries and NCCL."""
+"""Fraction of a GPU's memory that a plan uses. The rest is left to the allocator, the libraries and NCCL."""
 UTILISATIONS = (0.2, 0.35, 0.5)
 """Fractions of a GPU's peak for which a plan gives the time."""
 
@@ -36,24 +36,26 @@ class Machines:
     """GB of each GPU."""
     gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
     shard_degree: int | None = None
-    """GPUs that hold one copy of the model together. By default all."""
+    """GPUs that hold one copy of the model together. By default all of them."""
     utilisation: float = 0.35
-    """Fraction of the GPU's peak that a step is assumed to reach. Public runs of video DiTs of this size show up to 0.18.
-    The plan gives the time for 0.2, 0.35 and 0.5 as well."""
+    """Assumed fraction of the GPU's peak that a step reaches. Public runs of video DiTs of this size show up to 0.18. The plan
+    prints the time for 0.2, 0.35 and 0.5 as well."""
     gather_bfloat16: bool = False
-    """Whether parameters are gathered in bfloat16 (`--parallel.gather-bfloat16`)."""
+    """Gather parameters in bfloat16 (`--parallel.gather-bfloat16`)."""
     bandwidth: float | None = None
-    """GB per second that a GPU is assumed to receive from the others. By default 450 for up to 8 GPUs (the NVLink of an H100
+    """Assumed rate at which a GPU receives from the others, GB/s. By default 450 for up to 8 GPUs (the NVLink of an H100
     node), and 50 for more (a 400 Gb/s port for each GPU)."""
     price: float = 0.0
-    """Price of a GPU for an hour."""
+    """Price of a GPU per hour."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpu_memory", "utilisation", "rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"plan: {name}: expected more than 0, got {getattr(self, name)}")
         if self.shard_degree is not None and (self.shard_degree < 1 or self.gpus % self.shard_degree):
-            raise ValueError(f"plan: {self.gpus} GPUs do not divide into copies of {self.shard_degree}")
+            raise ValueError(
+                f"plan: shard_degree: {self.gpus} GPUs do not divide into copies of {self.shard_degree}; choose a divisor"
+            )
 
     @property
     def rate(self) -> float:
@@ -65,34 +67,34 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one step lies on the GPUs."""
+    """A step laid out on the GPUs."""
 
     activation_checkpointing: float
     """Fraction of the blocks that run again in the backward pass."""
     reduce_every_micro_batch: bool
-    """Whether gradients are reduced after every micro-batch, so that no GPU holds them whole."""
+    """True where gradients are reduced after every micro-batch, so that no GPU holds them whole."""
     states: int
     """Bytes on a GPU, at the fullest moment, that do not depend on the number of samples."""
     per_sample: int
     """Bytes on a GPU for each sample in flight, at that moment."""
     samples: int
-    """Samples in flight that fit; 0 if none does."""
-    accumulate: int
-    """Micro-batches that a GPU's share of the batch needs, so that it fits; 0 if it never does."""
+    """Samples in flight that fit, 0 where none does."""
+    gradient_accumulation_steps: int
+    """Micro-batches into which a GPU's samples are divided, so that they fit. 0 where they never fit."""
     compute_seconds: float
-    """Time of a step's products; infinite if it does not fit."""
+    """Time of a step's products, infinite where it does not fit."""
     traffic: float
     """Bytes that a GPU receives from the others in a step."""
     seconds: float
-    """Time of a step, if all traffic runs beside products: the longer of the two."""
+    """Time of a step where all traffic overlaps with products: the longer of the two."""
     validation_seconds: float
-    """Time of a validation, which takes as many windows as a step."""
+    """Time of a validation, which reads as many windows as a step."""
 
     @property
     def flags(self) -> list[str]:
-        """The flags of `agra train` that choose this layout."""
-        share, count = self.activation_checkpointing, self.accumulate
-        flags = [f"--parallel.activation-checkpointing {share:g}"] if share else []
+        """Flags of `agra train` for this layout."""
+        fraction, count = self.activation_checkpointing, self.gradient_accumulation_steps
+        flags = [f"--parallel.activation-checkpointing {fraction:g}"] if fraction else []
         flags += [f"--parallel.gradient-accumulation-steps {count}"] if count > 1 else []
         return flags + (["--parallel.reduce-every-micro-batch True"] if self.reduce_every_micro_batch else [])
 
@@ -103,27 +105,27 @@ class Plan:
 
     step_cost: StepCost
     layouts: tuple[Layout, ...]
-    """From no activation checkpointing to all."""
+    """Layouts from no activation checkpointing to that of all blocks."""
     encoding: dict[str, float]
-    """FLOPs of encoding a sample while training, by feature; empty where all is cached."""
+    """FLOPs of encoding a sample while training, by feature. Empty where everything is cached."""
     hours: float
     """Time of all steps and validations."""
     cost: float
 
     @property
     def best(self) -> Layout:
-        """The quickest layout; the first where none fits."""
+        """The quickest layout, or the first where none fits."""
         return min(self.layouts, key=lambda layout: layout.seconds)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of the GPU, by its name; None where it isn't known, or for a CPU."""
+    """Look up a GPU's peak by its name. Returns None for an unlisted GPU and for a CPU."""
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for model, peak in PEAK_FLOPS.items() if model in name), None)
 
 
 def plan(config: RunConfig, machines: Machines) -> Plan:
-    """Lay a step of a recipe's stage on machines. Raises ValueError, before counting, where the batch does not divide."""
+    """Lay out a config's stage on machines. Raises ValueError, before counting, where the batch does not divide over them."""
     _check_gpus(config, machines)
     fractions = track(CHECKPOINTED, "counting a step", console=Console(stderr=True), transient=True)
     counted = [
@@ -134,7 +136,7 @@ def plan(config: RunConfig, machines: Machines) -> Plan:
 
 
 def lay_out(config: RunConfig, machines: Machines, counted: Sequence[StepCost]) -> Plan:
-    """`plan` with the steps already counted, one for each fraction of activation checkpointing, in increasing order."""
+    """Plan with steps that are already counted, one for each fraction of activation checkpointing, in increasing order."""
     _check_gpus(config, machines)
     local, counts = config.stage.batch_size // machines.gpus, _accumulation_steps(config, machines)
     all_flops = encoding_flops_per_sample(config.method)
@@ -159,18 +161,18 @@ def _check_gpus(config: RunConfig, machines: Machines) -> None:
 
 
 def _accumulation_steps(config: RunConfig, machines: Machines) -> list[int]:
-    """The numbers of micro-batches that a GPU's samples divide into, as `agra train` accepts them."""
+    """List the numbers of micro-batches of a GPU that `agra train` accepts."""
     local, multiple = config.stage.batch_size // machines.gpus, config.method.batch_multiple
     counts = [count for count in range(1, local + 1) if local % count == 0]
     return [count for count in counts if count * machines.gpus == 1 or local // count % multiple == 0]
 
 
 def _layout(step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, encoding: float) -> Layout:
-    """The quicker of two layouts: gradients reduced once a step, or after every micro-batch to save memory."""
-    once, every = (
+    """Choose the quicker of two layouts: gradients reduced once a step, or after every micro-batch to save memory."""
+    once, repeatedly = (
         _reduced(step_cost, local, counts, machines, encoding=encoding, every=every) for every in (False, True)
     )
-    return every if every.accumulate and every.seconds < once.seconds else once
+    return repeatedly if repeatedly.gradient_accumulation_steps and repeatedly.seconds < once.seconds else once
 
 
 def _reduced(
@@ -188,7 +190,7 @@ def _reduced(
         states=int(constant[fullest]),
         per_sample=int(step_cost.per_sample[fullest]),
         samples=samples,
-        accumulate=accumulate,
+        gradient_accumulation_steps=accumulate,
         compute_seconds=compute if accumulate else float("inf"),
         traffic=traffic,
         seconds=max(compute, traffic / (machines.rate * 1e9)) if accumulate else float("inf"),
@@ -199,24 +201,24 @@ def _reduced(
 def _fit(
     step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, every: bool
 ) -> tuple[int, int, np.ndarray]:
-    """Samples in flight that fit, micro-batches that the GPU's share then needs (0: never), and (moments,) bytes that do
-    not depend on the samples.
+    """Return the samples in flight that fit, the micro-batches that a GPU's samples then need (0 where they never fit), and
+    the (moments,) bytes that do not depend on the samples.
 
-    Gradients of one micro-batch come and go with the backward pass. Of several they stay throughout: a process's share, or
-    all of them where they are reduced once.
+    The gradients of one micro-batch live during the backward pass alone. Those of several live for the whole step: a process's
+    shard of them, or all of them where they are reduced once.
     """
     shards, room = machines.shard_degree or machines.gpus, machines.gpu_memory * 1e9 * _PLANNED
     whole = 4 * step_cost.trained
     gathered = np.zeros(())
-    if shards > 1:  # the root with its gradients, a block with its gradients, and the next block on its way
+    if shards > 1:  # the root with its gradients, a block with its gradients, and the next block in transfer
         gathered = step_cost.weight_bytes * (step_cost.root * 2 + step_cost.largest_block * 3)
     base = step_cost.states / shards + step_cost.fixed + gathered
     samples, constant = 0, base
     for accumulate in counts:
         gradients = step_cost.gradients / shards
         if accumulate > 1:
-            kept = whole / shards if every or shards == 1 else whole
-            gradients = np.maximum(gradients, kept)
+            accumulated = whole / shards if every or shards == 1 else whole
+            gradients = np.maximum(gradients, accumulated)
         constant = base + gradients
         samples = _most_samples(constant, step_cost.per_sample, room)
         if local // accumulate <= samples:
@@ -232,8 +234,11 @@ def _most_samples(constant: np.ndarray, per_sample: np.ndarray, room: float) -> 
 
 
 def _traffic(step_cost: StepCost, shards: int, copies: int, *, micro_batches: int, every: bool) -> float:
-    """Bytes that a process receives in a step: parameters gathered for each micro-batch, float32 gradients reduced over
-    the shards and then over the copies, once or after each micro-batch."""
+    """Return the bytes that a process receives in a step.
+
+    Parameters are gathered for each micro-batch. Float32 gradients are reduced over the shards and then over the copies, once
+    or after each micro-batch.
+    """
     gathered = micro_batches * step_cost.weight_bytes * step_cost.gathered
     reductions = micro_batches if every else min(micro_batches, 1)
     reduced = 4 * step_cost.trained * reductions
@@ -242,7 +247,7 @@ def _traffic(step_cost: StepCost, shards: int, copies: int, *, micro_batches: in
 
 
 def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
-    """The plan as text for a terminal."""
+    """Write a plan as text for a terminal."""
     step_cost, total = result.step_cost, sum(result.step_cost.parameters.values())
     parts = ", ".join(f"{name} {count:,}" for name, count in step_cost.parameters.items())
     lines = [
@@ -253,13 +258,12 @@ def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
         f"({config.stage.batch_size // machines.gpus} a GPU), validation of as many windows included:",
     ]
     for layout in result.layouts:
-        share = layout.activation_checkpointing
-        name = f"{share:.0%} run again" if share else "plain"
-        verdict = f"fits with {' '.join(layout.flags) or 'no flags'}" if layout.accumulate else "does not fit"
+        fraction, fits = layout.activation_checkpointing, layout.gradient_accumulation_steps > 0
+        name = f"{fraction:.0%} run again" if fraction else "plain"
+        verdict = f"fits with {' '.join(layout.flags) or 'no flags'}" if fits else "does not fit"
         lines.append(
             f"  {name:15}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in flight: "
-            f"{layout.samples} fit; the batch {verdict}"
-            + (f", {layout.seconds:.2f} s a step" if layout.accumulate else "")
+            f"{layout.samples} fit; the batch {verdict}" + (f", {layout.seconds:.2f} s a step" if fits else "")
         )
     if result.hours == float("inf"):
         return "\n".join([*lines, "no layout fits: take more GPUs, more memory, or a smaller model"])
@@ -270,8 +274,8 @@ def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
             f"at {machines.rate:g} GB/s, beside {best.compute_seconds:.2f} s of products"
         )
     times = ", ".join(
-        f"{_hours(result, config, machines, share):.1f} h at {share:.0%}"
-        for share in sorted({*UTILISATIONS, machines.utilisation})
+        f"{_hours(result, config, machines, utilisation):.1f} h at {utilisation:.0%}"
+        for utilisation in sorted({*UTILISATIONS, machines.utilisation})
     )
     lines.append(f"time           {config.stage.steps:,} steps and their validations: {times} of the GPUs' peak")
     if result.cost:
@@ -283,14 +287,12 @@ def _describe_encoding(result: Plan) -> str:
     if not result.encoding:
         return ""
     flops = sum(result.encoding.values())
-    share = flops / (flops + result.step_cost.flops_per_sample)
-    return (
-        f", and {flops / 1e12:.3g} for encoding {' and '.join(result.encoding)} while training: {share:.0%} of a step"
-    )
+    fraction = flops / (flops + result.step_cost.flops_per_sample)
+    return f", and {flops / 1e12:.3g} for encoding {' and '.join(result.encoding)} while training: {fraction:.0%} of a step"
 
 
 def _hours(result: Plan, config: RunConfig, machines: Machines, utilisation: float) -> float:
-    """Time of the best layout's steps and validations at another utilisation."""
+    """Return the time of the best layout's steps and validations at another utilisation."""
     best, scale = result.best, machines.utilisation / utilisation
     step = max(best.compute_seconds * scale, best.traffic / (machines.rate * 1e9))
     validations = 1 + config.stage.steps // config.stage.validate_every

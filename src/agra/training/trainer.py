@@ -1,4 +1,4 @@
-"""The training loop. A step is a pure function of (config, step, weights, optimiser), so a resumed run is the same run."""
+"""The training loop. A step is a pure function of (config, step, weights, optimiser), so a resumed run gives the same bits."""
 
 import json
 import math
@@ -41,12 +41,12 @@ _VALIDATION_STEP = 2**31
 
 
 class Trainer:
-    """One stage of one run: method, optimiser, data and the output folder.
+    """Trains one stage of a run: method, optimiser, data and the output folder.
 
-    `batch(step)` gives this process's rows of a step's batch (rank::world_size) and `sample_names(step)` their names for
-    error messages. `validation()` gives this process's rows of the held-out windows, as many as in a batch. `extra_files`
+    `batch(step)` returns this process's rows (rank::world_size) of a step's batch, and `sample_names(step)` their names for
+    error messages. `validation()` returns this process's rows of the held-out windows, as many as in a batch. `extra_files`
     are written into every checkpoint. `monitors` measure at every validation, and their figures are logged under their
-    names. With a mesh in `context` the method must have been built for it (`parallelize.build`).
+    names. With a mesh in `context` the method must be built for it (`parallelize.build`).
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Trainer:
         self.stopped_by: int | None = None
         """The signal that ended `run` early."""
         self._pending: distributed_checkpoint.PendingSave | None = None
-        # Checkpoints are saved beside training, so their messages need a group of their own.
+        # Checkpoints are written while training continues, so their messages need a separate group.
         self._saving: Any = None if self.context.mesh is None else dist.new_group(backend="gloo")
 
     def run(self) -> bool:
         """Train to the end, from the newest checkpoint if there is one. Returns False if SIGTERM stopped it early.
 
-        SIGTERM or SIGINT to any process ends the present step and saves. SIGINT then raises KeyboardInterrupt. A loss or
-        gradient that is not finite raises ValueError and leaves the last checkpoint as it is.
+        After SIGTERM or SIGINT to any process, all processes finish the present step and save. SIGINT then raises
+        KeyboardInterrupt. A loss or gradient that is not finite raises ValueError and leaves the last checkpoint as it is.
         """
         self._resume()
         try:
@@ -116,9 +116,9 @@ class Trainer:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of the present step. With a mesh it is written in the background."""
+        """Write a checkpoint of the present step, with a mesh in the background."""
         self._finish_save()
-        state = json.dumps({"step": self.step}) + "\n"  # now, since the background writes it later
+        state = json.dumps({"step": self.step}) + "\n"  # evaluated now, since it may be written later
         writers: dict[str, Callable[[Path], object]] = {
             "config.json": lambda path: files.write_text(path, self.config.to_json()),
             "trainer.json": lambda path: files.write_text(path, state),
@@ -134,7 +134,7 @@ class Trainer:
         self.saved = self.step
 
     def _weight_writers(self) -> dict[str, Callable[[Path], object]]:
-        """Writers of every part's weights, of the adapters, and of the optimiser's moments."""
+        """Return the writers of every part's weights, of the adapters, and of the optimiser's state."""
         contents: dict[str, dict[str, Tensor]] = {}
         for name, value in part_tensors(self.method.parts()).items():
             file = ADAPTERS if is_adapter(name) else f"{name.split('.')[0]}.safetensors"
@@ -151,7 +151,7 @@ class Trainer:
             pending.wait()
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint keeps, by its name there."""
+        """Return all tensors of a checkpoint by their names in it."""
         return part_tensors(self.method.parts()) | checkpoint.optimizer_tensors(self.optimizer, self.names)
 
     def _resume(self) -> None:
@@ -163,7 +163,7 @@ class Trainer:
         if saved != self.config:
             raise ValueError(
                 f"{folder}: made by another config ({first_difference(saved, self.config)}); choose another output folder,"
-                " or the same settings to resume"
+                " or resume with the same settings"
             )
         if self.context.mesh is None and not (folder / "sharded").is_dir():
             load_parts(self.method.parts(), folder)
@@ -214,7 +214,7 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self, trained: Sequence[Tensor], step: int) -> None:
-        """Update the exponential averages, which are kept in the optimiser's state. The first step starts them."""
+        """Update the exponential averages in the optimiser's state. The first step starts them."""
         decay = self.stage.ema_decay_at(step)
         if decay is None:
             return
@@ -226,7 +226,7 @@ class Trainer:
                 state["ema"] = parameter.detach().clone()
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        """This process's samples in micro-batches, each with the denominators of its losses."""
+        """Divide this process's samples into micro-batches, each with the denominators of its losses."""
         count = self.parallel.gradient_accumulation_steps
         if count == 1 and self.context.world_size == 1:
             return [(batch, None)]
@@ -235,20 +235,20 @@ class Trainer:
         return [(batch.micro_batch(index, count), means) for index in range(count)]
 
     def _on_device(self, micro_batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
-        """The micro-batches on this process's device, one at a time."""
+        """Move the micro-batches to this process's device, one at a time."""
         batches = on_device((batch for batch, _ in micro_batches), self.context.device)
         return zip(batches, (denominators for _, denominators in micro_batches), strict=True)
 
     def _reduce_gradients(self, *, last: bool) -> None:
-        """Leave the reduction of sharded gradients over processes to a step's last micro-batch.
+        """Reduce sharded gradients over processes in a step's last micro-batch alone.
 
-        Until then a process holds its gradients whole. `reduce_every_micro_batch` saves that memory.
+        Before it every process holds whole gradients. `reduce_every_micro_batch` saves that memory.
         """
         if isinstance(self.method, FSDPModule) and not self.parallel.reduce_every_micro_batch:
             self.method.set_requires_gradient_sync(last)
 
     def _losses(self, micro_batch: MicroBatch, step: int, index: int) -> Losses:
-        """A micro-batch's losses. Its samples are every count-th of the step's, and so are their random numbers."""
+        """Compute a micro-batch's losses, with the random numbers of its samples: every count-th of the step's."""
         size = self.context.world_size
         shard = {
             "index": self.context.rank + size * index,
@@ -258,7 +258,7 @@ class Trainer:
             return self.method(*micro_batch)
 
     def _autocast(self) -> AbstractContextManager:
-        # A bfloat16 copy of the weights would last through the forward pass, whose memory checkpointing keeps small.
+        # No cache with activation checkpointing: bfloat16 copies of the weights would stay through the forward pass.
         return autocast(self.context.device, self.stage.precision, cache=not self.parallel.activation_checkpointing)
 
     def _gradient_norms(self) -> dict[str, float]:
@@ -270,7 +270,7 @@ class Trainer:
         return norms
 
     def _report_not_finite(self, step: int, micro_batches: Sequence[MicroBatch], problem: str) -> NoReturn:
-        """Raise ValueError naming the first module and the samples with values that are not finite, in every process."""
+        """Raise ValueError in every process, naming the first module and the samples with values that are not finite."""
         names, reports = self.sample_names(step), []
         for index, micro_batch in enumerate(self._on_device(micro_batches)):
             module = first_module(self.method, lambda part=micro_batch, index=index: self._losses(part, step, index))
@@ -281,13 +281,13 @@ class Trainer:
         located = [text for text in texts if text.startswith("first in")] or texts
         raise ValueError(
             f"step {step}: {problem} ({'; '.join(located)}); the last checkpoint in {self.output} is intact. Lower the "
-            "learning rate, or look at these samples"
+            "learning rate, or check these samples"
         )
 
     # --- validation and logs ------------------------------------------------------------------------------------------
 
     def _log(self, row: dict[str, float], log: Callable[[dict[str, float]], None]) -> None:
-        """Log a step's figures, and those of held-out windows, where they are due."""
+        """Log a step's figures every `log_every` steps, and those of validation every `validate_every` steps."""
         stage = self.stage
         if self.step % stage.log_every == 0 or self.step == stage.steps:
             speed = self.meter.read(self.step, stage.batch_size, self.context.world_size)
@@ -297,14 +297,18 @@ class Trainer:
             self._keep_best(figures)
 
     def _keep_best(self, figures: Mapping[str, float]) -> None:
-        """Save where the chosen figure is the best so far. Raises ValueError where it is not measured."""
+        """Save a checkpoint where the figure of `keep_best` is the best so far. Raises ValueError where it is not logged."""
         if not self.stage.keep_best:
             return
         direction, name = self.stage.keep_best.split(":", 1)
         if name not in figures:
-            raise ValueError(f"stage.keep_best: nothing is logged as {name!r}; there are {', '.join(sorted(figures))}")
-        value, before = figures[name], best(self.output)
-        if not math.isfinite(value) or (before and (value >= before[1] if direction == "min" else value <= before[1])):
+            raise ValueError(
+                f"stage.keep_best: no figure is logged as {name!r}; choose one of {', '.join(sorted(figures))}"
+            )
+        value, earlier = figures[name], best(self.output)
+        if not math.isfinite(value) or (
+            earlier and (value >= earlier[1] if direction == "min" else value <= earlier[1])
+        ):
             return
         if self.saved != self.step:
             self.save()
@@ -314,7 +318,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
-        """The same losses on held-out windows, always under the same noise, and the monitors' figures.
+        """Compute the losses of held-out windows, always with the same noise, and the monitors' figures.
 
         The windows are spread over processes and micro-batches as a step's are. The values are therefore the same for any
         spread, and the memory is that of a micro-batch without gradients.
@@ -323,7 +327,7 @@ class Trainer:
         self.method.eval()
         if self.validation is not None:
             if self._held_out is None:
-                self._held_out = self._micro_batches(self.validation())  # kept on the CPU, since encoding is costly
+                self._held_out = self._micro_batches(self.validation())  # once, since encoding is costly
             rows = [
                 self._losses(micro_batch, _VALIDATION_STEP, index).row
                 for index, micro_batch in enumerate(self._on_device(self._held_out))
@@ -340,6 +344,6 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def _mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The mean of every name over micro-batches, copied to the CPU at once."""
+    """Average every value over micro-batches. All values are copied to the CPU together."""
     stacked = torch.stack([torch.stack([row[name].detach().float() for name in rows[0]]) for row in rows])
     return dict(zip(rows[0], stacked.double().mean(dim=0).tolist(), strict=True))
