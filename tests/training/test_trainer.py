@@ -239,7 +239,9 @@ def test_the_least_is_best_where_that_is_asked(small_config, make_batch, tmp_pat
 
 def test_a_figure_that_nobody_measures_is_named(small_config, make_batch, tmp_path):
     config = replace(small_config, stage=replace(small_config.stage, keep_best="min:validation/score"))
-    with pytest.raises(ValueError, match=r"no figure is logged as 'validation/score'; choose one of validation/action_loss"):
+    with pytest.raises(
+        ValueError, match=r"no figure is logged as 'validation/score'; choose one of validation/action_loss"
+    ):
         make_trainer(config, tmp_path, make_batch).run()
     with pytest.raises(ValueError, match="expected min:NAME or max:NAME"):
         replace(small_config.stage, keep_best="validation/loss")

@@ -73,7 +73,7 @@ def checkpoint_calls(
 
 
 def recipe_calls(
-    config: RunConfig, ways: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
+    config: RunConfig, compared: Mapping[str, Mapping[str, Any]], *, device: str, batch: int
 ) -> dict[str, Call]:
     """Make the calls of a recipe's policy with random weights, by path."""
     return {name: timed(random_policy(config, device=device, **options), batch) for name, options in compared.items()}
