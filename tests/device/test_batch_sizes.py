@@ -32,8 +32,8 @@ def trained(prepared, recorded, tmp_path):
 
 
 @pytest.mark.usefixtures("capture_alone")
-def test_no_batch_of_up_to_16_robots_is_compiled_late_by_either_of_two_policies(trained, observation):
-    """A hot swap loads the second one beside the first. Both have five sizes of each part: more than Dynamo's default limit."""
+def test_no_batch_is_compiled_late_by_either_of_two_policies(trained, observation):
+    """A hot swap loads the second one beside the first. With 80 robots a part has nine sizes, and Dynamo's default limit is 8."""
 
     def ask(policy, count):
         observations = [replace(observation, instruction=f"go {row % 2}") for row in range(count)]
@@ -46,3 +46,6 @@ def test_no_batch_of_up_to_16_robots_is_compiled_late_by_either_of_two_policies(
         for count in (1, 3, 5, 9, 16):
             np.testing.assert_allclose(ask(policy, count), ask(plain, count), atol=1e-5)
         assert policy.recompiles == 0
+    policy.warm_up(80)
+    np.testing.assert_allclose(ask(policy, 70), ask(plain, 70), atol=1e-5)
+    assert policy.recompiles == 0

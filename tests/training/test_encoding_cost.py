@@ -7,7 +7,7 @@ import pytest
 
 from agra import api
 from agra.cli.main import main
-from agra.data.lerobot.gr1 import TASKS, task_folder
+from agra.data.gr1 import TASKS, task_folder
 from agra.data.source import open_sources
 from agra.recipes import agra_dino_l8, gr1, gr1_few_shot
 from agra.training.encoding_cost import encoding_costs
