@@ -80,7 +80,7 @@ def test_training_needs_prepared_features(world):
     folder, config = world
     data = replace(config.data, cache=str(folder / "empty"))
     with pytest.raises(
-        FileNotFoundError, match="no instruction prepared for any dataset with these settings; run agra prepare"
+        FileNotFoundError, match="instructions not prepared for any dataset with these settings; run agra prepare"
     ):
         api.train(replace(config, data=data), output=folder / "nowhere")
 

@@ -5,16 +5,18 @@ Imports torch only to open a checkpoint, so that it works in a simulator's own e
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from agra.evaluation.protocols import Protocol, default_execute_steps, regime_trials
+from agra.evaluation.protocols import Protocol, default_protocol, regime_trials
 from agra.evaluation.results import Results
 from agra.evaluation.rollout import evaluate as evaluate_trials
 from agra.simulators.registry import expert, make
 from agra.types import Policy, Simulator
 
+ActionNoise = Literal["random", "zero"]
 EXPERT = "expert"
 """The name under which a simulator's scripted expert is opened."""
 
@@ -35,13 +37,14 @@ def open_policy(
     key_mapping: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    action_noise: ActionNoise = "random",
     timeout: float = 10.0,
 ) -> Policy:
     """Open a policy: a checkpoint or run folder, a bundled policy, a server's address, or `expert`.
 
     Servers are ws://HOST:PORT, or with a `key_mapping` (`agra.serving.remote_policies`) those of other packages. They receive
-    the key in the variable AGRA_API_KEY and have `timeout` seconds for an answer. `name`, `device` and `threads` (of torch,
-    for the whole process) apply to checkpoints.
+    the key in the variable AGRA_API_KEY and have `timeout` seconds for an answer. `name`, `device`, `threads` (of torch,
+    for the whole process) and `action_noise` (`agra.policies.policy.MethodPolicy`) apply to checkpoints.
     """
     address = str(policy)
     if address == EXPERT:
@@ -61,7 +64,7 @@ def open_policy(
         torch.set_num_threads(threads)
     from agra.policies.load import load_policy
 
-    return load_policy(policy, name=name, device=device)
+    return load_policy(policy, name=name, device=device, action_noise=action_noise)
 
 
 def evaluate(
@@ -79,6 +82,7 @@ def evaluate(
     key_mapping: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    action_noise: ActionNoise = "random",
     progress: bool = True,
 ) -> Results:
     """Play a benchmark's trials and write the results file `output`. The same call resumes an interrupted evaluation.
@@ -86,16 +90,31 @@ def evaluate(
     `policy` and `simulator` are objects or names (see `open_policy` and `make_simulator`, which receives `simulator_options`).
     `regimes` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By default, `output` is results.jsonl
     in the folder of the policy's run, `name` (of the policy, in the results) is the name of that folder, and the protocol is
-    the simulator's usual one, with a single executed action for the expert. `videos` trials of each regime are saved as mp4.
+    the simulator's usual one, with a single executed action for the expert. `action_noise` is that of
+    `agra.policies.policy.MethodPolicy`. For a server it is only recorded in the results. `videos` trials of each regime are saved as mp4.
 
     With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the same
     for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
     """
     output, name = results_file(policy, output, name, key_mapping)
+    policy_settings = {"key_mapping": key_mapping} if key_mapping else {}
+    if action_noise != "random":
+        if isinstance(policy, Policy) or policy == EXPERT:
+            raise ValueError(
+                f"action_noise: {action_noise} is set where a policy is loaded, and {policy} is loaded already"
+            )
+        policy_settings["action_noise"] = action_noise
     options = dict(simulator_options or {})
     make_player = None
     if not isinstance(policy, Policy) and isinstance(simulator, str):
-        settings = {"name": name, "key_mapping": key_mapping, "device": device, "threads": threads, "timeout": 120.0}
+        settings = {
+            "name": name,
+            "key_mapping": key_mapping,
+            "device": device,
+            "threads": threads,
+            "action_noise": action_noise,
+            "timeout": 120.0,
+        }
         make_player = partial(_open_player, policy, simulator, options, settings)
     elif workers > 1:
         raise ValueError(f"workers: {workers} processes open their own policy and simulator; give both by name")
@@ -106,7 +125,14 @@ def evaluate(
             opened = policy
         elif workers == 1:
             opened = open_policy(
-                policy, env, name=name, key_mapping=key_mapping, device=device, threads=threads, timeout=120.0
+                policy,
+                env,
+                name=name,
+                key_mapping=key_mapping,
+                device=device,
+                threads=threads,
+                action_noise=action_noise,
+                timeout=120.0,
             )
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         return evaluate_trials(
@@ -119,7 +145,7 @@ def evaluate(
             workers=workers,
             make_player=make_player,
             policy_name=name,
-            policy_settings={"key_mapping": key_mapping} if key_mapping else {},
+            policy_settings=policy_settings,
             progress=progress,
         )
     finally:
@@ -129,7 +155,8 @@ def evaluate(
 
 def usual_protocol(policy: Policy | str | Path, simulator: str) -> Protocol:
     """The protocol of a simulator's published evaluations. The expert is called at every step."""
-    return Protocol(execute_steps=1 if policy == EXPERT else default_execute_steps(simulator))
+    usual = default_protocol(simulator)
+    return replace(usual, execute_steps=1) if policy == EXPERT else usual
 
 
 def results_file(

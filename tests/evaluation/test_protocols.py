@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from agra.evaluation.protocols import TRIALS_PER_REGIME, Protocol, default_execute_steps, regime_trials
+from agra.evaluation.protocols import TRIALS_PER_REGIME, Protocol, default_protocol, regime_trials
 from agra.types import REGIMES
 from tests.support.point_world import COUNTS, PointWorld
 
@@ -35,8 +35,10 @@ def test_errors():
         regime_trials(Twice())
 
 
-def test_robocasa_executes_16_actions():
-    assert [default_execute_steps(name) for name in ("robocasa_gr1", "tabletop", "metaworld")] == [16, 8, 8]
+def test_robocasas_protocol_is_its_communitys():
+    robocasa, tabletop = default_protocol("robocasa_gr1"), default_protocol("tabletop")
+    assert (robocasa.execute_steps, robocasa.termination) == (16, "chunk")
+    assert (tabletop.execute_steps, tabletop.termination) == (8, "step")
 
 
 @pytest.mark.parametrize("change", [{"execute_steps": 0}, {"max_steps": 0}, {"termination": "end"}])

@@ -133,6 +133,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(make_policy):
     np.testing.assert_array_equal(after, policy.act(see(policy)).actions)
 
 
+def test_from_zero_noise_the_answer_does_not_depend_on_the_seed_of_the_action(make_policy):
+    """The other noise is drawn as before: a WAM's predicted video stays random."""
+    random, zero = make_policy(), make_policy(action_noise="zero")
+    observation = see(random)
+    drawn = random._draw(1, random.episode(0))
+    from_zero = drawn | {"action": torch.zeros_like(drawn["action"])}
+    actions = zero._actor.act(zero.encode([observation]), from_zero, [zero._prepared("go")])
+    expected = zero.unnormalize(actions, observation.embodiment)[0]
+    zero.reset(0)
+    np.testing.assert_array_equal(zero.act(observation).actions, expected)
+    random.reset(0)
+    assert not np.allclose(random.act(observation).actions, expected)
+    with pytest.raises(ValueError, match="action_noise: expected random or zero, got 'one'"):
+        make_policy(action_noise="one")
+
+
 def test_the_spec_is_what_the_checkpoint_knows(make_policy):
     spec = make_policy().spec
     robot = next(iter(spec.embodiments.values()))

@@ -19,6 +19,7 @@ def serve(
     pool_future: int = 1,
     imagine: bool = False,
     known_instructions: bool = False,
+    action_noise: Literal["random", "zero"] = "random",
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -37,6 +38,7 @@ def serve(
         imagine: allow clients to request the predicted video, which takes as long as several responses.
         known_instructions: load no text encoder, and answer only the training instructions, whose tokens are in the
             checkpoint.
+        action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central answer.
         device: the policy's device.
         threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
     """
@@ -60,6 +62,7 @@ def serve(
         pool_future=pool_future,
         imagines=imagine,
         known_instructions=known_instructions,
+        action_noise=action_noise,
     )
     source = PolicySource(load=load, stamp=partial(resolve, policy))
     asyncio.run(run(config, source, api_key=os.environ.get("AGRA_API_KEY")))
@@ -78,6 +81,7 @@ def control(
     max_step: float | None = None,
     dry_run: bool = False,
     record: Path | None = None,
+    action_noise: Literal["random", "zero"] = "random",
     device: str = "cpu",
 ) -> None:
     """Control the simulated robot in real time: the simulation does not wait for the policy.
@@ -95,6 +99,7 @@ def control(
         max_step: largest change of each action dimension from one control step to the next.
         dry_run: decide, but send no command.
         record: record the episode as a LeRobot dataset here.
+        action_noise: where the denoising of a chunk starts, see `agra serve`.
         device: the policy's device.
     """
     import math
@@ -112,7 +117,7 @@ def control(
         trials = env.trials("in_distribution")
         if not 0 <= trial < len(trials):
             raise ValueError(f"--trial {trial}: expected 0 to {len(trials) - 1}")
-        opened = open_policy(policy, env, device=device)
+        opened = open_policy(policy, env, device=device, action_noise=action_noise)
         delayed = None if latency is None else math.ceil(latency * env.fps)
         inference = ThreadedInference(opened) if delayed is None else DelayedInference(opened, delayed)
         robot = SimulatedRobot(env, trials[trial])

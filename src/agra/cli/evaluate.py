@@ -13,7 +13,8 @@ def evaluate(
     output: Path | None = None,
     execute_steps: int | None = None,
     max_steps: int | None = None,
-    termination: Literal["step", "chunk"] = "step",
+    termination: Literal["step", "chunk"] | None = None,
+    action_noise: Literal["random", "zero"] = "random",
     limit: int | None = None,
     workers: int = 1,
     videos: int = 1,
@@ -36,7 +37,10 @@ def evaluate(
         execute_steps: executed actions of each chunk before the next one is requested. By default 8, on robocasa_gr1 16, and
             1 for the expert.
         max_steps: control steps of a trial. By default the benchmark's.
-        termination: check for success after each step, or only after each chunk as GR00T N1.5's evaluation does.
+        termination: check for success after each step, or only after each chunk as GR00T N1.5's evaluation does. By default
+            after each step, on robocasa_gr1 after each chunk.
+        action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central answer. For
+            a server's address it is only recorded.
         limit: play only this many trials of each regime, evenly spread.
         workers: parallel processes, each with a simulator and a policy. The episodes are the same for any number.
         videos: trials of each regime to record as mp4 beside the results, with the policy's predicted video.
@@ -54,7 +58,9 @@ def evaluate(
     from agra.simulation import evaluate as run
     from agra.simulation import results_file, usual_protocol
 
-    protocol = replace(usual_protocol(policy, simulator), max_steps=max_steps, termination=termination)
+    protocol = replace(usual_protocol(policy, simulator), max_steps=max_steps)
+    if termination is not None:
+        protocol = replace(protocol, termination=termination)
     if execute_steps is not None and policy != "expert":
         protocol = replace(protocol, execute_steps=execute_steps)
     if simulator_python is not None:
@@ -68,9 +74,10 @@ def evaluate(
             "workers": workers,
             "videos": videos,
             "by_task": by_task,
+            "action_noise": action_noise,
             **vars(protocol),
         }
-        serving = {"device": device, "threads": threads, "imagine": videos > 0}
+        serving = {"device": device, "threads": threads, "imagine": videos > 0, "action_noise": action_noise}
         _evaluate_in_subprocess(policy, simulator_python, settings, serving)
         return
     results = run(
@@ -87,6 +94,7 @@ def evaluate(
         key_mapping=key_mapping,
         device=device,
         threads=threads,
+        action_noise=action_noise,
     )
     print_table(summary_table(results))
     groups = group_table(results)

@@ -10,14 +10,6 @@ from agra.types import Simulator, Trial
 TRIALS_PER_REGIME = {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}
 """The paper's counts (C.2.2)."""
 
-_EXECUTE_STEPS = {"robocasa_gr1": 16}
-"""GR00T N1.5 and DIAL execute 16 actions of each chunk. The paper does not state its number."""
-
-
-def default_execute_steps(simulator: str) -> int:
-    """Executed actions of each chunk in a simulator's usual protocol."""
-    return _EXECUTE_STEPS.get(simulator, 8)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
@@ -39,6 +31,17 @@ class Protocol:
             raise ValueError(f"Protocol.max_steps: expected at least 1 or None, got {self.max_steps}")
         if self.termination not in ("step", "chunk"):
             raise ValueError(f"Protocol.termination: expected 'step' or 'chunk', got {self.termination!r}")
+
+
+def default_protocol(simulator: str) -> Protocol:
+    """The usual protocol of a simulator's published evaluations.
+
+    On RoboCasa GR1 it is that of GR00T N1.5, DIAL and DiT4DiT: 16 executed actions, success at the end of a chunk. The paper
+    states neither.
+    """
+    if simulator == "robocasa_gr1":
+        return Protocol(execute_steps=16, termination="chunk")
+    return Protocol(execute_steps=8)
 
 
 def regime_trials(

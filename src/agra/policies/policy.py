@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,9 +53,12 @@ class MethodPolicy:
         device: torch.device | str = "cpu",
         precision: Precision | None = None,
         imagines: bool = True,
+        action_noise: Literal["random", "zero"] = "random",
         **options: Any,
     ) -> None:
         """Move, cast and freeze `method`, in place. `precision` is the training's by default.
+
+        `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero (docs/experiments.md).
 
         `options` are those of `Method.actor`: for a WAM `action_steps`, `fast`, `compiled` and `pool_future`. Raises ValueError
         for options that the method does not have.
@@ -67,6 +70,9 @@ class MethodPolicy:
         dtype = compute_dtype(self.device, precision or config.stage.precision)
         self.method = method.to(self.device, dtype).eval().requires_grad_(False)
         self.imagines = imagines and isinstance(method, Imagines)
+        if action_noise not in ("random", "zero"):
+            raise ValueError(f"action_noise: expected random or zero, got {action_noise!r}")
+        self.action_noise = action_noise
         self.options = options
         self._actor = self.method.actor(**options)
         self._prepared = lru_cache(maxsize=8)(self._prepare_instruction)
@@ -136,6 +142,7 @@ class MethodPolicy:
         self._actor.update(other.method)
         self._prepared.cache_clear()
         self.name, self.config, self.stats, self.imagines = other.name, other.config, other.stats, other.imagines
+        self.action_noise = other.action_noise
         self.observations = other.observations
         return True
 
@@ -199,6 +206,8 @@ class MethodPolicy:
         watch.lap("codec")
         rows = [self._draw(1, request.episode) for request in requests]
         noise = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if self.action_noise == "zero" and "action" in noise:  # drawn all the same, so that other noise does not change
+            noise["action"] = torch.zeros_like(noise["action"])
         prepared = [
             None if self.instructions is None else self._prepared(request.observation.instruction)
             for request in requests
