@@ -24,8 +24,8 @@ in section 6 needs msgpack, websockets, prometheus-client and pyzmq, and its dia
 pillow. For a machine without a network, download the missing wheels where there is one, for that machine's Python:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \\
-        --platform manylinux2014_x86_64 --platform any -d wheels \\
-        diffusers==0.42.1 cattrs tyro docstring_parser typeguard importlib_metadata zipp
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 -d wheels \\
+        diffusers==0.42.1 cattrs tyro docstring_parser typeguard importlib_metadata zipp websockets pyzmq
 
 then copy the repository with `wheels`, and there:
 

@@ -71,7 +71,8 @@ class Bridge(nn.Module):
         A layer that several blocks read is projected once. `pool_future` > 1 is an approximation: before the blocks, squares
         of `pool_future` x `pool_future` tokens of the frames after the observation become their mean. Not in the paper.
         """
-        missing = sorted(set(self.config.layers) - hidden.keys())
+        # Dynamo of torch 2.11 cannot trace the difference of a set and a dictionary's keys.
+        missing = sorted({layer for layer in self.config.layers if layer not in hidden})
         if missing:
             raise ValueError(f"hidden: expected the layers {self.config.layers}, but {missing} are missing")
         distinct = tuple(dict.fromkeys(self.config.layers))
