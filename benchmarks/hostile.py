@@ -26,7 +26,8 @@ import websockets
 from websockets.asyncio.client import connect
 
 from agra.serving.client import PolicyClient
-from agra.serving.protocol.messages import InferRequest, RequestError, WireKeys, encode_request, parse_request
+from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request
+from agra.serving.protocol.validation import RequestError, parse_request
 from agra.serving.protocol.wire import WireError, pack, unpack
 from agra.types import Observation, PolicySpec
 from benchmarks.serving import RunningServer, serving

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from agra.checkpoints import folder as folders
+from agra.checkpoints import write as checkpoint
 from agra.checkpoints.folder import artifact_dir, resolve, verify
 from agra.checkpoints.read import load_parts
-from agra.training import checkpoint
 from agra.weights import read_tensors, write_tensors
 
 

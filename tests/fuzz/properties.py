@@ -35,14 +35,8 @@ from agra.data.normalization.normalize import NormStats
 from agra.diagnostics.samples.masks import read_masks
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, save_samples
 from agra.policies.load import load_method
-from agra.serving.protocol.messages import (
-    InferRequest,
-    RequestError,
-    WireKeys,
-    encode_request,
-    parse_request,
-    read_description,
-)
+from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request, read_description
+from agra.serving.protocol.validation import RequestError, parse_request
 from agra.serving.protocol.wire import WireError, pack, pack_groot, unpack, unpack_groot
 from agra.serving.protocol.zmtp import COMMAND, GREETING, LONG, MORE, Peer, ProtocolError
 from agra.serving.server.config import GrootWire

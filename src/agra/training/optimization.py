@@ -1,8 +1,10 @@
-"""Trained parameters of a stage, and their groups for AdamW."""
+"""Trained parameters of a stage, their groups for AdamW, and gradient clipping."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from agra.lora import is_adapter
 from agra.methods.method import Method
@@ -56,3 +58,17 @@ def parameter_groups(method: Method, stage: StageConfig) -> Iterator[dict]:
                     "base_lr": stage.rate_of(part),
                     "weight_decay": stage.weight_decay if decays else 0.0,
                 }
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scale the gradients to a total norm of at most `max_norm`, over all processes. Returns the norm before."""
+    return _whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+
+
+def total_norm(gradients: Sequence[Tensor]) -> float:
+    """Return the norm of all gradients together, over all processes."""
+    return _whole(torch.nn.utils.get_total_norm(gradients)).item()
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

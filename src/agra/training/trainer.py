@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from agra import files
 from agra.batch import Batch
+from agra.checkpoints import distributed_checkpoint, write
 from agra.checkpoints.folder import ADAPTERS, OPTIMIZER, best, newest, note_best, verify
 from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards
 from agra.config import RunConfig, first_difference
@@ -24,11 +24,10 @@ from agra.lora import is_adapter
 from agra.methods.method import LossDenominators, Losses, Method
 from agra.precision import autocast
 from agra.rng import sharded_rng
-from agra.training import checkpoint, distributed_checkpoint
 from agra.training.distributed import DistributedContext, stop_signals
 from agra.training.metrics import ThroughputMeter, metrics_log, progress
 from agra.training.nan_check import first_module, suspects
-from agra.training.optimization import freeze, parameter_groups, trained_names
+from agra.training.optimization import clip_gradients, freeze, parameter_groups, total_norm, trained_names
 from agra.training.parallelize import ParallelConfig, gathered
 from agra.weights import write_tensors
 
@@ -57,7 +56,7 @@ class Trainer:
         batch: Callable[[int], Batch],
         validation: Callable[[], Batch] | None,
         output: Path,
-        extra_files: checkpoint.Writers,
+        extra_files: write.Writers,
         monitors: Mapping[str, Monitor] | None = None,
         sample_names: Callable[[int], Sequence[str]] | None = None,
         context: DistributedContext | None = None,
@@ -130,7 +129,7 @@ class Trainer:
                 self.output, self.step, self._tensors(), writers, keep=keep, group=self._saving
             )
         else:
-            checkpoint.save(self.output, self.step, writers | self._weight_writers(), keep=keep)
+            write.save(self.output, self.step, writers | self._weight_writers(), keep=keep)
         self.saved = self.step
 
     def _weight_writers(self) -> dict[str, Callable[[Path], object]]:
@@ -139,7 +138,7 @@ class Trainer:
         for name, value in part_tensors(self.method.parts()).items():
             file = ADAPTERS if is_adapter(name) else f"{name.split('.')[0]}.safetensors"
             contents.setdefault(file, {})[name] = value
-        contents[OPTIMIZER] = checkpoint.optimizer_tensors(self.optimizer, self.names)
+        contents[OPTIMIZER] = write.optimizer_tensors(self.optimizer, self.names)
         return {
             file: lambda path, tensors=tensors: write_tensors(path, tensors)  # one file in memory at a time
             for file, tensors in contents.items()
@@ -152,7 +151,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return all tensors of a checkpoint by their names in it."""
-        return part_tensors(self.method.parts()) | checkpoint.optimizer_tensors(self.optimizer, self.names)
+        return part_tensors(self.method.parts()) | write.optimizer_tensors(self.optimizer, self.names)
 
     def _resume(self) -> None:
         folder = newest(self.output)
@@ -167,7 +166,7 @@ class Trainer:
             )
         if self.context.mesh is None and not (folder / "sharded").is_dir():
             load_parts(self.method.parts(), folder)
-            checkpoint.load_optimizer(self.optimizer, folder / OPTIMIZER, self.names)
+            write.load_optimizer(self.optimizer, folder / OPTIMIZER, self.names)
         else:
             moments = ("exp_avg", "exp_avg_sq", *(() if self.stage.ema_decay is None else ("ema",)))
             for parameter in self.names:
@@ -204,7 +203,7 @@ class Trainer:
             row |= self._gradient_norms()
             row["learning_rate"] = max(group["lr"] for group in self.optimizer.param_groups)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = _whole(torch.nn.utils.clip_grad_norm_(trained, stage.clip_norm)).item()
+        norm = clip_gradients(trained, stage.clip_norm)
         if not math.isfinite(norm):
             parts = [name.split("/")[1] for name, value in self._gradient_norms().items() if not math.isfinite(value)]
             self._report_not_finite(step, micro_batches, f"the gradient of {', '.join(parts)} is not finite")
@@ -266,7 +265,7 @@ class Trainer:
         for name, module in self.method.parts().items():
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             if gradients:
-                norms[f"gradient_norm/{name}"] = _whole(torch.nn.utils.get_total_norm(gradients)).item()
+                norms[f"gradient_norm/{name}"] = total_norm(gradients)
         return norms
 
     def _report_not_finite(self, step: int, micro_batches: Sequence[MicroBatch], problem: str) -> NoReturn:
@@ -337,10 +336,6 @@ class Trainer:
             for name, monitor in self.monitors.items():
                 figures |= {f"{name}/{key}": value for key, value in monitor(self.method).items()}
         return figures
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

@@ -7,14 +7,13 @@ import pytest
 
 from agra.serving.protocol.messages import (
     InferRequest,
-    RequestError,
     WireKeys,
     describe,
     encode_request,
     encode_response,
-    parse_request,
     read_description,
 )
+from agra.serving.protocol.validation import RequestError, parse_request
 from agra.serving.protocol.wire import pack, unpack
 from agra.types import ActionChunk, Continuation, EmbodimentSpec, PolicySpec
 from tests.support.echo import observation, spec

@@ -19,15 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from agra.serving.protocol.messages import (
-    MAX_INSTRUCTION,
-    SEEDS,
-    InferRequest,
-    RequestError,
-    parse_floats,
-    parse_frame,
-    parse_text,
-)
+from agra.serving.protocol.messages import MAX_INSTRUCTION, SEEDS, InferRequest
+from agra.serving.protocol.validation import RequestError, parse_floats, parse_frame, parse_text
 from agra.serving.protocol.wire import pack_groot, unpack_groot
 from agra.serving.protocol.zmtp import Peer, ProtocolError
 from agra.serving.server.config import GrootWire, check_key

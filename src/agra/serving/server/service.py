@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from agra.serving.protocol.messages import InferRequest
 from agra.serving.protocol.wire import WireError
 from agra.serving.server.batching import Batcher
-from agra.serving.server.checks import NotFinite, check_finite, check_policy, trained_ranges
 from agra.serving.server.config import Limits
+from agra.serving.server.policy_checks import NotFinite, check_finite, check_policy, trained_ranges
 from agra.types import ActionChunk, BatchPolicy, PolicyRequest, PolicySpec, WarmsUp
 
 log = logging.getLogger("agra.serving")

@@ -24,7 +24,8 @@ from websockets.frames import CloseCode, Frame
 from websockets.http11 import Request, Response
 from websockets.protocol import Event, State
 
-from agra.serving.protocol.messages import WireKeys, describe, encode_response, parse_request
+from agra.serving.protocol.messages import WireKeys, describe, encode_response
+from agra.serving.protocol.validation import parse_request
 from agra.serving.protocol.wire import WireError, pack, unpack
 from agra.serving.server.config import LOOPBACK, check_key
 from agra.serving.server.service import Episode, PolicyService, error_reply

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agra.serving.protocol.messages import FRAME_SIDES, RequestError
+from agra.serving.protocol.messages import FRAME_SIDES
+from agra.serving.protocol.validation import RequestError
 from agra.types import ActionChunk, BatchPolicy, KnowsInstructions, KnowsRanges, Observation, PolicyRequest
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of several processes: torch DCP in safetensors, written in the background, committed in one rename.
 
 Every process writes its own shards and their checksums. When DCP has heard from all processes, the main process adds the
-manifest and renames the folder (`checkpoint.commit`). Until then earlier checkpoints stay as they are.
+manifest and renames the folder (`agra.checkpoints.write.commit`). Until then earlier checkpoints stay as they are.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from agra import files
-from agra.training import checkpoint
+from agra.checkpoints import write as checkpoint
 
 Writers = Mapping[str, Callable[[Path], object]]
 

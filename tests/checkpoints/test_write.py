@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from agra import api, files
+from agra.checkpoints import write as checkpoint
 from agra.checkpoints.folder import newest, resolve, verify
 from agra.recipes import tiny
-from agra.training import checkpoint
 from agra.weights import write_tensors
 
 
