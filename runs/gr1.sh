@@ -2,7 +2,7 @@
 # AGRA on the RoboCasa GR1 demonstrations, on one machine with several GPUs. The video DiT adapts for 5k steps. The joint stage
 # then runs for 80k steps on 1,000 demonstrations of each of the 24 tasks, or with PRESETS=gr1_few_shot for 40k steps on 100 of
 # each. Batch, learning rates and loss weights are those of C.3. After SIGTERM or a kill, the same command resumes the run, also
-# on another number of GPUs. Memory, time and cost before the launch:
+# on another number of GPUs. The defaults are the layout that the plan proposes for 8 GPUs of 80 GB:
 #   agra plan agra_dino_l8 --with gr1 --gpus 8 --gpu-memory 80
 set -euo pipefail
 
@@ -10,7 +10,11 @@ PRESETS=${PRESETS:-gr1} OUT=${OUT:-outputs/gr1} GPUS=${GPUS:-8} RECIPE=${RECIPE:
 DATA=${DATA:-}                                  # a folder with the 24 datasets; by default they come from the hub
 COSMOS=${COSMOS:-nvidia/Cosmos-Predict2.5-2B}   # hub id, or a local folder in its layout
 COMMON="--with $PRESETS ${DATA:+--data.path $DATA} --data.cache $OUT/cache --device cuda"
-train() { torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" --parallel.activation-checkpointing 1; }
+CHECKPOINTING=${CHECKPOINTING:-1} MICRO_BATCHES=${MICRO_BATCHES:-2}
+train() {
+  torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" \
+    --parallel.activation-checkpointing "$CHECKPOINTING" --parallel.gradient-accumulation-steps "$MICRO_BATCHES"
+}
 
 agra prepare "$RECIPE" $COMMON
 train "$RECIPE" $COMMON --stage adapt --init-from "$COSMOS" --output "$OUT/adapt"
