@@ -19,7 +19,7 @@ from agra.training.memory_estimate import count_flops, fake_batch, fake_method, 
 from agra.training.metrics import ThroughputMeter
 from agra.training.optimization import parameter_groups
 from agra.training.parallelize import ParallelConfig, apply, shard
-from agra.training.plan import Machines, lay_out, plan
+from agra.training.plan import CHECKPOINTED, Machines, lay_out, plan
 from tests.support.small import make_small_config, with_objective
 
 
@@ -90,12 +90,14 @@ def test_peak_memory_is_foreseen(checkpointed, samples):
 
 
 def test_checkpointing_keeps_less(monkeypatch):
+    assert CHECKPOINTED == (0.0, 0.25, 0.5, 0.75, 1.0)
+    monkeypatch.setattr("agra.training.plan.CHECKPOINTED", (0.0, 0.5, 1.0))
     monkeypatch.setattr("agra.training.plan.measure", lambda config, **options: small_cost(**options))
     config = small_batch(8)
     found = plan(config, Machines(gpus=2, price=2))
     memory = [layout.per_sample for layout in found.layouts]
     assert memory == sorted(memory, reverse=True)
-    assert [layout.activation_checkpointing for layout in found.layouts] == [0, 0.25, 0.5, 0.75, 1]
+    assert [layout.activation_checkpointing for layout in found.layouts] == [0, 0.5, 1]
     plain, *_, checkpointed = found.layouts
     assert checkpointed.per_sample < plain.per_sample
     assert (plain.gradient_accumulation_steps, checkpointed.gradient_accumulation_steps) == (1, 1)
