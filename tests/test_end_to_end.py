@@ -1,4 +1,4 @@
-"""Demonstrations to an acting policy, through every stage, on a world without a renderer and with the real frozen parts."""
+"""From demonstrations to an acting policy, through every stage, in a world without a renderer and with the packaged frozen parts."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def trained(world):
 
 
 def test_adapters_make_a_policy(trained):
-    """The video DiT of the adapt stage with adapters on it: loaded and exported they are part of the weights."""
+    """Adapters on the video DiT of the adapt stage are merged by loading and by exporting."""
     folder, config = trained
     config = replace(config, stage=replace(config.stage, lora=LoRAConfig(rank=4), steps=2))
     assert api.train(config, output=folder / "adapters", init_from=folder / Stage.ADAPT)
@@ -163,7 +163,7 @@ def test_evaluation_runs_the_checkpoint(trained, tmp_path):
     assert len(read_results(tmp_path / "results.jsonl").trials) == 3
 
 
-def test_what_cannot_act_is_refused(trained):
+def test_an_adapt_checkpoint_and_an_unknown_embodiment_are_refused(trained):
     folder, _ = trained
     with pytest.raises(ValueError, match="a checkpoint of the adapt stage cannot act"):
         load_policy(folder / Stage.ADAPT)

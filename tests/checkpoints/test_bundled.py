@@ -22,7 +22,7 @@ NAMES = ("tabletop-wam", "tabletop-agra")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_loads_by_name_and_reads_the_image(name, tmp_path, monkeypatch):
-    """The same seed and observation give the same chunk, another picture another one."""
+    """The same seed and observation give the same chunk, and another image gives another one."""
     monkeypatch.chdir(tmp_path)
     folder = resolve(name)
     assert folder.parent == BUNDLED
@@ -60,7 +60,7 @@ def test_the_two_differ_in_the_alignment_alone():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_evaluation_is_the_whole_one_and_the_card_says_the_same(name):
+def test_the_card_agrees_with_the_complete_evaluation(name):
     folder = resolve(name)
     results = read_results(folder / "results.jsonl")
     assert results.header["policy"] == name

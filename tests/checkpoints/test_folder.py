@@ -17,8 +17,8 @@ def _files(text="x"):
     }
 
 
-def test_policies_that_come_with_agra_have_names(tmp_path, monkeypatch):
-    """A folder of the user's goes first; what is found out about them is not kept in the package."""
+def test_bundled_policies_have_names(tmp_path, monkeypatch):
+    """A folder of the user comes first. Results are written outside the package."""
     bundled = tmp_path / "package"
     (bundled / "tabletop").mkdir(parents=True)
     (bundled / "tabletop" / "manifest.json").write_text("{}")
@@ -34,7 +34,7 @@ def test_policies_that_come_with_agra_have_names(tmp_path, monkeypatch):
     assert str(artifact_dir("tabletop/step_000010")) == "tabletop"
 
 
-def test_a_flipped_bit_is_named(tmp_path):
+def test_a_flipped_bit_names_the_file(tmp_path):
     folder = checkpoint.save(tmp_path, 5, _files(), keep=2)
     path = folder / "head.safetensors"
     data = bytearray(path.read_bytes())
@@ -47,14 +47,14 @@ def test_a_flipped_bit_is_named(tmp_path):
         verify(folder)
 
 
-def test_no_checkpoint_is_named(tmp_path):
+def test_a_missing_checkpoint_names_the_path(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint here; expected a folder with"):
         resolve(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint here"):
         resolve(tmp_path / "absent")
 
 
-def test_weights_of_another_shape_are_named(tmp_path):
+def test_weights_of_another_shape_name_the_first_tensor(tmp_path):
     path = tmp_path / "head.safetensors"
     tensors = {f"head.{name}": value for name, value in torch.nn.Linear(3, 2).state_dict().items()}
     write_tensors(path, tensors)

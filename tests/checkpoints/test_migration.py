@@ -1,6 +1,6 @@
-"""Checkpoints of the layout before version 0.1 load as they did: config, weights, moments, averages, and shards.
+"""Checkpoints of the layout before version 0.1: their config, weights, moments, averages and shards load.
 
-`earlier_layout/config.json` was written by that version. The weights' files are made here, under the names that it gave.
+That version wrote `earlier_layout/config.json`. The tests write the weights under its names.
 """
 
 import json
@@ -78,7 +78,7 @@ def make_trainer(config, output, make_batch, *, stop_at=None):
 
 @pytest.fixture
 def config(small_config):
-    """The settings that the earlier version wrote down, in the present layout."""
+    """The settings of `earlier_layout/config.json` in the present layout."""
     return replace(small_config, stage=replace(small_config.stage, ema_decay=0.5))
 
 
@@ -126,7 +126,7 @@ def test_renamed_fields_of_the_data():
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one process", "several processes"])
 def test_a_run_of_the_earlier_layout_resumes_to_the_same_bits(config, make_batch, tmp_path, sharded):
-    """Weights, moments, averages and the step: the rest of the run is the rest of the uninterrupted one."""
+    """Weights, moments, averages and the step are read. The rest of the run equals that of an uninterrupted one."""
     whole = make_trainer(config, tmp_path / "whole", make_batch)
     assert whole.run()
     first = make_trainer(config, tmp_path / "cut", make_batch, stop_at=3)

@@ -1,4 +1,4 @@
-"""Sealed checkpoints with odd content end in one line that names the file, and large numbers build nothing."""
+"""Checkpoints with invalid content and a valid manifest: one line that names the file, and no oversized model."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_that_is_none_is_named(copy, name):
+def test_an_invalid_config_names_the_file(copy, name):
     content, complaint = CONFIGS[name]
     (copy / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     seal(copy)
@@ -73,7 +73,7 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_that_the_weights_do_not_bear_out_build_nothing(copy, name):
+def test_sizes_beyond_the_weights_build_no_model(copy, name):
     change_config(copy, name, NUMBERS[name])
     begun = time.monotonic()
     with pytest.raises(ValueError, match=r"odd[/:]"):
@@ -81,7 +81,7 @@ def test_numbers_that_the_weights_do_not_bear_out_build_nothing(copy, name):
     assert time.monotonic() - begun < 10
 
 
-def test_a_check_of_the_config_gives_its_reason(copy):
+def test_an_invalid_value_gives_its_reason(copy):
     change_config(copy, "method.model.action_dit.horizon", 1025)
     with pytest.raises(ValueError, match=r"config\.json: ActionDiTConfig\.horizon: expected 1\.\.1024, got 1025"):
         load_policy(copy)
@@ -118,7 +118,7 @@ STATISTICS = {
 
 
 @pytest.mark.parametrize("name", STATISTICS)
-def test_statistics_that_are_none_are_named(copy, name):
+def test_invalid_statistics_name_the_file(copy, name):
     content, complaint = STATISTICS[name]
     (copy / "norm_stats.json").write_text(json.dumps(content))
     seal(copy)
@@ -126,7 +126,7 @@ def test_statistics_that_are_none_are_named(copy, name):
         load_policy(copy)
 
 
-def test_what_is_read_must_be_listed(copy):
+def test_files_that_are_read_must_be_in_the_manifest(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     weights = load_file(copy / "video_dit.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copy / "video_dit.safetensors")
@@ -137,17 +137,17 @@ def test_what_is_read_must_be_listed(copy):
 
 
 @pytest.mark.parametrize("manifest", ["[]", "null", '{"a": 1}', '{"../secret": "x"}', '{"/etc/passwd": "x"}', "{"])
-def test_a_manifest_names_files_of_the_checkpoint_alone(copy, manifest):
+def test_a_manifest_with_paths_outside_the_checkpoint_is_refused(copy, manifest):
     (copy / "manifest.json").write_text(manifest)
     with pytest.raises(ValueError, match=r"manifest\.json: (expected|not JSON)"):
         verify(copy)
 
 
-def test_what_torch_raises_names_the_checkpoint(tmp_path):
+def test_an_error_of_torch_names_the_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}: cannot be loaded \(RuntimeError: no such size\)"):
         with reading(tmp_path):
             raise RuntimeError("no such size")
 
 
-def test_the_weights_of_policies_that_come_with_agra_still_load():
+def test_the_weights_of_bundled_policies_are_finite():
     assert torch.isfinite(next(load_policy("tabletop-wam").method.parameters())).all()

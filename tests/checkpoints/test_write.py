@@ -1,4 +1,4 @@
-"""Writing checkpoints: whole or not at all."""
+"""Checkpoints are written whole or not at all."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_manifest_is_json(tmp_path):
 
 
 def test_a_second_writer_never_mixes_its_files_in(tmp_path):
-    """The second one writes between two files of the first and is cut off."""
+    """The second writer writes between two files of the first and fails."""
 
     def other(path):
         second = {"model.safetensors": lambda p: p.write_text("B"), "optimizer.safetensors": lambda p: 1 / 0}

@@ -1,4 +1,4 @@
-"""Datasets from the command line: conversion, mixtures by file, estimates, and what goes wrong, in one line."""
+"""Datasets from the command line: conversion, mixtures from a file, estimates, and errors in one line."""
 
 import json
 

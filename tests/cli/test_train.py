@@ -1,4 +1,4 @@
-"""What a user sees: one line that names the problem and the remedy, and an exit code that is not zero."""
+"""Errors of the command line: one line with the problem and the remedy, and an exit code other than 0."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def train(folder, output):
 
 
 def fails(capsys, *arguments):
-    """The one line that a failing command prints."""
+    """Run a failing command and return its line of error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, arguments)))
@@ -60,7 +60,7 @@ def fails(capsys, *arguments):
 
 
 def misused(capsys, *arguments):
-    """What tyro prints about a command line that it cannot parse."""
+    """Run a command with invalid flags and return tyro's message."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(list(map(str, arguments)))
@@ -76,7 +76,7 @@ def test_unknown_names_suggest_the_closest(capsys):
     assert "did you mean 'tabletop'?" in fails(capsys, "evaluate", "expert", "--simulator", "tabeltop", "--output", "x")
 
 
-def test_what_does_not_fit_the_machine_is_said_before_anything_starts(capsys, prepared, tmp_path):
+def test_a_batch_that_does_not_divide_is_refused_before_training(capsys, prepared, tmp_path):
     command = train(prepared, tmp_path / "run")
     assert "batch_size: 2 does not divide into 1 processes with 3 micro-batches each" in fails(
         capsys, *command, "--parallel.gradient-accumulation-steps", "3"
@@ -118,7 +118,7 @@ def test_missing_dataset(capsys, tmp_path):
     assert "LeRobot" in line
 
 
-def test_nothing_prepared(capsys, prepared, tmp_path):
+def test_missing_features(capsys, prepared, tmp_path):
     line = fails(
         capsys,
         "train",
@@ -197,7 +197,7 @@ def test_interrupted_by_kill_resumes_to_the_same_bits(prepared, tmp_path, capsys
 
 @pytest.mark.slow
 def test_torchrun_is_one_process_and_its_policy_acts(prepared, tmp_path, capsys):
-    """Two processes under torchrun: the same losses as one, resumed by one; SIGTERM to a process ends with exit code 0."""
+    """Two processes under torchrun give the losses of one process. One process resumes their run."""
     eight = ["--stage.batch-size", "8"]
     main([*train(prepared, tmp_path / "one"), *eight])
     torchrun = [

@@ -1,4 +1,4 @@
-"""A GPU's rules without a GPU: torch's meta device, which refuses every mixture of devices as a GPU does."""
+"""Rules of a GPU without a GPU: on torch's meta device, operations that mix devices raise as on a GPU."""
 
 import sys
 

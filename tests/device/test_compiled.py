@@ -1,6 +1,6 @@
-"""Compiled answers: one graph a part, a few batch sizes, and nothing compiled once a policy is warm.
+"""Compiled policies: one graph for each part and batch size, and no compilation after the warm-up.
 
-Dynamo captures as ever; its graphs run eagerly here, which takes seconds. `test_gpu.py` compiles them for a GPU.
+Dynamo captures as usual. Its graphs run eagerly here, which takes seconds. `test_gpu.py` compiles them for a GPU.
 """
 
 import threading
@@ -19,7 +19,7 @@ from agra.wam.fast import BATCH_SIZES, padded_size
 
 @pytest.fixture(autouse=True)
 def eager_backend(monkeypatch):
-    """Dynamo's capture without the compiler behind it; graph breaks still raise."""
+    """Dynamo's capture without a compiler. Graph breaks still raise."""
     compile_ = torch.compile
 
     def capture(function, **options):
@@ -58,7 +58,7 @@ def test_batch_sizes():
 
 
 def test_nothing_is_compiled_after_the_warm_up(trained, observation):
-    """One instruction or several, every batch size, in the thread that answers; the answers are those of the plain path."""
+    """One instruction or several, in every batch size, in the thread that acts. The chunks are those of the plain path."""
     compiled, plain = (load_policy(trained / "run_0", **o) for o in ({"compiled": True}, {"fast": False}))
     with ThreadPoolExecutor(1, thread_name_prefix="policy") as thread:
         thread.submit(compiled.warm_up, 2).result()
@@ -88,7 +88,7 @@ def test_newer_weights_are_adopted_without_compiling(trained, observation):
     assert first.name == second.name
 
 
-def test_what_does_not_fit_the_graphs_is_not_adopted(trained, observation):
+def test_policies_of_other_options_are_not_adopted(trained, observation):
     first = load_policy(trained / "run_0", compiled=True)
     assert not first.adopt(load_policy(trained / "run_1"))
     assert not first.adopt(load_policy(trained / "run_1", compiled=True, action_steps=2))

@@ -1,4 +1,4 @@
-"""Planned memory against steps that really run under the rules of CUDA's autocast, and those rules against torch's own."""
+"""Planned memory against real steps under the rules of CUDA's autocast, and these rules against torch's own."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -74,7 +74,7 @@ class Called(TorchFunctionMode):
 
 
 def test_the_rules_are_those_of_cuda_s_autocast(small_config):
-    """Every operation of a step gives the type that it gives on a fake CUDA tensor under CUDA's own autocast."""
+    """Every operation of a step returns the type of the same operation on a fake CUDA tensor under CUDA's autocast."""
     config = small_config.method
     method = fake_method(small_config)
     with Called() as called, torch.autocast("cpu", torch.bfloat16):
@@ -133,7 +133,7 @@ def fake_cuda_autocast():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fraction", CHECKPOINTED)
-def test_memory_under_those_rules_is_foreseen(fraction):
+def test_planned_memory_is_that_of_a_real_step(fraction):
     """torch's own count of allocations in a step and a validation of tiny in bfloat16, within 5 %."""
     config = replace(tiny(), stage=replace(tiny().stage, precision="bfloat16"))
     step_cost = measure(config, activation_checkpointing=fraction)

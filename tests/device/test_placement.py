@@ -1,4 +1,4 @@
-"""Every command moves what it must: whole commands on the meta device, which refuses mixtures of devices as a GPU does."""
+"""Placement of tensors: whole commands on the meta device, where operations that mix devices raise as on a GPU."""
 
 import json
 from dataclasses import replace
@@ -108,13 +108,13 @@ def test_latency_of_a_recipe(make_config, meta):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_named(make_config):
+def test_a_missing_gpu_is_an_error(make_config):
     with pytest.raises(ValueError, match="torch finds no GPU"):
         api.preparation(make_config(), device="cuda")
 
 
 def test_a_robot_needs_no_text_encoder(trained, observation):
-    """The training instructions' tokens lie beside the weights and equal the encoder's."""
+    """The checkpoint holds the tokens of the training instructions, and they equal the encoder's."""
     known = load_policy(trained, known_instructions=True)
     whole = load_policy(trained)
     assert sorted(known.instructions.known) == ["go 0", "go 1"]

@@ -1,4 +1,4 @@
-"""bfloat16 where training ran in bfloat16: policies, monitors and diagnosis, as near to float32 as autocast is."""
+"""Policies, monitors and diagnosis in the precision of training, as near to float32 as autocast."""
 
 from dataclasses import replace
 

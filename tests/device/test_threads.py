@@ -1,4 +1,4 @@
-"""Frozen networks under threads: Wan's VAE keeps its causal cache on itself, and training encodes in two threads."""
+"""Frozen networks under threads. Wan's VAE stores its causal cache on the module, and training encodes in two threads."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ def clips(count, frames=5):
     return torch.rand(count, 3, frames, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_threads_that_encode_and_decode_at_once_get_what_one_gets(codec):
+def test_several_threads_encode_and_decode_as_one_does(codec):
     videos = [clips(3) + 0.01 * number for number in range(4)]
     alone = [codec.encode(video) for video in videos]
     decoded = [codec.decode(latents) for latents in alone]

@@ -1,4 +1,4 @@
-"""Validation and resuming at a real batch: in micro-batches, the same for any spread, on the parameters' device."""
+"""Validation in micro-batches, with the same values for any spread, and moments on the parameters' device."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_validation_is_the_same_for_any_number_of_micro_batches_and_never_larger
 
 
 def test_validation_leaves_no_gradient_and_no_trace(config, tmp_path):
-    """A step after a validation is the step without one."""
+    """A step after a validation equals one without it."""
     plain, validating = (make_trainer(config, tmp_path / name) for name in ("a", "b"))
     validating._validate()
     for trainer in (plain, validating):

@@ -117,7 +117,9 @@ def test_published_sizes():
 def test_it_composes_with_the_presets_of_data():
     config = compose("diffusion_policy", Stage.JOINT, ["gr1_few_shot"])
     assert (config.method, config.stage.steps, len(config.data.mixture)) == (diffusion_policy().method, 40_000, 24)
-    with pytest.raises(ValueError, match="diffusion_policy: expected the joint stage, the only one of this method, got adapt"):
+    with pytest.raises(
+        ValueError, match="diffusion_policy: expected the joint stage, the only one of this method, got adapt"
+    ):
         compose("diffusion_policy", Stage.ADAPT)
 
 

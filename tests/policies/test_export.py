@@ -23,7 +23,7 @@ from agra.weights import write_tensors
 
 @pytest.fixture
 def run(small_config, make_batch, tmp_path):
-    """A finished run that kept an average."""
+    """A finished run with averaged weights."""
     config = replace(small_config, stage=replace(small_config.stage, ema_decay=0.5, steps=3))
     seed_everything(0)
     method = config.method.build()
@@ -40,7 +40,7 @@ def run(small_config, make_batch, tmp_path):
 
 
 def load_all(folder):
-    """Every weight of an export by its name."""
+    """Return every weight of an export by name."""
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
@@ -83,7 +83,7 @@ def test_an_export_in_half_precision(run, tmp_path):
         assert torch.equal(value, kept[-1][name].half().float())
 
 
-def test_what_half_precision_cannot_hold(run, tmp_path):
+def test_values_beyond_half_precision_are_named(run, tmp_path):
     found = resolve(run[0])
     weights = load_file(found / "video_dit.safetensors")
     name = next(iter(weights))
@@ -125,7 +125,7 @@ def test_the_average_is_exported(run, tmp_path):
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_no_average_is_said(small_config, make_batch, tmp_path):
+def test_a_missing_average_is_an_error(small_config, make_batch, tmp_path):
     config = replace(small_config, stage=replace(small_config.stage, steps=1))
     method = config.method.build()
     options = {"validation": None, "output": tmp_path / "run", "extra_files": {}}
@@ -136,7 +136,7 @@ def test_no_average_is_said(small_config, make_batch, tmp_path):
 
 
 class Hub:
-    """Stands for the hub: a folder for each model."""
+    """A stand-in for the hub, with a folder for each model."""
 
     def __init__(self, root):
         self.root = root
@@ -194,7 +194,7 @@ def test_cards_name_the_licence_of_the_weights(run, tmp_path):
         verify(folder)
 
 
-def test_an_export_that_is_there_already_is_no_error(run, tmp_path):
+def test_a_repeated_export_changes_nothing(run, tmp_path):
     made = export(run[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     assert export(run[0], tmp_path / "out") == made

@@ -1,4 +1,4 @@
-"""`agra bench-latency`: every path that was asked for, stage by stage, with the same answers."""
+"""`agra bench-latency`: the stages of every path."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_calls_are_counted_after_two_that_are_not():
         measure({}, rounds=0)
 
 
-def test_what_can_be_compared():
+def test_compared_paths():
     assert list(paths()) == ["plain", "fast"]
     assert list(paths(compiled=True)) == ["plain", "fast", "compiled"]
     assert paths(pool_future=2, compiled=True)["pooled"] == {"pool_future": 2, "compiled": True}

@@ -1,4 +1,4 @@
-"""MethodPolicy for several robots at once: the same answers as alone, on the fast path and the plain one, and continued."""
+"""MethodPolicy in batches: the chunks of single requests, on the fast path and the plain one, and continuations."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from agra.wam.codec import to_frames
 
 
 class Codec:
-    """Latents of noise that only the frame decides."""
+    """Latents of noise that depend on the frame alone."""
 
     def encode(self, video):
         rows = [torch.Generator().manual_seed(int(abs(one).sum() * 1000)) for one in video]
@@ -68,7 +68,7 @@ def see(policy, seed=0, instruction="go"):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_robots_in_one_batch_get_what_they_would_get_alone(make_policy, fast):
+def test_a_batch_gives_the_chunks_of_single_requests(make_policy, fast):
     policy = make_policy(fast=fast)
     assert isinstance(policy, BatchPolicy)
     seen = [see(policy, seed, instruction) for seed, instruction in enumerate(("go", "stop", "go"))]
@@ -92,7 +92,7 @@ def test_the_fast_path_answers_as_the_plain_one(make_policy):
     np.testing.assert_allclose(held[0], held[1], atol=1e-5)
 
 
-def test_a_continued_chunk_is_nearer_to_the_old_one_and_its_neighbours_are_left_alone(make_policy):
+def test_a_continuation_is_nearer_to_the_earlier_chunk_and_changes_no_other_row(make_policy):
     policy = make_policy(action_steps=10)
     first = policy.act(see(policy)).actions + np.float32(0.5)  # somewhere else, in the robot's units
     continuation = Continuation(actions=first, delay=2)
@@ -112,7 +112,7 @@ def test_a_continued_chunk_is_nearer_to_the_old_one_and_its_neighbours_are_left_
     np.testing.assert_allclose(held[1].actions, plain[1].actions, atol=1e-5)
 
 
-def test_instructions_are_encoded_once_and_not_kept_without_end(make_policy):
+def test_instructions_are_encoded_once_and_their_cache_is_bounded(make_policy):
     policy = make_policy()
     for _ in range(3):
         policy.act(see(policy, instruction="go"))
@@ -123,7 +123,7 @@ def test_instructions_are_encoded_once_and_not_kept_without_end(make_policy):
     assert policy._prepared.cache_info().currsize == 8
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_drawn(make_policy):
+def test_an_invalid_observation_draws_no_noise(make_policy):
     policy = make_policy()
     policy.reset(3)
     with pytest.raises(ValueError, match="too long"):
@@ -149,7 +149,7 @@ def test_from_zero_noise_the_answer_does_not_depend_on_the_seed_of_the_action(ma
         make_policy(action_noise="one")
 
 
-def test_the_spec_is_what_the_checkpoint_knows(make_policy):
+def test_the_spec_describes_the_checkpoint(make_policy):
     spec = make_policy().spec
     robot = next(iter(spec.embodiments.values()))
     assert (spec.name, spec.horizon, spec.frame_size) == ("small", 4, (32, 48))
@@ -157,7 +157,7 @@ def test_the_spec_is_what_the_checkpoint_knows(make_policy):
     assert dict(robot.action) == {"action": (0, 3)}
 
 
-def test_imagining_changes_no_action_and_starts_from_what_was_seen(make_policy):
+def test_imagining_changes_no_action_and_starts_from_the_observation(make_policy):
     policy = make_policy()
     policy.codec.decode = lambda latents: latents[:, :3].clamp(-1, 1)
     assert isinstance(policy, ImaginingPolicy)

@@ -1,7 +1,7 @@
 """Several processes of one run on one machine, for tests: a launcher that forks them as torchrun would start them.
 
-It imports everything once, then answers a JSON task a line: it prints the processes' ids, and their exit codes when all
-have ended. `Launcher` is the tests' end of it.
+The launcher imports everything once. It reads a JSON task per line, prints the processes' ids, and prints their exit codes
+when all have ended. `Launcher` is the client for tests.
 """
 
 import json
@@ -21,7 +21,7 @@ SAMPLES = 8
 
 
 class Launcher:
-    """Starts groups of processes. `errors` is their output on stderr so far."""
+    """Starts groups of processes. `errors` is their present output on stderr."""
 
     def __init__(self, log):
         self.log = log
@@ -31,7 +31,7 @@ class Launcher:
         )  # fmt: skip
 
     def start(self, size, output, **task):
-        """Start `size` processes and answer their ids; `wait` must follow."""
+        """Start `size` processes and return their ids. Call `wait` afterwards."""
         self.process.stdin.write(json.dumps({"size": size, "output": str(output), **task}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -40,7 +40,7 @@ class Launcher:
         return json.loads(self.process.stdout.readline())
 
     def run(self, size, output, **task):
-        """Start, wait, and answer the exit codes."""
+        """Start processes, wait, and return the exit codes."""
         self.start(size, output, **task)
         return self.wait()
 
@@ -54,7 +54,7 @@ class Launcher:
 
 
 def task_config(task):
-    """The small config with noise draws of every kind, for batches of 8."""
+    """Return the small config with every kind of noise, for batches of 8."""
     from agra.lora import LoRAConfig
     from tests.support.small import make_small_config, with_model, with_objective
 
@@ -73,7 +73,7 @@ def task_config(task):
 
 
 def task_batch(config, step, poisoned=()):
-    """A step's whole batch, with actions of different lengths and targets for even rows alone; the samples of a poisoned step's list are not finite."""
+    """Return a step's whole batch, with actions of different lengths and targets of even rows. `poisoned` rows are not finite."""
     import torch
 
     from tests.support.small import random_batch
@@ -93,7 +93,7 @@ def make_method(config):
 
 
 def train(task):
-    """What `agra.api.train` does, on random batches."""
+    """Train as `agra.api.train` does, on random batches."""
     import torch
 
     from agra.checkpoints.folder import newest
@@ -103,7 +103,7 @@ def train(task):
 
     config, parallel = task_config(task), ParallelConfig(**task.get("parallel", {}))
     poison = {int(step): rows for step, rows in task.get("poison", {}).items()}
-    if task.get("bytes") is not None:  # no file may grow beyond: what a full disk does to a writer
+    if task.get("bytes") is not None:  # a limit of the file size, which fails as a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["bytes"], task["bytes"]))
     options = {"shard_degree": parallel.shard_degree, "deterministic": parallel.deterministic}
     with distributed_context("cpu", **options) as context:
@@ -139,7 +139,7 @@ def train(task):
 
 
 def once(action):
-    """An optimizer hook that acts the first time."""
+    """Return an optimizer hook that acts once."""
     done = []
 
     def hook(*_):
@@ -150,7 +150,7 @@ def once(action):
 
 
 def write_gradients(trainer, output):
-    """The clipped gradients of every parameter, whole, by the first process."""
+    """Write the clipped gradients of every parameter, whole, by the main process."""
     from agra.training.optimization import named_parameters
     from agra.weights import write_tensors
 
@@ -163,7 +163,7 @@ def write_gradients(trainer, output):
 
 
 def worker(rank, size, port, task):
-    """One process, in the environment that torchrun would give it."""
+    """Run one process in torchrun's environment."""
     os.dup2(2, 1)  # standard output is the launcher's
     if size > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}

@@ -1,4 +1,4 @@
-"""Low-rank adapters: nothing at first, alone in learning, whole in checkpoints, gone once merged."""
+"""Low-rank adapters: initial state, training, checkpoints and merging."""
 
 import copy
 import json
@@ -74,7 +74,7 @@ def test_they_change_nothing_at_first_and_learn_alone(config, make_batch):
 
 @pytest.mark.parametrize("stop_before", [3, 5])
 def test_a_killed_run_is_the_whole_run(config, make_batch, tmp_path, stop_before):
-    """And the base stays as it was, to the bit."""
+    """The base weights stay the same bits."""
     trainer(config, tmp_path / "whole", make_batch).run()
 
     class Killed(Exception):
@@ -100,7 +100,7 @@ def test_a_killed_run_is_the_whole_run(config, make_batch, tmp_path, stop_before
 
 
 def test_merged_is_the_same_model(config, make_batch, tmp_path):
-    """As a policy loads it, as a later stage starts from it, and as it is exported, averaged too."""
+    """Merged by a policy, by a later stage and by an export, with averages too."""
     run = trainer(config, tmp_path / "run", make_batch)
     run.run()
     batch = make_batch(config, seed=99)
@@ -148,7 +148,7 @@ def test_an_adapt_stage_hands_its_adapters_on(config, make_batch, tmp_path):
     assert not ours.lora_up.any()
 
 
-def test_what_cannot_be_is_said(config):
+def test_invalid_settings_are_named(config):
     parts = config.method.build().parts()
     with pytest.raises(ValueError, match=r"'video_dit\.\*\.to_z' matches no linear layer; there are video_dit\."):
         attach(parts, LoRAConfig(rank=2, layers=("video_dit.*.to_z",)))

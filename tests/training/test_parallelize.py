@@ -1,4 +1,4 @@
-"""Several processes are one: the same gradients, losses and samples, through stops, moves and failures.
+"""Several processes compute what one computes: gradients, losses and samples, through stops, moves and failures.
 
 Tolerances: losses within 2e-6 (absolute, and of their value), gradients within 2e-6 of the largest entry of their tensor, both float32;
 sums over processes are taken in another order than in one process.
@@ -51,7 +51,7 @@ def launcher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(launcher, tmp_path_factory):
-    """The run of one process that the others are held against."""
+    """The reference run of one process."""
     output = tmp_path_factory.mktemp("whole")
     assert launcher.run(1, output, stage=QUIET, gradients=True) == [0], launcher.errors
     return output
@@ -59,7 +59,7 @@ def whole(launcher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(launcher, tmp_path_factory):
-    """The same run on two processes."""
+    """The run of two processes."""
     output = tmp_path_factory.mktemp("two")
     assert launcher.run(2, output, stage=QUIET, gradients=True) == [0, 0], launcher.errors
     return output
@@ -120,7 +120,7 @@ def test_other_layouts_are_one_process_too(launcher, whole, tmp_path, size, para
     ],
 )
 def test_a_run_moves_to_another_number_of_processes(launcher, whole, tmp_path, moves):
-    """SIGTERM to one process stops all, saves and exits 0; others go on with the same samples to the same losses."""
+    """SIGTERM to one process stops all of them with a checkpoint and exit code 0. Other processes continue with the same samples and losses."""
     order = {}
     for size, stop, saved in moves:
         assert launcher.run(size, tmp_path, stage=QUIET, stop=stop) == [0] * size, launcher.errors
@@ -133,7 +133,7 @@ def test_a_run_moves_to_another_number_of_processes(launcher, whole, tmp_path, m
 
 
 def test_shards_are_read_as_a_checkpoint_of_one_process_is(whole, two, tmp_path):
-    """Self-describing, checksummed, and the weights that one process keeps, within what Adam makes of rounding."""
+    """The shards have a config, checksums and the weights of one process, up to rounding that Adam amplifies."""
     one, sharded = newest(whole), tmp_path / "copy"
     shutil.copytree(newest(two), sharded)
     verify(sharded)
@@ -163,7 +163,7 @@ def test_shards_are_read_as_a_checkpoint_of_one_process_is(whole, two, tmp_path)
 
 @pytest.mark.slow
 def test_averages_are_kept_over_a_move(launcher, tmp_path):
-    """Two processes, then one: the averaged weights are those of one process all the way."""
+    """Two processes and then one give the averaged weights of a single process."""
     stage = {**QUIET, "ema_decay": 0.5}
     assert launcher.run(1, tmp_path / "one", stage=stage) == [0], launcher.errors
     assert launcher.run(2, tmp_path / "two", stage=stage, stop=[1, 1]) == [0, 0], launcher.errors
@@ -191,7 +191,7 @@ def test_a_number_that_is_not_finite_is_traced_to_its_sample(launcher, tmp_path)
 
 
 def test_a_full_disk_loses_nothing(launcher, tmp_path):
-    """No file may grow beyond 20 kB, which the system answers with an error as it does on a full disk."""
+    """Files are limited to 20 kB. Writing more fails as on a full disk."""
     assert launcher.run(1, tmp_path, stage=QUIET, stop=[0, 0]) == [0], launcher.errors
     before = newest(tmp_path)
     for size in (2, 1):

@@ -1,4 +1,4 @@
-"""The planner's counts against arithmetic and against a step that really runs."""
+"""The planner's counts against arithmetic and against real steps."""
 
 import functools
 from dataclasses import replace
@@ -62,8 +62,8 @@ def test_flops_of_a_call_are_those_of_its_products(mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [0, 0.5, 1])
 @pytest.mark.parametrize("samples", [16, 64])
-def test_peak_memory_is_foreseen(checkpointed, samples):
-    """torch's own count of allocations in a step of tiny: what is planned, but for what kernels work with inside."""
+def test_planned_memory_is_that_of_a_real_step(checkpointed, samples):
+    """The plan against torch's own count of allocations in a step of tiny, without workspaces of kernels."""
     config = tiny()
     found = measure(config, activation_checkpointing=checkpointed)
     planned = found.peak(samples)
@@ -152,7 +152,7 @@ class Received(TorchDispatchMode):
 
 @pytest.mark.parametrize(("checkpointed", "half"), [(0.0, False), (0.5, False), (1.0, False), (0.0, True)])
 def test_traffic_is_what_fsdp_sends(checkpointed, half):
-    """Against the collectives of a real step of one process among eight that are not there."""
+    """Against the collectives of a real step of one process, with a fake group of eight."""
     config, found = make_small_config(), small_cost(activation_checkpointing=checkpointed, gather_bfloat16=half)
     method = fake_method(config)
     apply(method, ParallelConfig(activation_checkpointing=checkpointed))
@@ -185,8 +185,8 @@ def test_traffic_grows_with_shards_and_copies():
     assert quick.seconds == quick.compute_seconds
 
 
-def test_gradients_of_several_micro_batches_are_reduced_once_or_held_by_no_process():
-    """Once where a process has room for all of them, after every micro-batch where it has not."""
+def test_gradients_are_reduced_once_or_after_every_micro_batch():
+    """Once where the memory holds whole gradients, and after every micro-batch where it does not."""
     config, step_cost = small_batch(64), small_cost()
 
     def layout(gigabytes):
@@ -195,7 +195,7 @@ def test_gradients_of_several_micro_batches_are_reduced_once_or_held_by_no_proce
 
     sizes = np.geomspace(1e-4, 1, 60)
     layouts = [layout(size) for size in sizes]
-    several = [one for one in layouts if one.gradient_accumulation_steps > 1]
+    several = [layout for layout in layouts if layout.gradient_accumulation_steps > 1]
     assert {one.reduce_every_micro_batch for one in several} == {True, False}
     for one in several:
         reductions = one.gradient_accumulation_steps if one.reduce_every_micro_batch else 1
@@ -216,7 +216,7 @@ def test_the_papers_model_is_planned_from_the_command_line(capsys):
     assert "no layout fits" in capsys.readouterr().out
 
 
-def test_a_meter_counts_what_it_is_told(monkeypatch):
+def test_a_meter_computes_rates_waits_and_mfu(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     meter = ThroughputMeter(flops_per_sample=2e12, peak_flops=1e14)

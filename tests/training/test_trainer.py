@@ -1,4 +1,4 @@
-"""A run is the same run however often it is stopped."""
+"""A run gives the same bits however often it is stopped."""
 
 import json
 import os
@@ -152,8 +152,8 @@ def test_embodiments_keep_their_rows_between_stages(small_config, make_batch, tm
     )  # a new robot starts from a row's weights
 
 
-def test_projectors_of_other_layers_begin_fresh(small_config, make_batch, tmp_path):
-    """A study starts every aligned layer from one joint run: what that run did not align has no projector there."""
+def test_projectors_of_other_layers_start_fresh(small_config, make_batch, tmp_path):
+    """A study starts every aligned layer from one joint run, which has no projectors of other layers."""
     make_trainer(small_config, tmp_path / "joint", make_batch).run()
     method = small_config.method
     config = replace(small_config, method=replace(method, alignment=replace(method.alignment, layers=(1, 2))))
@@ -228,7 +228,7 @@ def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
     assert resolve(tmp_path) == tmp_path / "step_000006"
 
 
-def test_the_least_is_best_where_that_is_asked(small_config, make_batch, tmp_path):
+def test_min_keeps_the_least_value(small_config, make_batch, tmp_path):
     figures = {2: 5.0, 4: 1.0, 6: 3.0}
     config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/score"))
     trainer = make_trainer(config, tmp_path, make_batch)
@@ -237,7 +237,7 @@ def test_the_least_is_best_where_that_is_asked(small_config, make_batch, tmp_pat
     assert best(tmp_path) == (tmp_path / "step_000004", 1.0)
 
 
-def test_a_figure_that_nobody_measures_is_named(small_config, make_batch, tmp_path):
+def test_a_figure_that_is_not_logged_is_named(small_config, make_batch, tmp_path):
     config = replace(small_config, stage=replace(small_config.stage, keep_best="min:validation/score"))
     with pytest.raises(
         ValueError, match=r"no figure is logged as 'validation/score'; choose one of validation/action_loss"
@@ -248,7 +248,7 @@ def test_a_figure_that_nobody_measures_is_named(small_config, make_batch, tmp_pa
 
 
 def test_a_checkpoint_written_late_still_names_its_own_step(small_config, make_batch, tmp_path, monkeypatch):
-    """With a mesh the files are written in the background, when training may be a step further."""
+    """With a mesh the files are written in the background, while training continues."""
     trainer, asked = make_trainer(small_config, tmp_path, make_batch), {}
     monkeypatch.setattr(
         "agra.training.trainer.distributed_checkpoint.save", lambda run, step, tensors, files, **_: asked.update(files)
