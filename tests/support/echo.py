@@ -124,7 +124,7 @@ def get(server, path, headers=None):
     return response.status, response.read().decode()
 
 
-def wait_for(condition, seconds=10):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"
