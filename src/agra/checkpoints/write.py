@@ -1,4 +1,4 @@
-"""Writes checkpoints of one process, whole or not at all. `agra.checkpoints.folder` describes their layout."""
+"""Atomic writing of checkpoints by one process. `agra.checkpoints.folder` describes their layout."""
 
 import json
 import secrets

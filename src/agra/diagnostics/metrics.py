@@ -1,4 +1,4 @@
-"""Grounding metrics and their intervals (4.2.1, Fig. 4(c), Table 1): where the action head looks, and what moves the action.
+"""Grounding metrics with intervals: attention in the mask, centroid error, matched sensitivity ratio (4.2.1, Table 1).
 
 numpy in, numpy out, no torch. Grids are (..., T, H, W): latent frame, token row, token column. A grid unit is the side of
 one token of the video DiT. Intervals are those of `agra.evaluation.statistics`.

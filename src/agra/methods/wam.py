@@ -1,4 +1,4 @@
-"""The world action model as a method: two video passes, three losses (Eqs. 7, 18), and the variants of Table 2.
+"""The world action model as a method: the pass that the head reads, the pass that is aligned, three losses (Eqs. 7, 18).
 
 The denoising pass runs at a sampled noise level, for the video loss. The conditioning pass runs at level exactly 1, as at
 inference. `guidance_pass` is the pass that the action head reads, `aligned_pass` the pass whose hidden states are aligned

@@ -1,4 +1,4 @@
-"""The multi-layer bridge (Eqs. 2, 14-17, 20): the video layers that the action head reads, projected to guidance."""
+"""The multi-layer bridge (Eqs. 2, 14-17, 20): hidden states of several video layers, projected to guidance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
