@@ -108,7 +108,11 @@ def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
         config = recipe(Stage.JOINT)
         assert not config.method.model.video_dit.learned_positions, name
         assert config.method.model.bridge.position_grid is None, name
+        assert config.method.model.bridge.projector == "transformer", name
+        assert config.method.model.guidance_noise_level == 1, name
         assert config.method.model.action_dit.state_dropout == 0, name
+        assert not config.method.model.action_dit.self_attention_first, name
+        assert not config.method.model.action_dit.time_grows_with_noise, name
         assert config.data.early_window_fraction == 0, name
         assert config.stage.ema_decay is None, name
         assert (config.method.objective.action_draws, config.method.objective.video_batch_fraction) == (1, 1.0), name

@@ -17,7 +17,8 @@ from agra.data.gr1 import EMBODIMENT as GR1
 from agra.data.gr1 import REPOSITORY as GR1_REPOSITORY
 from agra.data.gr1 import gr1_mixture
 from agra.methods.diffusion_policy import DiffusionPolicyConfig
-from agra.methods.wam import ObjectiveConfig, Pass, WAMMethodConfig
+from agra.methods.dit4dit import FIRST_SCHEDULER_LEVEL, DiT4DiTConfig
+from agra.methods.wam import NoiseLevels, ObjectiveConfig, Pass, WAMMethodConfig
 from agra.stages import Stage, StageConfig
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.bridge import BridgeConfig, bridged_layers
@@ -198,6 +199,50 @@ def tiny_diffusion_policy(stage: Stage = Stage.JOINT) -> RunConfig:
     return at_stage(replace(base, method=method, data=data, stage=training), stage)
 
 
+def dit4dit(stage: Stage = Stage.JOINT) -> RunConfig:
+    """DiT4DiT as published for GR1: one layer of Cosmos-Predict2.5-2B, detached, under a head of 16 sub-blocks (docs/methods.md).
+
+    200k steps of 64 windows. The data are `gr1`'s: `--with gr1`.
+    """
+    training = StageConfig(
+        steps=200_000,
+        batch_size=64,
+        learning_rate=1e-4,
+        learning_rate_by_part={"video_dit": 1e-5},
+        warmup_ratio=0.025,
+        weight_decay=1e-8,
+        betas=(0.9, 0.95),
+    )
+    data = DataConfig(embodiments=("gr1",), frame_stride=2)
+    return at_stage(RunConfig(method=DiT4DiTConfig(), data=data, stage=training), stage)
+
+
+def dit4dit_attached(stage: Stage = Stage.JOINT) -> RunConfig:
+    """DiT4DiT whose action loss trains the video DiT as well. Not published."""
+    return _attached(dit4dit(stage))
+
+
+def tiny_dit4dit(stage: Stage = Stage.JOINT) -> RunConfig:
+    """DiT4DiT at tiny's size: tiny_wam with one layer at 60 % of the depth, detached, and DiT4DiT's noise levels.
+
+    The bridge stays tiny's, because a head trained from scratch needs its positions.
+    """
+    base = tiny_wam(Stage.JOINT)
+    model = _method(base).model
+    model = replace(
+        model,
+        guidance_noise_level=FIRST_SCHEDULER_LEVEL,
+        bridge=replace(model.bridge, layers=(3,) * model.action_dit.num_blocks),
+    )
+    objective = replace(_method(base).objective, noise_levels=NoiseLevels.UNIFORM)
+    return at_stage(replace(base, method=DiT4DiTConfig(model=model, objective=objective)), stage)
+
+
+def tiny_dit4dit_attached(stage: Stage = Stage.JOINT) -> RunConfig:
+    """DiT4DiT at tiny's size whose action loss trains the video DiT as well."""
+    return _attached(tiny_dit4dit(stage))
+
+
 # --- presets: settings that C.1 and C.3 vary between experiments -----------------------------------------------------
 
 
@@ -308,8 +353,14 @@ def _aligned(config: RunConfig, alignment: AlignmentConfig | None) -> RunConfig:
 
 def _gr1(config: RunConfig, mixture: tuple[SourceConfig, ...]) -> RunConfig:
     embodiments = (GR1, *config.data.embodiments[1:])
+    mixture = tuple(replace(source, frame_stride=config.data.frame_stride) for source in mixture)
     data = replace(config.data, path=GR1_REPOSITORY, mixture=mixture, embodiments=embodiments, cached=())
     return replace(config, data=data)
+
+
+def _attached(config: RunConfig) -> RunConfig:
+    assert isinstance(config.method, DiT4DiTConfig)
+    return replace(config, method=replace(config.method, detach=False))
 
 
 def _bridged(config: RunConfig, layer: int) -> RunConfig:
@@ -363,6 +414,10 @@ RECIPES: dict[str, Recipe] = {
         tiny_wam,
         diffusion_policy,
         tiny_diffusion_policy,
+        dit4dit,
+        dit4dit_attached,
+        tiny_dit4dit,
+        tiny_dit4dit_attached,
     )
 }
 PRESETS: dict[str, Preset] = {

@@ -103,6 +103,46 @@ def test_time_runs_from_noise_to_data(head):
     assert torch.equal(times[0], head.action_encoder.time_features(torch.tensor([0.0, 250.0, 700.0])))
 
 
+def test_time_may_grow_with_noise():
+    torch.manual_seed(0)
+    head = ActionDiT(replace(TINY, time_grows_with_noise=True)).eval()
+    assert head.bucket(torch.tensor([1.0, 0.75, 0.3])).tolist() == [1000, 750, 300]
+
+
+def test_self_attention_may_come_first(head):
+    """The same sub-blocks in the other order: the attention shown is that of the second and the fourth."""
+    torch.manual_seed(0)
+    other = ActionDiT(replace(TINY, self_attention_first=True)).eval()
+    assert [block.attn.to_k.in_features for block in other.blocks] == [16, 12, 16, 12]
+    assert [block.attn.to_k.in_features for block in head.blocks] == [12, 16, 12, 16]
+    order = (1, 0, 3, 2)
+    other.load_state_dict(
+        {
+            (
+                f"blocks.{order[int(name.split('.')[1])]}.{name.split('.', 2)[2]}"
+                if name.startswith("blocks.")
+                else name
+            ): v
+            for name, v in head.state_dict().items()
+        }
+    )
+    inputs = _inputs()
+    shown = other(**inputs, return_attention=True).attention
+    assert [weights.shape[-1] for weights in shown] == [7, 7]
+    bucket = other.bucket(inputs["noise_level"])
+    x, time = (
+        other._tokens(inputs["noisy_actions"], inputs["state"], bucket, inputs["embodiment"]),
+        other.embed_time(bucket, torch.float32),
+    )
+    for block, context in zip(
+        (head.blocks[i] for i in order), (None, inputs["guidance"][0], None, inputs["guidance"][1]), strict=True
+    ):
+        x, _ = block(x, context, time, False)
+    expected = other.project(x, other.modulate_out(time), 4, inputs["embodiment"])
+    torch.testing.assert_close(other(**inputs).velocity, expected)
+    assert not torch.allclose(head(**inputs).velocity, expected)
+
+
 def test_state_dropout_acts_in_training_only():
     torch.manual_seed(0)
     head = ActionDiT(replace(TINY, state_dropout=1.0))

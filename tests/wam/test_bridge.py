@@ -63,6 +63,27 @@ def test_position_sinusoid_is_as_large_as_a_normalised_state_and_unique():
     assert distances.min() > 1
 
 
+def test_a_linear_projector_has_one_layer_of_weights_for_each_video_layer():
+    bridge, hidden = Bridge(BridgeConfig(layers=(2, 0, 2), projector="linear", **TINY)), _hidden(0, 2)
+    guidance = bridge(hidden)
+    assert sum(p.numel() for p in bridge.parameters()) == 2 * (16 * 16 + 16)
+    for layer, tokens in zip((2, 0, 2), guidance, strict=True):
+        weights = bridge.linears[str(layer)]
+        torch.testing.assert_close(tokens, hidden[layer].flatten(1, 3) @ weights.weight.T + weights.bias)
+    assert guidance[0] is guidance[2]
+
+
+def test_the_identity_passes_hidden_states_on():
+    bridge, hidden = Bridge(BridgeConfig(layers=(2, 2), projector="identity", **TINY)), _hidden(2)
+    assert not bridge.config.has_weights
+    assert not list(bridge.parameters())
+    for tokens in bridge(hidden):
+        assert torch.equal(tokens, hidden[2].flatten(1, 3))
+    placed = Bridge(BridgeConfig(layers=(2,), projector="identity", position_grid=(3, 2, 4), **TINY))
+    assert placed.config.has_weights
+    torch.testing.assert_close(placed(hidden)[0], (hidden[2] + placed.positions).flatten(1, 3))
+
+
 def test_missing_layer_is_named():
     with pytest.raises(ValueError, match=r"hidden: expected the layers \(0, 2\), but \[2\] are missing"):
         Bridge(BridgeConfig(layers=(0, 2), **TINY))(_hidden(0))

@@ -16,6 +16,11 @@ VARIANTS = {
     "text projection": {"video_dit": {"text_projection_dim": 20}},
     "future tokens": {"action_dit": {"future_tokens": 3}},
     "a layer read twice": {"bridge": {"layers": (1, 1)}},
+    "a lower guidance level": {"guidance_noise_level": 0.6},
+    "a linear projector": {"bridge": {"projector": "linear"}},
+    "no projector": {"bridge": {"projector": "identity", "position_grid": None}},
+    "self-attention first": {"action_dit": {"self_attention_first": True}},
+    "time that grows with noise": {"action_dit": {"time_grows_with_noise": True}},
 }
 
 
@@ -83,7 +88,8 @@ def test_future_tokens_are_pooled_and_the_observed_frames_are_not(model, small_c
         layer: torch.randn(2, frames, height, width, bridge.config.width) for layer in set(model.config.bridge.layers)
     }
     fast = FastWAM(model, pool_future=2)
-    x = bridge.norm(hidden[model.config.bridge.layers[0]])
+    layer = model.config.bridge.layers[0]
+    x = bridge.norm(hidden[layer]) if bridge.linears is None else bridge.linears[str(layer)](hidden[layer])
     if bridge.positions is not None:
         x = x + bridge.positions
     rows = [list(range(i, min(i + 2, height))) for i in range(0, height, 2)]

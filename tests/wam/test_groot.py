@@ -163,5 +163,7 @@ def test_banks_may_stay_fresh_and_shapes_must_fit(published):
     assert torch.equal(head.action_decoder.layer2.weight, before)
     with pytest.raises(ValueError, match=r"rows: expected 1 or 2 of GR00T's embodiment rows, got \[1, 2, 3\]"):
         load_groot_head(bridge, head, folder, rows=(1, 2, 3))
+    with pytest.raises(ValueError, match="expected an action DiT with cross-attention first"):
+        load_groot_head(bridge, ActionDiT(replace(CONFIG, time_grows_with_noise=True)), folder)
     with pytest.raises(FileNotFoundError, match="GR00T head: cannot load"):
         load_groot_head(bridge, head, "./nowhere")

@@ -46,6 +46,22 @@ def test_condition_is_pure_noise_behind_a_clean_observation(wam, small_config, m
     assert all(h.requires_grad for h in hidden.values())
 
 
+def test_every_conditioning_pass_runs_at_the_guidance_level(wam, small_config, make_batch):
+    wam.config = replace(small_config.method.model, guidance_noise_level=0.9)
+    batch, calls = make_batch(small_config), _spy(wam)
+    noise, level = torch.randn_like(batch.latents), torch.rand(2)
+    seen = batch.latents[:, :, :1]
+    wam.condition(seen, noise, batch.instruction)
+    wam.text_attention(seen, noise, batch.instruction, layers=(1,))
+    wam.denoise_and_condition(batch.latents, noise[:2], level, noise, batch.instruction)
+    expected = torch.full((4,), 0.9)
+    assert torch.equal(calls[0][1][:, 1], expected)
+    assert torch.equal(calls[1][1][:, 1], expected)
+    assert torch.equal(calls[2][1][:, 1], torch.cat([level, expected]))
+    with pytest.raises(ValueError, match=r"guidance_noise_level: expected a number in \(0, 1\], got 0"):
+        replace(small_config.method.model, guidance_noise_level=0)
+
+
 def test_future_latents_do_not_enter_the_conditioning_pass(wam, small_config, make_batch):
     """Future frames must not guide the robot. Only latent frame 0 of the window has an effect."""
     batch = make_batch(small_config)

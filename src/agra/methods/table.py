@@ -1,8 +1,13 @@
 """The only list of methods, by `kind`."""
 
 from agra.methods.diffusion_policy import DiffusionPolicyConfig
+from agra.methods.dit4dit import DiT4DiTConfig
 from agra.methods.method import MethodConfig
 from agra.methods.wam import WAMMethodConfig
 
-METHODS: dict[str, type[MethodConfig]] = {"wam": WAMMethodConfig, "diffusion_policy": DiffusionPolicyConfig}
+METHODS: dict[str, type[MethodConfig]] = {
+    "wam": WAMMethodConfig,
+    "diffusion_policy": DiffusionPolicyConfig,
+    "dit4dit": DiT4DiTConfig,
+}
 """Config classes by `kind`. A method outside the package adds itself before its first config is read."""

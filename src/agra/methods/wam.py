@@ -1,8 +1,8 @@
 """The world action model as a method: the pass that the head reads, the pass that is aligned, three losses (Eqs. 7, 18).
 
-The denoising pass runs at a sampled noise level, for the video loss. The conditioning pass runs at level exactly 1, as at
-inference. `guidance_pass` is the pass that the action head reads, `aligned_pass` the pass whose hidden states are aligned
-with the teacher (A.3).
+The denoising pass runs at a sampled noise level, for the video loss. The conditioning pass runs at level exactly 1
+(`WAMConfig.guidance_noise_level`), as at inference. `guidance_pass` is the pass that the action head reads, `aligned_pass`
+the pass whose hidden states are aligned with the teacher (A.3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -153,7 +153,8 @@ class WAMMethodConfig(MethodConfig):
     @property
     def part_names(self) -> tuple[str, ...]:
         """The networks, and the projectors where the stage aligns."""
-        return ("video_dit", "bridge", "action_dit", *(("projectors",) if self.aligns else ()))
+        bridge = ("bridge",) if self.model.bridge.has_weights else ()
+        return ("video_dit", *bridge, "action_dit", *(("projectors",) if self.aligns else ()))
 
     @property
     def codec(self) -> CodecConfig:
@@ -215,7 +216,8 @@ class WAMMethodConfig(MethodConfig):
 
     def frozen_at(self, stage: Stage) -> tuple[str, ...]:
         """Freeze the action head's parts in the adapt stage, and the video DiT in the finetune stage."""
-        return {Stage.ADAPT: ("bridge", "action_dit"), Stage.JOINT: (), Stage.FINETUNE: ("video_dit",)}[stage]
+        head = tuple(part for part in self.part_names if part in ("bridge", "action_dit"))
+        return {Stage.ADAPT: head, Stage.JOINT: (), Stage.FINETUNE: ("video_dit",)}[stage]
 
     def check(self, stage: Stage, frozen: Sequence[str]) -> None:
         """Check that adapt trains the video DiT on the video loss alone, and that finetune does not train it."""
@@ -403,8 +405,10 @@ class WAMMethod(Method):
     # --- the model's parts --------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return the video DiT, the bridge, the action DiT, and the projectors where the stage aligns."""
-        parts = {"video_dit": self.wam.video_dit, "bridge": self.wam.bridge, "action_dit": self.wam.action_dit}
+        """Return the video DiT, the bridge where it has weights, the action DiT, and the projectors where the stage aligns."""
+        wam = self.wam
+        bridge: dict[str, nn.Module] = {"bridge": wam.bridge} if self.config.model.bridge.has_weights else {}
+        parts = {"video_dit": wam.video_dit, **bridge, "action_dit": wam.action_dit}
         return parts if self.projectors is None else {**parts, "projectors": self.projectors}
 
     def blocks(self) -> list[nn.Module]:

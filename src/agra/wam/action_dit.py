@@ -40,6 +40,8 @@ class ActionDiTConfig:
     bank_init_std: float | None = 0.02
     """Standard deviation of the banks' initial weights, by default GR00T's (docs/paper.md #45). None means
     1 / sqrt(inputs), which suits a head trained from scratch on little data."""
+    self_attention_first: bool = False  # the order that the paper lists (docs/paper.md #6)
+    time_grows_with_noise: bool = False  # time bucket 0 is data, as in DiT4DiT
     num_time_buckets: int = 1000
     max_horizon: int = 1024
 
@@ -87,7 +89,7 @@ class ActionDiT(nn.Module):
         self.blocks = nn.ModuleList(
             SubBlock(config, config.guidance_dim if cross else width)
             for _ in range(config.num_blocks)
-            for cross in (True, False)
+            for cross in ((False, True) if config.self_attention_first else (True, False))
         )
         self.norm_out = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(width, 2 * width)
@@ -122,17 +124,22 @@ class ActionDiT(nn.Module):
         time = self.embed_time(bucket, x.dtype)
         attention: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            context = guidance[index // 2] if index % 2 == 0 else None
+            context = guidance[index // 2] if self.reads_guidance(index) else None
             x, weights = block(x, context, time, return_attention and context is not None)
             if weights is not None:
                 attention.append(weights)
         velocity = self.project(x, self.modulate_out(time), noisy_actions.shape[1], embodiment)
         return ActionOutput(velocity=velocity, attention=tuple(attention) if return_attention else None)
 
+    def reads_guidance(self, index: int) -> bool:
+        """Whether sub-block `index` is a cross-attention block. Guidance `index // 2` is its own."""
+        return (index % 2 == 1) == self.config.self_attention_first
+
     def bucket(self, noise_level: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Convert noise levels to GR00T's time buckets: 0 is pure noise, `num_time_buckets` is data."""
+        """Convert noise levels to time buckets. GR00T's 0 is pure noise and `num_time_buckets` is data."""
+        time = noise_level if self.config.time_grows_with_noise else 1 - noise_level
         # The epsilon keeps levels such as 0.7 from falling into the bucket below by rounding.
-        return ((1 - noise_level) * self.config.num_time_buckets + 1e-4).floor()
+        return (time * self.config.num_time_buckets + 1e-4).floor()
 
     def embed_time(self, bucket: Float[Tensor, "B"], dtype: torch.dtype) -> Float[Tensor, "B W"]:
         """Embed the time for the modulation of every sub-block."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,10 @@ class BridgeConfig:
 
     layers: tuple[int, ...] = bridged_layers(28, 8)
     """One video layer for each action cross-attention block. A layer may repeat (AGRA-BridgeL8)."""
-    num_layers: int = 4
+    projector: Literal["transformer", "linear", "identity"] = "transformer"
+    """`transformer` is Eq. 15, shared by all layers. `linear` is one linear layer for each distinct video layer, `identity`
+    the hidden states as they are, both without a norm: other public world action models (docs/methods.md)."""
+    num_layers: int = 4  # transformer blocks of the projector
     num_heads: int = 32
     head_dim: int = 64
     dropout: float = 0.2
@@ -50,15 +54,28 @@ class BridgeConfig:
         """Width of the hidden states and of the guidance."""
         return self.num_heads * self.head_dim
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is anything to train."""
+        return self.projector != "identity" or self.position_grid is not None
+
 
 class Bridge(nn.Module):
-    """The projector Proj_j (Eq. 15): LayerNorm and self-attention, shared by all layers, applied to each layer alone."""
+    """The projector Proj_j (Eq. 15): LayerNorm and self-attention, shared by all layers, applied to each layer alone.
+
+    `BridgeConfig.projector` replaces it.
+    """
 
     def __init__(self, config: BridgeConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(config.num_layers))
+        transformer = config.projector == "transformer"
+        self.norm = nn.LayerNorm(config.width) if transformer else nn.Identity()
+        self.blocks = nn.ModuleList(SelfAttentionBlock(config) for _ in range(config.num_layers * transformer))
+        self.linears = None
+        if config.projector == "linear":
+            linears = {str(layer): nn.Linear(config.width, config.width) for layer in dict.fromkeys(config.layers)}
+            self.linears = nn.ModuleDict(linears)
         self.positions = None
         if config.position_grid is not None:
             self.positions = nn.Parameter(grid_sinusoid(config.position_grid, config.width))
@@ -76,6 +93,8 @@ class Bridge(nn.Module):
         if missing:
             raise ValueError(f"hidden: expected the layers {self.config.layers}, but {missing} are missing")
         distinct = tuple(dict.fromkeys(self.config.layers))
+        if self.linears is not None:
+            hidden = {layer: self.linears[str(layer)](hidden[layer]) for layer in distinct}
         # Layers become samples, for one large forward pass instead of a small one per layer.
         stacked = torch.cat([hidden[layer] for layer in distinct])
         projected = self._project(stacked, pool_future).chunk(len(distinct))

@@ -85,7 +85,7 @@ class FastWAM:
         config, video = self.model.config, self.model.video_dit
         parameter = next(self.model.parameters())
         learned = video.transformer.learnable_pos_embed
-        levels = torch.ones(1, config.latent_shape[1], device=parameter.device)
+        levels = torch.full((1, config.latent_shape[1]), config.guidance_noise_level, device=parameter.device)
         if config.condition_noise_level is not None:
             levels[:, 0] = config.condition_noise_level
         temb, embedded = video.embed_levels(levels, parameter)
@@ -122,7 +122,7 @@ class FastWAM:
         noise: Float[Tensor, "B C T h w"],
         instructions: Sequence[tuple[KeysValues, ...]],
     ) -> dict[int, Float[Tensor, "P T H W D"]]:
-        """Run the conditioning pass at noise level 1 and return the bridged layers' hidden states (Eqs. 16, 19).
+        """Run the conditioning pass and return the bridged layers' hidden states (Eqs. 16, 19).
 
         P is B, or `padded_size(B)` with `compiled`.
         """
@@ -183,14 +183,17 @@ class FastWAM:
         """Return the velocity function of each Euler step, with the step's constants."""
         head = self.model.action_dit
         # Each block has its own keys and values, also where several blocks read one layer.
-        keys_values = [self._head_blocks[2 * index].attn.keys_values(tokens) for index, tokens in enumerate(guidance)]
+        keys_values = [
+            block.attn.keys_values(guidance[index // 2]) if head.reads_guidance(index) else None
+            for index, block in enumerate(self._head_blocks)
+        ]
         before = head.encode_state(state, embodiment)
 
         def predict(constants: _Level, actions: Tensor, noise_level: Tensor) -> Tensor:
             time = constants.features.expand(len(actions), -1)
             x = head.join(before, head.encode_actions(actions, time, embodiment))
-            for index, (block, modulation) in enumerate(zip(self._head_blocks, constants.modulation, strict=True)):
-                x = block.run(x, keys_values[index // 2] if index % 2 == 0 else None, modulation)
+            for block, context, modulation in zip(self._head_blocks, keys_values, constants.modulation, strict=True):
+                x = block.run(x, context, modulation)
             return head.project(x, constants.modulation_out, actions.shape[1], embodiment)
 
         return [partial(predict, constants) for constants in self._levels]

@@ -18,7 +18,7 @@ from agra.weights import check_fit, stored_tensors
 GR1_ROW = 24
 """N1.5's embodiment row for GR1 with arms and hands. Row 31 is its row for new embodiments."""
 _BANKS = ("state_encoder", "action_encoder", "action_decoder")
-_RENAMED = (  # (name here, name in N1.5): parts of names, applied in this order
+RENAMED = (  # (name here, name in N1.5): parts of names, applied in this order
     ("bridge.norm.", "vlln."),
     ("bridge.blocks.", "vl_self_attention.transformer_blocks."),
     ("action_dit.blocks.", "model.transformer_blocks."),
@@ -47,6 +47,10 @@ def load_groot_head(
     state encoder, action encoder and decoder unchanged. Raises FileNotFoundError if the weights cannot be read, ValueError
     if their shapes differ.
     """
+    if action_dit.config.self_attention_first or action_dit.config.time_grows_with_noise:
+        raise ValueError(
+            "GR00T head: expected an action DiT with cross-attention first and time that grows with the data"
+        )
     targets = {name: tensor for name, tensor in _named(bridge, action_dit) if rows or not _in_bank(name)}
     num_embodiments = action_dit.config.num_embodiments
     bank_rows = list(rows) * (num_embodiments if len(rows) == 1 else 1)
@@ -82,6 +86,6 @@ def _in_bank(name: str) -> bool:
 
 def _groot_name(name: str) -> str:
     bank = _in_bank(name)
-    for part, groot_part in _RENAMED:
+    for part, groot_part in RENAMED:
         name = name.replace(part, groot_part)
     return name.replace(".weight", ".W").replace(".bias", ".b") if bank else name

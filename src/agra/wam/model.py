@@ -24,6 +24,8 @@ class WAMConfig:
     condition_noise_level: float | None = 1e-4
     """Noise level of the condition frame as an input of the video DiT: 1e-4 for Cosmos's post-trained checkpoint. None
     gives it the level of the other frames, as in training of the pre-trained checkpoint (docs/paper.md #10)."""
+    guidance_noise_level: float = 1.0
+    """Noise level of the conditioning pass as an input of the video DiT. Its latents are pure noise at any level."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     text: TextConfig = field(default_factory=TextConfig)
     video_dit: VideoDiTConfig = field(default_factory=VideoDiTConfig)
@@ -32,6 +34,8 @@ class WAMConfig:
 
     def __post_init__(self) -> None:
         video, bridge, action = self.video_dit, self.bridge, self.action_dit
+        if not 0 < self.guidance_noise_level <= 1:
+            raise ValueError(f"guidance_noise_level: expected a number in (0, 1], got {self.guidance_noise_level}")
         if len(bridge.layers) != action.num_blocks:
             raise ValueError(
                 f"bridge.layers: expected {action.num_blocks} layers, one for each cross-attention block of the action "
@@ -114,11 +118,11 @@ class WAM(nn.Module):
         *,
         layers: Sequence[int] = (),
     ) -> dict[int, Float[Tensor, "B T H W D"]]:
-        """Run the conditioning pass: noise level exactly 1, pure noise after the observation (Eqs. 16, 19).
+        """Run the conditioning pass: pure noise after the observation (Eqs. 16, 19), at `guidance_noise_level`.
 
         Returns the hidden states of the bridged layers and of `layers`, with the graph attached.
         """
-        level = noise.new_ones(len(noise), dtype=torch.float32)
+        level = self._guidance_levels(len(noise), noise.device)
         layers = sorted({*self.bridged_layers, *layers})
         return self._video_pass(noise, observation_latent, level, instruction, layers, velocity=False).hidden
 
@@ -144,7 +148,7 @@ class WAM(nn.Module):
         output = self._video_pass(
             torch.cat([interpolate(latents[:count], noise, noise_level), condition_noise]),
             torch.cat([latents[:count, :, :1], latents[:, :, :1]]),
-            torch.cat([noise_level, noise_level.new_ones(len(latents))]),
+            torch.cat([noise_level, self._guidance_levels(len(latents), noise_level.device)]),
             torch.cat([instruction[:count], instruction]),
             sorted({*layers, *condition_layers}),
             velocity=True,
@@ -164,7 +168,7 @@ class WAM(nn.Module):
         layers: Sequence[int],
     ) -> dict[int, Float[Tensor, "B T H W L"]]:
         """Return the attention of each video token of `layers` to each instruction token, conditioning pass (Fig. 14)."""
-        level = noise.new_ones(len(noise), dtype=torch.float32)
+        level = self._guidance_levels(len(noise), noise.device)
         return self._video_pass(
             noise, observation_latent, level, instruction, (), velocity=False, text_layers=layers
         ).text_attention
@@ -213,6 +217,9 @@ class WAM(nn.Module):
             return self.action_dit(actions, state, level, guidance, embodiment).velocity
 
         return euler(predict if continuation is None else continue_chunk(predict, *continuation), noise, steps)
+
+    def _guidance_levels(self, count: int, device: torch.device) -> Float[Tensor, "count"]:
+        return torch.full((count,), self.config.guidance_noise_level, device=device)
 
     def _video_pass(
         self,
