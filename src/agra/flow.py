@@ -1,6 +1,7 @@
 """Flow matching with noise level 1 as pure noise: noise-level samplers, Euler steps, real-time chunking.
 
-The velocity points from data to noise. The random levels belong to samples, not to processes (`agra.rng`), so a resumed run draws the same levels.
+The velocity points from data to noise. The random levels belong to samples, not to processes (`agra.rng`), so a resumed run
+draws the same levels.
 """
 
 import math
