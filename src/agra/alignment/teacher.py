@@ -1,4 +1,4 @@
-"""The frozen visual encoder g_psi whose patch features are AGRA's targets (3.3, Eqs. 3-4).
+"""The frozen visual encoder g_psi: reference frames (Eq. 3) and their patch features, AGRA's targets (Eq. 4, 3.3).
 
 It maps uint8 RGB frames (N, H, W, 3) to a grid of features (N, h, w, P). DINOv2 (with or without registers) and SigLIP
 are read from a hub id or a local folder. `packaged_dinov2_small` is a DINOv2-S/14 that installs as a Python package.
