@@ -1,7 +1,7 @@
 """World Action Models: training, evaluation, diagnosis and serving.
 
-The names of `__all__` are the public interface. They are imported at their first use, so that `import agra` is quick and works
-without torch.
+The names of `__all__` are the public interface. They are imported at their first use, so that `import agra` is quick
+and works without torch.
 """
 
 from importlib import import_module

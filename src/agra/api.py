@@ -1,7 +1,7 @@
 """The functions behind the commands, for use from Python. They take a config or a run's folder and write files.
 
-`agra` re-exports the public ones. This module connects data, training, policies and diagnostics, which import each other only
-as docs/architecture.md allows.
+`agra` re-exports the public ones. This module connects data, training, policies and diagnostics, which import each
+other only as docs/architecture.md allows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -95,9 +95,9 @@ def train(
 ) -> bool:
     """Train one stage into `output`, or resume the run there. Returns False if SIGTERM stopped it early.
 
-    A new run starts from `init_from` (see `load_initial_weights`), and its action head from the GR00T-N1.5 model `head`. Under
-    torchrun every process calls this with the same arguments. Raises ValueError where the batch does not divide over processes
-    and micro-batches.
+    A new run starts from `init_from` (see `load_initial_weights`), and its action head from the GR00T-N1.5 model
+    `head`. Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not
+    divide over processes and micro-batches.
     """
     parallel = parallel or ParallelConfig()
     options = {"shard_degree": parallel.shard_degree, "deterministic": parallel.deterministic}
@@ -270,8 +270,8 @@ def diagnose(
 ) -> Path:
     """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
 
-    The samples come from the simulator, or from `probes`, a folder of `agra probes`. `masks` are annotations of their frames
-    (`agra.diagnostics.samples.masks`).
+    The samples come from the simulator, or from `probes`, a folder of `agra probes`. `masks` are annotations of their
+    frames (`agra.diagnostics.samples.masks`).
     """
     policy = load_policy(run, device=device)
     settings = comparison_teacher(policy.config, teacher) if isinstance(policy.method, ReadsTokens) else None
@@ -324,9 +324,9 @@ def study(
 ) -> Path:
     """Train, evaluate and diagnose a variant for every layer (`agra.diagnostics.study`). Returns `output`/study.json.
 
-    Every variant starts from `init_from`, a checkpoint of the adapt or the joint stage. Projectors of layers that were not
-    aligned there start fresh. `limit` trials of each regime are run, by default all, and `samples` are diagnosed. Without a
-    `simulator` only the losses are compared.
+    Every variant starts from `init_from`, a checkpoint of the adapt or the joint stage. Projectors of layers that were
+    not aligned there start fresh. `limit` trials of each regime are run, by default all, and `samples` are diagnosed.
+    Without a `simulator` only the losses are compared.
     """
 
     def judge(run: Path, name: str) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 class Batch:
     """The samples of a training step. The method's `Needs` determine which optional fields are present.
 
-    Letters: B samples, C latent channels, T latent frames, h x w the latent grid, L instruction tokens of width E,
-    S state and D action dimensions (padded to the widest embodiment), K horizon, F frames of size Y x X, H x W the grid of
-    teacher features of width P.
+    Letters: B samples, C latent channels, T latent frames, h x w the latent grid, L instruction tokens of width E, S
+    state and D action dimensions (padded to the widest embodiment), K horizon, F frames of size Y x X, H x W the grid
+    of teacher features of width P.
     """
 
     state: Float[Tensor, "B S"]  # normalised, zero in dimensions that the embodiment does not have
@@ -58,7 +58,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyInputs:
-    """Observations as inputs of a method. Letters as in `Batch`. `Needs` determine which optional fields are present."""
+    """Observations as inputs of a method.
+
+    Letters as in `Batch`. `Needs` determine which optional fields are present.
+    """
 
     state: Float[Tensor, "B S"]
     embodiment: Int[Tensor, "B"]

@@ -23,8 +23,8 @@ class VisualRelianceConfig:
     """Action dimensions and chunk step that measure visual reliance. Together they are the *target* of a chunk."""
 
     dimensions: tuple[str, ...] = ()
-    """Patterns of action names. All matching dimensions form one vector. By default the planar positions `*_x` and `*_y`, in
-    metres on the tabletop, or the whole action of an embodiment without such names."""
+    """Patterns of action names. All matching dimensions form one vector. By default the planar positions `*_x` and
+    `*_y`, in metres on the tabletop, or the whole action of an embodiment without such names."""
     step: int = 7
     """Step of the chunk, from 0. The default is about where the hand reaches the object."""
 
@@ -38,7 +38,8 @@ class VisualRelianceConfig:
         matching = [i for i, name in enumerate(action_names) if any(fnmatch.fnmatch(name, p) for p in patterns)]
         if self.dimensions and not matching:
             raise ValueError(
-                f"visual_reliance.dimensions: {self.dimensions} match none of the actions; choose among {tuple(action_names)}"
+                f"visual_reliance.dimensions: {self.dimensions} match none of the actions; choose among "
+                f"{tuple(action_names)}"
             )
         return matching or list(range(len(action_names)))
 
@@ -83,19 +84,21 @@ class RunConfig:
             unknown = [part for part in parts if part not in self.method.part_names]
             if unknown:
                 raise ValueError(
-                    f"stage.{name}: {unknown[0]!r} is not a part of this method; expected {', '.join(self.method.part_names)}"
+                    f"stage.{name}: {unknown[0]!r} is not a part of this method; expected "
+                    f"{', '.join(self.method.part_names)}"
                 )
         for source in self.data.sources if self.method.clips_actions else ():
             methods = [method for _, method in source.keys("action")] or [source.normalization]
             if wide := [method for method in methods if method not in ("min_max", "sin_cos", "rot6d")]:
                 raise ValueError(
-                    f"data.normalization: {self.method.kind} clips actions to [-1, 1], so theirs must be min_max, got {wide[0]}"
+                    f"data.normalization: {self.method.kind} clips actions to [-1, 1], so theirs must be min_max, got "
+                    f"{wide[0]}"
                 )
         rows = self.method.shapes.num_embodiments
         if len(self.data.embodiments) > rows:
             raise ValueError(
-                f"data.embodiments: {len(self.data.embodiments)} embodiments {self.data.embodiments}, but the method has"
-                f" {rows} rows; raise its num_embodiments"
+                f"data.embodiments: {len(self.data.embodiments)} embodiments {self.data.embodiments}, but the method "
+                f"has {rows} rows; raise its num_embodiments"
             )
 
     def to_json(self) -> str:

@@ -15,8 +15,9 @@ LOCK = ".lock"
 def replacing(path: Path, *, failures: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Yield a temporary path beside `path` and rename it to `path` at the end of the block. Creates missing folders.
 
-    On any error the temporary file or folder is removed and `path` stays unchanged. An OSError names `path`. `failures` are
-    exceptions by which other libraries report a failed write, such as SafetensorError for a full disk. They become OSError.
+    On any error the temporary file or folder is removed and `path` stays unchanged. An OSError names `path`. `failures`
+    are exceptions by which other libraries report a failed write, such as SafetensorError for a full disk. They become
+    OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,8 @@ def lock(folder: Path, name: str = LOCK) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
             raise ValueError(
-                f"{folder}: another process (pid {holder}) writes here; wait for it, stop it or choose another output folder"
+                f"{folder}: another process (pid {holder}) writes here; wait for it, stop it or choose another output "
+                "folder"
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

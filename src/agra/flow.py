@@ -1,7 +1,7 @@
 """Flow matching with noise level 1 as pure noise: noise-level samplers, Euler steps, real-time chunking.
 
-The velocity points from data to noise. The random levels belong to samples, not to processes (`agra.rng`), so a resumed run
-draws the same levels.
+The velocity points from data to noise. The random levels belong to samples, not to processes (`agra.rng`), so a resumed
+run draws the same levels.
 """
 
 import math
@@ -54,8 +54,8 @@ def uniform_levels(count: int) -> Tensor:
 def beta_levels(count: int, *, alpha: float = 1.5, beta: float = 1.0, scale: float = 0.999) -> Tensor:
     """Draw action noise levels (count,) in [0, 1], GR00T's in the paper's direction (Eq. 11, docs/paper.md #21).
 
-    GR00T draws b ~ Beta(alpha, beta) and trains at time (scale - b) / scale, where time 1 is data. The noise level is one
-    minus that time, b / scale, clamped to [0, 1]. Most levels are high.
+    GR00T draws b ~ Beta(alpha, beta) and trains at time (scale - b) / scale, where time 1 is data. The noise level is
+    one minus that time, b / scale, clamped to [0, 1]. Most levels are high.
     """
     levels = torch.distributions.Beta(alpha, beta, validate_args=False)
     return (sample_shard(lambda n: levels.sample((n,)), count) / scale).clamp(0, 1)
@@ -89,8 +89,8 @@ def euler(predict: Predict | Sequence[Predict], noise: Tensor, steps: int) -> Te
 def continuation_weights(delay: int, overlap: int, horizon: int) -> Tensor:
     """Return how strongly each action of a new chunk follows the old chunk, (horizon,) in [0, 1] (2506.07339, Eq. 5).
 
-    The robot executes the first `delay` actions before the new chunk arrives: weight 1. From there to the end of the old
-    chunk, `overlap` actions from now, the weight decays. After the old chunk's end it is 0.
+    The robot executes the first `delay` actions before the new chunk arrives: weight 1. From there to the end of the
+    old chunk, `overlap` actions from now, the weight decays. After the old chunk's end it is 0.
     """
     if not 0 <= delay <= overlap <= horizon:
         raise ValueError(f"expected 0 <= delay <= overlap <= horizon, got {delay}, {overlap} and {horizon}")
@@ -100,10 +100,11 @@ def continuation_weights(delay: int, overlap: int, horizon: int) -> Tensor:
 
 
 def continue_chunk(predict: Predict, previous: Tensor, weights: Tensor, *, strength: float = 5.0) -> Predict:
-    """Guide `predict` so that the denoised sample agrees with `previous` as far as `weights` say (2506.07339, Eqs. 2-4).
+    """Guide `predict` so that the denoised sample agrees with `previous` as far as `weights` say (2506.07339,
+    Eqs. 2-4).
 
-    `previous` and `weights` are (B, K, D). `strength` is the equations' beta. Their time is 1 - level and their velocity is
-    minus ours. The denoised estimate is therefore sample - level * velocity, the guidance's factor is
+    `previous` and `weights` are (B, K, D). `strength` is the equations' beta. Their time is 1 - level and their
+    velocity is minus ours. The denoised estimate is therefore sample - level * velocity, the guidance's factor is
     min(beta, ((1 - level)^2 + level^2) / (level * (1 - level))), and the equations' sum becomes a difference.
     """
 

@@ -40,8 +40,8 @@ def check_digest(path: Path, expected: str, what: str) -> None:
     """Raise ValueError unless a packaged file has the SHA-256 that this version of agra expects."""
     if sha256(path) != expected:
         raise ValueError(
-            f"{what}: {path} is not the expected file, its SHA-256 differs from {expected}; reinstall the package, and do "
-            "not use the file if that does not help"
+            f"{what}: {path} is not the expected file, its SHA-256 differs from {expected}; reinstall the package, and "
+            "do not use the file if that does not help"
         )
 
 
@@ -63,8 +63,8 @@ def model_folder(what: str, *, source: str, revision: str | None, subfolder: str
 def dataset_folder(path: str, revision: str | None = None) -> Path:
     """Return the folder `path`, or the local copy of the dataset with that hub id, OWNER/NAME or OWNER/NAME/FOLDER.
 
-    A path that is not a folder but has the form of a hub id is requested from the hub. Raises FileNotFoundError if neither
-    exists.
+    A path that is not a folder but has the form of a hub id is requested from the hub. Raises FileNotFoundError if
+    neither exists.
     """
     if Path(path).is_dir() or not (match := _DATASET_ID.fullmatch(path)):
         return Path(path)
@@ -80,8 +80,8 @@ def dataset_folder(path: str, revision: str | None = None) -> Path:
         OfflineModeIsEnabled,
     ) as error:
         raise FileNotFoundError(
-            f"{path}: no such folder, and no dataset of that id on the hub ({_first_line(error)}); collect a dataset with "
-            f"agra collect, or download it from https://huggingface.co/datasets/{repository}"
+            f"{path}: no such folder, and no dataset of that id on the hub ({_first_line(error)}); collect a dataset "
+            f"with agra collect, or download it from https://huggingface.co/datasets/{repository}"
         ) from error
     return Path(root) / (folder or "")
 
@@ -99,7 +99,8 @@ def upload_model(folder: Path, name: str, *, private: bool) -> str:
         raise ValueError(f"{name}: not a valid hub id; expected owner/model") from error
     except (HfHubHTTPError, OSError) as error:
         raise OSError(
-            f"{name}: upload failed ({' '.join(str(error).split())}); run `hf auth login` with a token that has write access"
+            f"{name}: upload failed ({' '.join(str(error).split())}); run `hf auth login` with a token that has write "
+            "access"
         ) from error
     return address
 
@@ -116,7 +117,10 @@ def model_card_text(text: str, *, license: str, tags: list[str]) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a folder's safetensors files. Raises FileNotFoundError if there are none or a file of the index is missing."""
+    """List a folder's safetensors files.
+
+    Raises FileNotFoundError if there are none or a file of the index is missing.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: expected the published weights as .safetensors files, found none")
@@ -124,8 +128,8 @@ def weight_files(folder: Path) -> list[Path]:
         listed = set(json.loads(index.read_text())["weight_map"].values())
         if missing := sorted(listed - {file.name for file in files}):
             raise FileNotFoundError(
-                f"{folder / missing[0]}: missing, though {index.name} lists it; an interrupted download may be the cause, "
-                "download it again"
+                f"{folder / missing[0]}: missing, though {index.name} lists it; an interrupted download may be the "
+                "cause, download it again"
             )
     return files
 

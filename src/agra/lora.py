@@ -1,8 +1,8 @@
-"""Low-rank adapters on selected linear layers, attached from outside and merged into the weights after training. A leaf.
+"""Low-rank adapters on selected linear layers, attached from outside and merged into the weights after training.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685), not in the paper: y = W x + scale * U D x, where W is frozen, D (rank, inputs) is
-random and U (outputs, rank) is initially zero. The layers keep their names and weights. Checkpoints therefore hold the base
-model unchanged, with `<layer>.lora_down` and `<layer>.lora_up` in addition.
+A leaf. LoRA (Hu et al. 2021, arXiv 2106.09685), not in the paper: y = W x + scale * U D x, where W is frozen, D
+(rank, inputs) is random and U (outputs, rank) is initially zero. The layers keep their names and weights. Checkpoints
+therefore hold the base model unchanged, with `<layer>.lora_down` and `<layer>.lora_up` in addition.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +19,18 @@ _DOWN, _UP = "lora_down", "lora_up"
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Rank of the adapters and the layers that get them. A part of the method with adapters trains only the adapters."""
+    """Rank of the adapters and the layers that get them.
+
+    A part of the method with adapters trains only the adapters.
+    """
 
     rank: int | None = None
     """Rank of the adapters. None means no adapters, as in the paper."""
     scale: float = 1.0
     """Factor of the adapters' results, alpha / rank in other libraries."""
     layers: tuple[str, ...] = tuple(f"video_dit.*.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
-    """Name patterns of linear layers, `<part>.<name>`, where * matches anything. Layers that no stage trains never match."""
+    """Name patterns of linear layers, `<part>.<name>`, where * matches anything. Layers that no stage trains never
+    match."""
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -38,7 +42,10 @@ class LoRAConfig:
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with an adapter. `attach` turns an nn.Linear into one in place, so that references to it stay valid."""
+    """A linear layer with an adapter.
+
+    `attach` turns an nn.Linear into one in place, so that references to it stay valid.
+    """
 
     scale: float
     lora_down: nn.Parameter
@@ -59,8 +66,8 @@ def attach(
 ) -> None:
     """Attach adapters to the linear layers of a method's parts that `config` names. Without a rank do nothing.
 
-    `seed` determines the initial values. Modules inside `leave_out` get no adapters. Raises ValueError if a pattern matches
-    no linear layer, or if the rank is not lower than the smaller width of a layer.
+    `seed` determines the initial values. Modules inside `leave_out` get no adapters. Raises ValueError if a pattern
+    matches no linear layer, or if the rank is not lower than the smaller width of a layer.
     """
     if config.rank is None:
         return
@@ -84,8 +91,8 @@ def _adapt(layer: nn.Linear, name: str, config: LoRAConfig, generator: torch.Gen
     assert config.rank is not None
     if config.rank >= min(layer.in_features, layer.out_features):
         raise ValueError(
-            f"stage.lora.rank: expected less than {min(layer.in_features, layer.out_features)}, the smaller width of {name}, "
-            f"got {config.rank}"
+            f"stage.lora.rank: expected less than {min(layer.in_features, layer.out_features)}, the smaller width of "
+            f"{name}, got {config.rank}"
         )
     bound = layer.in_features**-0.5
     down = torch.empty(config.rank, layer.in_features, device="cpu").uniform_(-bound, bound, generator=generator)

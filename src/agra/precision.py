@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 
 Precision = Literal["auto", "bfloat16", "float32"]
-"""Precision of matrix products under autocast. `auto` is bfloat16 on GPUs with instructions for it and float32 otherwise, so
-that results do not depend on the model of the CPU."""
+"""Precision of matrix products under autocast. `auto` is bfloat16 on GPUs with instructions for it and float32
+otherwise, so that results do not depend on the model of the CPU."""
 
 
 def local_device(name: str | torch.device) -> torch.device:
@@ -56,8 +56,8 @@ def autocast(device: torch.device, precision: Precision, *, cache: bool = True) 
 def without_autocast(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return `module(x)`, computed in the data type of `x`.
 
-    CUDA's autocast runs layer norms in float32 and keeps a float32 copy of their inputs for the backward pass. The CPU's
-    autocast does neither. Norms without weights always compute in float32 internally.
+    CUDA's autocast runs layer norms in float32 and keeps a float32 copy of their inputs for the backward pass. The
+    CPU's autocast does neither. Norms without weights always compute in float32 internally.
     """
     kind = x.device.type
     # Dynamo of torch 2.11 cannot trace `is_autocast_available`, and compiled code calls this function.

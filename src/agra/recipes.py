@@ -1,8 +1,8 @@
 """Recipes: one function for each row of the paper, presets that change any recipe, and `tiny()`.
 
-A recipe takes a stage and returns a `RunConfig`. It calls another recipe and replaces the fields that differ. The defaults of
-the config classes are the paper's. A preset changes a config: other data (C.3), EgoDex, another reading of the action head.
-`compose` combines recipe, stage and presets.
+A recipe takes a stage and returns a `RunConfig`. It calls another recipe and replaces the fields that differ. The
+defaults of the config classes are the paper's. A preset changes a config: other data (C.3), EgoDex, another reading of
+the action head. `compose` combines recipe, stage and presets.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,9 +86,9 @@ def agra_shared_denoising_pass(stage: Stage = Stage.JOINT) -> RunConfig:
 def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     """AGRA small enough for two CPU cores, with packaged parts: patch-PCA codec, MiniLM, DINOv2-S.
 
-    It shows the mechanism, not the paper's numbers. Besides its size it differs from the paper where a model trained from
-    scratch within an hour needs it: positions on the guidance, state dropout, early windows, other weights of the losses
-    (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch.
+    It shows the mechanism, not the paper's numbers. Besides its size it differs from the paper where a model trained
+    from scratch within an hour needs it: positions on the guidance, state dropout, early windows, other weights of the
+    losses (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch.
     """
     layers = bridged_layers(6, 4)
     model = WAMConfig(

@@ -1,8 +1,8 @@
 """Random numbers that belong to samples, not to processes. A leaf.
 
-The samples of a step are divided into shards: processes, and micro-batches of each process. Every shard draws the numbers
-of the whole step from the same seed and keeps the rows of its own samples. One process, eight processes and eight
-micro-batches therefore see the same noise, and a run can continue with another number of processes.
+The samples of a step are divided into shards: processes, and micro-batches of each process. Every shard draws the
+numbers of the whole step from the same seed and keeps the rows of its own samples. One process, eight processes and
+eight micro-batches therefore see the same noise, and a run can continue with another number of processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,8 +38,8 @@ def seed_everything(*numbers: int) -> None:
 def sharded_rng(seed: int, step: int, *, samples: int, index: int = 0, count: int = 1) -> Iterator[None]:
     """Make `sample_shard` return only this shard's rows (`index::count`) of the whole step's noise from (seed, step).
 
-    The shard holds `samples` samples. Dropout draws from torch's global generators directly, so its numbers differ between
-    shards.
+    The shard holds `samples` samples. Dropout draws from torch's global generators directly, so its numbers differ
+    between shards.
     """
     seed_everything(seed, step)
     token = _current.set(_Shard(samples, index, count, _get_state()))

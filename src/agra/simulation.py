@@ -42,9 +42,9 @@ def open_policy(
 ) -> Policy:
     """Open a policy: a checkpoint or run folder, a bundled policy, a server's address, or `expert`.
 
-    Servers are ws://HOST:PORT, or with a `key_mapping` (`agra.serving.remote_policies`) those of other packages. They receive
-    the key in the variable AGRA_API_KEY and have `timeout` seconds for an answer. `name`, `device`, `threads` (of torch,
-    for the whole process) and `action_noise` (`agra.policies.policy.MethodPolicy`) apply to checkpoints.
+    Servers are ws://HOST:PORT, or with a `key_mapping` (`agra.serving.remote_policies`) those of other packages. They
+    receive the key in the variable AGRA_API_KEY and have `timeout` seconds for an answer. `name`, `device`, `threads`
+    (of torch, for the whole process) and `action_noise` (`agra.policies.policy.MethodPolicy`) apply to checkpoints.
     """
     address = str(policy)
     if address == EXPERT:
@@ -87,14 +87,15 @@ def evaluate(
 ) -> Results:
     """Play a benchmark's trials and write the results file `output`. The same call resumes an interrupted evaluation.
 
-    `policy` and `simulator` are objects or names (see `open_policy` and `make_simulator`, which receives `simulator_options`).
-    `regimes` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By default, `output` is results.jsonl
-    in the folder of the policy's run, `name` (of the policy, in the results) is the name of that folder, and the protocol is
-    the simulator's usual one, with a single executed action for the expert. `action_noise` is that of
-    `agra.policies.policy.MethodPolicy`. For a server it is only recorded in the results. `videos` trials of each regime are saved as mp4.
+    `policy` and `simulator` are objects or names (see `open_policy` and `make_simulator`, which receives
+    `simulator_options`). `regimes` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By
+    default, `output` is results.jsonl in the folder of the policy's run, `name` (of the policy, in the results) is the
+    name of that folder, and the protocol is the simulator's usual one, with a single executed action for the expert.
+    `action_noise` is that of `agra.policies.policy.MethodPolicy`. For a server it is only recorded in the results.
+    `videos` trials of each regime are saved as mp4.
 
-    With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the same
-    for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
+    With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the
+    same for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
     """
     output, name = results_file(policy, output, name, key_mapping)
     policy_settings = {"key_mapping": key_mapping} if key_mapping else {}
@@ -162,7 +163,10 @@ def usual_protocol(policy: Policy | str | Path, simulator: str) -> Protocol:
 def results_file(
     policy: Policy | str | Path, output: str | Path | None, name: str | None, key_mapping: str | None = None
 ) -> tuple[Path, str]:
-    """The results file of an evaluation and the policy's name in it. Raises ValueError if the policy does not decide them."""
+    """The results file of an evaluation and the policy's name in it.
+
+    Raises ValueError if the policy does not decide them.
+    """
     by_path = not isinstance(policy, Policy) and policy != EXPERT and "://" not in str(policy)
     if output is None and not by_path:
         raise ValueError(

@@ -38,10 +38,11 @@ class StageConfig:
     betas: tuple[float, float] = (0.95, 0.999)
     clip_norm: float = 1.0
     ema_decay: float | None = None
-    """Decay of an additional exponential moving average of the trained weights. Not in the paper (docs/paper.md #26)."""
+    """Decay of an additional exponential moving average of the trained weights. Not in the paper
+    (docs/paper.md #26)."""
     ema_power: float | None = None
-    """Power p of the average's warm-up: at step n the decay is at most 1 - (1 + n)^-p. None applies `ema_decay` from the
-    first step."""
+    """Power p of the average's warm-up: at step n the decay is at most 1 - (1 + n)^-p. None applies `ema_decay` from
+    the first step."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Low-rank adapters, trained instead of the weights. Not in the paper (docs/paper.md #26)."""
     precision: Precision = "auto"

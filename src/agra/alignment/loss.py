@@ -71,7 +71,10 @@ class FrameConv(nn.Conv2d):
 
 
 class Projectors(nn.ModuleDict):
-    """One projector for each aligned layer, keyed by the layer. With several depths each projects to its part of the width."""
+    """One projector for each aligned layer, keyed by the layer.
+
+    With several depths each projects to its part of the width.
+    """
 
     def __init__(self, width: int, teacher_width: int, config: AlignmentConfig) -> None:
         depth_width = teacher_width // max(1, len(config.teacher.depths))
@@ -113,8 +116,8 @@ def cosine_gain(
 ) -> Float[Tensor, ""]:
     """Return the mean cosine minus that of a constant prediction, the batch mean of the targets at each position.
 
-    In a static scene the constant prediction already reaches a cosine of about 0.9, so the loss alone says little. Not in
-    the paper.
+    In a static scene the constant prediction already reaches a cosine of about 0.9, so the loss alone says little. Not
+    in the paper.
     """
     constant = targets.mean(dim=0, keepdim=True).expand_as(targets)
     return -alignment_loss(projected, targets) - cosine(constant, targets).mean()

@@ -39,8 +39,8 @@ _MODEL_TYPES = {"dinov2": ("dinov2", "dinov2_with_registers"), "siglip": ("sigli
 def reference_frames(num_latent_frames: int, stride: int = 4) -> tuple[int, ...]:
     """Return the reference frame of each latent frame of a causal codec, the first frame that it covers (3.3, Eq. 3).
 
-    Latent frame 0 covers frame 0, latent frame t >= 1 covers the frames stride*(t-1)+1 .. stride*t. Five latent frames of
-    stride 4 (17 frames) give 0, 1, 5, 9, 13.
+    Latent frame 0 covers frame 0, latent frame t >= 1 covers the frames stride*(t-1)+1 .. stride*t. Five latent frames
+    of stride 4 (17 frames) give 0, 1, 5, 9, 13.
     """
     if num_latent_frames < 1 or stride < 1:
         raise ValueError(f"expected at least one latent frame and a stride of 1, got {num_latent_frames} and {stride}")
@@ -50,12 +50,13 @@ def reference_frames(num_latent_frames: int, stride: int = 4) -> tuple[int, ...]
 def interpolate_grid(
     grid: Float[Tensor, "N h w P"], size: tuple[int, int], *, antialias: bool = False
 ) -> Float[Tensor, "N H W P"]:
-    """Interpolate the teacher's grid to the video DiT's token grid `size` (H, W) (Eq. 4). Bilinear, pixel centres aligned.
+    """Interpolate the teacher's grid to the video DiT's token grid `size` (H, W) (Eq. 4).
 
-    Plain bilinear interpolation mixes the two nearest patches along each axis. Shrinking by exactly 2 (8x14 to 4x7) then
-    gives the mean of each 2x2 block. From 32x32 to 12x21 (a factor of 2.67 in height, 1.52 in width) it never reads 8 of
-    the 32 rows, but all columns. Each patch feature has attended to the whole image, so the default is the plain reading of
-    the paper. `antialias` widens the filter with the factor. Every patch then counts, at the price of blur.
+    Bilinear, pixel centres aligned. Plain bilinear interpolation mixes the two nearest patches along each axis.
+    Shrinking by exactly 2 (8x14 to 4x7) then gives the mean of each 2x2 block. From 32x32 to 12x21 (a factor of 2.67 in
+    height, 1.52 in width) it never reads 8 of the 32 rows, but all columns. Each patch feature has attended to the
+    whole image, so the default is the plain reading of the paper. `antialias` widens the filter with the factor. Every
+    patch then counts, at the price of blur.
     """
     if grid.ndim != 4:
         raise ValueError(f"grid: expected (N, h, w, P), got {tuple(grid.shape)}")
@@ -77,11 +78,11 @@ class TeacherConfig:
     layer: int | None = None
     """Read the output of this block (0-based) through the final LayerNorm. None reads the last block."""
     depths: tuple[int, ...] = ()
-    """Read several blocks (0-based, each through the final LayerNorm), one for each aligned video layer, and concatenate
-    their features along the last axis. If empty, read the block `layer`."""
+    """Read several blocks (0-based, each through the final LayerNorm), one for each aligned video layer, and
+    concatenate their features along the last axis. If empty, read the block `layer`."""
     precision: Precision = "auto"
-    """Precision of the encoder's matrix products. "auto" is bfloat16 on GPUs with instructions for it. Features are always
-    float32."""
+    """Precision of the encoder's matrix products. "auto" is bfloat16 on GPUs with instructions for it. Features are
+    always float32."""
 
     def __post_init__(self) -> None:
         if self.kind not in (*_MODEL_TYPES, "packaged_dinov2_small"):
@@ -204,8 +205,8 @@ class Teacher(nn.Module):
     def forward(self, frames: np.ndarray | Tensor) -> Float[Tensor, "N h w P"]:
         """Compute patch features, float32, of uint8 frames (N, H, W, 3).
 
-        Frames are resized to the input size (bicubic, antialiased) without keeping the aspect ratio. The patch grid then
-        maps linearly onto any other grid over the same frame. Pass frames at their full resolution.
+        Frames are resized to the input size (bicubic, antialiased) without keeping the aspect ratio. The patch grid
+        then maps linearly onto any other grid over the same frame. Pass frames at their full resolution.
         """
         inputs = self.preprocess(frames)
         extra = {"interpolate_pos_encoding": True} if self.config.kind == "siglip" else {}
@@ -238,8 +239,8 @@ class Teacher(nn.Module):
 def load_teacher(config: TeacherConfig) -> Teacher:
     """Load the teacher of `config`, frozen.
 
-    Raises FileNotFoundError or ImportError with the remedy if the weights are missing, ValueError if the source is a model
-    of another kind or has too few blocks for `layer` or `depths`.
+    Raises FileNotFoundError or ImportError with the remedy if the weights are missing, ValueError if the source is a
+    model of another kind or has too few blocks for `layer` or `depths`.
     """
     with _quiet():
         model = _load_packaged(config) if config.kind == "packaged_dinov2_small" else _load_pretrained(config)
@@ -288,7 +289,10 @@ def _load_pretrained(config: TeacherConfig) -> PreTrainedModel:
 
 
 def _complete(loaded: Any, source: str) -> PreTrainedModel:
-    """Return the model of a (model, loading report) pair. Raises ValueError for missing weights, which would be random."""
+    """Return the model of a (model, loading report) pair.
+
+    Raises ValueError for missing weights, which would be random.
+    """
     model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if missing:

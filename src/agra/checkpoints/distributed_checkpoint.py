@@ -1,7 +1,7 @@
 """Checkpoints of several processes: torch DCP in safetensors, written in the background, committed in one rename.
 
-Every process writes its own shards and their checksums. When DCP has heard from all processes, the main process adds the
-manifest and renames the folder (`agra.checkpoints.write.commit`). Until then earlier checkpoints stay as they are.
+Every process writes its own shards and their checksums. When DCP has heard from all processes, the main process adds
+the manifest and renames the folder (`agra.checkpoints.write.commit`). Until then earlier checkpoints stay as they are.
 """
 
 import shutil

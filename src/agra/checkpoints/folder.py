@@ -36,7 +36,10 @@ STEP = re.compile(r"step_(\d{6,})")
 
 
 def newest(run: Path) -> Path | None:
-    """Return the checkpoint of the highest step in a run's folder. Unfinished ones have other names and do not count."""
+    """Return the checkpoint of the highest step in a run's folder.
+
+    Unfinished ones have other names and do not count.
+    """
     steps = [(int(match[1]), path) for path in run.glob("step_*") if (match := STEP.fullmatch(path.name))]
     return max(steps)[1] if steps else None
 

@@ -30,7 +30,9 @@ class TrainedStage:
 
 
 def record_origin(run: Path, init_from: str | Path | None) -> None:
-    """Write a run's starting point into its folder: a hub id, or a relative path, so that both folders can move together."""
+    """Write a run's starting point into its folder: a hub id, or a relative path, so that both folders can move
+    together.
+    """
     origin = None
     if init_from is not None:
         path = find(init_from)
@@ -39,7 +41,10 @@ def record_origin(run: Path, init_from: str | Path | None) -> None:
 
 
 def lineage(policy: str | Path) -> list[TrainedStage]:
-    """Find the stages of a policy, the last one at the end. Stages that are missing, and those before them, are left out."""
+    """Find the stages of a policy, the last one at the end.
+
+    Stages that are missing, and those before them, are left out.
+    """
     path = resolve(policy)
     history = path / "history"
     if history.is_dir():

@@ -1,7 +1,8 @@
 """Reads checkpoints of earlier layouts as the present one: their configs, and the names of their tensors.
 
-Until version 0.1 a config had the sections `model` and `alignment`, and a stage with the WAM's own fields. The three networks
-lay in one file `model.safetensors`, projectors had no prefix, and AdamW's moments were named after the root module.
+Until version 0.1 a config had the sections `model` and `alignment`, and a stage with the WAM's own fields. The three
+networks lay in one file `model.safetensors`, projectors had no prefix, and AdamW's moments were named after the root
+module.
 """
 
 import re

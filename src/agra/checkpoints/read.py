@@ -26,8 +26,8 @@ _NOT_PARTS = (ADAPTERS, OPTIMIZER, "codec.safetensors", "instructions.safetensor
 def read_config(checkpoint: Path) -> RunConfig:
     """Read the RunConfig of a checkpoint.
 
-    Raises ValueError where it is missing or invalid, and where it describes a larger model than the weights beside it, before
-    anything of that size is built.
+    Raises ValueError where it is missing or invalid, and where it describes a larger model than the weights beside it,
+    before anything of that size is built.
     """
     path = checkpoint / "config.json"
     content = read_object(path)
@@ -51,7 +51,8 @@ def config_of(values: Mapping[str, Any], path: Path) -> RunConfig:
 def load_parts(parts: Mapping[str, nn.Module], checkpoint: Path) -> None:
     """Load a checkpoint's weights into whole modules by part. Other parts of the checkpoint are not read.
 
-    Layers with adapters in the checkpoint must have adapters attached. Raises ValueError where names or shapes do not fit.
+    Layers with adapters in the checkpoint must have adapters attached. Raises ValueError where names or shapes do not
+    fit.
     """
     targets = part_tensors(parts)
     if (checkpoint / "sharded").is_dir():
@@ -137,8 +138,8 @@ def reading(checkpoint: Path) -> Iterator[None]:
     except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"{checkpoint}: cannot be loaded ({type(error).__name__}: {reason}); it is damaged, or was written by another"
-            f" version of agra: {REMEDY}"
+            f"{checkpoint}: cannot be loaded ({type(error).__name__}: {reason}); it is damaged, or was written by "
+            f"another version of agra: {REMEDY}"
         ) from error
 
 

@@ -30,8 +30,8 @@ def collect(
         episodes: number of demonstrations of any tasks. By default 200, unless --per-task is set.
         per_task: number of demonstrations of each task.
         tasks: tasks of --per-task. By default all tasks of the simulator.
-        noise: standard deviation of the noise on executed actions, by pattern over their names, e.g. 'hand_d*' 0.25. The
-            dataset keeps the expert's own actions. By default the simulator's usual noise.
+        noise: standard deviation of the noise on executed actions, by pattern over their names, e.g. 'hand_d*' 0.25.
+            The dataset keeps the expert's own actions. By default the simulator's usual noise.
         noise_correlation: correlation of the noise of --noise between neighbouring rows.
         seed: seed of scenes and noise. The result does not depend on the number of workers.
         workers: number of processes that record episodes.
@@ -135,7 +135,8 @@ class PrepareOptions:
     mixture: Path | None = None
     """JSON list of the datasets to mix, as for `agra train`."""
     estimate: bool = False
-    """Compute nothing. Print the episodes to compute, their size and time, and the cost of encoding while training instead."""
+    """Compute nothing. Print the episodes to compute, their size and time, and the cost of encoding while training
+    instead."""
     rank: int = int(os.environ.get("RANK", 0))
     """Rank of this process among several, which divide the episodes between them. By default torchrun's."""
     world_size: int = int(os.environ.get("WORLD_SIZE", 1))

@@ -25,20 +25,21 @@ def serve(
 ) -> None:
     """Serve a policy over openpi's websocket protocol. The variable AGRA_API_KEY sets a key that clients must send.
 
-    SIGTERM finishes running requests and stops. SIGHUP loads the newest checkpoint. /healthz, /readyz and /metrics are on the
-    same port.
+    SIGTERM finishes running requests and stops. SIGHUP loads the newest checkpoint. /healthz, /readyz and /metrics are
+    on the same port.
 
     Args:
         policy: a checkpoint or run folder.
         config: addresses, keys, limits, TLS and GR00T's protocol.
         fast: --no-fast runs the forward passes of training, for comparison.
         compiled: compile the model, on a GPU as CUDA graphs. Every batch size is compiled before the server is ready.
-        pool_future: an approximation: average squares of this many by this many tokens of the predicted frames before the
-            guidance projector. 1 leaves it out (docs/speed.md gives cost and gain of 2).
+        pool_future: an approximation: average squares of this many by this many tokens of the predicted frames before
+            the guidance projector. 1 leaves it out (docs/speed.md gives cost and gain of 2).
         imagine: allow clients to request the predicted video, which takes as long as several responses.
         known_instructions: load no text encoder, and answer only the training instructions, whose tokens are in the
             checkpoint.
-        action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central answer.
+        action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
+            answer.
         device: the policy's device.
         threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
     """

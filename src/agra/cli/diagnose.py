@@ -27,7 +27,8 @@ def diagnose(
     """Diagnose policies by attention, interventions and PCA. Results go to the folder `diagnosis` of each run.
 
     The samples are moments of the scripted expert's episodes on evaluation trials, the same for every policy, with the
-    interaction mask that the simulator renders. With --probes the samples are those of a folder written by `agra probes`.
+    interaction mask that the simulator renders. With --probes the samples are those of a folder written by
+    `agra probes`.
 
     Args:
         policies: checkpoint or run folders, or names of bundled policies.
@@ -38,7 +39,8 @@ def diagnose(
         gallery: number of samples with maps and pictures.
         maps: interventions of the sensitivity maps.
         layers: layers to measure and show. By default those that the action head reads.
-        teacher: visual encoder to compare hidden states with. `own` is the recipe's, or the packaged DINOv2 without one.
+        teacher: visual encoder to compare hidden states with. `own` is the recipe's, or the packaged DINOv2 without
+            one.
         probes: a folder of samples instead of the simulator.
         masks: annotations of the samples' frames: COCO, CVAT or labelme.
         seed: seed of the noise and the background sets.
@@ -77,8 +79,8 @@ def report(
     """Write an HTML report that compares policies: training, evaluation, grounding, pictures.
 
     Args:
-        policies: run folders or names of bundled policies. The report shows their metrics.jsonl, results.jsonl and diagnosis/
-            where they exist, and the metrics of their earlier stages.
+        policies: run folders or names of bundled policies. The report shows their metrics.jsonl, results.jsonl and
+            diagnosis/ where they exist, and the metrics of their earlier stages.
         output: file of the report.
         studies: folders of `agra study`.
         rerun: also write the galleries to this .rrd recording for the Rerun viewer.
@@ -98,8 +100,8 @@ class ProbesOptions:
     output: Path
     """Folder of the samples."""
     simulator: str | None = None
-    """Simulator whose scripted expert gives the samples, with masks. By default they come from the recipe's dataset, without
-    masks."""
+    """Simulator whose scripted expert gives the samples, with masks. By default they come from the recipe's dataset,
+    without masks."""
     samples: int = 24
     """Number of samples."""
 

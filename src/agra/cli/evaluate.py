@@ -29,26 +29,29 @@ def evaluate(
     """Play a benchmark's trials and write one JSON line for each. Resumes after an interruption.
 
     Args:
-        policy: a checkpoint or run folder, the name of a bundled policy, a server's address (ws://HOST:PORT, or tcp:// for
-            GR00T's protocol), or `expert` for the simulator's scripted expert.
+        policy: a checkpoint or run folder, the name of a bundled policy, a server's address (ws://HOST:PORT, or tcp://
+            for GR00T's protocol), or `expert` for the simulator's scripted expert.
         simulator: a registered simulator.
         regimes: the trial lists to play. By default all.
         output: results file. By default results.jsonl in the run's folder, outputs/NAME for a bundled policy.
-        execute_steps: executed actions of each chunk before the next one is requested. By default 8, on robocasa_gr1 16, and
-            1 for the expert.
+        execute_steps: executed actions of each chunk before the next one is requested. By default 8, on robocasa_gr1
+            16, and 1 for the expert.
         max_steps: control steps of a trial. By default the benchmark's.
-        termination: check for success after each step, or only after each chunk as GR00T N1.5's evaluation does. By default
-            after each step, on robocasa_gr1 after each chunk.
-        action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central answer. For
-            a server's address it is only recorded.
+        termination: check for success after each step, or only after each chunk as GR00T N1.5's evaluation does. By
+            default after each step, on robocasa_gr1 after each chunk.
+        action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
+            answer. For a server's address it is only recorded.
         limit: play only this many trials of each regime, evenly spread.
         workers: parallel processes, each with a simulator and a policy. The episodes are the same for any number.
         videos: trials of each regime to record as mp4 beside the results, with the policy's predicted video.
-        render: render the camera. --no-render is for policies that use no image, such as the experts of Meta-World and LIBERO.
+        render: render the camera. --no-render is for policies that use no image, such as the experts of Meta-World and
+            LIBERO.
         by_task: print the success counts of every task too.
         name: the policy's name in the results. By default its folder's.
-        key_mapping: message keys of a server of another package: a mapping's name or a JSON file, see docs/benchmarks.md.
-        simulator_python: interpreter of the simulator's own environment. The policy is served from here and played there.
+        key_mapping: message keys of a server of another package: a mapping's name or a JSON file, see
+            docs/benchmarks.md.
+        simulator_python: interpreter of the simulator's own environment. The policy is served from here and played
+            there.
         device: the policy's device.
         threads: threads of torch in each process. By default OMP_NUM_THREADS, or all cores.
     """

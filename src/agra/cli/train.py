@@ -18,17 +18,18 @@ def train(arguments: list[str]) -> None:
         output: Path
         """Folder of the run: checkpoints, metrics.jsonl, tensorboard. An unfinished run there is resumed."""
         init_from: str | None = None
-        """Checkpoint or run folder of an earlier stage, or a diffusers model (folder, or hub id with or without @revision) for
-        its transformer."""
+        """Checkpoint or run folder of an earlier stage, or a diffusers model (folder, or hub id with or without
+        @revision) for its transformer."""
         head: str | None = None
         """A GR00T-N1.5 model (folder or hub id) for its action head."""
         head_rows: tuple[int, ...] = (GR1_ROW,)
-        """Rows of that model's embodiments from which ours start: one for each, or one for all. Without rows the encoders and
-        the decoder stay fresh."""
+        """Rows of that model's embodiments from which ours start: one for each, or one for all. Without rows the
+        encoders and the decoder stay fresh."""
         mixture: Path | None = None
         """JSON list of the datasets to mix. Each sets fields of `--data` (path, embodiment, weight ...)."""
         augment: bool = False
-        """Augment images as GR00T does. This needs clips that are decoded while training: --data.cached must be empty."""
+        """Augment images as GR00T does. This needs clips that are decoded while training: --data.cached must be
+        empty."""
         parallel: ParallelConfig = field(default_factory=ParallelConfig)
         device: str = "cpu"
         """cpu or cuda. Under torchrun each process takes the GPU of its local rank."""

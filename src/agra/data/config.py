@@ -83,7 +83,8 @@ class SourceConfig:
             method = method or self.normalization
             if not name or method not in NORMALIZATIONS:
                 raise ValueError(
-                    f"data.{quantity}: expected KEY or KEY:METHOD with a method of {', '.join(NORMALIZATIONS)}, got {item!r}"
+                    f"data.{quantity}: expected KEY or KEY:METHOD with a method of {', '.join(NORMALIZATIONS)}, got "
+                    f"{item!r}"
                 )
             keys.append((name, method))
         return tuple(keys)
@@ -99,7 +100,8 @@ class SourceConfig:
             if span[1] > frames.shape[axis]:
                 side = "rows" if axis == -3 else "columns"
                 raise ValueError(
-                    f"{name}: data.crop_{side} is {span[0]} to {span[1]}, but the frames have {frames.shape[axis]} {side}"
+                    f"{name}: data.crop_{side} is {span[0]} to {span[1]}, but the frames have {frames.shape[axis]} "
+                    f"{side}"
                 )
             frames = frames[..., span[0] : span[1], :, :] if axis == -3 else frames[..., span[0] : span[1], :]
         return frames
@@ -130,9 +132,9 @@ CachedName = Literal["latents", "frame_latents", "targets", "frames"]
 class DataConfig(SourceConfig):
     """The datasets, the sampling of windows from them, and the cache of their frozen features.
 
-    The inherited fields describe the single dataset at `path`. With a `mixture` its sources replace them, and `path` is the
-    folder that the sources' paths are relative to. Read `sources` or `source`, never the inherited fields. Frame size,
-    number of frames and horizon of a window belong to the method.
+    The inherited fields describe the single dataset at `path`. With a `mixture` its sources replace them, and `path` is
+    the folder that the sources' paths are relative to. Read `sources` or `source`, never the inherited fields. Frame
+    size, number of frames and horizon of a window belong to the method.
     """
 
     mixture: tuple[SourceConfig, ...] = ()

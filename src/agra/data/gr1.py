@@ -39,7 +39,10 @@ def task_folder(task: str) -> str:
 
 
 def gr1_source(path: str, *, training_episodes: int | None = None) -> SourceConfig:
-    """Return the source of one task. The state is sines and cosines of the joint angles (58), actions are min_max (29)."""
+    """Return the source of one task.
+
+    The state is sines and cosines of the joint angles (58), actions are min_max (29).
+    """
     return SourceConfig(
         path=path,
         embodiment=EMBODIMENT,
@@ -55,6 +58,9 @@ def gr1_source(path: str, *, training_episodes: int | None = None) -> SourceConf
 
 
 def gr1_mixture(*, few_shot: bool = False) -> tuple[SourceConfig, ...]:
-    """Return the sources of all 24 tasks with equal weight. Their paths are relative to the dataset's folder or hub id."""
+    """Return the sources of all 24 tasks with equal weight.
+
+    Their paths are relative to the dataset's folder or hub id.
+    """
     episodes = FEW_SHOT if few_shot else None
     return tuple(gr1_source(task_folder(task), training_episodes=episodes) for task in TASKS)

@@ -58,7 +58,8 @@ def held_out(num_episodes: int, fraction: float) -> range:
     count = max(1, round(num_episodes * fraction))
     if count >= num_episodes:
         raise ValueError(
-            f"data.validation_fraction: {fraction} of {num_episodes} episodes leaves none to train on; choose a smaller fraction"
+            f"data.validation_fraction: {fraction} of {num_episodes} episodes leaves none to train on; choose a "
+            "smaller fraction"
         )
     return range(num_episodes - count, num_episodes)
 
@@ -74,8 +75,8 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
         dataset = source.dataset
         if dataset.embodiment not in config.embodiments:
             raise ValueError(
-                f"{dataset.path}: embodiment {dataset.embodiment!r} is not in data.embodiments {config.embodiments}; add it"
-                " there, or rename it with data.embodiment"
+                f"{dataset.path}: embodiment {dataset.embodiment!r} is not in data.embodiments {config.embodiments}; "
+                "add it there, or rename it with data.embodiment"
             )
         dataset.resolve_missing_keys(
             [s.dataset for s in sources if s is not source and s.dataset.embodiment == dataset.embodiment]

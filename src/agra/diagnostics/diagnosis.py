@@ -1,7 +1,7 @@
 """`agra diagnose` (3.2, 4.2.1, Table 1): every instrument on one policy, sample by sample, into one folder.
 
-The random numbers of a sample (video noise, action noise, background sets) follow from its name and the seed alone. They do
-not depend on the order or number of the samples, and two policies are diagnosed under the same noise.
+The random numbers of a sample (video noise, action noise, background sets) follow from its name and the seed alone.
+They do not depend on the order or number of the samples, and two policies are diagnosed under the same noise.
 """
 
 from collections import defaultdict
@@ -49,10 +49,10 @@ def diagnose(
 ) -> Diagnosis:
     """Measure `policy` on `samples` and write the folder `output` (see `agra.diagnostics.record`).
 
-    `projectors` are those of the policy's alignment and belong to `teacher`. A sample whose mask is empty, or too large to be
-    matched with background, keeps a row with nulls and a `note`, and is left out of the averages. Instruments that do not
-    apply to the method are listed in the header as `not_applicable`, and their values are null. Raises ValueError without
-    samples, for duplicate samples, and for a sample with other frames than the method's token grid.
+    `projectors` are those of the policy's alignment and belong to `teacher`. A sample whose mask is empty, or too large
+    to be matched with background, keeps a row with nulls and a `note`, and is left out of the averages. Instruments
+    that do not apply to the method are listed in the header as `not_applicable`, and their values are null. Raises
+    ValueError without samples, for duplicate samples, and for a sample with other frames than the method's token grid.
     """
     config = config or DiagnosisConfig()
     if not samples:
@@ -109,7 +109,10 @@ def diagnose(
 
 
 def _complete(name: str, parts: list[np.ndarray], rows: list[dict[str, Any]], gallery: np.ndarray) -> bool:
-    """Whether every sample (for pictures, every sample of the gallery) has a part. Samples without a video have none."""
+    """Whether every sample (for pictures, every sample of the gallery) has a part.
+
+    Samples without a video have none.
+    """
     return len(parts) == (len(rows) if name in ("attention", "mask") else len(gallery))
 
 
@@ -119,7 +122,8 @@ def _add_probe_errors(
     states: dict[int, list[np.ndarray]],
     grid: tuple[int, ...] | None,
 ) -> None:
-    """Add the distance in grid units between the object and a linear probe's prediction, by layer and held out by trial.
+    """Add the distance in grid units between the object and a linear probe's prediction, by layer and held out by
+    trial.
 
     `grid` is (H, W) of the tokens. The errors are None without one, and with too few trials to fit a probe.
     """

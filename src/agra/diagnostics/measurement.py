@@ -1,8 +1,8 @@
 """All instruments on one sample (3.2, 4.2.1, D).
 
 The hidden states are computed once for all noise samples. Attention and deviations are averaged over the noise samples.
-Pictures, predicted videos and measures of hidden states use the first one. An instrument that the method cannot offer is not
-applicable: its values are None, never zero.
+Pictures, predicted videos and measures of hidden states use the first one. An instrument that the method cannot offer
+is not applicable: its values are None, never zero.
 """
 
 import zlib
@@ -105,7 +105,9 @@ class SampleMeasurement:
         teacher: TeacherFeatures | None = None,
         projectors: Projectors | None = None,
     ) -> None:
-        """Raises ValueError for a sample with other frames than the method's token grid, or without its past observations."""
+        """Raises ValueError for a sample with other frames than the method's token grid, or without its past
+        observations.
+        """
         self.policy, self.method, self.sample, self.config = policy, policy.method, sample, config
         require_eval(self.method)
         self.tokens = policy.method if isinstance(policy.method, ReadsTokens) else None
@@ -133,8 +135,8 @@ class SampleMeasurement:
         self.grid = self.noise_samples[0].grid
         if len(sample.masks) != self.grid[0]:
             raise ValueError(
-                f"sample {sample.trial} step {sample.step}: {len(sample.masks)} reference frames, but the method's grid has"
-                f" {self.grid[0]} frames; write the probe samples again for this recipe"
+                f"sample {sample.trial} step {sample.step}: {len(sample.masks)} reference frames, but the method's "
+                f"grid has {self.grid[0]} frames; write the probe samples again for this recipe"
             )
         self.mask = mask_to_grid(self.masks, self.grid[1:], threshold=config.mask_threshold)
 
@@ -156,7 +158,9 @@ class SampleMeasurement:
         }
 
     def _place(self) -> dict[str, Any]:
-        """The recorded frame's size and the crop's corner, which map a mask of the cropped frame to the recorded frame."""
+        """The recorded frame's size and the crop's corner, which map a mask of the cropped frame to the recorded
+        frame.
+        """
         height, width = self.sample.frames.shape[1:3]
         numbers = np.arange(height * width).reshape(height, width, 1)
         corner = divmod(int(self.policy.crop(numbers, self.sample.embodiment)[0, 0, 0]), width)
@@ -271,7 +275,10 @@ class SampleMeasurement:
         return {"psnr": predicted.psnr, "ssim": predicted.ssim, "still_psnr": still.psnr, "still_ssim": still.ssim}
 
     def _action_error(self) -> float | None:
-        """Root mean square over the chunk of predicted minus demonstrated actions, normalised. Mean over the noise samples."""
+        """Root mean square over the chunk of predicted minus demonstrated actions, normalised.
+
+        Mean over the noise samples.
+        """
         if self.sample.actions is None:
             return None
         demonstrated = torch.from_numpy(self.policy.normalize(self.sample.actions, self.sample.embodiment))
@@ -323,7 +330,8 @@ class SampleMeasurement:
     def text_attention(self) -> tuple[list[str], np.ndarray] | None:
         """The instruction's words, and the attention of each token to each word (Fig. 14).
 
-        (layers, words, T, H, W) float16. The attention to all tokens of a word is added up. None where it is not applicable.
+        (layers, words, T, H, W) float16. The attention to all tokens of a word is added up. None where it is not
+        applicable.
         """
         if self.tokens is None or not isinstance(self.method, AttendsToText) or self.policy.instructions is None:
             return None

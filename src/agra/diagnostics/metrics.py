@@ -1,7 +1,7 @@
 """Grounding metrics with intervals: attention in the mask, centroid error, matched sensitivity ratio (4.2.1, Table 1).
 
-numpy in, numpy out, no torch. Grids are (..., T, H, W): latent frame, token row, token column. A grid unit is the side of
-one token of the video DiT. Intervals are those of `agra.evaluation.statistics`.
+numpy in, numpy out, no torch. Grids are (..., T, H, W): latent frame, token row, token column. A grid unit is the side
+of one token of the video DiT. Intervals are those of `agra.evaluation.statistics`.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ class SensitivityRatio:
     """The matched sensitivity ratio over samples, averaged in the three usual ways. Reports quote `ratio`.
 
     `ratio` is the median of the per-sample ratios. The paper defines R per sample. A few samples with a background
-    deviation near zero cannot dominate a median, and it becomes 1/R when both sides trade places. `mean` is the plain mean
-    of the ratios, `ratio_of_means` the quotient of the two summed deviations.
+    deviation near zero cannot dominate a median, and it becomes 1/R when both sides trade places. `mean` is the plain
+    mean of the ratios, `ratio_of_means` the quotient of the two summed deviations.
     """
 
     ratio: IntervalEstimate
@@ -47,7 +47,10 @@ class SensitivityRatio:
 
 
 def _grid(attention: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as (..., T, H, W), the mask broadcast. Raises ValueError for negative attention and masks of other values."""
+    """Both as (..., T, H, W), the mask broadcast.
+
+    Raises ValueError for negative attention and masks of other values.
+    """
     attention, mask = np.asarray(attention, dtype=np.float64), np.asarray(mask)
     if mask.dtype != np.bool_ and not np.isin(mask, (0, 1)).all():
         raise ValueError("mask: expected booleans (or 0 and 1), got other values; threshold it first")
@@ -66,9 +69,9 @@ def _grid(attention: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def attention_in_mask_ratio(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Fraction of the attention mass inside the interaction mask, in [0, 1] (4.2.1).
 
-    `attention` is (..., T, H, W) or (H, W), of any scale. `mask` broadcasts to it. The mass of all latent frames of a sample
-    is added up. The result has the leading shape. Uniform attention scores the mask's fraction of the grid, which is the
-    baseline to compare with. Raises ValueError where a sample has no mass.
+    `attention` is (..., T, H, W) or (H, W), of any scale. `mask` broadcasts to it. The mass of all latent frames of a
+    sample is added up. The result has the leading shape. Uniform attention scores the mask's fraction of the grid,
+    which is the baseline to compare with. Raises ValueError where a sample has no mass.
     """
     attention, mask = _grid(attention, mask)
     total = attention.sum(axis=(-3, -2, -1))
@@ -90,9 +93,9 @@ def _centroid(mass: np.ndarray) -> np.ndarray:
 def centroid_error(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Distance between the attention's centroid and the mask's centroid, in grid units (4.2.1).
 
-    Shapes as in `attention_in_mask_ratio`. Both centroids are weighted means of (row + .5, column + .5), computed per latent
-    frame. The distances are averaged over the latent frames that have both: an empty mask or zero attention has no
-    centroid. NaN where no latent frame is left.
+    Shapes as in `attention_in_mask_ratio`. Both centroids are weighted means of (row + .5, column + .5), computed per
+    latent frame. The distances are averaged over the latent frames that have both: an empty mask or zero attention has
+    no centroid. NaN where no latent frame is left.
     """
     attention, mask = _grid(attention, mask)
     distance = np.linalg.norm(_centroid(attention) - _centroid(mask.astype(np.float64)), axis=-1)
@@ -104,9 +107,9 @@ def centroid_error(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def mask_to_grid(mask: np.ndarray, grid: tuple[int, int], *, threshold: float = 0.25) -> np.ndarray:
     """Pixel masks (..., H, W) as token masks (..., h, w), bool.
 
-    A token belongs to the mask where at least the fraction `threshold` of its area is covered. Areas are exact, also where
-    H/h is no integer. If no token of a mask reaches the threshold, its most covered token is kept, so that only an empty
-    mask becomes empty.
+    A token belongs to the mask where at least the fraction `threshold` of its area is covered. Areas are exact, also
+    where H/h is no integer. If no token of a mask reaches the threshold, its most covered token is kept, so that only
+    an empty mask becomes empty.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a fraction in (0, 1], got {threshold}")
@@ -180,8 +183,8 @@ def bootstrap_interval(
 ) -> IntervalEstimate:
     """`statistic` of the finite entries of `values` (N,), with its bootstrap interval.
 
-    `groups` names the independent unit of each value. Samples of one trial resemble each other, so whole trials are drawn.
-    With fewer than two units the interval is NaN.
+    `groups` names the independent unit of each value. Samples of one trial resemble each other, so whole trials are
+    drawn. With fewer than two units the interval is NaN.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
@@ -234,10 +237,10 @@ def matched_sensitivity_ratio(
 ) -> SensitivityRatio:
     """R = Delta(I) / Delta(B) (4.2.1): the effect of the interaction tokens over that of as many background tokens.
 
-    `deviation_interaction` is (N,) or (N, noise samples). `deviation_background`, for background sets with |B| = |I|, is
-    (N,), (N, background sets) or (N, noise samples, background sets). Each side of a sample is averaged first. A sample in
-    which neither side moves the action has no ratio: it is left out and counted. If only the background does not move the
-    action, the ratio is infinite.
+    `deviation_interaction` is (N,) or (N, noise samples). `deviation_background`, for background sets with |B| = |I|,
+    is (N,), (N, background sets) or (N, noise samples, background sets). Each side of a sample is averaged first. A
+    sample in which neither side moves the action has no ratio: it is left out and counted. If only the background does
+    not move the action, the ratio is infinite.
     """
     inside = np.asarray(deviation_interaction, dtype=np.float64)
     outside = np.asarray(deviation_background, dtype=np.float64)

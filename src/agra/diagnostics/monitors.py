@@ -1,8 +1,8 @@
 """Measures of a method during training, logged like a loss at every validation (4.2.1, B.2.2).
 
-`GroundingMonitor` measures attention and sensitivity on a folder of probe samples. `VisualRelianceMonitor` measures the use of
-the image on held-out episodes. Both read cached features, so no frozen network is in memory, and hold the noise fixed. The
-trainer calls them in the precision of the training. Figures that a method cannot offer are not logged.
+`GroundingMonitor` measures attention and sensitivity on a folder of probe samples. `VisualRelianceMonitor` measures the
+use of the image on held-out episodes. Both read cached features, so no frozen network is in memory, and hold the noise
+fixed. The trainer calls them in the precision of the training. Figures that a method cannot offer are not logged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,16 +54,19 @@ class ProbeInputs:
 
 
 def require_token_grids(method: Method) -> None:
-    """Raise ValueError for a method whose action head reads no token grids: nothing of the monitor is applicable to it."""
+    """Raise ValueError for a method whose action head reads no token grids: nothing of the monitor is applicable to
+    it.
+    """
     if not isinstance(method, ReadsTokens):
         raise ValueError(
-            f"monitor.probes: not applicable to the method {method.config.kind}, whose action head reads no token grids; "
-            "leave monitor.probes empty"
+            f"monitor.probes: not applicable to the method {method.config.kind}, whose action head reads no token "
+            "grids; leave monitor.probes empty"
         )
 
 
 class GroundingMonitor:
-    """Measures `in_mask_ratio`, `centroid_error` and `sensitivity_ratio`, the last one of some samples by mean replacement.
+    """Measures `in_mask_ratio`, `centroid_error` and `sensitivity_ratio`, the last one of some samples by mean
+    replacement.
 
     A method whose attention cannot be read gets `sensitivity_ratio` alone.
     """
@@ -135,9 +138,10 @@ def _matchable(masks: Bool[Tensor, "B T H W"]) -> Sequence[int]:
 class VisualRelianceMonitor:
     """Measures visual reliance on the first windows of held-out episodes (`agra.diagnostics.visual_reliance`).
 
-    `inputs` and the demonstrated `actions` hold one window of each episode, from its first control step. `instructions` holds
-    the episodes' instructions. `targets` turns normalised actions (B, K, D) into targets (B, d) in the robot's units. A
-    masked image is the mean image of the batch, which shows what all scenes share, such as the table and the resting hands.
+    `inputs` and the demonstrated `actions` hold one window of each episode, from its first control step. `instructions`
+    holds the episodes' instructions. `targets` turns normalised actions (B, K, D) into targets (B, d) in the robot's
+    units. A masked image is the mean image of the batch, which shows what all scenes share, such as the table and the
+    resting hands.
     """
 
     def __init__(

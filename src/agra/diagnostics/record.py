@@ -27,12 +27,12 @@ FILES = ("metrics.jsonl", "arrays.npz", "diagnosis.json")
 class Diagnosis:
     """One policy's diagnosis. Letters: n samples, g of them in the gallery, J cross-attention blocks.
 
-    `arrays` holds, on the token grid, `attention` (n, J, T, H, W) float32 and `mask` (n, T, H, W) bool. For the gallery it
-    holds `frames` (g, T, h, w, 3) uint8, `frame_masks` (g, T, h, w) bool, `sensitivity_KIND` (g, H, W) or (g, T, H, W)
-    float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8, `attention_by_steps`, `_heads`
-    and `_actions` (g, number of them, J, T, H, W) float16, `imagined` and `recorded` (g, F, h, w, 3) uint8, and for the
-    sample at place p of the gallery `text_attention_p` (layers, words, T, H, W) float16. Arrays of instruments that are not
-    applicable, or were not used, are absent.
+    `arrays` holds, on the token grid, `attention` (n, J, T, H, W) float32 and `mask` (n, T, H, W) bool. For the gallery
+    it holds `frames` (g, T, h, w, 3) uint8, `frame_masks` (g, T, h, w) bool, `sensitivity_KIND` (g, H, W) or
+    (g, T, H, W) float32, `pca_layer_L` and, with a teacher, `pca_teacher` (g, T, rows, columns, 3) uint8,
+    `attention_by_steps`, `_heads` and `_actions` (g, number of them, J, T, H, W) float16, `imagined` and `recorded`
+    (g, F, h, w, 3) uint8, and for the sample at place p of the gallery `text_attention_p` (layers, words, T, H, W)
+    float16. Arrays of instruments that are not applicable, or were not used, are absent.
     """
 
     header: Mapping[str, Any]
@@ -123,7 +123,10 @@ def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
 
 
 def read_diagnosis(folder: Path) -> Diagnosis:
-    """Inverse of `write_diagnosis`. Raises FileNotFoundError for a missing file, ValueError for files that do not fit."""
+    """Inverse of `write_diagnosis`.
+
+    Raises FileNotFoundError for a missing file, ValueError for files that do not fit.
+    """
     folder = Path(folder)
     for name in FILES:
         if not (folder / name).is_file():

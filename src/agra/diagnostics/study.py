@@ -1,7 +1,7 @@
 """Layer studies (Figs. 10, 11): one training for every layer, in which that layer alone is aligned, or read.
 
-Each variant is a run with its own folder. `study.json` lists them for the report. After an interruption the same command
-continues: finished training, trials and diagnoses are not repeated.
+Each variant is a run with its own folder. `study.json` lists them for the report. After an interruption the same
+command continues: finished training, trials and diagnoses are not repeated.
 """
 
 import json
@@ -21,9 +21,9 @@ StudyTopic = Literal["alignment", "bridge"]
 def variants(config: RunConfig, over: StudyTopic, layers: Sequence[int] | None = None) -> dict[str, RunConfig]:
     """The config of every variant by name, the baseline first. By default `layers` are all bridged layers.
 
-    `alignment` compares no alignment with each layer aligned alone (Fig. 10). `bridge` compares the multi-layer bridge with
-    bridges whose blocks all read the same layer (Fig. 11). Raises ValueError for a method that is no WAM, and for an
-    alignment study of a stage or recipe that does not align.
+    `alignment` compares no alignment with each layer aligned alone (Fig. 10). `bridge` compares the multi-layer bridge
+    with bridges whose blocks all read the same layer (Fig. 11). Raises ValueError for a method that is no WAM, and for
+    an alignment study of a stage or recipe that does not align.
     """
     method = config.method
     if not isinstance(method, WAMMethodConfig):
@@ -62,8 +62,8 @@ def study(
 ) -> Path:
     """Train and judge every variant in a folder under `output`. Returns `output`/study.json.
 
-    `train` trains a config into a folder and returns False if it was stopped. `judge` evaluates and diagnoses a run, given
-    its folder and name.
+    `train` trains a config into a folder and returns False if it was stopped. `judge` evaluates and diagnoses a run,
+    given its folder and name.
     """
     configs = variants(config, over, layers)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """Visual reliance of a policy (B.2.2): the error of its first chunk's target, and the inputs that move the target.
 
-A falling action loss does not show it, since most of an action can be predicted from the state vector. The first observation
-of an episode does, since the state is nearly always the same there. A policy that uses the image moves the hand to the object,
-and moves it elsewhere when the image shows another scene. The *target* of a chunk is the (planar) position that it asks for at
-one of its steps.
+A falling action loss does not show it, since most of an action can be predicted from the state vector. The first
+observation of an episode does, since the state is nearly always the same there. A policy that uses the image moves the
+hand to the object, and moves it elsewhere when the image shows another scene. The *target* of a chunk is the (planar)
+position that it asks for at one of its steps.
 """
 
 import json
@@ -60,7 +60,9 @@ class Swaps:
 
     @classmethod
     def of(cls, groups: Sequence[str], instructions: Sequence[str], rival: Mapping[int, int]) -> "Swaps":
-        """Take images from the row half a group away, and instructions from the rival or, without one, from the same row."""
+        """Take images from the row half a group away, and instructions from the rival or, without one, from the same
+        row.
+        """
         image = np.arange(len(groups))
         for group in dict.fromkeys(groups):
             rows = np.flatnonzero(np.asarray(groups) == group)
@@ -111,10 +113,10 @@ def measure_visual_reliance(
     seed: int = 0,
     reads_instruction: bool = True,
 ) -> "VisualReliance":
-    """Compare a policy's first chunk between the variants, under the same seed. Works for any policy, also a remote one.
+    """Compare a policy's first chunk between the variants, under the same seed.
 
-    For a policy that reads no instruction, the measures of the swapped instruction are not applicable. Raises ValueError
-    without initial observations.
+    Works for any policy, also a remote one. For a policy that reads no instruction, the measures of the swapped
+    instruction are not applicable. Raises ValueError without initial observations.
     """
     if not initial:
         raise ValueError("visual reliance: no initial observations")
@@ -193,7 +195,10 @@ class VisualReliance:
         )
 
     def means(self) -> dict[str, float]:
-        """The mean of every measure over the observations that it applies to. Measures that apply to none are left out."""
+        """The mean of every measure over the observations that it applies to.
+
+        Measures that apply to none are left out.
+        """
         return {name: float(np.nanmean(v)) for name, v in self.values.items() if np.isfinite(v).any()}
 
     def save(self, path: Path) -> None:

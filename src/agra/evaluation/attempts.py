@@ -1,4 +1,6 @@
-"""Attempts of an unfinished collection: one safetensors file each in a staging folder, beside the collection's settings."""
+"""Attempts of an unfinished collection: one safetensors file each in a staging folder, beside the collection's
+settings.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping

@@ -42,8 +42,9 @@ RECORD = "collection.json"
 class ActionNoise:
     """Gaussian noise on executed actions, first-order autoregressive within an episode.
 
-    `std` maps patterns over the embodiment's action names (as in file names: "*_x") to the stationary standard deviation in
-    the action's units. Dimensions without a pattern stay clean. `correlation` is the correlation of neighbouring steps.
+    `std` maps patterns over the embodiment's action names (as in file names: "*_x") to the stationary standard
+    deviation in the action's units. Dimensions without a pattern stay clean. `correlation` is the correlation of
+    neighbouring steps.
     """
 
     std: Mapping[str, float] = field(default_factory=lambda: {"*_x": 0.0075, "*_y": 0.0075})
@@ -87,8 +88,8 @@ class ActionNoise:
 class Demonstrator:
     """The parts of a suite that collection needs: simulator, expert, scenes and default noise.
 
-    `trials` (count, seed) lists scenes. Scene i depends on i and the seed alone, and every task of `tasks` recurs in the
-    list.
+    `trials` (count, seed) lists scenes. Scene i depends on i and the seed alone, and every task of `tasks` recurs in
+    the list.
     """
 
     simulator: Simulator
@@ -150,18 +151,20 @@ def collect(
     demonstrator: Callable[[str], Demonstrator] = scripted_demonstrator,
     progress: bool = True,
 ) -> Collected:
-    """Collect successful demonstrations into the LeRobot dataset `output`: `episodes`, or `per_task` of each of `tasks`.
+    """Collect successful demonstrations into the LeRobot dataset `output`: `episodes`, or `per_task` of each of
+    `tasks`.
 
     The settings (simulator, episodes, tasks, seed, noise) alone decide the dataset: it holds the first successes in the
     order of the trial list, for any number of `workers`. Without `tasks`, `per_task` applies to all tasks of the
     simulator. Failed attempts are dropped, counted, and replaced from `spare` times as many further trials.
 
-    Attempts are kept in `<output>.staging` until the end, so that the same call resumes a killed collection. If `output` is
-    a finished collection with the same settings, nothing happens. With `workers` > 1, `demonstrator` must be picklable.
+    Attempts are kept in `<output>.staging` until the end, so that the same call resumes a killed collection. If
+    `output` is a finished collection with the same settings, nothing happens. With `workers` > 1, `demonstrator` must
+    be picklable.
 
-    Raises ValueError if `output` or the staging folder holds anything else or is in use by another process, and, once all
-    trials have been played, if the expert failed too often: the message lists the tasks. Raises SimulatorFailed, listing
-    the episodes, if the simulator broke down, and OSError, naming the file, on a full disk.
+    Raises ValueError if `output` or the staging folder holds anything else or is in use by another process, and, once
+    all trials have been played, if the expert failed too often: the message lists the tasks. Raises SimulatorFailed,
+    listing the episodes, if the simulator broke down, and OSError, naming the file, on a full disk.
     """
     output = Path(output)
     make_player = partial(demonstrator, simulator_name)
@@ -225,7 +228,8 @@ def _collected(output: Path, *, already_there: bool) -> Collected:
 class _Quota:
     """A number of successes, `count`, to reach among the trials `indices` of one task, or of all tasks (None).
 
-    Trials are attempted in rounds of as many as successes are missing, so that the attempts are always the first trials.
+    Trials are attempted in rounds of as many as successes are missing, so that the attempts are always the first
+    trials.
     """
 
     task: str | None

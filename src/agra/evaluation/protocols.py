@@ -15,9 +15,9 @@ TRIALS_PER_REGIME = {"in_distribution": 50, "semantic": 40, "instance": 50, "att
 class Protocol:
     """The rules of a trial.
 
-    With `termination` "step", a trial ends at the first control step that succeeds. With "chunk", success is checked only
-    after the last executed step of each chunk, as in the RoboCasa evaluation of GR00T N1.5 and DIAL: a success that passes
-    within a chunk does not count.
+    With `termination` "step", a trial ends at the first control step that succeeds. With "chunk", success is checked
+    only after the last executed step of each chunk, as in the RoboCasa evaluation of GR00T N1.5 and DIAL: a success
+    that passes within a chunk does not count.
     """
 
     execute_steps: int = 16  # executed actions of each chunk
@@ -36,8 +36,8 @@ class Protocol:
 def default_protocol(simulator: str) -> Protocol:
     """The usual protocol of a simulator's published evaluations.
 
-    On RoboCasa GR1 it is that of GR00T N1.5, DIAL and DiT4DiT: 16 executed actions, success at the end of a chunk. The paper
-    states neither.
+    On RoboCasa GR1 it is that of GR00T N1.5, DIAL and DiT4DiT: 16 executed actions, success at the end of a chunk. The
+    paper states neither.
     """
     if simulator == "robocasa_gr1":
         return Protocol(execute_steps=16, termination="chunk")
@@ -49,9 +49,9 @@ def regime_trials(
 ) -> tuple[Trial, ...]:
     """The trials of `regimes`, by default of all regimes of the simulator, in order.
 
-    `limit` takes that many trials of each regime, evenly spread over its list. The subset depends on the list and `limit`
-    alone, and the results' header records both counts. Raises ValueError for an unknown regime, an empty list, a repeated
-    name, or a limit below 1.
+    `limit` takes that many trials of each regime, evenly spread over its list. The subset depends on the list and
+    `limit` alone, and the results' header records both counts. Raises ValueError for an unknown regime, an empty list,
+    a repeated name, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 trial per regime, got {limit}")

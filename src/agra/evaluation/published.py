@@ -1,6 +1,7 @@
 """Published averages on the benchmarks that agra runs, each with its protocol in words.
 
-The numbers are quoted from `source` and not measured here. Averages over an unstated number of episodes have no interval.
+The numbers are quoted from `source` and not measured here. Averages over an unstated number of episodes have no
+interval.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ _GR1 = (
         system="AGRA",
         average=66.4,
         episodes=50,
-        protocol="1,000 demonstrations a task, 80,000 training steps; step limit, executed steps and accounting not stated",
+        protocol="1,000 demonstrations a task, 80,000 training steps; "
+        "step limit, executed steps and accounting not stated",
         source="arXiv 2606.12217, B.2.1, Fig. 9",
     ),
     _gr1(
@@ -170,7 +172,8 @@ _METAWORLD = tuple(
         average=average,
         tasks=50,
         episodes=10,
-        protocol=f"{_SMOLVLA}easy {easy}, medium {medium}, hard {hard}, very hard {very_hard}; {by_task} over tasks{note}",
+        protocol=f"{_SMOLVLA}easy {easy}, medium {medium}, hard {hard}, very hard {very_hard}; "
+        f"{by_task} over tasks{note}",
         source="arXiv 2506.01844, Table 2",
         by_group=True,
     )

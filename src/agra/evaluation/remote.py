@@ -1,4 +1,6 @@
-"""Evaluation in two environments: the policy is served from this one, and the simulator runs in its own, without torch."""
+"""Evaluation in two environments: the policy is served from this one, and the simulator runs in its own, without
+torch.
+"""
 
 import json
 import os
@@ -21,8 +23,8 @@ def evaluate_in_subprocess(
 ) -> int:
     """Serve `policy`, and run `agra evaluate` with `arguments` in the interpreter `python`. Returns its exit code.
 
-    `serve` holds further arguments of `agra serve`. Raises FileNotFoundError if the interpreter does not exist, ValueError
-    if the server does not start, and SimulatorFailed if a signal ended the simulator's process.
+    `serve` holds further arguments of `agra serve`. Raises FileNotFoundError if the interpreter does not exist,
+    ValueError if the server does not start, and SimulatorFailed if a signal ended the simulator's process.
     """
     if not Path(python).is_file():
         raise FileNotFoundError(f"{python}: no such interpreter; make env-NAME installs a simulator's environment")
@@ -33,8 +35,8 @@ def evaluate_in_subprocess(
         code = subprocess.run(command, check=False, env=environment).returncode
     if code < 0:
         raise SimulatorFailed(
-            f"{python}: the simulator's process was ended by {signal.Signals(-code).name}; finished trials are kept, run the "
-            "same command again to continue"
+            f"{python}: the simulator's process was ended by {signal.Signals(-code).name}; finished trials are kept, "
+            "run the same command again to continue"
         )
     return code
 
@@ -43,7 +45,8 @@ def evaluate_in_subprocess(
 def served(policy: str, arguments: Sequence[str] = ()) -> Iterator[str]:
     """Yield the address of a server of `policy` in a process of its own, which ends with the context.
 
-    The server computes one request at a time: in a batch, the last bits of an answer could depend on the number of clients.
+    The server computes one request at a time: in a batch, the last bits of an answer could depend on the number of
+    clients.
     """
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"

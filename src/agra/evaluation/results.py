@@ -1,8 +1,8 @@
 """Results files, their summaries and comparisons.
 
 A results file is JSON lines: a header with the protocol, then one line per trial. Success rates have Wilson intervals.
-Averages over tasks have an interval that resamples tasks. Two policies are compared on the same trials, by McNemar's exact
-test and a paired bootstrap.
+Averages over tasks have an interval that resamples tasks. Two policies are compared on the same trials, by McNemar's
+exact test and a paired bootstrap.
 """
 
 import json
@@ -30,8 +30,8 @@ from agra.evaluation.task_groups import task_groups
 class TrialResult:
     """A finished trial: number of control steps and policy calls, times in seconds and milliseconds.
 
-    `digest` is a hash of every bit of the episode, None in files of early versions. `failures` lists the reasons of earlier
-    attempts, in which the simulator broke down.
+    `digest` is a hash of every bit of the episode, None in files of early versions. `failures` lists the reasons of
+    earlier attempts, in which the simulator broke down.
     """
 
     trial: str
@@ -91,7 +91,8 @@ def read_results(path: str | Path, *, partial: bool = False) -> Results:
     num_trials = header["num_trials"]
     if not partial and (cut or len(trials) != num_trials):
         raise ValueError(
-            f"{path}: interrupted after {len(trials)} of {num_trials} trials; run the same agra evaluate again to finish"
+            f"{path}: interrupted after {len(trials)} of {num_trials} trials; run the same agra evaluate again to "
+            "finish"
         )
     return Results(header=header, trials=trials)
 

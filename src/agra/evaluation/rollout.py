@@ -53,10 +53,11 @@ def run_episode(
     """Play `trial` and return the episode, one row per control step.
 
     The simulator is reset before the policy, because a scripted expert plans from the scene. The first `execute_steps`
-    actions of each chunk are executed, or all of a shorter chunk. `execute_steps`, `max_steps` and `termination` are those
-    of `agra.evaluation.protocols.Protocol`. `perturb` maps an action (D,) to the executed one, while the row keeps the
-    policy's. Without `record`, only frames that the policy receives are rendered and the episode has no frames,
-    (N, 0, 0, 3). A policy that reads past observations (`agra.types.ReadsPast`) must answer chunks of one length. With `masks`, every row has the simulator's interaction mask.
+    actions of each chunk are executed, or all of a shorter chunk. `execute_steps`, `max_steps` and `termination` are
+    those of `agra.evaluation.protocols.Protocol`. `perturb` maps an action (D,) to the executed one, while the row
+    keeps the policy's. Without `record`, only frames that the policy receives are rendered and the episode has no
+    frames, (N, 0, 0, 3). A policy that reads past observations (`agra.types.ReadsPast`) must answer chunks of one
+    length. With `masks`, every row has the simulator's interaction mask.
     """
     limit = simulator.max_steps if max_steps is None else max_steps
     if execute_steps < 1 or limit < 1:
@@ -100,7 +101,8 @@ def run_episode(
 
 
 class RecordedPolicy:
-    """A policy that records its calls since the last reset: time in seconds, chunk, and a hash of all inputs and outputs.
+    """A policy that records its calls since the last reset: time in seconds, chunk, and a hash of all inputs and
+    outputs.
 
     With `imagine` it requests the predicted video too, if the policy offers one. The recorded times exclude that.
     """
@@ -163,16 +165,17 @@ def evaluate(
 ) -> Results:
     """Play every trial once and write the results file `output`. Trials that it already holds are not played again.
 
-    The file has a header and one line per trial, appended when the trial ends, so that a killed evaluation loses only the
-    running trials. At the end, the lines are sorted by trial name. `videos` is the number of trials of each regime to save
-    as mp4 under `<output's stem>-videos/`. With `workers` > 1, each process plays with its own `make_player()`, which must
-    be picklable, and `policy` may be None. The episodes are the same for any number of workers: no process plays two at a
-    time, and a trial holds everything that decides its episode. `policy_settings` (JSON-serialisable) go into the header.
+    The file has a header and one line per trial, appended when the trial ends, so that a killed evaluation loses only
+    the running trials. At the end, the lines are sorted by trial name. `videos` is the number of trials of each regime
+    to save as mp4 under `<output's stem>-videos/`. With `workers` > 1, each process plays with its own `make_player()`,
+    which must be picklable, and `policy` may be None. The episodes are the same for any number of workers: no process
+    plays two at a time, and a trial holds everything that decides its episode. `policy_settings` (JSON-serialisable) go
+    into the header.
 
-    If the simulator fails or its process dies, the same trial is played again from its start, up to `attempts` times, and
-    its line records that. Raises `SimulatorFailed` at the end, listing the trials that could not be played: the file is
-    then incomplete, and the next call retries them. Raises ValueError if `output` has another header (policy, protocol,
-    trials or versions) or is in use by another process, and OSError, naming the file, on a full disk.
+    If the simulator fails or its process dies, the same trial is played again from its start, up to `attempts` times,
+    and its line records that. Raises `SimulatorFailed` at the end, listing the trials that could not be played: the
+    file is then incomplete, and the next call retries them. Raises ValueError if `output` has another header (policy,
+    protocol, trials or versions) or is in use by another process, and OSError, naming the file, on a full disk.
     """
     path = Path(output)
     header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
@@ -263,7 +266,8 @@ def _play_trial(
 def side_by_side(frames: np.ndarray, chunks: Sequence[ActionChunk], execute_steps: int) -> np.ndarray:
     """Frames (N, H, W, 3) with the policy's latest prediction for the same step to the right, at the same height.
 
-    At most `execute_steps` actions of each of `chunks`, in order, were executed. Without predicted videos, returns `frames`.
+    At most `execute_steps` actions of each of `chunks`, in order, were executed. Without predicted videos, returns
+    `frames`.
     """
     imagined: list[np.ndarray] = []
     for chunk in chunks:

@@ -36,8 +36,8 @@ class McNemar(NamedTuple):
 def mcnemar(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> McNemar:
     """Test whether two policies succeed equally often on the same trials (exact binomial, two-sided).
 
-    Only trials in which exactly one policy succeeds inform the test. Without any, p is 1. Raises ValueError for sequences of
-    different length.
+    Only trials in which exactly one policy succeeds inform the test. Without any, p is 1. Raises ValueError for
+    sequences of different length.
     """
     a, b = _pairs(paired_a, paired_b)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
@@ -56,10 +56,10 @@ def expanded_percentile_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval (low, high) of a statistic over independent units, the only one of the package.
 
-    `statistic` takes the numbers, 0 to `units` - 1, of the resampled units. If it is `vectorized`, it takes many resamples at
-    once and reduces the last axis. The percentile bootstrap of few units is too narrow, because it uses a normal quantile and
-    a variance over n instead of n - 1. Its percentiles are widened to Student's (Hesterberg 2015, "expanded percentile").
-    Raises ValueError for fewer than two units.
+    `statistic` takes the numbers, 0 to `units` - 1, of the resampled units. If it is `vectorized`, it takes many
+    resamples at once and reduces the last axis. The percentile bootstrap of few units is too narrow, because it uses a
+    normal quantile and a variance over n instead of n - 1. Its percentiles are widened to Student's (Hesterberg 2015,
+    "expanded percentile"). Raises ValueError for fewer than two units.
     """
     if units < 2:
         raise ValueError(f"bootstrap: expected at least two independent units, got {units}")
@@ -97,7 +97,8 @@ def clustered_bootstrap(
 ) -> Average:
     """The mean of the cluster means of `values` (N,), with an interval that resamples whole clusters.
 
-    `clusters` labels each value. If all clusters agree, the interval is a point. Raises ValueError for fewer than two clusters.
+    `clusters` labels each value. If all clusters agree, the interval is a point. Raises ValueError for fewer than two
+    clusters.
     """
     means = np.array(list(_cluster_means(values, clusters).values()))
     count = len(means)
@@ -162,8 +163,8 @@ def paired_bootstrap(
 ) -> Average:
     """Success rate of A minus that of B on the same trials, with its interval. `tasks` labels each trial.
 
-    Resamples whole tasks if there are at least `MIN_CLUSTERS`, else trials. `clusters` of the result is their number. The
-    interval of a single trial is [-1, 1].
+    Resamples whole tasks if there are at least `MIN_CLUSTERS`, else trials. `clusters` of the result is their number.
+    The interval of a single trial is [-1, 1].
     """
     a, b = _pairs(paired_a, paired_b)
     if len(a) < 2:
@@ -175,8 +176,8 @@ def paired_bootstrap(
 def minimum_detectable_effect(trials: int, rate: float, *, power: float = 0.8, confidence: float = 0.95) -> float:
     """The smallest improvement on a success `rate` that a second policy on as many other trials can show.
 
-    A two-sided z-test of two independent proportions detects it with probability `power` (Cohen 1988, chapter 6, arcsine
-    transformation). Infinite if even success in every trial would not be detected.
+    A two-sided z-test of two independent proportions detects it with probability `power` (Cohen 1988, chapter 6,
+    arcsine transformation). Infinite if even success in every trial would not be detected.
     """
     _check_design(trials, power, confidence)
     if not 0 <= rate <= 1:
@@ -191,8 +192,8 @@ def paired_minimum_detectable_effect(
 ) -> float:
     """The difference in success rate that McNemar's test on `trials` pairs detects with probability `power`.
 
-    `discordant` is the fraction of pairs in which exactly one policy succeeds (Connor 1987). Infinite if even a difference
-    of that size would not be detected.
+    `discordant` is the fraction of pairs in which exactly one policy succeeds (Connor 1987). Infinite if even a
+    difference of that size would not be detected.
     """
     _check_design(trials, power, confidence)
     if not 0 <= discordant <= 1:

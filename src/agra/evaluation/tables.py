@@ -88,8 +88,8 @@ def comparison_table(comparison: Comparison) -> Table:
         )
     unit = "tasks" if comparison.pairs[-1].difference.clusters == comparison.pairs[-1].a.tasks else "trials"
     table.caption = (
-        f"A - B: points, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: McNemar's "
-        "exact test; detectable: smallest difference that these pairs show with 80 % power"
+        f"A - B: points, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
+        "McNemar's exact test; detectable: smallest difference that these pairs show with 80 % power"
     )
     return table
 
@@ -116,8 +116,8 @@ def leaderboard_table(results: Sequence[Results], benchmark: str) -> Table:
     for regime, _, row in rows:
         table.add_row(regime, *row)
     table.caption = (
-        "* measured here; other rows are quoted. Their intervals are Wilson's over the stated episodes and leave out the "
-        "variation between training runs. Rows of different protocols are not the same measurement."
+        "* measured here; other rows are quoted. Their intervals are Wilson's over the stated episodes and leave out "
+        "the variation between training runs. Rows of different protocols are not the same measurement."
     )
     return table
 

@@ -64,7 +64,8 @@ TASK_GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         ),
     },
 }
-"""Simulator -> group -> tasks. Meta-World's four difficulties are those of the SmolVLA paper's Table 2 (arXiv 2506.01844)."""
+"""Simulator -> group -> tasks. Meta-World's four difficulties are those of the SmolVLA paper's Table 2 (arXiv
+2506.01844)."""
 
 
 def task_groups(simulator: str) -> Mapping[str, str]:

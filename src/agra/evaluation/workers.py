@@ -1,7 +1,7 @@
 """Items played in parallel processes, each of which keeps its own player (policy and simulator) throughout.
 
-Processes are spawned, because an OpenGL context does not survive a fork. One worker runs in the calling process. An item
-whose process dies, or whose simulator raises `SimulatorFailed`, is played again from its start by a fresh player.
+Processes are spawned, because an OpenGL context does not survive a fork. One worker runs in the calling process. An
+item whose process dies, or whose simulator raises `SimulatorFailed`, is played again from its start by a fresh player.
 """
 
 import os
@@ -35,8 +35,9 @@ def imap_unordered(
     """Yield play(player, item) for every item, in the order in which they finish.
 
     With `workers` > 1, `play`, `make_player`, items and results must be picklable. `on_failure` receives every failed
-    attempt: a process that died, or `SimulatorFailed`. An item that failed `attempts` times is abandoned. Once all other
-    items have been yielded, `SimulatorFailed` lists the abandoned ones by `name`. Any other exception is raised at once.
+    attempt: a process that died, or `SimulatorFailed`. An item that failed `attempts` times is abandoned. Once all
+    other items have been yielded, `SimulatorFailed` lists the abandoned ones by `name`. Any other exception is raised
+    at once.
     """
     if workers < 1 or attempts < 1:
         raise ValueError(f"workers and attempts: expected at least 1, got {workers} and {attempts}")

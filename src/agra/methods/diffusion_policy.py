@@ -1,8 +1,10 @@
-"""Diffusion Policy (Chi et al., arXiv 2303.04137): a U-Net over time denoises a chunk of actions, given two observations.
+"""Diffusion Policy (Chi et al., arXiv 2303.04137): a U-Net over time denoises a chunk of actions, given two
+observations.
 
-A ResNet-18 with group norm turns each frame into a vector. The vectors and states of all observations make one condition,
-which scales and shifts the features of every residual block of the U-Net (FiLM). The network predicts the noise of a
-squared-cosine DDPM. There is no video and, by default, no language. docs/methods.md names what differs from the original.
+A ResNet-18 with group norm turns each frame into a vector. The vectors and states of all observations make one
+condition, which scales and shifts the features of every residual block of the U-Net (FiLM). The network predicts the
+noise of a squared-cosine DDPM. There is no video and, by default, no language. docs/methods.md names what differs from
+the original.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +45,8 @@ class DiffusionPolicyConfig(MethodConfig):
     """Observations of the condition: the present one, and those of the control steps before it."""
     frame_size: tuple[int, int] = (192, 336)
     crop_size: tuple[int, int] = (174, 304)
-    """(H, W) that the encoder sees: cut at random in training, from the centre else. 76 of 84 pixels in the original."""
+    """(H, W) that the encoder sees: cut at random in training, from the centre else. 76 of 84 pixels in the
+    original."""
     encoder_channels: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of the ResNet's stages, two blocks each; multiples of 16."""
     pooling: Literal["mean", "spatial_softmax"] = "mean"
@@ -431,7 +434,8 @@ def _scheduler(num_steps: int, sampling_steps: int) -> DDIMScheduler:
 
 
 def _held(predicted: Tensor, sample: Tensor, kept: float, previous: Tensor, weights: Tensor) -> Tensor:
-    """The predicted noise, moved by `weights` towards the noise that leads from `previous` to `sample`; `kept` is alpha-bar.
+    """The predicted noise, moved by `weights` towards the noise that leads from `previous` to `sample`; `kept` is
+    alpha-bar.
 
     The equations of real-time chunking are those of flow matching, so this stands in for them.
     """

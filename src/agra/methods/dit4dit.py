@@ -1,9 +1,10 @@
 """DiT4DiT (Ma et al., arXiv 2603.10448): an action head that reads one hidden layer of a video DiT.
 
-A training step runs the video DiT twice. The denoising pass trains it on video, at uniform noise levels. The conditioning
-pass, pure noise after the observation at the level of the scheduler's first step, gives the hidden states of one layer. The
-action head attends to them and learns from several noise draws for each. The hidden states are detached: actions do not
-train the video DiT. With `detach=False` they do, which makes it a world action model with a single-layer bridge.
+A training step runs the video DiT twice. The denoising pass trains it on video, at uniform noise levels. The
+conditioning pass, pure noise after the observation at the level of the scheduler's first step, gives the hidden states
+of one layer. The action head attends to them and learns from several noise draws for each. The hidden states are
+detached: actions do not train the video DiT. With `detach=False` they do, which makes it a world action model with a
+single-layer bridge.
 """
 
 from collections.abc import Sequence
@@ -138,16 +139,16 @@ _MLPS = ("state_encoder.", "action_encoder.", "action_decoder.")
 def load_dit4dit(method: DiT4DiT, folder: str | Path) -> tuple[str, ...]:
     """Copy the video DiT and the action head of a released checkpoint, converted to safetensors (docs/methods.md).
 
-    Returns the names of its tensors without counterpart here, the frozen VAE's and text encoder's apart. Its velocity is
-    noise - actions and its level 1 is noise, as here. Raises FileNotFoundError without safetensors files, ValueError for a
-    method of another architecture.
+    Returns the names of its tensors without counterpart here, the frozen VAE's and text encoder's apart. Its velocity
+    is noise - actions and its level 1 is noise, as here. Raises FileNotFoundError without safetensors files, ValueError
+    for a method of another architecture.
     """
     model = method.config.model
     head = model.action_dit
     if model.bridge.has_weights or not head.time_grows_with_noise or head.self_attention_first:
         raise ValueError(
-            "load_dit4dit: expected an identity bridge, time_grows_with_noise and cross-attention first, as in the recipe "
-            "dit4dit"
+            "load_dit4dit: expected an identity bridge, time_grows_with_noise and cross-attention first, as in the "
+            "recipe dit4dit"
         )
     what = f"{folder}: DiT4DiT's networks"
     targets = {_released_name(name): (name, tensor) for name, tensor in method.state_dict().items()}

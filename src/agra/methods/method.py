@@ -1,7 +1,7 @@
 """The protocol of a method: the samples that it needs, its loss, its actions, and its parts.
 
-Trainer, sharding, checkpoints, policies, planner and instruments use a method through this protocol alone. A method is one
-file beside it, listed in `agra.methods.table`.
+Trainer, sharding, checkpoints, policies, planner and instruments use a method through this protocol alone. A method is
+one file beside it, listed in `agra.methods.table`.
 """
 
 from abc import ABC, abstractmethod
@@ -77,8 +77,8 @@ class Shapes:
 class MethodConfig(ABC):
     """Settings of a method: the base of a frozen dataclass with a field `kind`, its name in `agra.methods.table`.
 
-    A method must have the abstract ones. The others have the answers of a method without stages, frozen networks or token
-    grids.
+    A method must have the abstract ones. The others have the answers of a method without stages, frozen networks or
+    token grids.
     """
 
     kind: str
@@ -204,8 +204,8 @@ class Losses:
 
 
 LossDenominators = Mapping[str, Float[Tensor, ""]]
-"""Loss denominators, averaged over ranks and micro-batches, so that the mean of the shard losses equals the full-batch loss.
-The keys are those of `Method.counts`."""
+"""Loss denominators, averaged over ranks and micro-batches, so that the mean of the shard losses equals the full-batch
+loss. The keys are those of `Method.counts`."""
 Noise = Mapping[str, Tensor]
 """Starting noise of a response by name, one row for each observation, in the shapes of `Method.noise_shapes`."""
 Continuation = tuple[Float[Tensor, "B K D"], Float[Tensor, "B K D"]]
@@ -221,7 +221,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
-        """Compute all losses whose weight is above zero. A `batch` that is a part of a step comes with `denominators`."""
+        """Compute all losses whose weight is above zero.
+
+        A `batch` that is a part of a step comes with `denominators`.
+        """
 
     def forward(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
         """Call `loss` through the root module, where sharding hooks in."""
@@ -233,11 +236,16 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
-        """Return the modules that have their own learning rate, gradient norm and file. Each parameter is in exactly one."""
+        """Return the modules that have their own learning rate, gradient norm and file.
+
+        Each parameter is in exactly one.
+        """
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """Return the repeated modules in the order in which they run: the units of sharding, checkpointing and compilation."""
+        """Return the repeated modules in the order in which they run: the units of sharding, checkpointing and
+        compilation.
+        """
 
     def always_frozen(self) -> list[nn.Module]:
         """Return the modules that no stage trains, such as a projection whose results are cached."""
@@ -350,7 +358,7 @@ class PlainActor:
         return [1]
 
 
-# --- capabilities that a method may have -------------------------------------------------------------------------------
+# --- capabilities that a method may have ------------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -405,7 +413,10 @@ class Attends(Protocol):
         *,
         steps: int | None,
     ) -> Float[Tensor, "B K D"]:
-        """Act as `act_on`, and call `visit` with each denoising step's weights by block. The last K queries are the actions."""
+        """Act as `act_on`, and call `visit` with each denoising step's weights by block.
+
+        The last K queries are the actions.
+        """
         ...
 
 

@@ -1,8 +1,9 @@
-"""The world action model as a method: the pass that the head reads, the pass that is aligned, three losses (Eqs. 7, 18).
+"""The world action model as a method: the pass that the head reads, the pass that is aligned, three losses (Eqs. 7,
+18).
 
 The denoising pass runs at a sampled noise level, for the video loss. The conditioning pass runs at level exactly 1
-(`WAMConfig.guidance_noise_level`), as at inference. `guidance_pass` is the pass that the action head reads, `aligned_pass`
-the pass whose hidden states are aligned with the teacher (A.3).
+(`WAMConfig.guidance_noise_level`), as at inference. `guidance_pass` is the pass that the action head reads,
+`aligned_pass` the pass whose hidden states are aligned with the teacher (A.3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,8 @@ class ObjectiveConfig:
     noise_levels: NoiseLevels = NoiseLevels.LOGIT_NORMAL
     noise_shift: float = 5.0
     action_draws: int = 1
-    """Noise draws of the action loss for each sample. Not in the paper. They share the video pass, so they cost little."""
+    """Noise draws of the action loss for each sample. Not in the paper. They share the video pass, so they cost
+    little."""
     video_batch_fraction: float = 1.0
     """Fraction of the batch that runs through the denoising pass. Not in the paper. It saves time on small machines."""
 
@@ -303,8 +305,8 @@ class WAMMethod(Method):
         return Losses(total=sum(weighted, start=zero), terms=terms, figures=figures)
 
     def video_passes(self, batch: Batch) -> VideoPasses:
-        """Run the passes that the stage needs: the denoising pass (Eqs. 8, 9), the conditioning pass (Eqs. 16, 19), or both
-        as one forward.
+        """Run the passes that the stage needs: the denoising pass (Eqs. 8, 9), the conditioning pass (Eqs. 16, 19), or
+        both as one forward.
 
         The video loss is that of the future latent frames, since the observation's velocity is known (#13).
         """
@@ -340,8 +342,8 @@ class WAMMethod(Method):
     def action_loss(
         self, batch: Batch, guidance: Sequence[Float[Tensor, "B N D"]], denominator: Float[Tensor, ""]
     ) -> Float[Tensor, ""]:
-        """Compute the action head's squared velocity error (Eqs. 11, 13), summed over the actions that the mask keeps and
-        divided by `denominator` of them. All `action_draws` of a sample share its guidance."""
+        """Compute the action head's squared velocity error (Eqs. 11, 13), summed over the actions that the mask keeps
+        and divided by `denominator` of them. All `action_draws` of a sample share its guidance."""
         draws = self.config.objective.action_draws
         actions, mask, state, embodiment = (
             x.repeat_interleave(draws, dim=0) for x in (batch.actions, batch.action_mask, batch.state, batch.embodiment)
@@ -370,8 +372,8 @@ class WAMMethod(Method):
     ) -> list[tuple[list[Float[Tensor, "R F H W P"]], Float[Tensor, "R F H W P"]]]:
         """Pair projected hidden states (Eq. 5) with their targets (Eqs. 3, 4), of the R samples with targets.
 
-        There is one pair for all aligned layers, or one for each layer where each is aligned with a depth of its own. In a
-        batch without targets the first sample stands in, so that all processes run the same operations.
+        There is one pair for all aligned layers, or one for each layer where each is aligned with a depth of its own.
+        In a batch without targets the first sample stands in, so that all processes run the same operations.
         """
         assert self.projectors is not None
         assert self.config.alignment is not None
@@ -405,7 +407,9 @@ class WAMMethod(Method):
     # --- the model's parts --------------------------------------------------------------------------------------------
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return the video DiT, the bridge where it has weights, the action DiT, and the projectors where the stage aligns."""
+        """Return the video DiT, the bridge where it has weights, the action DiT, and the projectors where the stage
+        aligns.
+        """
         wam = self.wam
         bridge: dict[str, nn.Module] = {"bridge": wam.bridge} if self.config.model.bridge.has_weights else {}
         parts = {"video_dit": wam.video_dit, **bridge, "action_dit": wam.action_dit}
@@ -448,8 +452,8 @@ class WAMMethod(Method):
         level, pre = model.condition_noise_level, revision.endswith("pre-trained")
         if not local and (pre or revision.endswith("post-trained")) and pre != (level is None):
             raise ValueError(
-                f"{name}: revision {revision} needs method.model.condition_noise_level {None if pre else 1e-4}, got {level};"
-                " use --with cosmos_pre_trained for the pre-trained revision"
+                f"{name}: revision {revision} needs method.model.condition_noise_level {None if pre else 1e-4}, got "
+                f"{level}; use --with cosmos_pre_trained for the pre-trained revision"
             )
         self.wam.video_dit.load_pretrained(name, revision=revision or None)
 

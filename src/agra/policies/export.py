@@ -33,12 +33,12 @@ _COPIED = ("norm_stats.json", "trainer.json", "codec.safetensors", INSTRUCTIONS)
 def export(source: str | Path, output: Path, *, ema: bool = False, half: bool = False) -> Path:
     """Write a policy's newest checkpoint, whole or sharded, as a self-contained folder without optimiser state.
 
-    The folder includes the settings and logs of all stages. Adapters are merged. With `ema` the averaged weights replace the
-    trained ones, as they always do for a method that acts on them. With `half` weights are rounded to float16. An `output`
-    that already holds this export is left as it is.
+    The folder includes the settings and logs of all stages. Adapters are merged. With `ema` the averaged weights
+    replace the trained ones, as they always do for a method that acts on them. With `half` weights are rounded to
+    float16. An `output` that already holds this export is left as it is.
 
-    Raises FileNotFoundError where there is no checkpoint. Raises ValueError for a damaged checkpoint, for one without averages
-    or with values beyond float16's range, and where `output` is not empty.
+    Raises FileNotFoundError where there is no checkpoint. Raises ValueError for a damaged checkpoint, for one without
+    averages or with values beyond float16's range, and where `output` is not empty.
     """
     folder = resolve(source)
     verify(folder)
@@ -70,8 +70,8 @@ def push(source: str | Path, name: str, *, private: bool = True, ema: bool = Fal
 def pull(name: str, output: Path, *, revision: str | None = None) -> Path:
     """Download a policy into a new folder and check every file of it.
 
-    The hub's client continues an interrupted download. Raises FileNotFoundError with the remedy, and ValueError for a damaged
-    file.
+    The hub's client continues an interrupted download. Raises FileNotFoundError with the remedy, and ValueError for a
+    damaged file.
     """
     download_model(name, output, revision=revision)
     verify(output)

@@ -1,7 +1,7 @@
 """Tokens of instructions at inference: known ones from a checkpoint's file, others from the text encoder.
 
-A checkpoint holds the tokens of its training instructions in `instructions.safetensors`, one tensor named after each text.
-A robot that needs no other instructions needs no text encoder, which has 7B parameters for Cosmos.
+A checkpoint holds the tokens of its training instructions in `instructions.safetensors`, one tensor named after each
+text. A robot that needs no other instructions needs no text encoder, which has 7B parameters for Cosmos.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,8 +49,9 @@ class Instructions:
             return self.known[instruction].float()
         if self._load is None:
             raise ValueError(
-                f"instruction {instruction!r}: not among the {len(self.known)} known ones ({_examples(self.known)}), and "
-                "this policy was loaded without a text encoder; use one of them, or load the policy with its encoder"
+                f"instruction {instruction!r}: not among the {len(self.known)} known ones ({_examples(self.known)}), "
+                "and this policy was loaded without a text encoder; use one of them, or load the policy with its "
+                "encoder"
             )
         # Rounded to float16, as in training's cache.
         return self.encoder.encode([instruction])[0].half().float()

@@ -39,7 +39,10 @@ class Latency:
 
 
 def measure(calls: Mapping[str, Call], *, rounds: int) -> dict[str, Latency]:
-    """Call every path once in each of `rounds` rounds, in rotating order. Two calls of each come first and do not count."""
+    """Call every path once in each of `rounds` rounds, in rotating order.
+
+    Two calls of each come first and do not count.
+    """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     names = list(calls)

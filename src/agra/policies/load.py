@@ -30,14 +30,15 @@ def load_policy(
     known_instructions: bool = False,
     **options: Any,
 ) -> MethodPolicy:
-    """Load a policy from a checkpoint folder, from a run's folder (its newest checkpoint), or by a bundled policy's name.
+    """Load a policy from a checkpoint folder, from a run's folder (its newest checkpoint), or by a bundled policy's
+    name.
 
-    A method that acts on averaged weights (`MethodConfig.acts_on_average`) gets them where its run has them. The text encoder
-    is loaded at the first instruction that the checkpoint does not know. With `known_instructions` it is never loaded, and
-    other instructions are refused. `options` are those of `MethodPolicy`.
+    A method that acts on averaged weights (`MethodConfig.acts_on_average`) gets them where its run has them. The text
+    encoder is loaded at the first instruction that the checkpoint does not know. With `known_instructions` it is never
+    loaded, and other instructions are refused. `options` are those of `MethodPolicy`.
 
-    Raises FileNotFoundError where there is no checkpoint. Raises ValueError for a damaged file, and for a checkpoint of the
-    adapt stage, whose action head is untrained.
+    Raises FileNotFoundError where there is no checkpoint. Raises ValueError for a damaged file, and for a checkpoint of
+    the adapt stage, whose action head is untrained.
     """
     folder, target = resolve(path), local_device(device)
     with reading(folder):

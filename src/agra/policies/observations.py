@@ -63,7 +63,10 @@ class ObservationEncoder:
         )
 
     def _moments(self, observation: Observation) -> dict[int, Observation]:
-        """Return the observation and the past ones by frame number. The present one replaces past ones that are missing."""
+        """Return the observation and the past ones by frame number.
+
+        The present one replaces past ones that are missing.
+        """
         past = observation.past or (observation,) * len(self.past)
         if len(past) != len(self.past):
             raise ValueError(f"expected past observations at the control steps {self.past}, got {len(past)}")

@@ -36,8 +36,8 @@ _IMAGINE_STEPS = 6
 class MethodPolicy:
     """An `agra.types.Policy` and `BatchPolicy` around a trained method.
 
-    It computes in the precision of its training. On a GPU the weights are bfloat16, and the rest runs in TF32. Noise comes
-    from a generator that `reset` seeds, so the same seed and observations give the same actions.
+    It computes in the precision of its training. On a GPU the weights are bfloat16, and the rest runs in TF32. Noise
+    comes from a generator that `reset` seeds, so the same seed and observations give the same actions.
     """
 
     def __init__(
@@ -58,10 +58,11 @@ class MethodPolicy:
     ) -> None:
         """Move, cast and freeze `method`, in place. `precision` is the training's by default.
 
-        `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero (docs/experiments.md).
+        `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero
+        (docs/experiments.md).
 
-        `options` are those of `Method.actor`: for a WAM `action_steps`, `fast`, `compiled` and `pool_future`. Raises ValueError
-        for options that the method does not have.
+        `options` are those of `Method.actor`: for a WAM `action_steps`, `fast`, `compiled` and `pool_future`. Raises
+        ValueError for options that the method does not have.
         """
         self.name, self.config, self.stats = name, config, stats
         self.device = local_device(device)
@@ -84,7 +85,8 @@ class MethodPolicy:
     def warm_up(self, max_batch: int) -> None:
         """Load the text encoder and compile, by acting on a blank observation in every batch size up to `max_batch`.
 
-        Call it in the thread that will act, since CUDA graphs belong to their thread. Afterwards `recompiles` counts from 0.
+        Call it in the thread that will act, since CUDA graphs belong to their thread. Afterwards `recompiles` counts
+        from 0.
         """
         if self.instructions is not None:
             self.instructions.load()
@@ -124,10 +126,11 @@ class MethodPolicy:
         return counters["stats"]["unique_graphs"]
 
     def adopt(self, other: BatchPolicy) -> bool:
-        """Take over another policy's weights in place, where compiled graphs stay valid: same method, options and device.
+        """Take over another policy's weights in place, where compiled graphs stay valid: same method, options and
+        device.
 
-        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. Call it between two calls of
-        `act_batch`.
+        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. Call it between two
+        calls of `act_batch`.
         """
         if not isinstance(other, MethodPolicy) or not self._actor.compiled:
             return False
@@ -181,7 +184,10 @@ class MethodPolicy:
         self._episode = self.episode(seed)
 
     def act(self, observation: Observation, *, continuation: Continuation | None = None) -> ActionChunk:
-        """Compute the next chunk of actions in the robot's units. With `continuation` it continues the chunk in execution."""
+        """Compute the next chunk of actions in the robot's units.
+
+        With `continuation` it continues the chunk in execution.
+        """
         request = PolicyRequest(observation=observation, episode=self._episode, continuation=continuation)
         return self.act_batch([request])[0]
 

@@ -28,8 +28,8 @@ class ServerRefused(ValueError):
 class PolicyClient:
     """An `agra.types.Policy` on a server, such as ws://127.0.0.1:8000. Connects at the first call, and again after a loss.
 
-    A response later than `timeout` seconds counts as lost. Its connection is closed, so it cannot be taken for the response
-    to a later request. Raises ServerLost (a ConnectionError) and ServerRefused (a ValueError). Not thread-safe.
+    A response later than `timeout` seconds counts as lost. Its connection is closed, so it cannot be taken for the
+    response to a later request. Raises ServerLost (a ConnectionError) and ServerRefused (a ValueError). Not thread-safe.
     """
 
     def __init__(self, address: str, *, api_key: str | None = None, timeout: float = 10.0) -> None:

@@ -1,8 +1,8 @@
 """Policies on servers of other projects, as an `agra.types.Policy`: clients of openpi's and of GR00T's protocol.
 
-Both protocols leave the names of the keys to the policy. A `KeyMapping` says which key carries which quantity. These servers
-take no seed: trials have the same scenes for every policy, but the policy's own random numbers are not reproducible. Imports
-no torch.
+Both protocols leave the names of the keys to the policy. A `KeyMapping` says which key carries which quantity. These
+servers take no seed: trials have the same scenes for every policy, but the policy's own random numbers are not
+reproducible. Imports no torch.
 """
 
 import json
@@ -26,10 +26,10 @@ Span = tuple[int, int]
 class KeyMapping:
     """Keys of a server's messages for our frames, states, actions and instruction.
 
-    `images` maps the server's key to `frame` or to one of a suite's `views`. `state` and `actions` map it to the dimensions
-    [start, end) of our state and action. `instruction` and each of `constants` are single keys. `image_size` (H, W) resizes
-    images to that size, padded with black. None sends them as rendered. In GR00T's protocol every array gets a leading axis of
-    one time step and the instruction is a list of one text, as its own clients send them.
+    `images` maps the server's key to `frame` or to one of a suite's `views`. `state` and `actions` map it to the
+    dimensions [start, end) of our state and action. `instruction` and each of `constants` are single keys. `image_size`
+    (H, W) resizes images to that size, padded with black. None sends them as rendered. In GR00T's protocol every array
+    gets a leading axis of one time step and the instruction is a list of one text, as its own clients send them.
     """
 
     wire: Literal["openpi", "groot"]
@@ -149,8 +149,8 @@ def resize_with_pad(image: np.ndarray, height: int, width: int) -> np.ndarray:
 class OpenpiPolicy:
     """A policy on an openpi server, such as ws://127.0.0.1:8000. Connects at the first call.
 
-    Raises ServerLost (a ConnectionError) for a server that is unreachable or too slow, and ServerRefused (a ValueError) for its
-    error messages. The first response of a large model can take a minute, so `timeout` is long, in seconds.
+    Raises ServerLost (a ConnectionError) for a server that is unreachable or too slow, and ServerRefused (a ValueError)
+    for its error messages. The first response of a large model can take a minute, so `timeout` is long, in seconds.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ import numpy as np
 def render_on_demand(simulation: Any, rendering: Callable[[], bool]) -> None:
     """Skip robosuite's rendering of its cameras in every control step unless `rendering()`: it receives black frames.
 
-    `simulation` is the environment's `sim`, which lasts until the next hard reset. The sampling times of observations stay
-    the same. Segmentations are always rendered.
+    `simulation` is the environment's `sim`, which lasts until the next hard reset. The sampling times of observations
+    stay the same. Segmentations are always rendered.
     """
     render_frame = simulation.render
 

@@ -137,5 +137,6 @@ def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
 def _too_few(shard_degree: int | None, world_size: int) -> str:
     return (
         f"parallel.shard_degree: {shard_degree} processes are to share the model, but there "
-        f"{'is' if world_size == 1 else 'are'} {world_size}; start more with torchrun --nproc-per-node, or use a lower degree"
+        f"{'is' if world_size == 1 else 'are'} {world_size}; start more with torchrun --nproc-per-node, or use a lower "
+        "degree"
     )

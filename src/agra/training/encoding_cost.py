@@ -30,8 +30,8 @@ class EncodingCost:
 
     def __str__(self) -> str:
         return (
-            f"{self.feature}: cached {self.bytes / 1e9:,.1f} GB ({self.bytes_per_step / 1e3:,.0f} kB per control step), or"
-            f" encoded while training {self.fraction:.0%} of a step's FLOPs; this config: "
+            f"{self.feature}: cached {self.bytes / 1e9:,.1f} GB ({self.bytes_per_step / 1e3:,.0f} kB per control "
+            f"step), or encoded while training {self.fraction:.0%} of a step's FLOPs; this config: "
             + ("the cache" if self.cached else "while training")
         )
 

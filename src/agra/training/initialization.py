@@ -23,9 +23,9 @@ class StartsFromPublicModel(Protocol):
 def load_initial_weights(method: Method, source: str | Path, config: RunConfig) -> None:
     """Start a stage from a checkpoint of an earlier stage, or from a public model (C.3).
 
-    A checkpoint of `adapt` gives the parts that it trained. One of `joint` or `finetune` gives every part that both methods
-    have and whose weights fit (`Method.shared_parts`). Other parts stay fresh. Adapters of the earlier stage are merged.
-    Raises ValueError where the checkpoint does not fit this stage.
+    A checkpoint of `adapt` gives the parts that it trained. One of `joint` or `finetune` gives every part that both
+    methods have and whose weights fit (`Method.shared_parts`). Other parts stay fresh. Adapters of the earlier stage
+    are merged. Raises ValueError where the checkpoint does not fit this stage.
     """
     folder = find(source)
     if not folder.is_dir() or not _is_checkpoint(folder):
@@ -59,6 +59,6 @@ def _check_embodiments(earlier: tuple[str, ...], present: tuple[str, ...], path:
     for row, name in enumerate(present):
         if name in earlier and earlier.index(name) != row:
             raise ValueError(
-                f"data.embodiments: {name!r} is row {row} here and row {earlier.index(name)} in {path}; list the embodiments"
-                f" in that stage's order: {' '.join(earlier)}"
+                f"data.embodiments: {name!r} is row {row} here and row {earlier.index(name)} in {path}; list the "
+                f"embodiments in that stage's order: {' '.join(earlier)}"
             )

@@ -1,8 +1,8 @@
 """Memory and FLOPs of a training step, counted on fake tensors.
 
-The step runs forward and backward on tensors that have shapes but no storage. Every allocation is recorded, which gives the
-memory at every moment of the step, and the FLOPs of every product are added up. Two runs with different numbers of samples
-separate the memory of a sample from the rest.
+The step runs forward and backward on tensors that have shapes but no storage. Every allocation is recorded, which gives
+the memory at every moment of the step, and the FLOPs of every product are added up. Two runs with different numbers of
+samples separate the memory of a sample from the rest.
 """
 
 import weakref
@@ -59,8 +59,8 @@ class StepCost:
     root: int
     """Parameters outside the blocks. They are whole while a step runs."""
     gathered: int
-    """Parameters that a process of FSDP2 receives for a micro-batch, its own shard included. Those of a block count for each
-    run and again for its backward pass, those outside the blocks count once."""
+    """Parameters that a process of FSDP2 receives for a micro-batch, its own shard included. Those of a block count for
+    each run and again for its backward pass, those outside the blocks count once."""
     weight_bytes: int
     """Bytes of a gathered parameter: 4, or 2 where parameters are gathered in bfloat16."""
     flops_per_sample: float
@@ -80,15 +80,17 @@ class StepCost:
         return 4 * (sum(self.parameters.values()) + 2 * self.trained)
 
     def peak(self, samples: int) -> int:
-        """Return the bytes of a single process with `samples` in flight, at the fullest moment of a step or a validation."""
+        """Return the bytes of a single process with `samples` in flight, at the fullest moment of a step or a
+        validation.
+        """
         return self.states + int((self.fixed + samples * self.per_sample + self.gradients).max())
 
 
 def measure(config: RunConfig, *, activation_checkpointing: float = 0.0, gather_bfloat16: bool = False) -> StepCost:
     """Count a step and a validation of a config's stage, as a GPU runs them.
 
-    `activation_checkpointing` is the fraction of the blocks that run again in the backward pass. The moments of the arrays
-    are those of the step, of the optimiser, and of a validation's forward pass.
+    `activation_checkpointing` is the fraction of the blocks that run again in the backward pass. The moments of the
+    arrays are those of the step, of the optimiser, and of a validation's forward pass.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), CudaAutocastRules():
         with _default_dtype(torch.bfloat16 if gather_bfloat16 else torch.float32):
@@ -165,7 +167,10 @@ def count_flops(call: Callable[[], object]) -> float:
 
 
 def feature_width(config: MethodConfig) -> int:
-    """Return the width of the teacher's features, all depths together. Raises FileNotFoundError for an unknown teacher."""
+    """Return the width of the teacher's features, all depths together.
+
+    Raises FileNotFoundError for an unknown teacher.
+    """
     assert config.teacher is not None
     return teacher_shape(config.teacher).width * max(1, len(config.teacher.depths))
 

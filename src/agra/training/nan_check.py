@@ -31,7 +31,10 @@ def first_module(root: nn.Module, forward: Callable[[], object]) -> str | None:
 
 
 def suspects(batch: Batch, samples: Sequence[str]) -> str:
-    """Name the samples with inputs that are not finite, and their field. Names all samples where all inputs are finite."""
+    """Name the samples with inputs that are not finite, and their field.
+
+    Names all samples where all inputs are finite.
+    """
     for field, value in batch.tensors.items():
         if value.is_floating_point() and not finite(value):
             rows = [i for i, row in enumerate(value) if not finite(row)]

@@ -1,7 +1,7 @@
 """Sharding (FSDP2, HSDP), activation checkpointing and compilation, applied to a method from outside.
 
-A step's samples are spread over processes, and over the micro-batches of each. Random numbers, losses and gradients are those
-of the whole step (`agra.rng`). The spread therefore changes speed and memory, and the result by rounding alone.
+A step's samples are spread over processes, and over the micro-batches of each. Random numbers, losses and gradients are
+those of the whole step (`agra.rng`). The spread therefore changes speed and memory, and the result by rounding alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,29 +27,32 @@ from agra.training.optimization import freeze
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The spread of a step over processes and micro-batches. Not part of RunConfig: a run may resume with another one."""
+    """The spread of a step over processes and micro-batches.
+
+    Not part of RunConfig: a run may resume with another one.
+    """
 
     shard_degree: int | None = None
-    """Processes that hold one copy of the model together (FSDP2). By default all of them. A lower degree makes several copies
-    (HSDP), for example one for each node."""
+    """Processes that hold one copy of the model together (FSDP2). By default all of them. A lower degree makes several
+    copies (HSDP), for example one for each node."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of each process in a step."""
     activation_checkpointing: float = 0.0
-    """Fraction of the blocks, evenly spread, that store only their inputs and run again in the backward pass. `agra plan`
-    prints the memory and time of several fractions."""
+    """Fraction of the blocks, evenly spread, that store only their inputs and run again in the backward pass.
+    `agra plan` prints the memory and time of several fractions."""
     reduce_every_micro_batch: bool = False
-    """Reduce gradients over processes after every micro-batch instead of once a step. This needs more traffic, and less memory
-    since no process holds whole gradients."""
+    """Reduce gradients over processes after every micro-batch instead of once a step. This needs more traffic, and less
+    memory since no process holds whole gradients."""
     compile: bool | None = None
     """Compile the blocks. By default on GPUs alone."""
     gather_bfloat16: bool = False
     """Gather parameters over processes in bfloat16 instead of float32: half the traffic, and no bfloat16 copies of the
-    weights for the backward pass. Matrix products are the same in a stage that computes in bfloat16. Normalised queries and
-    keys, the bridge's affine norms and the action head's tokens are rounded too, which moves the gradient about as much as
-    autocast does (tests/device/test_gather.py)."""
+    weights for the backward pass. Matrix products are the same in a stage that computes in bfloat16. Normalised queries
+    and keys, the bridge's affine norms and the action head's tokens are rounded too, which moves the gradient about as
+    much as autocast does (tests/device/test_gather.py)."""
     deterministic: bool = False
-    """Use deterministic operations alone. An operation without a deterministic version raises RuntimeError. CPU operations are
-    always deterministic. On a GPU they are slower."""
+    """Use deterministic operations alone. An operation without a deterministic version raises RuntimeError. CPU
+    operations are always deterministic. On a GPU they are slower."""
 
     def __post_init__(self) -> None:
         for name in ("shard_degree", "gradient_accumulation_steps"):
@@ -74,8 +77,8 @@ def check_batch_size(batch_size: int, batch_multiple: int, micro_batches: int, w
     size = batch_size // count
     if count > 1 and size % batch_multiple:
         raise ValueError(
-            f"stage.batch_size: {batch_size} over {spread} is {size} samples in a micro-batch; the method needs a multiple"
-            f" of {batch_multiple}"
+            f"stage.batch_size: {batch_size} over {spread} is {size} samples in a micro-batch; the method needs a "
+            f"multiple of {batch_multiple}"
         )
 
 
@@ -88,8 +91,9 @@ def build(
 ) -> Method:
     """Make a method ready to train: with its stage's adapters and frozen parts, sharded, on its device.
 
-    `initialize` sets the weights. With None they are left for a checkpoint to set. With a mesh the main process alone makes the
-    whole model, on the CPU, and sends it tensor by tensor. The other processes never hold more than their shards.
+    `initialize` sets the weights. With None they are left for a checkpoint to set. With a mesh the main process alone
+    makes the whole model, on the CPU, and sends it tensor by tensor. The other processes never hold more than their
+    shards.
     """
     if context.mesh is None:
         method = make()
@@ -133,10 +137,11 @@ def apply(method: Method, parallel: ParallelConfig, device: torch.device | None 
 
 
 def shard(method: Method, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
-    """Shard with FSDP2 over `mesh`: one group for each block and each module that no stage trains, and the method as the root.
+    """Shard with FSDP2 over `mesh`: one group for each block and each module that no stage trains, and the method as
+    the root.
 
-    Gradients are reduced in float32. Parameters are gathered in float32 too, unless `gather_bfloat16` is set. In a stage that
-    computes in bfloat16, autocast casts them, as in one process.
+    Gradients are reduced in float32. Parameters are gathered in float32 too, unless `gather_bfloat16` is set. In a
+    stage that computes in bfloat16, autocast casts them, as in one process.
     """
     dtype = torch.bfloat16 if parallel.gather_bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -163,7 +168,9 @@ def _attach(method: Method, stage: StageConfig) -> None:
 
 
 def _dimension(shards: int, parameter: nn.Parameter) -> Shard:
-    """Split a parameter along its rows, or along another axis where there are fewer rows than shards and that axis divides."""
+    """Split a parameter along its rows, or along another axis where there are fewer rows than shards and that axis
+    divides.
+    """
     if parameter.ndim and parameter.shape[0] < shards:
         even = [i for i in range(1, parameter.ndim) if parameter.shape[i] % shards == 0]
         return Shard(even[0] if even else 0)

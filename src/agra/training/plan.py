@@ -1,7 +1,7 @@
 """Memory, FLOPs, time and cost of a run before its launch.
 
-A step and a validation are counted on fake tensors (`agra.training.memory_estimate`) and laid out on the machines. Two numbers
-are assumptions: the fraction of a GPU's peak that a step reaches, and the rate of communication.
+A step and a validation are counted on fake tensors (`agra.training.memory_estimate`) and laid out on the machines. Two
+numbers are assumptions: the fraction of a GPU's peak that a step reaches, and the rate of communication.
 """
 
 from collections.abc import Sequence
@@ -38,13 +38,13 @@ class Machines:
     shard_degree: int | None = None
     """GPUs that hold one copy of the model together. By default all of them."""
     utilisation: float = 0.35
-    """Assumed fraction of the GPU's peak that a step reaches. Public runs of video DiTs of this size show up to 0.18. The plan
-    prints the time for 0.2, 0.35 and 0.5 as well."""
+    """Assumed fraction of the GPU's peak that a step reaches. Public runs of video DiTs of this size show up to 0.18.
+    The plan prints the time for 0.2, 0.35 and 0.5 as well."""
     gather_bfloat16: bool = False
     """Gather parameters in bfloat16 (`--parallel.gather-bfloat16`)."""
     bandwidth: float | None = None
-    """Assumed rate at which a GPU receives from the others, GB/s. By default 450 for up to 8 GPUs (the NVLink of an H100
-    node), and 50 for more (a 400 Gb/s port for each GPU)."""
+    """Assumed rate at which a GPU receives from the others, GB/s. By default 450 for up to 8 GPUs (the NVLink of an
+    H100 node), and 50 for more (a 400 Gb/s port for each GPU)."""
     price: float = 0.0
     """Price of a GPU per hour."""
 
@@ -136,7 +136,8 @@ def plan(config: RunConfig, machines: Machines) -> Plan:
 
 
 def lay_out(config: RunConfig, machines: Machines, counted: Sequence[StepCost]) -> Plan:
-    """Plan with steps that are already counted, one for each fraction of activation checkpointing, in increasing order."""
+    """Plan with steps that are already counted, one for each fraction of activation checkpointing, in increasing
+    order."""
     _check_gpus(config, machines)
     local, counts = config.stage.batch_size // machines.gpus, _accumulation_steps(config, machines)
     all_flops = encoding_flops_per_sample(config.method)
@@ -201,11 +202,11 @@ def _reduced(
 def _fit(
     step_cost: StepCost, local: int, counts: Sequence[int], machines: Machines, *, every: bool
 ) -> tuple[int, int, np.ndarray]:
-    """Return the samples in flight that fit, the micro-batches that a GPU's samples then need (0 where they never fit), and
-    the (moments,) bytes that do not depend on the samples.
+    """Return the samples in flight that fit, the micro-batches that a GPU's samples then need (0 where they never fit),
+    and the (moments,) bytes that do not depend on the samples.
 
-    The gradients of one micro-batch live during the backward pass alone. Those of several live for the whole step: a process's
-    shard of them, or all of them where they are reduced once.
+    The gradients of one micro-batch live during the backward pass alone. Those of several live for the whole step: a
+    process's shard of them, or all of them where they are reduced once.
     """
     shards, room = machines.shard_degree or machines.gpus, machines.gpu_memory * 1e9 * _PLANNED
     whole = 4 * step_cost.trained
@@ -236,8 +237,8 @@ def _most_samples(constant: np.ndarray, per_sample: np.ndarray, room: float) -> 
 def _traffic(step_cost: StepCost, shards: int, copies: int, *, micro_batches: int, every: bool) -> float:
     """Return the bytes that a process receives in a step.
 
-    Parameters are gathered for each micro-batch. Float32 gradients are reduced over the shards and then over the copies, once
-    or after each micro-batch.
+    Parameters are gathered for each micro-batch. Float32 gradients are reduced over the shards and then over the
+    copies, once or after each micro-batch.
     """
     gathered = micro_batches * step_cost.weight_bytes * step_cost.gathered
     reductions = micro_batches if every else min(micro_batches, 1)
@@ -262,16 +263,16 @@ def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
         name = f"{fraction:.0%} run again" if fraction else "plain"
         verdict = f"fits with {' '.join(layout.flags) or 'no flags'}" if fits else "does not fit"
         lines.append(
-            f"  {name:15}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in flight: "
-            f"{layout.samples} fit; the batch {verdict}" + (f", {layout.seconds:.2f} s a step" if fits else "")
+            f"  {name:15}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in "
+            f"flight: {layout.samples} fit; the batch {verdict}" + (f", {layout.seconds:.2f} s a step" if fits else "")
         )
     if result.hours == float("inf"):
         return "\n".join([*lines, "no layout fits: take more GPUs, more memory, or a smaller model"])
     best = result.best
     if machines.gpus > 1:
         lines.append(
-            f"traffic        {best.traffic / 1e9:.1f} GB to each GPU a step, {best.traffic / machines.rate / 1e9:.2f} s "
-            f"at {machines.rate:g} GB/s, beside {best.compute_seconds:.2f} s of products"
+            f"traffic        {best.traffic / 1e9:.1f} GB to each GPU a step, {best.traffic / machines.rate / 1e9:.2f} "
+            f"s at {machines.rate:g} GB/s, beside {best.compute_seconds:.2f} s of products"
         )
     times = ", ".join(
         f"{_hours(result, config, machines, utilisation):.1f} h at {utilisation:.0%}"

@@ -1,4 +1,7 @@
-"""The training loop. A step is a pure function of (config, step, weights, optimiser), so a resumed run gives the same bits."""
+"""The training loop.
+
+A step is a pure function of (config, step, weights, optimiser), so a resumed run gives the same bits.
+"""
 
 import json
 import math
@@ -42,10 +45,10 @@ _VALIDATION_STEP = 2**31
 class Trainer:
     """Trains one stage of a run: method, optimiser, data and the output folder.
 
-    `batch(step)` returns this process's rows (rank::world_size) of a step's batch, and `sample_names(step)` their names for
-    error messages. `validation()` returns this process's rows of the held-out windows, as many as in a batch. `extra_files`
-    are written into every checkpoint. `monitors` measure at every validation, and their figures are logged under their
-    names. With a mesh in `context` the method must be built for it (`parallelize.build`).
+    `batch(step)` returns this process's rows (rank::world_size) of a step's batch, and `sample_names(step)` their names
+    for error messages. `validation()` returns this process's rows of the held-out windows, as many as in a batch.
+    `extra_files` are written into every checkpoint. `monitors` measure at every validation, and their figures are
+    logged under their names. With a mesh in `context` the method must be built for it (`parallelize.build`).
     """
 
     def __init__(
@@ -86,7 +89,8 @@ class Trainer:
         """Train to the end, from the newest checkpoint if there is one. Returns False if SIGTERM stopped it early.
 
         After SIGTERM or SIGINT to any process, all processes finish the present step and save. SIGINT then raises
-        KeyboardInterrupt. A loss or gradient that is not finite raises ValueError and leaves the last checkpoint as it is.
+        KeyboardInterrupt. A loss or gradient that is not finite raises ValueError and leaves the last checkpoint as it
+        is.
         """
         self._resume()
         try:
@@ -161,8 +165,8 @@ class Trainer:
         saved = read_config(folder)
         if saved != self.config:
             raise ValueError(
-                f"{folder}: made by another config ({first_difference(saved, self.config)}); choose another output folder,"
-                " or resume with the same settings"
+                f"{folder}: made by another config ({first_difference(saved, self.config)}); choose another output "
+                "folder, or resume with the same settings"
             )
         if self.context.mesh is None and not (folder / "sharded").is_dir():
             load_parts(self.method.parts(), folder)
@@ -269,7 +273,9 @@ class Trainer:
         return norms
 
     def _report_not_finite(self, step: int, micro_batches: Sequence[MicroBatch], problem: str) -> NoReturn:
-        """Raise ValueError in every process, naming the first module and the samples with values that are not finite."""
+        """Raise ValueError in every process, naming the first module and the samples with values that are not
+        finite.
+        """
         names, reports = self.sample_names(step), []
         for index, micro_batch in enumerate(self._on_device(micro_batches)):
             module = first_module(self.method, lambda part=micro_batch, index=index: self._losses(part, step, index))
@@ -296,7 +302,10 @@ class Trainer:
             self._keep_best(figures)
 
     def _keep_best(self, figures: Mapping[str, float]) -> None:
-        """Save a checkpoint where the figure of `keep_best` is the best so far. Raises ValueError where it is not logged."""
+        """Save a checkpoint where the figure of `keep_best` is the best so far.
+
+        Raises ValueError where it is not logged.
+        """
         if not self.stage.keep_best:
             return
         direction, name = self.stage.keep_best.split(":", 1)
@@ -319,8 +328,8 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Compute the losses of held-out windows, always with the same noise, and the monitors' figures.
 
-        The windows are spread over processes and micro-batches as a step's are. The values are therefore the same for any
-        spread, and the memory is that of a micro-batch without gradients.
+        The windows are spread over processes and micro-batches as a step's are. The values are therefore the same for
+        any spread, and the memory is that of a micro-batch without gradients.
         """
         figures: dict[str, float] = {}
         self.method.eval()

@@ -2,8 +2,8 @@
 
 Sub-blocks alternate cross-attention to the guidance and self-attention over [state | action] tokens. Cross-attention
 comes first as in GR00T-N1.5, so that its weights fit. The paper lists self-attention first (docs/paper.md #6). State
-encoder, action encoder and decoder have one set of weights per embodiment. GR00T's time runs from 0 (noise) to 1 (data).
-Only this module converts noise levels to GR00T's time buckets.
+encoder, action encoder and decoder have one set of weights per embodiment. GR00T's time runs from 0 (noise) to 1
+(data). Only this module converts noise levels to GR00T's time buckets.
 """
 
 import math
@@ -67,7 +67,8 @@ class ActionOutput:
 
     velocity: Float[Tensor, "B K D"]
     attention: tuple[Float[Tensor, "B heads Q N"], ...] | None = None
-    """Cross-attention weights of each block with `return_attention`. Queries are [state | future tokens | K actions]."""
+    """Cross-attention weights of each block with `return_attention`. Queries are [state | future tokens | K
+    actions]."""
 
 
 class ActionDiT(nn.Module):
@@ -107,8 +108,8 @@ class ActionDiT(nn.Module):
     ) -> ActionOutput:
         """Predict the velocity noise - actions (Eq. 13), given one guidance for each cross-attention block.
 
-        A guidance of B / n samples serves n consecutive rows each, so that several draws of noise share the keys and values
-        of one conditioning pass. Raises ValueError if the numbers do not fit.
+        A guidance of B / n samples serves n consecutive rows each, so that several draws of noise share the keys and
+        values of one conditioning pass. Raises ValueError if the numbers do not fit.
         """
         if len(guidance) != self.config.num_blocks:
             raise ValueError(

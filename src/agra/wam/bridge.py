@@ -13,13 +13,14 @@ from torch import Tensor, nn
 def bridged_layers(num_video_layers: int, num_action_blocks: int) -> tuple[int, ...]:
     """Return the video layer that each cross-attention block reads, 0-based, "output after block l" (Eq. 14).
 
-    Layer j is j (M - 1) / (N - 1), rounded to the nearest integer. The equation prints a floor, but C.1 lists the rounded
-    layers 0, 4, 8, 12, 15, 19, 23, 27 for (28, 8), and only these contain the aligned layer 8 (docs/paper.md #1).
+    Layer j is j (M - 1) / (N - 1), rounded to the nearest integer. The equation prints a floor, but C.1 lists the
+    rounded layers 0, 4, 8, 12, 15, 19, 23, 27 for (28, 8), and only these contain the aligned layer 8
+    (docs/paper.md #1).
     """
     if num_action_blocks < 2:
         raise ValueError(
-            f"num_action_blocks: expected at least 2 for Eq. 14, got {num_action_blocks}; for a single-layer bridge set "
-            "BridgeConfig.layers"
+            f"num_action_blocks: expected at least 2 for Eq. 14, got {num_action_blocks}; for a single-layer bridge "
+            "set BridgeConfig.layers"
         )
     if num_video_layers < 1:
         raise ValueError(f"num_video_layers: expected at least 1, got {num_video_layers}")
@@ -34,8 +35,9 @@ class BridgeConfig:
     layers: tuple[int, ...] = bridged_layers(28, 8)
     """One video layer for each action cross-attention block. A layer may repeat (AGRA-BridgeL8)."""
     projector: Literal["transformer", "linear", "identity"] = "transformer"
-    """`transformer` is Eq. 15, shared by all layers. `linear` is one linear layer for each distinct video layer, `identity`
-    the hidden states as they are, both without a norm: other public world action models (docs/methods.md)."""
+    """`transformer` is Eq. 15, shared by all layers. `linear` is one linear layer for each distinct video layer,
+    `identity` the hidden states as they are, both without a norm: other public world action models
+    (docs/methods.md)."""
     num_layers: int = 4  # transformer blocks of the projector
     num_heads: int = 32
     head_dim: int = 64
@@ -85,8 +87,9 @@ class Bridge(nn.Module):
     ) -> tuple[Float[Tensor, "B N D"], ...]:
         """Return the guidance G_j of each cross-attention block, tokens flattened row-major.
 
-        A layer that several blocks read is projected once. `pool_future` > 1 is an approximation: before the blocks, squares
-        of `pool_future` x `pool_future` tokens of the frames after the observation become their mean. Not in the paper.
+        A layer that several blocks read is projected once. `pool_future` > 1 is an approximation: before the blocks,
+        squares of `pool_future` x `pool_future` tokens of the frames after the observation become their mean. Not in
+        the paper.
         """
         # Dynamo of torch 2.11 cannot trace the difference of a set and a dictionary's keys.
         missing = sorted({layer for layer in self.config.layers if layer not in hidden})

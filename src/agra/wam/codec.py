@@ -1,8 +1,9 @@
 """The frozen video codec, between frames and normalised latents: Wan 2.1 (C.1) or a patch PCA.
 
-Both codecs are causal with a time stride of 4 and a space stride of 8. Latent frame 0 covers frame 0 alone, latent frame
-t >= 1 covers frames 4t-3..4t. 1 + 4k frames therefore become 1 + k latent frames, and the latent of an observation needs
-no future frame. Frames are uint8 RGB (..., T, H, W, 3) outside, video is float (B, 3, T, H, W) in [-1, 1] inside.
+Both codecs are causal with a time stride of 4 and a space stride of 8. Latent frame 0 covers frame 0 alone, latent
+frame t >= 1 covers frames 4t-3..4t. 1 + 4k frames therefore become 1 + k latent frames, and the latent of an
+observation needs no future frame. Frames are uint8 RGB (..., T, H, W, 3) outside, video is float (B, 3, T, H, W) in
+[-1, 1] inside.
 """
 
 from collections.abc import Callable
@@ -135,8 +136,8 @@ class WanCodec(nn.Module):
     config, because the meaning of those of diffusers pipelines has changed between releases.
 
     `AutoencoderKLWan` keeps its causal cache in the module, so a lock admits one call at a time. Clips run in chunks of
-    `CHUNK`, the last chunk padded. All kernels then see one shape, a clip's latents have the same bits in any batch, and
-    memory does not grow with the batch. Single frames, which a policy encodes at inference, are not padded.
+    `CHUNK`, the last chunk padded. All kernels then see one shape, a clip's latents have the same bits in any batch,
+    and memory does not grow with the batch. Single frames, which a policy encodes at inference, are not padded.
     """
 
     CHUNK = 8

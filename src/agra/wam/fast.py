@@ -48,9 +48,10 @@ class _Level(NamedTuple):
 class FastWAM:
     """A frozen WAM prepared for chunks of `action_steps` Euler steps.
 
-    With `compiled` the three parts run in the batch sizes of `padded_size`. They run uncompiled until `compile` is called.
-    After that, the first call of each size compiles it without graph breaks, which takes a minute or more. On a GPU the
-    results are valid until the next call. Call `begin` before each answer. Raises ValueError for numbers below 1.
+    With `compiled` the three parts run in the batch sizes of `padded_size`. They run uncompiled until `compile` is
+    called. After that, the first call of each size compiles it without graph breaks, which takes a minute or more. On a
+    GPU the results are valid until the next call. Call `begin` before each answer. Raises ValueError for numbers
+    below 1.
     """
 
     @torch.no_grad()

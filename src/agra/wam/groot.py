@@ -43,9 +43,9 @@ def load_groot_head(
 ) -> tuple[str, ...]:
     """Copy N1.5's head from a folder or a hub id. Return the names of its tensors that have no counterpart here.
 
-    `rows` are the N1.5 embodiments that the embodiments here start from, one for each or one for all. Empty `rows` leave
-    state encoder, action encoder and decoder unchanged. Raises FileNotFoundError if the weights cannot be read, ValueError
-    if their shapes differ.
+    `rows` are the N1.5 embodiments that the embodiments here start from, one for each or one for all. Empty `rows`
+    leave state encoder, action encoder and decoder unchanged. Raises FileNotFoundError if the weights cannot be read,
+    ValueError if their shapes differ.
     """
     if action_dit.config.self_attention_first or action_dit.config.time_grows_with_noise:
         raise ValueError(

@@ -137,7 +137,8 @@ class WAM(nn.Module):
         layers: Sequence[int] = (),
         condition_layers: Sequence[int] = (),
     ) -> tuple[VideoOutput, dict[int, Float[Tensor, "B T H W D"]]]:
-        """Run `denoise` on the first Bd samples and `condition` on all samples, as one forward pass if both need all blocks.
+        """Run `denoise` on the first Bd samples and `condition` on all samples, as one forward pass if both need all
+        blocks.
 
         A sharded model then gathers every block once for both.
         """
@@ -167,7 +168,9 @@ class WAM(nn.Module):
         *,
         layers: Sequence[int],
     ) -> dict[int, Float[Tensor, "B T H W L"]]:
-        """Return the attention of each video token of `layers` to each instruction token, conditioning pass (Fig. 14)."""
+        """Return the attention of each video token of `layers` to each instruction token, conditioning pass
+        (Fig. 14).
+        """
         level = self._guidance_levels(len(noise), noise.device)
         return self._video_pass(
             noise, observation_latent, level, instruction, (), velocity=False, text_layers=layers
@@ -209,8 +212,8 @@ class WAM(nn.Module):
     ) -> Float[Tensor, "B K D"]:
         """Denoise an action chunk from pure noise in `steps` Euler steps with fixed guidance (A.2).
 
-        `continuation` is (previous actions, weights) for `agra.flow.continue_chunk`. It needs gradients, so it cannot run
-        under `torch.inference_mode`.
+        `continuation` is (previous actions, weights) for `agra.flow.continue_chunk`. It needs gradients, so it cannot
+        run under `torch.inference_mode`.
         """
 
         def predict(actions: Tensor, level: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The embedded video codec: a closed-form, causal space-time patch PCA, fitted on training frames without a download."""
+"""The embedded video codec: a closed-form, causal space-time patch PCA, fitted on training frames without a
+download.
+"""
 
 from collections.abc import Iterable
 from functools import cached_property
@@ -128,7 +130,9 @@ class PatchPCACodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C T h w"]:
-        """Return whitened components, one vector for each 8x8 patch of frame 0 and of each later group of four frames."""
+        """Return whitened components, one vector for each 8x8 patch of frame 0 and of each later group of four
+        frames.
+        """
         check_video(video)
         video = video.to(self.get_buffer("first_mean").device)
         latents = [self._project("first", _patches(video[:, :, :1], 1))]

@@ -133,8 +133,8 @@ class MiniLMEncoder(nn.Module):
         for instruction, ids in zip(instructions, tokens["input_ids"], strict=True):
             if len(ids) > self.length:
                 raise ValueError(
-                    f"instruction {instruction!r}: expected at most {self.length} tokens, got {len(ids)}; shorten it or "
-                    "raise TextConfig.length"
+                    f"instruction {instruction!r}: expected at most {self.length} tokens, got {len(ids)}; shorten it "
+                    "or raise TextConfig.length"
                 )
         inputs = {name: torch.tensor(value, device=self.model.device) for name, value in tokens.items()}
         hidden = self.model(**inputs).last_hidden_state.float()
@@ -151,8 +151,8 @@ class CosmosReasonEncoder(nn.Module):
 
     The instruction follows a fixed system message in a chat, cut or padded to `length` tokens. No attention mask is
     passed, so padding is embedded and attended to. The outputs of all blocks (of the last one after the final norm) are
-    standardised token by token and concatenated: 28 x 3584 = 100352 values per token. The optional `projection` (the video
-    DiT's frozen Linear 100352 -> 1024 and GELU) reduces a cached instruction from 103 MB to 1 MB in bfloat16.
+    standardised token by token and concatenated: 28 x 3584 = 100352 values per token. The optional `projection` (the
+    video DiT's frozen Linear 100352 -> 1024 and GELU) reduces a cached instruction from 103 MB to 1 MB in bfloat16.
     """
 
     def __init__(

@@ -47,8 +47,8 @@ class VideoDiTConfig:
     def __post_init__(self) -> None:
         if self.patch_size[0] != 1:
             raise ValueError(
-                f"VideoDiTConfig.patch_size: expected 1 as the first entry, because every latent frame has its own noise "
-                f"level, got {self.patch_size}"
+                "VideoDiTConfig.patch_size: expected 1 as the first entry, because every latent frame has its own "
+                f"noise level, got {self.patch_size}"
             )
         if self.num_layers < 1:
             raise ValueError(f"VideoDiTConfig.num_layers: expected at least 1, got {self.num_layers}")
@@ -91,7 +91,9 @@ class VideoOutput:
 
 
 class VideoDiT(nn.Module):
-    """The network f_theta: from noisy latents, noise levels per frame and instruction tokens to velocity and hidden states."""
+    """The network f_theta: from noisy latents, noise levels per frame and instruction tokens to velocity and hidden
+    states.
+    """
 
     def __init__(self, config: VideoDiTConfig) -> None:
         super().__init__()
@@ -112,10 +114,10 @@ class VideoDiT(nn.Module):
     ) -> VideoOutput:
         """Run the blocks once.
 
-        `noise_level` is in [0, 1]: (B,) for one level per sample, or (B, T) for one per latent frame. `condition_mask` is 1
-        on condition frames. The result holds the outputs of the blocks `layers` and the text attention of the blocks
-        `text_layers`. With `velocity=False` the blocks after the last of these, the final norm and the projection do not
-        run.
+        `noise_level` is in [0, 1]: (B,) for one level per sample, or (B, T) for one per latent frame. `condition_mask`
+        is 1 on condition frames. The result holds the outputs of the blocks `layers` and the text attention of the
+        blocks `text_layers`. With `velocity=False` the blocks after the last of these, the final norm and the
+        projection do not run.
         """
         last = self._check((*layers, *text_layers), noise_level, latents)
         if velocity:
@@ -149,7 +151,9 @@ class VideoDiT(nn.Module):
         return torch.cat([latents, condition_mask.to(latents), padding], dim=1)
 
     def patchify(self, padded: Float[Tensor, "B C2 T h w"]) -> tuple[Float[Tensor, "B T S D"], torch.Size]:
-        """Return the tokens frame by frame, so that modulation broadcasts over a frame's S tokens, and the grid (T, H, W)."""
+        """Return the tokens frame by frame, so that modulation broadcasts over a frame's S tokens, and the grid
+        (T, H, W).
+        """
         x = self.transformer.patch_embed(padded.to(self.dtype))
         return x.flatten(2, 3), x.shape[1:4]
 
@@ -222,7 +226,8 @@ class VideoDiT(nn.Module):
 
 
 def load_text_projection(config: VideoDiTConfig, source: str, *, revision: str | None = None) -> nn.Module:
-    """Load only Cosmos's frozen text projection (100352 -> 1024 and GELU), so that projected tokens can be cached (C.1).
+    """Load only Cosmos's frozen text projection (100352 -> 1024 and GELU), so that projected tokens can be cached
+    (C.1).
 
     Raises the errors of `VideoDiT.load_pretrained`, and ValueError if the config has no projection.
     """
@@ -242,7 +247,9 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class VideoBlock(nn.Module):
-    """A Cosmos block whose forward takes tokens frame by frame, with the modules of the stock block under their names."""
+    """A Cosmos block whose forward takes tokens frame by frame, with the modules of the stock block under their
+    names.
+    """
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
@@ -261,10 +268,10 @@ class VideoBlock(nn.Module):
         *,
         return_attention: bool = False,
     ) -> Any:
-        """Run self-attention, cross-attention to the text and feed-forward, each gated. F is T, or 1 for one level per sample.
+        """Run self-attention, cross-attention to the text and feed-forward, each gated.
 
-        Returns the tokens (B, T, S, D). With `return_attention` returns the tokens and the cross-attention weights
-        (B, T * S, L), mean over heads.
+        F is T, or 1 for one level per sample. Returns the tokens (B, T, S, D). With `return_attention` returns the
+        tokens and the cross-attention weights (B, T * S, L), mean over heads.
         """
         keys_values = self.text_keys_values(text)
         weights: list[Tensor] = []

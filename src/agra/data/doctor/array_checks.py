@@ -24,7 +24,9 @@ def constant_dimensions(low: np.ndarray, high: np.ndarray) -> list[int]:
 
 
 def jumps(episodes: Sequence[np.ndarray]) -> list[Jump]:
-    """Return the largest jump of each dimension: more than 20 times its usual movement and more than half of its range."""
+    """Return the largest jump of each dimension: more than 20 times its usual movement and more than half of its
+    range.
+    """
     moves = [np.abs(np.diff(rows.astype(np.float64), axis=0)) for rows in episodes]
     all_moves = np.concatenate(moves)
     if len(all_moves) < 100:
@@ -47,7 +49,9 @@ def is_turn(size: float) -> bool:
 
 
 def squeezed_dimensions(statistics: dict[str, np.ndarray]) -> list[int]:
-    """Return the dimensions with outliers, for which min_max would map 98 % of the values to less than a tenth of its range."""
+    """Return the dimensions with outliers, for which min_max would map 98 % of the values to less than a tenth of
+    its range.
+    """
     inner, full = statistics["q99"] - statistics["q01"], statistics["max"] - statistics["min"]
     return [int(i) for i in np.flatnonzero((full > 10 * inner) & (inner > 0))]
 
@@ -55,9 +59,9 @@ def squeezed_dimensions(statistics: dict[str, np.ndarray]) -> list[int]:
 def lag(states: Sequence[np.ndarray], actions: Sequence[np.ndarray]) -> tuple[int, float] | None:
     """Return the number of control steps by which actions precede the most similar states, and that similarity.
 
-    The similarity is 1 minus the mean squared distance over the variance of the states, over the dimensions that move. None
-    where the dimensions differ or the similarity is below 0.5. A command precedes its effect, so 1 or more is right. 0 means
-    that the action is the state of the same step, a negative number that actions are late.
+    The similarity is 1 minus the mean squared distance over the variance of the states, over the dimensions that move.
+    None where the dimensions differ or the similarity is below 0.5. A command precedes its effect, so 1 or more is
+    right. 0 means that the action is the state of the same step, a negative number that actions are late.
     """
     if not states or states[0].shape[1] != actions[0].shape[1]:
         return None
@@ -93,7 +97,9 @@ def frozen(frames: np.ndarray) -> bool:
 
 
 def disagreement(stored: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> tuple[str, int, float, float] | None:
-    """Return the first (statistic, dimension, stored, exact) that differ by more than 0.1 % of the dimension's range."""
+    """Return the first (statistic, dimension, stored, exact) that differ by more than 0.1 % of the dimension's
+    range.
+    """
     scale = np.maximum(exact["max"] - exact["min"], 1e-6)
     for name in ("min", "max", "mean", "std"):
         if name not in stored:

@@ -1,7 +1,7 @@
 """`agra doctor`: checks of a dataset for problems that make reading fail or training worse.
 
-An error stops reading or falsifies it, a warning makes training worse, a note is for information. The warnings cover the data
-issues of docs/paper.md section 3: padding, angles, prefixes, windows past the end.
+An error stops reading or falsifies it, a warning makes training worse, a note is for information. The warnings cover
+the data issues of docs/paper.md section 3: padding, angles, prefixes, windows past the end.
 """
 
 import json
@@ -167,7 +167,10 @@ def _numbers(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.nd
         constant = array_checks.constant_dimensions(statistics["min"], statistics["max"])
         if constant:
             listed = ", ".join(dimensions[i] for i in constant[:8]) + (" ..." if len(constant) > 8 else "")
-            message = f"constant: {listed} ({len(constant)} of {len(dimensions)}); leave them out with data.state or data.action"
+            message = (
+                f"constant: {listed} ({len(constant)} of {len(dimensions)}); "
+                "leave them out with data.state or data.action"
+            )
             yield _warning("constant", quantity, message)
         for jump in array_checks.jumps(values):
             advice = (
@@ -180,7 +183,10 @@ def _numbers(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.nd
         for dimension in array_checks.squeezed_dimensions(statistics):
             low, high = statistics["min"][dimension], statistics["max"][dimension]
             inner = statistics["q01"][dimension], statistics["q99"][dimension]
-            message = f"98 % of the values are in [{inner[0]:.3g}, {inner[1]:.3g}], all in [{low:.3g}, {high:.3g}]; normalise with q01_q99"
+            message = (
+                f"98 % of the values are in [{inner[0]:.3g}, {inner[1]:.3g}], all in [{low:.3g}, {high:.3g}]; "
+                "normalise with q01_q99"
+            )
             yield _warning("outliers", f"{quantity} {dimensions[dimension]}", message)
     ahead = array_checks.lag([pair[0] for pair in rows.values()], [pair[1] for pair in rows.values()])
     if ahead is not None and not 1 <= ahead[0] <= 8:

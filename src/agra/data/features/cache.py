@@ -1,9 +1,9 @@
 """A disk cache of the outputs of frozen networks.
 
-The folder of a feature is named after a hash of its key, of the dataset's contents and of the source's view of the dataset.
-A changed setting or file gives another folder, never a stale value. The folder holds one safetensors file for each episode,
-and a manifest as soon as all requested episodes are there. Every array has a CRC-32 of each of its rows, which is verified
-when the row is read.
+The folder of a feature is named after a hash of its key, of the dataset's contents and of the source's view of the
+dataset. A changed setting or file gives another folder, never a stale value. The folder holds one safetensors file for
+each episode, and a manifest as soon as all requested episodes are there. Every array has a CRC-32 of each of its rows,
+which is verified when the row is read.
 """
 
 import hashlib
@@ -118,9 +118,10 @@ def cache_features(
 ) -> list[Path]:
     """Compute the missing episodes of `features` and return their folders, in order. `episodes` are all by default.
 
-    An episode is decoded once for all features. The process can be killed at any time and started again: finished episodes
-    remain, and unfinished files have temporary names. Each of `world_size` processes computes every `world_size`-th
-    episode. The last process to finish writes the manifests. Raises OSError, naming the file, where the disk is full.
+    An episode is decoded once for all features. The process can be killed at any time and started again: finished
+    episodes remain, and unfinished files have temporary names. Each of `world_size` processes computes every
+    `world_size`-th episode. The last process to finish writes the manifests. Raises OSError, naming the file, where the
+    disk is full.
     """
     requested = list(range(dataset.num_episodes) if episodes is None else episodes)
     folders = [feature_folder(dataset, feature, root) for feature in features]
@@ -236,7 +237,10 @@ def _row_checks(array: np.ndarray) -> np.ndarray:
 def verified(
     values: np.ndarray, check: np.ndarray, path: Path, name: str, rows: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return `values`, or `rows` of them, after each row is compared with its checksum. Raises ValueError for a difference."""
+    """Return `values`, or `rows` of them, after each row is compared with its checksum.
+
+    Raises ValueError for a difference.
+    """
     if rows is not None:
         values, check = values[rows], check[rows]
     if not np.array_equal(_row_checks(values), check):

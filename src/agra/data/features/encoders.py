@@ -41,7 +41,10 @@ def open_codec(
 
 
 def open_text_encoder(method: MethodConfig, *, device: torch.device | str = "cpu") -> Any:
-    """Open the frozen text encoder. A method's frozen projection is applied to its tokens, 1 MB for each Cosmos instruction."""
+    """Open the frozen text encoder.
+
+    A method's frozen projection is applied to its tokens, 1 MB for each Cosmos instruction.
+    """
     assert method.text is not None
     projection = None
     if method.text_projection is not None:

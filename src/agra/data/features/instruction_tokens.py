@@ -1,6 +1,7 @@
 """Instruction tokens on disk, one file for each distinct text, shared by all datasets of a cache folder.
 
-Thousands of episodes share a few dozen texts, and Cosmos's tokens take 1 MB each, so files by episode would fill memory.
+Thousands of episodes share a few dozen texts, and Cosmos's tokens take 1 MB each, so files by episode would fill
+memory.
 """
 
 import hashlib
@@ -17,7 +18,10 @@ _NAME = "tokens"
 
 
 class InstructionTokens:
-    """The tokens (L, E) float16 of the texts in `folder`. Recently read ones stay in memory, up to `memory_limit` bytes."""
+    """The tokens (L, E) float16 of the texts in `folder`.
+
+    Recently read ones stay in memory, up to `memory_limit` bytes.
+    """
 
     def __init__(self, folder: Path, *, memory_limit: int = 2 * 2**30) -> None:
         self.folder, self._limit = folder, memory_limit

@@ -116,8 +116,8 @@ def teacher_grids(
 ) -> Float[Tensor, "N h w P"]:
     """Compute the teacher's features of frames on a token grid (Eqs. 3, 4), float16 on the CPU.
 
-    Frames go through the teacher in chunks of `_TEACHER_CHUNK`, the last one padded. Kernels then run on one shape, and the
-    features of a frame do not depend on the other frames, bit for bit.
+    Frames go through the teacher in chunks of `_TEACHER_CHUNK`, the last one padded. Kernels then run on one shape, and
+    the features of a frame do not depend on the other frames, bit for bit.
     """
     grids = []
     for chunk in frames.split(_TEACHER_CHUNK):

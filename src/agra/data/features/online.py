@@ -20,7 +20,8 @@ from agra.wam.codec import Codec, to_video
 class OnlineEncoder:
     """The codec and the teacher of a method. Each is None where its features are cached.
 
-    The values equal cached values bit for bit on one device. They come from the same networks and are rounded to float16.
+    The values equal cached values bit for bit on one device. They come from the same networks and are rounded to
+    float16.
     """
 
     def __init__(self, method: MethodConfig, codec: Codec | None, teacher: Teacher | None) -> None:

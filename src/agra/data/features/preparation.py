@@ -61,8 +61,8 @@ class Preparation:
         """Compute and cache the missing features of each source. Returns the folders of the features.
 
         An index file beside each folder leads training to it without loading a frozen network. Each of `world_size`
-        processes, numbered by `rank`, computes its part of the episodes and of the instructions. The caches do not depend on
-        the number of processes.
+        processes, numbered by `rank`, computes its part of the episodes and of the instructions. The caches do not
+        depend on the number of processes.
         """
         folders = [self._write_instructions(rank, world_size)] if self.method.needs().instruction else []
         for source in self.sources if self._features else ():
@@ -87,8 +87,8 @@ class Preparation:
     def _write_instructions(self, rank: int, world_size: int) -> Path:
         """Encode the instructions without tokens.
 
-        The first process encodes a small number alone, so that the others need no text encoder. A large number is divided.
-        The division does not depend on the tokens that other processes have written.
+        The first process encodes a small number alone, so that the others need no text encoder. A large number is
+        divided. The division does not depend on the tokens that other processes have written.
         """
         index, texts = _instruction_index(self.method, self.data), _instruction_texts(self.sources)
         tokens = InstructionTokens(self.root / json.loads(index.read_text())) if index.is_file() else None
@@ -117,7 +117,10 @@ def needed_features(method: MethodConfig, data: DataConfig) -> tuple[str, ...]:
 
 
 def open_features(method: MethodConfig, data: DataConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:
-    """Open the cached features of each source, by name. Raises FileNotFoundError, which names the remedy, for missing ones."""
+    """Open the cached features of each source, by name.
+
+    Raises FileNotFoundError, which names the remedy, for missing ones.
+    """
     opened, names = [], needed_features(method, data)
     if names:
         reuse_fingerprints(data, sources)
@@ -223,8 +226,8 @@ def _encode_missing(encoder: TextEncoder, tokens: InstructionTokens, texts: Sequ
 
 def _unprepared(data: DataConfig, feature: str, datasets: str) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{data.cache}: {feature} not prepared for {datasets} with these settings; run agra prepare with the same recipe,"
-        " stage and flags"
+        f"{data.cache}: {feature} not prepared for {datasets} with these settings; run agra prepare with the same "
+        "recipe, stage and flags"
     )
 
 
@@ -234,7 +237,10 @@ def _instruction_texts(sources: Sequence[Source]) -> list[str]:
 
 
 def _index(method: MethodConfig, data: DataConfig, sources: Sequence[Source], source: Source, name: str) -> Path:
-    """Return the index file, which holds the name of a feature's folder. Its name is a digest of the feature's settings."""
+    """Return the index file, which holds the name of a feature's folder.
+
+    Its name is a digest of the feature's settings.
+    """
     settings: dict[str, Any] = {"dataset": source.dataset.fingerprint, "view": dict(source.dataset.view)}
     if name == "targets":
         assert method.teacher is not None

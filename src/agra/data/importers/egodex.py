@@ -1,9 +1,9 @@
 """EgoDex, egocentric video of human hands, converted to wrist poses in LeRobot v3.0 (C.2.1; docs/paper.md #33).
 
-A trajectory is `<task>/<i>.mp4` (1920 x 1080, 30 Hz) beside `<task>/<i>.hdf5` with `transforms/<joint>` (N, 4, 4) in the
-recording's world frame (Hoque et al., arXiv 2505.11709). The mapping is DIAL's
-(`preprocessing/convert_egodex_data_to_lerobot.py`): the position of each wrist and the first two columns of its rotation,
-x to the right, y forward, z up. The state of a step is its pose, the action is the pose of the next step.
+A trajectory is `<task>/<i>.mp4` (1920 x 1080, 30 Hz) beside `<task>/<i>.hdf5` with `transforms/<joint>` (N, 4, 4) in
+the recording's world frame (Hoque et al., arXiv 2505.11709). The mapping is DIAL's
+(`preprocessing/convert_egodex_data_to_lerobot.py`): the position of each wrist and the first two columns of its
+rotation, x to the right, y forward, z up. The state of a step is its pose, the action is the pose of the next step.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ CROP_ROWS = (81, 270)
 """The lower 70 % of a converted frame. It shows hands and table, without the background."""
 
 _WORLD = np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]], np.float64)  # ARKit's y up and z back to z up and y forward
-# Signs of a hand's axes, by column of its rotation. DIAL's diagonals are (1, -1, 1) and (-1, -1, -1). The pose holds two of
-# the three columns, and the third follows from them.
+# Signs of a hand's axes, by column of its rotation. DIAL's diagonals are (1, -1, 1) and (-1, -1, -1). The pose holds
+# two of the three columns, and the third follows from them.
 _HAND = {"left": np.array([1.0, -1.0]), "right": np.array([-1.0, -1.0])}
 
 
@@ -60,7 +60,9 @@ def choose_instruction(attributes: Mapping[str, Any], path: Path) -> str:
 
 
 def wrist_pose(transforms: np.ndarray, side: str) -> np.ndarray:
-    """Convert a hand's transforms (N, 4, 4) in the world to poses (N, 9) float32: position (m), two columns of the rotation."""
+    """Convert a hand's transforms (N, 4, 4) in the world to poses (N, 9) float32: position (m), two columns of the
+    rotation.
+    """
     position = transforms[:, :3, 3] @ _WORLD.T
     columns = (_WORLD @ transforms[:, :3, :3])[:, :, :2] * _HAND[side]
     return np.concatenate([position, columns[:, :, 0], columns[:, :, 1]], axis=1).astype(np.float32)
@@ -69,7 +71,8 @@ def wrist_pose(transforms: np.ndarray, side: str) -> np.ndarray:
 def read_trajectory(path: Path, *, size: tuple[int, int] = STORED_SIZE) -> Episode:
     """Read one trajectory. Its last frame gives only the last action. `size` is (rows, columns) of the frames.
 
-    Raises FileNotFoundError for a missing file, and ValueError for a damaged one or for video and poses of different length.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged one or for video and poses of different
+    length.
     """
     with opened(path) as file:
         transforms = group(file, "transforms", path)

@@ -1,4 +1,7 @@
-"""Reading HDF5 with h5py. Errors name the file and the expected group, array or attribute. No other module imports h5py."""
+"""Reading HDF5 with h5py.
+
+Errors name the file and the expected group, array or attribute. No other module imports h5py.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +16,10 @@ from agra.data.lerobot.json_parquet import REMEDY
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """Open a file for reading. Raises FileNotFoundError for a missing file, ValueError where it or a read array is damaged."""
+    """Open a file for reading.
+
+    Raises FileNotFoundError for a missing file, ValueError where it or a read array is damaged.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")
     try:

@@ -31,8 +31,8 @@ VERSIONS = (*V2, V3)
 def convert(source: str | Path, output: Path, version: str) -> Path:
     """Write the dataset `source` (a folder or a hub id) as `version` into the new folder `output`.
 
-    Raises ValueError for an unknown version, an existing output or a damaged source, FileNotFoundError for a missing source,
-    and OSError where the disk is full. Nothing is left on disk then.
+    Raises ValueError for an unknown version, an existing output or a damaged source, FileNotFoundError for a missing
+    source, and OSError where the disk is full. Nothing is left on disk then.
     """
     if version not in VERSIONS:
         raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")

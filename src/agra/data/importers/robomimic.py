@@ -1,9 +1,9 @@
 """Conversion of demonstrations in robomimic's HDF5 layout, which LIBERO uses too, to LeRobot v3.0.
 
-`data/demo_<i>` holds `actions` (N, 7) and `obs/<name>`. The file's attributes hold `env_args`. LIBERO's cameras are `*_rgb`
-and stored upside down, and `problem_info` holds its instruction (Lifelong-Robot-Learning/LIBERO). robomimic's cameras are
-`*_image`, and its files hold no instruction (ARISE-Initiative/robomimic). State: position, axis-angle, two fingers.
-Action: movement in position, axis-angle and gripper, 7 numbers.
+`data/demo_<i>` holds `actions` (N, 7) and `obs/<name>`. The file's attributes hold `env_args`. LIBERO's cameras are
+`*_rgb` and stored upside down, and `problem_info` holds its instruction (Lifelong-Robot-Learning/LIBERO). robomimic's
+cameras are `*_image`, and its files hold no instruction (ARISE-Initiative/robomimic). State: position, axis-angle, two
+fingers. Action: movement in position, axis-angle and gripper, 7 numbers.
 """
 
 import json
@@ -52,15 +52,16 @@ def convert_hdf5(
 ) -> Path:
     """Write the demonstrations of `files` as one LeRobot v3.0 dataset `output`.
 
-    `instruction` and `fps` are needed where the files have no instruction or control rate. Raises FileNotFoundError for a
-    missing file and ValueError for a damaged one or for files of different control rates.
+    `instruction` and `fps` are needed where the files have no instruction or control rate. Raises FileNotFoundError for
+    a missing file and ValueError for a damaged one or for files of different control rates.
     """
     if not files:
         raise FileNotFoundError(f"{output}: expected HDF5 files to convert, got none")
     rates = {path: _control_rate(path, fps) for path in files}
     if len(set(rates.values())) > 1:
         raise ValueError(
-            f"{files[0]}: files differ in their control rate ({sorted(set(rates.values()))} Hz); convert them separately"
+            f"{files[0]}: files differ in their control rate ({sorted(set(rates.values()))} Hz); convert them "
+            "separately"
         )
     robot = Embodiment(name=kind, state_names=STATE_NAMES, action_names=ACTION_NAMES)
     rate = rates[files[0]]
@@ -89,7 +90,8 @@ def _demonstration(demo: Any, path: Path, names: _Names, instruction: str, fps: 
     cameras = [name for name in keys(observations) if name.endswith(names.camera_suffix)]
     if not cameras:
         raise ValueError(
-            f"{path}: no images (*{names.camera_suffix}) in {observations.name}; available: {', '.join(keys(observations))}"
+            f"{path}: no images (*{names.camera_suffix}) in {observations.name}; available: "
+            f"{', '.join(keys(observations))}"
         )
     videos = {}
     for name in cameras:
@@ -139,7 +141,10 @@ def _json(content: str, path: Path, name: str) -> dict[str, Any]:
 
 
 def _modality() -> dict[str, Any]:
-    """Return the dataset's modality.json. Movements are relative, so they are zero past an episode's end. The gripper is not."""
+    """Return the dataset's modality.json.
+
+    Movements are relative, so they are zero past an episode's end. The gripper is not.
+    """
     state = {"position": (0, 3), "rotation": (3, 6), "gripper": (6, 8)}
     action = {"position": (0, 3), "rotation": (3, 6), "gripper": (6, 7)}
 

@@ -1,4 +1,6 @@
-"""Frames of an episode from one camera, or from several side by side, read from mp4 files or from images in the rows."""
+"""Frames of an episode from one camera, or from several side by side, read from mp4 files or from images in the
+rows.
+"""
 
 import io
 from collections.abc import Sequence
@@ -20,7 +22,10 @@ _PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombErro
 
 
 class Cameras:
-    """The cameras of a source. Each is cropped first. Extra cameras stand to the right of the first, scaled to its height."""
+    """The cameras of a source.
+
+    Each is cropped first. Extra cameras stand to the right of the first, scaled to its height.
+    """
 
     def __init__(
         self, layout: DatasetLayout, modality: Modality, seal: Seal, names: Sequence[str], source: SourceConfig
@@ -70,7 +75,9 @@ def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
 
 
 def _pictures(path: Path, feature: str, entry: EpisodeEntry, rows: np.ndarray, layout: DatasetLayout) -> np.ndarray:
-    """Read images of the rows, stored as encoded bytes or as a file name (the Image feature of Hugging Face datasets)."""
+    """Read images of the rows, stored as encoded bytes or as a file name (the Image feature of Hugging Face
+    datasets).
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")
     try:

@@ -1,8 +1,8 @@
 """Checksums of a dataset's files. They detect damage that still decodes, and identify a dataset without reading it.
 
 `meta/checksums.json` maps each file, relative to the dataset, to its SHA-256. `LeRobotWriter` writes it,
-`agra doctor --seal` adds it to any dataset, and LeRobot ignores it. A sealed dataset has this file, and each of its files
-is verified before its first use.
+`agra doctor --seal` adds it to any dataset, and LeRobot ignores it. A sealed dataset has this file, and each of its
+files is verified before its first use.
 """
 
 import hashlib
@@ -50,13 +50,16 @@ class Seal:
             raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")
         if files.sha256(path) != self.checksums.get(name):
             raise ValueError(
-                f"{path}: contents differ from the checksum in {CHECKSUMS}; {REMEDY}. If the change is intended, run: agra"
-                f" doctor {self.root} --seal"
+                f"{path}: contents differ from the checksum in {CHECKSUMS}; {REMEDY}. If the change is intended, run: "
+                f"agra doctor {self.root} --seal"
             )
         self._verified.add(path)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the names and contents of all files. For a sealed dataset the checksums stand for the contents."""
+        """Return the SHA-256 of the names and contents of all files.
+
+        For a sealed dataset the checksums stand for the contents.
+        """
         contents = self.checksums or {name: files.sha256(self.root / name) for name in dataset_files(self.root)}
         lines = "".join(f"{name} {contents[name]}\n" for name in sorted(contents))
         return hashlib.sha256(lines.encode()).hexdigest()

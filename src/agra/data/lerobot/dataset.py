@@ -43,8 +43,8 @@ class LeRobotDataset:
     def __init__(self, path: str | Path, *, camera: str | None = None, source: SourceConfig | None = None) -> None:
         """Open the dataset at `path`, a folder or a hub id. A dataset with one camera needs no `camera`.
 
-        `source` replaces `camera` and sets the whole view, except its `path`. Raises FileNotFoundError for a missing dataset
-        or file and ValueError for a damaged or unsupported one. The error names the file and the remedy.
+        `source` replaces `camera` and sets the whole view, except its `path`. Raises FileNotFoundError for a missing
+        dataset or file and ValueError for a damaged or unsupported one. The error names the file and the remedy.
         """
         self.source = source if source is not None else SourceConfig(camera=camera or "")
         self.path = dataset_folder(str(path), self.source.revision)
@@ -119,7 +119,10 @@ class LeRobotDataset:
 
     @property
     def view(self) -> Mapping[str, Any]:
-        """Settings of the source that change frames or instructions, JSON-serialisable. Cached features are named after them."""
+        """Settings of the source that change frames or instructions, JSON-serialisable.
+
+        Cached features are named after them.
+        """
         source = self.source
         return {
             "cameras": list(self.cameras.features),
@@ -129,7 +132,10 @@ class LeRobotDataset:
         }
 
     def parts(self, quantity: Quantity) -> tuple[NormalizedPart, ...]:
-        """Return the normalisation of each key of a quantity, with its dimensions in `states` or `actions`. Empty without keys."""
+        """Return the normalisation of each key of a quantity, with its dimensions in `states` or `actions`.
+
+        Empty without keys.
+        """
         if not self.source.keys(quantity):
             return ()
         parts, start = [], 0
@@ -161,8 +167,8 @@ class LeRobotDataset:
         text, listed = self.task(int(rows.instruction[where.start]), rows.path), self._entry(episode).tasks
         if self._task_column == "task_index" and listed and text not in listed:
             raise ValueError(
-                f"{rows.path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from the"
-                f" episode list in {self.path / 'meta'}; {REMEDY}"
+                f"{rows.path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from "
+                f"the episode list in {self.path / 'meta'}; {REMEDY}"
             )
         for prefix in self.source.strip_prefixes:
             text = text.removeprefix(prefix)
@@ -203,7 +209,9 @@ class LeRobotDataset:
         return self.layout.entries[episode]
 
     def _locate(self, episode: int) -> tuple[_Rows, slice]:
-        """Return the rows of the episode's file and its slice of them, checked against episode_index and frame_index."""
+        """Return the rows of the episode's file and its slice of them, checked against episode_index and
+        frame_index.
+        """
         entry = self._entry(episode)
         if entry.data not in self._rows:
             self.seal.verify(entry.data)
@@ -270,8 +278,8 @@ class LeRobotDataset:
         if not np.isfinite(values).all():
             row, dimension = np.argwhere(~np.isfinite(values))[0]
             raise ValueError(
-                f"{path}: {name!r} is {values[row, dimension]} in row {row}, dimension {dimension}, expected a finite number;"
-                f" {REMEDY}"
+                f"{path}: {name!r} is {values[row, dimension]} in row {row}, dimension {dimension}, expected a finite "
+                f"number; {REMEDY}"
             )
         return values
 
@@ -304,8 +312,8 @@ class LeRobotDataset:
                 if [key.name for key in other.keys[quantity]] != names:
                     raise ValueError(
                         f"{self.path} and {other.path}: datasets of embodiment {self.embodiment!r} differ in their"
-                        f" {quantity} keys: {', '.join(names)} and {', '.join(k.name for k in other.keys[quantity])}; list"
-                        " the same keys for both, and the absent ones in missing_keys"
+                        f" {quantity} keys: {', '.join(names)} and {', '.join(k.name for k in other.keys[quantity])}; "
+                        "list the same keys for both, and the absent ones in missing_keys"
                     )
             present = {key.name: key for other in others for key in other.keys[quantity] if key.column}
             unknown = [key.name for key in keys if not key.column and key.name not in present]
@@ -332,8 +340,8 @@ class LeRobotDataset:
         rate = self.info["fps"] / self.source.row_stride
         if rate != round(rate):
             raise ValueError(
-                f"{self.path}: a row stride of {self.source.row_stride} at {self.info['fps']} rows/s gives {rate:g} rows/s,"
-                " expected a whole number; choose another data.row_stride"
+                f"{self.path}: a row stride of {self.source.row_stride} at {self.info['fps']} rows/s gives {rate:g} "
+                "rows/s, expected a whole number; choose another data.row_stride"
             )
         return round(rate)
 
@@ -355,7 +363,8 @@ class LeRobotDataset:
                 {*self.modality.annotation, *(n for n in self.features if n.startswith("annotation."))}
             )
             raise ValueError(
-                f"{self.path}: no column {column!r} of task numbers; available: {', '.join(['task_index', *annotations])}"
+                f"{self.path}: no column {column!r} of task numbers; available: "
+                f"{', '.join(['task_index', *annotations])}"
             )
         return column
 

@@ -30,7 +30,9 @@ class RawEpisode:
         return self.table.num_rows
 
     def statistics(self, features: Mapping[str, Mapping[str, Any]]) -> JsonStatistics:
-        """Return exact statistics of the rows, and the available statistics of the images, in the order of `features`."""
+        """Return exact statistics of the rows, and the available statistics of the images, in the order of
+        `features`.
+        """
         rows = {name: as_lists(describe(column)) for name, column in numbers(self.table, features).items()}
         statistics = {**rows, **self.picture_statistics}
         return {name: statistics[name] for name in features if name in statistics}

@@ -203,7 +203,9 @@ def info_v3(
 
 
 def _as_parquet_names(table: pa.Table) -> pa.Table:
-    """Name the items of lists as parquet does, so that a table from memory and a table from a file give the same bytes."""
+    """Name the items of lists as parquet does, so that a table from memory and a table from a file give the same
+    bytes.
+    """
 
     def renamed(kind: pa.DataType) -> pa.DataType:
         if pa.types.is_fixed_size_list(kind):

@@ -1,4 +1,7 @@
-"""JSON, JSON lines and parquet files of datasets. Reading errors name the file. Files are written completely or not at all."""
+"""JSON, JSON lines and parquet files of datasets.
+
+Reading errors name the file. Files are written completely or not at all.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +23,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object from each line. Empty lines are skipped. Raises the errors of `read_json`, with the line's number."""
+    """Read one JSON object from each line.
+
+    Empty lines are skipped. Raises the errors of `read_json`, with the line's number.
+    """
     lines = enumerate(_text(path).splitlines(), start=1)
     return [_object(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
@@ -38,9 +44,9 @@ def write_json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_table(path: Path, columns: Sequence[str] | None = None, *, max_rows: int | None = None) -> pa.Table:
     """Read `columns` of a parquet file, by default all. The checksums of pages that have one are verified.
 
-    `max_rows` is the largest number of rows that the dataset's metadata allows, by default one for each byte of the file. A
-    few kilobytes can hold millions of equal rows, so rows are counted before any is read. Raises FileNotFoundError for a
-    missing file and ValueError for a damaged file, a missing column or more rows.
+    `max_rows` is the largest number of rows that the dataset's metadata allows, by default one for each byte of the
+    file. A few kilobytes can hold millions of equal rows, so rows are counted before any is read. Raises
+    FileNotFoundError for a missing file and ValueError for a damaged file, a missing column or more rows.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: file is missing; {REMEDY}")
@@ -87,7 +93,10 @@ def matrix(table: pa.Table, name: str, path: Path) -> np.ndarray:
 
 
 def integers(table: pa.Table, name: str, path: Path) -> np.ndarray:
-    """Return a column of whole numbers, or of lists of one whole number, as (N,) int64. Raises ValueError for other types."""
+    """Return a column of whole numbers, or of lists of one whole number, as (N,) int64.
+
+    Raises ValueError for other types.
+    """
     column = table[name].combine_chunks()
     if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         column = column.flatten()

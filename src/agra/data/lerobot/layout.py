@@ -1,7 +1,8 @@
 """File layouts of LeRobot datasets: the metadata of versions 2.0, 2.1 and 3.0, read into one list of episodes.
 
-v2: one parquet file and one mp4 for each episode, metadata in JSON lines. v3.0: episodes share files, and `meta/episodes`
-holds the start of each episode. Source: huggingface/lerobot, `datasets/utils.py` and `scripts/convert_dataset_v21_to_v30.py`.
+v2: one parquet file and one mp4 for each episode, metadata in JSON lines. v3.0: episodes share files, and
+`meta/episodes` holds the start of each episode. Source: huggingface/lerobot, `datasets/utils.py` and
+`scripts/convert_dataset_v21_to_v30.py`.
 """
 
 import math
@@ -57,8 +58,8 @@ class DatasetLayout:
     def read(cls, root: Path) -> "DatasetLayout":
         """Read the metadata of the dataset in `root`.
 
-        Raises FileNotFoundError for a missing dataset or file and ValueError for a damaged or unsupported one. The error
-        names the file.
+        Raises FileNotFoundError for a missing dataset or file and ValueError for a damaged or unsupported one. The
+        error names the file.
         """
         if not (root / INFO).is_file():
             raise FileNotFoundError(f"{root}: not a LeRobot dataset ({INFO} is missing); make one with: agra collect")
@@ -77,7 +78,8 @@ class DatasetLayout:
         frames = sum(entry.length for entry in entries)
         if frames != info.get("total_frames", frames):
             raise ValueError(
-                f"{root / INFO}: total_frames is {info['total_frames']}, but the episodes have {frames} frames; {REMEDY}"
+                f"{root / INFO}: total_frames is {info['total_frames']}, but the episodes have {frames} frames; "
+                f"{REMEDY}"
             )
         return cls(root=root, version=info["codebase_version"], info=info, entries=entries, tasks=tasks)
 
@@ -161,8 +163,8 @@ def _span(root: Path, info: Mapping[str, Any], camera: str, row: Mapping[str, An
     end, length = row[f"videos/{camera}/to_timestamp"], row["length"] / info["fps"]
     if not isinstance(end, float | int) or not abs(end - start - length) < 0.5 / info["fps"]:
         raise ValueError(
-            f"{path}: episode {row['episode_index']} lasts {length:g} s, but its frames of {camera!r} are from {start:g} to"
-            f" {end} s; {REMEDY}"
+            f"{path}: episode {row['episode_index']} lasts {length:g} s, but its frames of {camera!r} are from "
+            f"{start:g} to {end} s; {REMEDY}"
         )
     return _inside(root, info["video_path"], video_key=camera, **place), float(start)
 

@@ -17,7 +17,10 @@ STATE, ACTION = "observation.state", "action"
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """A named part of a column: dimensions [start, end). `rotation` is GR00T's rotation_type, "" for other quantities."""
+    """A named part of a column: dimensions [start, end).
+
+    `rotation` is GR00T's rotation_type, "" for other quantities.
+    """
 
     name: str
     column: str
@@ -74,7 +77,10 @@ class Modality:
         )
 
     def resolve(self, quantity: str, name: str, features: Mapping[str, Mapping[str, Any]]) -> Key:
-        """Return a key of "state" or "action", or a whole column of that name. Raises ValueError with the available keys."""
+        """Return a key of "state" or "action", or a whole column of that name.
+
+        Raises ValueError with the available keys.
+        """
         keys = self.state if quantity == "state" else self.action
         if name in keys:
             return keys[name]
@@ -111,7 +117,8 @@ def _key(path: Path, name: str, entry: Mapping[str, Any], column: str, features:
             raise ValueError(f"{path}: {name!r}: {error}") from None
         if rotations.width(rotation) != end - start:
             raise ValueError(
-                f"{path}: {name!r}: rotation_type {rotation} has {rotations.width(rotation)} dimensions, got {end - start}"
+                f"{path}: {name!r}: rotation_type {rotation} has {rotations.width(rotation)} dimensions, got "
+                f"{end - start}"
             )
     return Key(name=name, column=column, start=start, end=end, rotation=rotation, absolute=absolute)
 

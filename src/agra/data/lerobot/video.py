@@ -1,7 +1,7 @@
 """Video with PyAV: frames to mp4 and back, and many episodes in one file. No other module imports PyAV.
 
-Frames are (N, H, W, 3) uint8 RGB with even H and W (4:2:0 chroma). The codec is H.264, not AV1: at equal PSNR it encodes
-three times faster on one core, and every player and browser opens it.
+Frames are (N, H, W, 3) uint8 RGB with even H and W (4:2:0 chroma). The codec is H.264, not AV1: at equal PSNR it
+encodes three times faster on one core, and every player and browser opens it.
 """
 
 import io
@@ -49,8 +49,8 @@ class FrameEncoder:
         if frame.dtype != np.uint8 or frame.shape != (*self.size, 3):
             raise ValueError(f"video frame: expected {(*self.size, 3)} uint8, got {frame.shape} {frame.dtype}")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        # Averaging the chroma of 2 x 2 pixels is 0.2 dB better than the default filter. With several threads the scaler's
-        # result is not always the same.
+        # Averaging the chroma of 2 x 2 pixels is 0.2 dB better than the default filter. With several threads the
+        # scaler's result is not always the same.
         self._container.mux(self._stream.encode(picture.reformat(format="yuv420p", interpolation="AREA", threads=1)))
 
     def finish(self) -> bytes:
@@ -89,10 +89,10 @@ def decode_frames(
 ) -> np.ndarray:
     """Decode the frames (T, H, W, 3) uint8 RGB of `path` at ascending `times` (T,) in seconds.
 
-    Decoding starts at the key frame before the first time, so a short clip of a long file costs little. `threads` is the
-    number of decoder threads, 0 for one on each core. `size` (H, W) rescales every frame. `total` is the expected number of
-    frames of the file. Raises FileNotFoundError for a missing file, and ValueError for a damaged file or where no frame is
-    within half a period of a time.
+    Decoding starts at the key frame before the first time, so a short clip of a long file costs little. `threads` is
+    the number of decoder threads, 0 for one on each core. `size` (H, W) rescales every frame. `total` is the expected
+    number of frames of the file. Raises FileNotFoundError for a missing file, and ValueError for a damaged file or
+    where no frame is within half a period of a time.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
@@ -137,8 +137,8 @@ def _packets(
 ) -> "closing[Generator[av.Packet, None, None]]":
     """Yield the packets from the current position, in a context that closes the generator.
 
-    PyAV's generators leak about 180 bytes where they are dropped before their end without `close`. `container.decode` drops
-    such a generator, so it is not used here.
+    PyAV's generators leak about 180 bytes where they are dropped before their end without `close`. `container.decode`
+    drops such a generator, so it is not used here.
     """
     return closing(cast(Generator[av.Packet, None, None], container.demux(stream)))
 

@@ -1,7 +1,7 @@
 """Writing LeRobot v3.0 datasets, which `agra.data.lerobot.dataset` and LeRobot itself read.
 
-Each episode is encoded separately (`encode_episode`, in any process) and then appended. The result does not depend on the
-number of processes.
+Each episode is encoded separately (`encode_episode`, in any process) and then appended. The result does not depend on
+the number of processes.
 """
 
 import os
@@ -111,9 +111,9 @@ def write_dataset(path: Path, episodes: Iterable[Episode], *, embodiment: Embodi
 class LeRobotWriter:
     """Write one dataset, episode by episode, into `<path>.partial`. `close` renames it to `path`.
 
-    An error in `close`, or an exception that leaves the context manager, removes the partial dataset. All episodes have the
-    frame size, the state and action dimensions and the extra columns of the first. A file is closed before an episode that
-    would make it exceed its limit (MiB). `modality` is written as GR00T's meta/modality.json.
+    An error in `close`, or an exception that leaves the context manager, removes the partial dataset. All episodes have
+    the frame size, the state and action dimensions and the extra columns of the first. A file is closed before an
+    episode that would make it exceed its limit (MiB). `modality` is written as GR00T's meta/modality.json.
     """
 
     def __init__(
@@ -151,8 +151,8 @@ class LeRobotWriter:
     def add(self, episode: EncodedEpisode) -> None:
         """Append one episode.
 
-        Raises ValueError where its shapes or columns differ from those of the first episode, and OSError where the disk is
-        full.
+        Raises ValueError where its shapes or columns differ from those of the first episode, and OSError where the disk
+        is full.
         """
         features, index = self._describe_features(episode), self._files.num_episodes
         self._features = self._features or features

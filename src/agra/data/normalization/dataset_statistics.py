@@ -37,9 +37,9 @@ def describe(values: np.ndarray) -> dict[str, np.ndarray]:
 def describe_stream(chunks: Chunks, *, block_rows: int = 2**20) -> dict[str, np.ndarray]:
     """Compute `describe` of all rows of `chunks()` together, with about `block_rows` of them in memory.
 
-    Quantiles are exact. Their order statistics come from counts of 16 bits of the values in each pass, so `chunks` is called
-    up to five times and must yield the same rows each time. Means and standard deviations of blocks are merged (Chan et al.
-    1979). Raises the errors of `describe`.
+    Quantiles are exact. Their order statistics come from counts of 16 bits of the values in each pass, so `chunks` is
+    called up to five times and must yield the same rows each time. Means and standard deviations of blocks are merged
+    (Chan et al. 1979). Raises the errors of `describe`.
     """
     blocks = _blocks(chunks(), block_rows)
     first, second = next(blocks, None), next(blocks, None)
@@ -136,7 +136,9 @@ def _quantiles(chunks: Chunks, block_rows: int, count: int, dtype: np.dtype) -> 
 
 
 def _order_statistics(chunks: Chunks, block_rows: int, ranks: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return the values of `ranks` (0-based) in each dimension, (len(ranks), D) float64, by radix selection of 16 bits a pass."""
+    """Return the values of `ranks` (0-based) in each dimension, (len(ranks), D) float64, by radix selection of 16
+    bits a pass.
+    """
     bits = dtype.itemsize * 8
     prefixes: np.ndarray | None = None  # (ranks, D): the leading bits so far
     for shift in range(bits - 16, -1, -16):

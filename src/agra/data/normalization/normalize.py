@@ -1,8 +1,9 @@
-"""Normalisation of states and actions to the model's range, and its inverse. Imports numpy and scipy only, for robot clients.
+"""Normalisation of states and actions to the model's range, and its inverse.
 
-A quantity consists of parts, each with its method. Affine methods are `(values - offset) / scale`. A constant dimension has
-scale 0: it becomes 0, and its inverse is the constant. `sin_cos` turns an angle into two numbers, `rot6d` a rotation into
-six (docs/paper.md #30), so a part can be wider in the model than on the robot. Every method has its inverse.
+Imports numpy and scipy only, for robot clients. A quantity consists of parts, each with its method. Affine methods are
+`(values - offset) / scale`. A constant dimension has scale 0: it becomes 0, and its inverse is the constant. `sin_cos`
+turns an angle into two numbers, `rot6d` a rotation into six (docs/paper.md #30), so a part can be wider in the model
+than on the robot. Every method has its inverse.
 """
 
 import json
@@ -80,7 +81,10 @@ class NormalizedPart:
         return {"sin_cos": 2 * (self.end - self.start), "rot6d": 6}.get(self.method, self.end - self.start)
 
     def encode(self, values: np.ndarray, statistics: Statistics) -> np.ndarray:
-        """Convert (..., end - start) in the robot's units to (..., width) float32. Sines precede cosines, as in GR00T."""
+        """Convert (..., end - start) in the robot's units to (..., width) float32.
+
+        Sines precede cosines, as in GR00T.
+        """
         if self.method == "none":
             return np.asarray(values, dtype=np.float32)
         if self.method == "sin_cos":

@@ -1,8 +1,8 @@
 """GR00T's image augmentation: one random crop and one colour change for all frames of a clip.
 
 Source: NVIDIA/Isaac-GR00T, `gr00t/experiment/data_config.py`: crop of 95 %, brightness .3, contrast .4, saturation .5,
-hue .08, each drawn uniformly as in torchvision's ColorJitter. Latents and teacher targets both come from the augmented clip,
-so it applies to decoded clips only.
+hue .08, each drawn uniformly as in torchvision's ColorJitter. Latents and teacher targets both come from the augmented
+clip, so it applies to decoded clips only.
 """
 
 import numpy as np

@@ -12,8 +12,9 @@ from agra.batch import Batch
 class Prefetched:
     """Call `batch(step)` in threads, in advance of the following steps.
 
-    A step gets exactly `batch(step)`, independent of earlier requests. An error in the making of a batch is raised at its
-    step. Threads suffice, since decoding and reading release the GIL. With `pin`, batches are in page-locked memory.
+    A step gets exactly `batch(step)`, independent of earlier requests. An error in the making of a batch is raised at
+    its step. Threads suffice, since decoding and reading release the GIL. With `pin`, batches are in page-locked
+    memory.
     """
 
     def __init__(self, batch: Callable[[int], Batch], *, ahead: int = 2, workers: int = 1, pin: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Sampling of batches from episodes: the windows of a training step, and their tensors (C.2.1, C.3).
 
-The windows of a step depend on (seed, step) alone, for one dataset or a mixture. A resumed run and any number of ranks train
-on the windows of an uninterrupted single process.
+The windows of a step depend on (seed, step) alone, for one dataset or a mixture. A resumed run and any number of ranks
+train on the windows of an uninterrupted single process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,8 +44,8 @@ class WindowSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`batch_size` counts the windows of all ranks. `features` are the cached features of each source, by name. `online`
-        encodes the others.
+        """`batch_size` counts the windows of all ranks. `features` are the cached features of each source, by name.
+        `online` encodes the others.
 
         Raises ValueError where the data does not fit the method or the config.
         """
@@ -66,10 +66,11 @@ class WindowSampler:
         self.validation = [(k, e) for k, source in enumerate(sources) for e in source.validation]
 
     def windows(self, step: int) -> np.ndarray:
-        """Return (batch_size, 3) int64: source, episode and first control step of each window of a training step, of all ranks.
+        """Return (batch_size, 3) int64: source, episode and first control step of each window of a training step, of
+        all ranks.
 
-        Sources are drawn by weight. Windows are uniform over the control steps of the training episodes. The early fraction
-        is uniform over the episodes, and then over their first steps.
+        Sources are drawn by weight. Windows are uniform over the control steps of the training episodes. The early
+        fraction is uniform over the episodes, and then over their first steps.
         """
         count = self.batch_size
         # A separate stream for sources, so that one dataset and a mixture of one give the same windows.
@@ -98,10 +99,11 @@ class WindowSampler:
         return self._assemble(self.windows(step)[rows], seeds)
 
     def validation_batch(self) -> Batch:
-        """Return this rank's part of `batch_size` windows at even distances over the held-out episodes, always the same.
+        """Return this rank's part of `batch_size` windows at even distances over the held-out episodes, always the
+        same.
 
-        Where there are fewer windows, some repeat, so that the batch divides over ranks and micro-batches as in training.
-        Raises ValueError without held-out episodes.
+        Where there are fewer windows, some repeat, so that the batch divides over ranks and micro-batches as in
+        training. Raises ValueError without held-out episodes.
         """
         if not self.validation:
             raise ValueError("validation needs held-out episodes: set data.validation_fraction above 0")

@@ -1,7 +1,7 @@
 """Windows of one source: their starts, and their states, actions and frames (C.2.1).
 
-A window starts at a control step, which is its observation. It has K actions from that step on, and frames at the source's
-frame stride.
+A window starts at a control step, which is its observation. It has K actions from that step on, and frames at the
+source's frame stride.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +38,8 @@ class Windows:
         for quantity in QUANTITIES:
             if stats.width(quantity) > self.widths[quantity]:
                 raise ValueError(
-                    f"{source.dataset.path}: {quantity} has {stats.width(quantity)} dimensions, the method takes at most"
-                    f" {self.widths[quantity]}; choose keys with data.{quantity}"
+                    f"{source.dataset.path}: {quantity} has {stats.width(quantity)} dimensions, the method takes at "
+                    f"most {self.widths[quantity]}; choose keys with data.{quantity}"
                 )
         self.state_frames = method.needs().states
         self.learned = min(source.config.horizon or self.horizon, self.horizon)

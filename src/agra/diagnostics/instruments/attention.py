@@ -1,9 +1,9 @@
 """Attention of the action head over the token grid that it reads (3.2, Figs. 2, 5, 15).
 
 The last K query tokens of a WAM's action DiT are its actions, and the state token comes before them. The keys are the
-T x H x W guidance tokens of one bridged layer. The paper averages over heads and action tokens, and does not specify the state
-token and the denoising step: here the state token is left out and the Euler steps are averaged. Letters: B samples, J blocks
-with cross-attention, Q query tokens.
+T x H x W guidance tokens of one bridged layer. The paper averages over heads and action tokens, and does not specify
+the state token and the denoising step: here the state token is left out and the Euler steps are averaged. Letters: B
+samples, J blocks with cross-attention, Q query tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +70,10 @@ class AttentionParts:
 
 
 def attention_parts(weights: Float[Tensor, "B steps J heads Q N"], horizon: int) -> AttentionParts:
-    """Attention by denoising step, by head and by action token, for each block (Fig. 15). Other query tokens are left out."""
+    """Attention by denoising step, by head and by action token, for each block (Fig. 15).
+
+    Other query tokens are left out.
+    """
     if not 1 <= horizon <= weights.shape[-2]:
         raise ValueError(f"attention of {weights.shape[-2]} query tokens does not hold {horizon} action tokens")
     actions = weights[..., -horizon:, :].float()
@@ -93,7 +96,8 @@ def action_attention(
 ) -> Float[Tensor, "B J T H W"]:
     """Attention of each block over the token grid `grid` = (T, H, W), summing to 1 over it.
 
-    Averaged over heads, action tokens and denoising steps. The average is built step by step, so no full weights are kept.
+    Averaged over heads, action tokens and denoising steps. The average is built step by step, so no full weights are
+    kept.
     """
     total: Tensor = torch.zeros(())
     horizon = noise["action"].shape[1]

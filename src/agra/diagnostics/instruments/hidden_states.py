@@ -16,8 +16,8 @@ def teacher_similarity(hidden: np.ndarray, teacher: np.ndarray) -> float:
     """Debiased linear CKA of `hidden` (N, D) and `teacher` (N, P), at most 1: agreement on which tokens are similar.
 
     No map is fitted, so layers without a projector can be compared. Unrelated features of any width score 0 on average.
-    The plain CKA of few wide tokens is near 1 for any features. NaN where all tokens are equal. References: Kornblith et al.
-    2019 (CKA), Song et al. 2012 (unbiased HSIC). Raises ValueError for fewer than 4 tokens.
+    The plain CKA of few wide tokens is near 1 for any features. NaN where all tokens are equal. References: Kornblith
+    et al. 2019 (CKA), Song et al. 2012 (unbiased HSIC). Raises ValueError for fewer than 4 tokens.
     """
     if hidden.ndim != 2 or teacher.ndim != 2 or len(hidden) != len(teacher) or len(hidden) < 4:
         raise ValueError(f"expected (N, D) and (N, P) with N of at least 4, got {hidden.shape} and {teacher.shape}")
@@ -45,7 +45,9 @@ def _hsic(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def mean_cosine(projected: np.ndarray, targets: np.ndarray, epsilon: float = 1e-8) -> float:
-    """Mean over tokens of the cosine between `projected` and `targets` (..., P): the negative of Eq. 6 for one layer."""
+    """Mean over tokens of the cosine between `projected` and `targets` (..., P): the negative of Eq. 6 for one
+    layer.
+    """
     projected, targets = (np.asarray(x, dtype=np.float64) for x in (projected, targets))
     if projected.shape != targets.shape:
         raise ValueError(f"expected two arrays of one shape, got {projected.shape} and {targets.shape}")
@@ -58,8 +60,8 @@ def probed_positions(
 ) -> np.ndarray:
     """Positions (n, 2) predicted from `features` (n, P) by a linear map that is fitted on the samples of other groups.
 
-    Ridge regression on features divided by their overall standard deviation. The penalty is chosen by leave-one-out within
-    the fitted samples. Whole groups (trials) are held out. Raises ValueError for fewer than two groups.
+    Ridge regression on features divided by their overall standard deviation. The penalty is chosen by leave-one-out
+    within the fitted samples. Whole groups (trials) are held out. Raises ValueError for fewer than two groups.
     """
     distinct = len(set(groups))
     if distinct < 2:

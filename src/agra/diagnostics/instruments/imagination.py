@@ -1,7 +1,7 @@
 """Comparison of the predicted video with the recording (Fig. 1), to tell a wrong prediction from a wrong action.
 
-The predicted latents are decoded and compared with the recorded frames at the model's frame size. The baseline repeats the
-observation. In a nearly static scene its scores are high.
+The predicted latents are decoded and compared with the recorded frames at the model's frame size. The baseline repeats
+the observation. In a nearly static scene its scores are high.
 """
 
 from dataclasses import dataclass

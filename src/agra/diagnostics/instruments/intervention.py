@@ -1,16 +1,18 @@
 """Interventions on the hidden tokens that the action head reads (3.2, 4.2.1, Table 1, Figs. 2, 5).
 
 The hidden states are computed once. Tokens are replaced in copies of them, and only the path from there to the actions
-(a WAM's bridge and action DiT) runs again, with the same action noise on both sides. The deviation Delta is the Euclidean
-distance between the two action chunks, normalised as the method predicts them, over all K x D entries (or chosen dimensions).
+(a WAM's bridge and action DiT) runs again, with the same action noise on both sides. The deviation Delta is the
+Euclidean distance between the two action chunks, normalised as the method predicts them, over all K x D entries (or
+chosen dimensions).
 
-Every intervention is a table of token numbers, one for each position: one of the N = T * H * W tokens of the same sample and
-layer, their mean (number N), or zeros (N + 1). The identity table copies the tokens and changes no bit. By default an
-intervention acts in every read layer and latent frame at once. The paper does not specify this.
+Every intervention is a table of token numbers, one for each position: one of the N = T * H * W tokens of the same
+sample and layer, their mean (number N), or zeros (N + 1). The identity table copies the tokens and changes no bit. By
+default an intervention acts in every read layer and latent frame at once. The paper does not specify this.
 
-A set of tokens is shuffled among its members. A sensitivity map changes one cell at a time, where a shuffle would do nothing.
-It therefore draws one shuffle of all positions within each latent frame and applies it to one cell at a time, with all other
-cells unchanged. Under `swap`, a cell's tokens are exchanged with as many random tokens, which therefore change too.
+A set of tokens is shuffled among its members. A sensitivity map changes one cell at a time, where a shuffle would do
+nothing. It therefore draws one shuffle of all positions within each latent frame and applies it to one cell at a time,
+with all other cells unchanged. Under `swap`, a cell's tokens are exchanged with as many random tokens, which therefore
+change too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,9 +61,9 @@ def token_table(
     """The tables that intervene on the chosen tokens of R rows.
 
     `zero` and `mean` replace them. The mean is over all tokens of the sample and layer. `shuffle` permutes them among
-    themselves in one random cycle, so that each token moves if there are at least two. `swap` exchanges them with as many
-    random tokens of the complement. The two random kinds need a CPU `generator`. Raises ValueError where the complement is
-    too small.
+    themselves in one random cycle, so that each token moves if there are at least two. `swap` exchanges them with as
+    many random tokens of the complement. The two random kinds need a CPU `generator`. Raises ValueError where the
+    complement is too small.
     """
     if kind not in INTERVENTION_KINDS:
         raise ValueError(f"unknown intervention {kind!r}: expected one of {', '.join(INTERVENTION_KINDS)}")
@@ -89,9 +91,11 @@ def token_table(
 
 
 def shuffled_cells(tokens: Bool[Tensor, "R T H W"], *, generator: torch.Generator) -> Int[Tensor, "R N"]:
-    """The tables of a map's shuffle: the chosen positions get the tokens that one shuffle of each latent frame puts there.
+    """The tables of a map's shuffle: the chosen positions get the tokens that one shuffle of each latent frame puts
+    there.
 
-    All rows share the shuffle, one random cycle of the positions, so that every chosen token comes from another position.
+    All rows share the shuffle, one random cycle of the positions, so that every chosen token comes from another
+    position.
     """
     frames, height, width = tokens.shape[1:]
     order = torch.randperm(height * width, generator=generator)
@@ -123,10 +127,10 @@ def action_deviation(
 ) -> Float[Tensor, "R"]:
     """Delta of each of R interventions on one sample, float32, on the CPU.
 
-    `layers` restricts the intervention to some read layers, `dimensions` the distance to some action dimensions (those that
-    the embodiment has). The unchanged prediction is computed in a batch of the same size and compared row by row: kernels may
-    round differently by batch size, and that must not look like an effect. `advance` is called with the number of finished
-    rows, for a progress bar. Raises ValueError for a method without token grids.
+    `layers` restricts the intervention to some read layers, `dimensions` the distance to some action dimensions (those
+    that the embodiment has). The unchanged prediction is computed in a batch of the same size and compared row by row:
+    kernels may round differently by batch size, and that must not look like an effect. `advance` is called with the
+    number of finished rows, for a progress bar. Raises ValueError for a method without token grids.
     """
     require_eval(method)
     if not isinstance(method, ReadsTokens):
@@ -172,8 +176,8 @@ def single_token_sets(
 ) -> Bool[Tensor, "R T H W"]:
     """One set for every cell of a sensitivity map.
 
-    `column`: a spatial position in all chosen latent frames at once, H * W sets. `token`: each token of the chosen frames
-    alone, frames * H * W sets.
+    `column`: a spatial position in all chosen latent frames at once, H * W sets. `token`: each token of the chosen
+    frames alone, frames * H * W sets.
     """
     t, h, w = grid
     places = list(range(t)) if frames is None else [range(t)[frame] for frame in frames]
@@ -204,7 +208,8 @@ def sensitivity_map(
     generator: torch.Generator | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "H W"] | Float[Tensor, "frames H W"]:
-    """Delta of an intervention on each cell alone, (H, W) for `column` and (chosen frames, H, W) for `token` (Figs. 2, 5).
+    """Delta of an intervention on each cell alone, (H, W) for `column` and (chosen frames, H, W) for `token` (Figs. 2,
+    5).
 
     The map is not scaled. Figures stretch each map to [0, 1]. `shuffle` uses `shuffled_cells`.
     """
@@ -242,8 +247,8 @@ def matched_background(
         outside, size = (~inside).nonzero().flatten(), int(inside.sum())
         if len(outside) < size:
             raise ValueError(
-                f"latent frame {frame}: the interaction mask covers {size} of {len(inside)} tokens, which leaves too few to"
-                " match with background"
+                f"latent frame {frame}: the interaction mask covers {size} of {len(inside)} tokens, which leaves too "
+                "few to match with background"
             )
         for index in range(sets):
             picked = outside[torch.randperm(len(outside), generator=generator)[:size]]
@@ -273,8 +278,8 @@ def set_deviation(
     """
     if not interaction.any() or background_sets < 1 or not samples:
         raise ValueError(
-            f"expected a non-empty interaction mask, background_sets >= 1 and a noise sample, got {int(interaction.sum())}"
-            f" tokens, {background_sets} sets and {len(samples)} noise samples"
+            "expected a non-empty interaction mask, background_sets >= 1 and a noise sample, got "
+            f"{int(interaction.sum())} tokens, {background_sets} sets and {len(samples)} noise samples"
         )
     generator = torch.Generator().manual_seed(seed)
     rows = []

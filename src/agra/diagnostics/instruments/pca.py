@@ -35,8 +35,8 @@ def principal_components(features: np.ndarray, count: int = 3) -> tuple[np.ndarr
 def pca_rgb(features: Sequence[np.ndarray], *, percentiles: tuple[float, float] = (2, 98)) -> list[np.ndarray]:
     """Features (..., P) of several samples as images (..., 3), uint8: the first three components as red, green, blue.
 
-    All samples are fitted jointly. Each channel is stretched so that the joint `percentiles` become 0 and 255. Values beyond
-    them are clipped, so that a few outliers do not use up the contrast.
+    All samples are fitted jointly. Each channel is stretched so that the joint `percentiles` become 0 and 255. Values
+    beyond them are clipped, so that a few outliers do not use up the contrast.
     """
     if not features:
         raise ValueError("PCA: expected the features of at least one sample, got none")

@@ -1,4 +1,5 @@
-"""Comparison tables of the report: one column for each policy, then a verdict in words for each policy against the first.
+"""Comparison tables of the report: one column for each policy, then a verdict in words for each policy against the
+first.
 
 Every difference is given with its interval. If the interval includes zero, the verdict is that no difference is shown.
 """

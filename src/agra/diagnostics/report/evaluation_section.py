@@ -125,9 +125,9 @@ def _intro(evaluated: Sequence[tuple[int, str, Results]]) -> str:
     played = len(evaluated[0][2].trials)
     part = "" if played == total else f", evenly spread over the {total} of the full lists"
     return (
-        f"{played} trials in {header['simulator']}{part}. Every policy gets the same scenes, instructions and seeds. Intervals "
-        "are Wilson's. Policies are compared on the same trials by McNemar's exact test, which uses only the trials that "
-        "exactly one of the two solved."
+        f"{played} trials in {header['simulator']}{part}. Every policy gets the same scenes, instructions and seeds. "
+        "Intervals are Wilson's. Policies are compared on the same trials by McNemar's exact test, which uses only the "
+        "trials that exactly one of the two solved."
     )
 
 

@@ -1,7 +1,7 @@
 """Figures of the report as inline SVG and data URIs, which load nothing from the network.
 
-Colours are not set here. Every series has a class `p0`, `p1`, ... and the page's style sheet defines its colour for light and
-dark mode, so that a policy has the same colour in every figure. Text is text, not paths.
+Colours are not set here. Every series has a class `p0`, `p1`, ... and the page's style sheet defines its colour for
+light and dark mode, so that a policy has the same colour in every figure. Text is text, not paths.
 """
 
 import base64
@@ -189,7 +189,9 @@ def outline(mask: np.ndarray) -> str:
 
 
 def photo_uri(frame: np.ndarray, *, widest: int = 448) -> str:
-    """A camera image (H, W, 3) uint8 as a JPEG data URI, reduced to at most `widest` pixels: a sixth of a PNG's size."""
+    """A camera image (H, W, 3) uint8 as a JPEG data URI, reduced to at most `widest` pixels: a sixth of a PNG's
+    size.
+    """
     image = Image.fromarray(frame)
     if image.width > widest:
         image = image.resize((widest, round(image.height * widest / image.width)), Image.Resampling.LANCZOS)
@@ -199,7 +201,9 @@ def photo_uri(frame: np.ndarray, *, widest: int = 448) -> str:
 
 
 def packed(values: np.ndarray) -> dict[str, object]:
-    """An array as base64 bytes of little-endian float32, since values of one latent frame may be far below the maximum."""
+    """An array as base64 bytes of little-endian float32, since values of one latent frame may be far below the
+    maximum.
+    """
     numbers = np.ascontiguousarray(values, dtype="<f4")
     return {"shape": list(values.shape), "bytes": base64.b64encode(numbers.tobytes()).decode()}
 

@@ -1,7 +1,8 @@
-"""The report's gallery (Figs. 2-5, 14-16): attention, sensitivity, PCA and predicted video of each policy, for a few samples.
+"""The report's gallery (Figs. 2-5, 14-16): attention, sensitivity, PCA and predicted video of each policy, for a few
+samples.
 
-The pictures are small grids. The page's script paints them over the recorded frames, so that the file stays small and readers
-can step through blocks, latent frames and layers.
+The pictures are small grids. The page's script paints them over the recorded frames, so that the file stays small and
+readers can step through blocks, latent frames and layers.
 """
 
 import json
@@ -101,9 +102,9 @@ def gallery_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None
         "columns": max(1, 1 + len(kinds) + bool(layers) + imagined),
         "teacher": next((d.header["teacher"] for d in diagnoses if d.header["teacher"]), None),
         "intro": (
-            "Attention and sensitivity of each policy at the same moments under the same noise. The policy's input is the "
-            "first frame alone. The later frames and masks come from the recording and stand for the latent frames that the "
-            "policy predicts. Samples are spread evenly over the list, not selected."
+            "Attention and sensitivity of each policy at the same moments under the same noise. The policy's input is "
+            "the first frame alone. The later frames and masks come from the recording and stand for the latent frames "
+            "that the policy predicts. Samples are spread evenly over the list, not selected."
         ),
         "legend": _legend(diagnoses, kinds, bool(layers)),
     }
@@ -241,9 +242,9 @@ def _legend(diagnoses: Sequence[Diagnosis], kinds: Sequence[str], pictured: bool
     lines = []
     if any("attention" in diagnosis.arrays for diagnosis in diagnoses):
         lines.append(
-            "Attention: averaged over heads, action tokens and denoising steps, without the state token. The colours of a "
-            "picture run from its minimum to its maximum, so a picture with contrast may still be nearly uniform: compare the "
-            "percentage in the mask with that of uniform attention."
+            "Attention: averaged over heads, action tokens and denoising steps, without the state token. The colours "
+            "of a picture run from its minimum to its maximum, so a picture with contrast may still be nearly uniform: "
+            "compare the percentage in the mask with that of uniform attention."
         )
     if kinds:
         cell = (
@@ -252,20 +253,20 @@ def _legend(diagnoses: Sequence[Diagnosis], kinds: Sequence[str], pictured: bool
             else "one token of one latent frame"
         )
         lines.append(
-            f"Sensitivity: change of the normalised action chunk (Δ, Euclidean) when the hidden tokens of a cell, {cell}, are "
-            "replaced in every layer that the action head reads by their mean over the sample, or by zeros, under the same "
-            "action noise."
+            "Sensitivity: change of the normalised action chunk (Δ, Euclidean) when the hidden tokens of a cell, "
+            f"{cell}, are replaced in every layer that the action head reads by their mean over the sample, or by "
+            "zeros, under the same action noise."
         )
     if any("imagined" in diagnosis.arrays for diagnosis in diagnoses):
         lines.append(
-            "Predicted video: the decoded prediction from this observation, at the last frame that the latent frame covers. "
-            "The recording beside it shows the same instant. The caption compares all future frames with the recorded frames, "
-            "and a static video with them."
+            "Predicted video: the decoded prediction from this observation, at the last frame that the latent frame "
+            "covers. The recording beside it shows the same instant. The caption compares all future frames with the "
+            "recorded frames, and a static video with them."
         )
     if pictured:
         lines.append(
-            "PCA: the first three principal components as red, green and blue, fitted jointly over all samples of this page, "
-            "for each layer and the teacher separately. Colours can be compared between samples of one source, not between "
-            "sources."
+            "PCA: the first three principal components as red, green and blue, fitted jointly over all samples of this "
+            "page, for each layer and the teacher separately. Colours can be compared between samples of one source, "
+            "not between sources."
         )
     return lines

@@ -78,8 +78,8 @@ def _verdicts(
 ) -> list[Cell]:
     """A difference cell for every policy except the first.
 
-    `compare(ours, reference)` is the difference. `margin(diagnosis)` is a policy's advantage over a baseline that ignores the
-    image. If the better policy does not exceed that baseline, the verdict says so.
+    `compare(ours, reference)` is the difference. `margin(diagnosis)` is a policy's advantage over a baseline that
+    ignores the image. If the better policy does not exceed that baseline, the verdict says so.
     """
     reference = columns[0][2]
     cells = []
@@ -259,12 +259,15 @@ def _intro(diagnoses: Sequence[Diagnosis]) -> str:
     samples, trials = len(diagnoses[0].rows), len(set(_trials(diagnoses[0])))
     grids = [diagnosis.header["grid"] for diagnosis in diagnoses if diagnosis.header["grid"]]
     if not grids:
-        return f"{samples} samples from {trials} recorded trials. No policy reads token grids: grounding is not applicable."
+        return (
+            f"{samples} samples from {trials} recorded trials. "
+            "No policy reads token grids: grounding is not applicable."
+        )
     t, h, w = grids[0]
     return (
-        f"{samples} samples from {trials} recorded trials. The mask holds the acting hand and the target object, from the "
-        f"simulator's segmentation or from annotations, on a {t} × {h} × {w} token grid (latent frames × rows × columns). "
-        "Intervals are bootstrap intervals over trials, since samples of one trial are not independent."
+        f"{samples} samples from {trials} recorded trials. The mask holds the acting hand and the target object, from "
+        f"the simulator's segmentation or from annotations, on a {t} × {h} × {w} token grid (latent frames × rows × "
+        "columns). Intervals are bootstrap intervals over trials, since samples of one trial are not independent."
     )
 
 
@@ -273,11 +276,11 @@ def _note(named: Sequence[tuple[str, Diagnosis]]) -> str:
     parts = [
         "Attention: mean over heads, action tokens and denoising steps, without the state token, then over the "
         "cross-attention blocks. Centroid error: distance between the centroids of attention and mask in each latent "
-        "frame, averaged over the frames. Sensitivity ratio: change of the normalised action chunk (Euclidean) when the "
-        "mask's tokens are replaced in every layer that the action head reads, over the mean change for "
-        f"{settings['background_sets']} random sets of as many tokens outside the mask, matched per latent frame, under each of "
-        f"{settings['noise_samples']} samples of the policy's noise, averaged on both sides. The table shows the median over "
-        "samples, and differences of medians."
+        "frame, averaged over the frames. Sensitivity ratio: change of the normalised action chunk (Euclidean) when "
+        "the mask's tokens are replaced in every layer that the action head reads, over the mean change for "
+        f"{settings['background_sets']} random sets of as many tokens outside the mask, matched per latent frame, "
+        f"under each of {settings['noise_samples']} samples of the policy's noise, averaged on both sides. The table "
+        "shows the median over samples, and differences of medians."
     ]
     for name, diagnosis in named:
         left_out = sum(row["note"] is not None for row in diagnosis.rows)

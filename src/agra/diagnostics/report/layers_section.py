@@ -71,8 +71,8 @@ def _agreement(columns: Sequence[DiagnosisColumn]) -> str:
     if not parts:
         return ""
     return (
-        "Right video, wrong action: samples whose video is better than the policy's median and whose actions are worse than "
-        f"its median (a quarter of all samples, if the two were independent). {'; '.join(parts)}."
+        "Right video, wrong action: samples whose video is better than the policy's median and whose actions are worse "
+        f"than its median (a quarter of all samples, if the two were independent). {'; '.join(parts)}."
     )
 
 

@@ -1,7 +1,8 @@
 """`agra report`: a comparison of policies in one self-contained HTML file.
 
-It holds training curves, the four regimes with paired comparisons, visual reliance, grounding metrics with intervals, and a
-gallery. The file loads nothing from the network. It is made from logs, results and diagnosis folders, without torch.
+It holds training curves, the four regimes with paired comparisons, visual reliance, grounding metrics with intervals,
+and a gallery. The file loads nothing from the network. It is made from logs, results and diagnosis folders, without
+torch.
 """
 
 import json
@@ -67,8 +68,9 @@ def build_report(
 ) -> Path:
     """Write the report of `policies` to `output`. The first policy is the reference of all comparisons.
 
-    `studies` are folders of `agra study` (Figs. 10, 11). `notes` precede the list of substitutes for the paper's parts, which
-    is read from the configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid one.
+    `studies` are folders of `agra study` (Figs. 10, 11). `notes` precede the list of substitutes for the paper's parts,
+    which is read from the configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid
+    one.
     """
     if not policies:
         raise ValueError("report: expected at least one policy, got none")
@@ -98,7 +100,8 @@ def build_report(
         gallery=gallery_section(columns),
         settings=_settings(configs),
         ramp=RAMP,
-        footer=f"Written by agra report on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. This file loads nothing from the network.",
+        footer=f"Written by agra report on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. "
+        "This file loads nothing from the network.",
     )
     files.write_text(output, page)
     return Path(output)
@@ -128,7 +131,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a training log. A last line that a crash cut off is dropped. Raises ValueError for any other bad line."""
+    """The rows of a training log.
+
+    A last line that a crash cut off is dropped. Raises ValueError for any other bad line.
+    """
     lines = Path(path).read_text().splitlines()
     rows = []
     for place, line in enumerate(lines):
@@ -208,7 +214,10 @@ def _training(policies: Sequence[PolicyEntry]) -> list[dict[str, Any]]:
 
 
 def _logs(policies: Sequence[PolicyEntry], stage: str) -> list[tuple[int, str, list[dict[str, float]]]]:
-    """The stage's logs, each with the number of the first policy that has it. Policies that share a log are named together."""
+    """The stage's logs, each with the number of the first policy that has it.
+
+    Policies that share a log are named together.
+    """
     sharing: dict[Path, list[int]] = {}
     for index, policy in enumerate(policies):
         if stage in policy.training_logs:
@@ -257,8 +266,8 @@ def _substitutes(configs: Mapping[str, dict[str, Any]]) -> list[str]:
         fields: dict[str, Any] = flat(config)
         if "tabletop" in fields.get("data.embodiments", ()):
             lines.append(
-                "Demonstrations: recorded from a scripted expert in the embedded MuJoCo tabletop scene, not teleoperated on a "
-                "robot."
+                "Demonstrations: recorded from a scripted expert in the embedded MuJoCo tabletop scene, not "
+                "teleoperated on a robot."
             )
         if fields.get("method.model.codec.kind") == "patch_pca":
             lines.append(
@@ -272,7 +281,7 @@ def _substitutes(configs: Mapping[str, dict[str, Any]]) -> list[str]:
         heads, width = fields.get("method.model.video_dit.num_heads"), fields.get("method.model.video_dit.head_dim")
         if layers and heads and width and layers < 28:
             lines.append(
-                f"Video DiT: {layers} layers of width {heads * width}, trained from scratch, not the 28 layers of width 2048 "
-                "of Cosmos-Predict2.5-2B, which is pre-trained on video."
+                f"Video DiT: {layers} layers of width {heads * width}, trained from scratch, not the 28 layers of "
+                "width 2048 of Cosmos-Predict2.5-2B, which is pre-trained on video."
             )
     return list(dict.fromkeys(lines))

@@ -1,4 +1,6 @@
-"""The report's layer studies (Figs. 10, 11): success and grounding of a policy for every layer aligned, or read, alone."""
+"""The report's layer studies (Figs. 10, 11): success and grounding of a policy for every layer aligned, or read,
+alone.
+"""
 
 import json
 from collections.abc import Sequence
@@ -30,7 +32,10 @@ class StudyVariant:
 
 
 def study_sections(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """A section for each folder of `agra study`. Raises FileNotFoundError for a missing file, ValueError for an invalid one."""
+    """A section for each folder of `agra study`.
+
+    Raises FileNotFoundError for a missing file, ValueError for an invalid one.
+    """
     return [_section(Path(folder)) for folder in folders]
 
 
@@ -49,8 +54,8 @@ def _section(folder: Path) -> dict[str, Any]:
         "id": identity,
         "title": title,
         "figure": figure,
-        "intro": f"Each row is one training of the {content['stage']} stage ({content['steps']:,} steps). Everything else is "
-        "equal. There is one seed for each row, so differences of a few trials are no evidence.",
+        "intro": f"Each row is one training of the {content['stage']} stage ({content['steps']:,} steps). Everything "
+        "else is equal. There is one seed for each row, so differences of a few trials are no evidence.",
         "chart": interval_chart(evaluated, title=title, limits=(0.0, 1.0), percent=True) if evaluated else None,
         "columns": COLUMNS,
         "variants": variants,

@@ -1,4 +1,6 @@
-"""The report's section on visual reliance (B.2.2): the target of each policy's first chunk, and the inputs that move it."""
+"""The report's section on visual reliance (B.2.2): the target of each policy's first chunk, and the inputs that move
+it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,10 +65,11 @@ def visual_reliance_section(columns: Sequence[VisualRelianceColumn]) -> dict[str
     count = len(measured[0].trials)
     return {
         "table": Table(corner="measure", rows=rows, extra="a constant"),
-        "intro": f"Measured on the first observation of {count} trials, where the state is nearly the same. The target is the "
-        "planar position that a policy's first chunk asks for at about the time when the hand arrives. The demonstrated target "
-        "is the scripted expert's. A policy that does not use the image cannot be nearer to it than a constant, the mean of "
-        "the other trials' targets, and its target does not move when the image is replaced by another trial's.",
+        "intro": f"Measured on the first observation of {count} trials, where the state is nearly the same. The target "
+        "is the planar position that a policy's first chunk asks for at about the time when the hand arrives. The "
+        "demonstrated target is the scripted expert's. A policy that does not use the image cannot be nearer to it "
+        "than a constant, the mean of the other trials' targets, and its target does not move when the image is "
+        "replaced by another trial's.",
     }
 
 

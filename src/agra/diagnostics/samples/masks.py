@@ -1,7 +1,7 @@
 """Interaction masks of real frames (4.2.1), read from COCO, CVAT and labelme files.
 
-The mask of a picture is the union of its annotations, or of those with certain labels. Pictures are matched by file name
-(`ProbeSample.image_names`). The report's mask editor saves COCO.
+The mask of a picture is the union of its annotations, or of those with certain labels. Pictures are matched by file
+name (`ProbeSample.image_names`). The report's mask editor saves COCO.
 """
 
 import json
@@ -18,8 +18,8 @@ from agra.diagnostics.samples.probe_sample import ProbeSample
 
 MAX_SIDE = 16384
 MAX_PIXELS = 2**31
-"""Limits of an annotated picture's height and width, and of the pixels of a file in total. Sizes are checked before memory is
-allocated."""
+"""Limits of an annotated picture's height and width, and of the pixels of a file in total. Sizes are checked before
+memory is allocated."""
 
 
 def read_masks(path: Path, labels: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -114,7 +114,8 @@ def _coco(content: dict[str, Any], labels: Sequence[str] | None, path: Path) -> 
             continue
         if annotation["image_id"] not in masks:
             raise ValueError(
-                f"{path}: annotation {annotation.get('id')} refers to image {annotation['image_id']!r}, which is not listed"
+                f"{path}: annotation {annotation.get('id')} refers to image {annotation['image_id']!r}, which is not "
+                "listed"
             )
         mask = masks[annotation["image_id"]]
         mask |= _coco_shape(annotation, mask.shape)
@@ -132,7 +133,10 @@ def _coco_shape(annotation: dict[str, Any], shape: tuple[int, ...]) -> np.ndarra
 
 
 def _coco_runs(runs: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Read run lengths, which go down the columns. Their size is checked against the picture's before they are expanded."""
+    """Read run lengths, which go down the columns.
+
+    Their size is checked against the picture's before they are expanded.
+    """
     if list(runs["size"]) != list(shape):
         raise ValueError(f"expected run lengths of an image of {list(shape)}, got {runs['size']}")
     counts = runs["counts"]
@@ -149,7 +153,9 @@ def _from_runs(runs: Sequence[int]) -> np.ndarray:
 
 
 def _unpacked_runs(text: str) -> list[int]:
-    """Decode COCO's compressed run lengths: five bits a character, lowest first, each a difference to the run two before."""
+    """Decode COCO's compressed run lengths: five bits a character, lowest first, each a difference to the run two
+    before.
+    """
     runs: list[int] = []
     value = shift = 0
     for character in text:

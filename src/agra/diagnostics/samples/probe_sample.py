@@ -1,9 +1,9 @@
 """Probe samples (4.2.1): moments of recorded episodes at which a policy is diagnosed, with interaction masks.
 
 A sample holds the observation at one control step and, for every latent frame, the recorded reference frame and its
-interaction mask. The policy gets the observation alone. The later frames come from the recording and locate the interaction.
-The frames of the whole window, the demonstrated actions and the object's position are optional. They serve to measure the
-predicted video, the predicted actions and the hidden states. numpy only, stored without pickle.
+interaction mask. The policy gets the observation alone. The later frames come from the recording and locate the
+interaction. The frames of the whole window, the demonstrated actions and the object's position are optional. They serve
+to measure the predicted video, the predicted actions and the hidden states. numpy only, stored without pickle.
 """
 
 import json
@@ -85,8 +85,8 @@ class ProbeSample:
         count = 0 if self.past_frames is None else len(self.past_frames)
         if self.past_frames is None or self.past_states is None or count != len(past):
             raise ValueError(
-                f"sample {self.name}: the policy reads the observations at the control steps {tuple(past)}, but the sample"
-                f" holds {count} past observations; write the probe samples again for this recipe"
+                f"sample {self.name}: the policy reads the observations at the control steps {tuple(past)}, but the "
+                f"sample holds {count} past observations; write the probe samples again for this recipe"
             )
         earlier = zip(self.past_frames, self.past_states, strict=True)
         return replace(
@@ -115,10 +115,11 @@ def samples_from_episode(
 ) -> list[ProbeSample]:
     """The samples of an episode at the control steps `steps`.
 
-    `reference_offsets` are the control steps from the observation to the reference frame of each latent frame: (0, 1, 5, 9,
-    13) times the video stride for five latent frames. `window_offsets` are those to every frame of the window, `past_offsets` those to
-    earlier observations. Before the start of the episode its first frame repeats, after the end its last frame. An episode without masks gives empty masks, to be drawn later. Raises ValueError
-    for a step outside the episode.
+    `reference_offsets` are the control steps from the observation to the reference frame of each latent frame:
+    (0, 1, 5, 9, 13) times the video stride for five latent frames. `window_offsets` are those to every frame of the
+    window, `past_offsets` those to earlier observations. Before the start of the episode its first frame repeats, after
+    the end its last frame. An episode without masks gives empty masks, to be drawn later. Raises ValueError for a step
+    outside the episode.
     """
     offsets = np.asarray(reference_offsets)
     if offsets.ndim != 1 or not len(offsets) or offsets[0] != 0 or (offsets < 0).any():
@@ -189,8 +190,8 @@ def _load_samples(folder: Path) -> list[ProbeSample]:
         if not required <= set(arrays.files) <= allowed:
             differing = sorted((required - set(arrays.files)) | (set(arrays.files) - allowed))
             raise ValueError(
-                f"{folder}: samples.npz does not hold the {len(texts)} samples of samples.json; missing or unknown arrays:"
-                f" {', '.join(differing[:3])}"
+                f"{folder}: samples.npz does not hold the {len(texts)} samples of samples.json; missing or unknown "
+                f"arrays: {', '.join(differing[:3])}"
             )
         present = [[n for n in (*ARRAYS, *OPTIONAL) if f"{i}/{n}" in arrays.files] for i in range(len(texts))]
         return [

@@ -1,4 +1,6 @@
-"""Inputs of a diagnosis: probe samples from a simulator or a dataset, a visual encoder to compare with, and projectors."""
+"""Inputs of a diagnosis: probe samples from a simulator or a dataset, a visual encoder to compare with, and
+projectors.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -48,8 +50,8 @@ _SIGLIP = "google/siglip-base-patch16-384"
 def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[ProbeSample]:
     """Moments of the scripted expert's episodes on evaluation trials, one for each trial, with masks.
 
-    They are evenly spread over the regimes and over the first part of an episode, and hold the frames of the window that the
-    method of `config` predicts.
+    They are evenly spread over the regimes and over the first part of an episode, and hold the frames of the window
+    that the method of `config` predicts.
     """
     demonstrator = expert(simulator)
     stride, past = config.data.source(simulator.embodiment.name).frame_stride, _past_steps(config)
@@ -73,8 +75,8 @@ def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[P
 def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
     """Moments of the held-out episodes of the config's first dataset, without masks, evenly spread.
 
-    If none is held out, all episodes are used. Frames are those of the recording, before the recipe's crop, since the policy
-    crops them. The regime is `in_distribution`.
+    If none is held out, all episodes are used. Frames are those of the recording, before the recipe's crop, since the
+    policy crops them. The regime is `in_distribution`.
     """
     source = open_sources(config.data)[0]
     uncropped = LeRobotDataset.of(replace(source.config, crop_rows=None, crop_columns=None), config.data.root)
@@ -131,8 +133,8 @@ def probe_inputs(
     for sample in samples:
         if len(sample.masks) != frames:
             raise ValueError(
-                f"{config.monitor.probes}: sample {sample.name} has {len(sample.masks)} frames, but this method's token grid"
-                f" has {frames}; write the samples again with this recipe"
+                f"{config.monitor.probes}: sample {sample.name} has {len(sample.masks)} frames, but this method's "
+                f"token grid has {frames}; write the samples again with this recipe"
             )
     masks = [mask_to_grid(encoder.crop(sample.masks[..., None], sample.embodiment)[..., 0], grid) for sample in samples]
     masked = [place for place, mask in enumerate(masks) if mask.any()]
@@ -223,7 +225,10 @@ def _past_steps(config: RunConfig) -> tuple[int, ...]:
 
 
 def _position(simulator: Simulator, trial: Trial) -> np.ndarray | None:
-    """Row and column of the target object's centre, as fractions of the frame. None if the simulator does not give it."""
+    """Row and column of the target object's centre, as fractions of the frame.
+
+    None if the simulator does not give it.
+    """
     if not isinstance(simulator, LocatesTarget):
         return None
     simulator.reset(trial)

@@ -1,7 +1,7 @@
 """Request and response schema of the websocket protocol.
 
-openpi leaves the names of the keys to the policy. The names used here are defaults (`WireKeys`), so that a robot which already
-talks to an openpi server keeps its own. Shared by server and client. Imports no torch.
+openpi leaves the names of the keys to the policy. The names used here are defaults (`WireKeys`), so that a robot which
+already talks to an openpi server keeps its own. Shared by server and client. Imports no torch.
 """
 
 from collections.abc import Mapping

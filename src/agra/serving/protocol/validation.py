@@ -23,7 +23,10 @@ class RequestError(ValueError):
 
 
 def parse_request(message: Any, spec: PolicySpec, keys: WireKeys) -> InferRequest:
-    """Validate a request against the policy. Raises RequestError with the key, the expected value and the actual one."""
+    """Validate a request against the policy.
+
+    Raises RequestError with the key, the expected value and the actual one.
+    """
     if not isinstance(message, dict):
         raise RequestError(f"request: expected a map with the keys {_listed(_required(keys))}, got {_kind(message)}")
     missing = [key for key in _required(keys) if key not in message]

@@ -1,8 +1,8 @@
 """msgpack encoding of messages with arrays, safe on untrusted input: openpi's encoding and GR00T's.
 
-Decoding runs no code from the sender and allocates nothing on the sender's word. An array must be as large as the bytes that
-hold it, with one of a dozen numeric dtypes. Lists, maps and texts have small limits. There is no pickle and no `numpy.load`.
-Decoded arrays are read-only views of the message. Shared by server and client. Imports no torch.
+Decoding runs no code from the sender and allocates nothing on the sender's word. An array must be as large as the bytes
+that hold it, with one of a dozen numeric dtypes. Lists, maps and texts have small limits. There is no pickle and no
+`numpy.load`. Decoded arrays are read-only views of the message. Shared by server and client. Imports no torch.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """ZMTP 3, the protocol of ZeroMQ, for a server of REQ and DEALER sockets. Bounds a message before reading it.
 
-libzmq limits the size of each part of a message, but not the number of parts, so a client without a key could fill a server's
-memory. Here a request is an empty part and one part of at most `max_message` bytes. Anything else closes the connection.
-Source: rfc.zeromq.org/spec/23 and /37, NULL mechanism.
+libzmq limits the size of each part of a message, but not the number of parts, so a client without a key could fill a
+server's memory. Here a request is an empty part and one part of at most `max_message` bytes. Anything else closes the
+connection. Source: rfc.zeromq.org/spec/23 and /37, NULL mechanism.
 """
 
 import asyncio

@@ -1,4 +1,7 @@
-"""The control loop: observe, decide, limit, command and record at every control step. The robot always comes to rest."""
+"""The control loop: observe, decide, limit, command and record at every control step.
+
+The robot always comes to rest.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +15,8 @@ from agra.serving.robot.robots import Robot
 from agra.types import Observation
 
 OVERRUN = 0.5
-"""Fraction of a period by which a control step may be late before it counts as an overrun. Also the shortest time between two
-commands."""
+"""Fraction of a period by which a control step may be late before it counts as an overrun. Also the shortest time
+between two commands."""
 ROUNDING = 1e-6  # seconds
 
 
@@ -106,8 +109,8 @@ def control(
 ) -> ControlReport:
     """Run a connected robot for `steps` control steps at `fps` per second. It is at rest when this returns or raises.
 
-    With `dry_run` everything happens except the commands. Without `real_time` the steps follow each other at once, for simulated
-    time. `until` ends the run early. Raises ValueError when the policy refuses an observation.
+    With `dry_run` everything happens except the commands. Without `real_time` the steps follow each other at once, for
+    simulated time. `until` ends the run early. Raises ValueError when the policy refuses an observation.
     """
     if not fps > 0 or steps < 1:
         raise ValueError(f"control: expected a positive rate and at least 1 step, got {fps} and {steps}")

@@ -1,8 +1,8 @@
 """Executors: turn chunks into a robot's actions while inference takes time, one decision per control step.
 
-At every control step an executor gets the newest observation and returns a command: an action, or None if it has none for this
-step, in which case the robot holds. Inference runs in a thread (`ThreadedInference`), or in simulated time with a latency in
-control steps (`DelayedInference`), which is the same on a busy machine.
+At every control step an executor gets the newest observation and returns a command: an action, or None if it has none
+for this step, in which case the robot holds. Inference runs in a thread (`ThreadedInference`), or in simulated time
+with a latency in control steps (`DelayedInference`), which is the same on a busy machine.
 """
 
 import math
@@ -168,8 +168,8 @@ class Executor:
     def step(self, observation: Observation) -> Command:
         """Return the command of this control step. Raises ValueError if the policy refuses the observation.
 
-        If the policy is unreachable (OSError, such as `ServerLost`), the request is repeated at the next step. Meanwhile the rest
-        of the last chunk is executed.
+        If the policy is unreachable (OSError, such as `ServerLost`), the request is repeated at the next step.
+        Meanwhile the rest of the last chunk is executed.
         """
         arrived, error = None, None
         try:
@@ -241,7 +241,8 @@ class Synchronous(Executor):
 
 
 class Asynchronous(Executor):
-    """Requests the next chunk after `execute_steps` steps, continues the present one and switches when the next arrives.
+    """Requests the next chunk after `execute_steps` steps, continues the present one and switches when the next
+    arrives.
 
     Each action belongs to a control step, so the first d actions of a chunk that took d steps are skipped.
     """

@@ -20,10 +20,10 @@ MAX_BEHIND = 100
 class DatasetRecorder:
     """Collects control steps and writes each episode when it ends. A context manager, which finishes the dataset.
 
-    Frames are encoded as they arrive, in a thread of their own: an hour takes the memory of its mp4, and no control step waits.
-    Beside states and actions, the columns are `held` and `clipped` (bool), `action_age` and `answer_delay` (control steps, -1
-    without a new chunk) and `late` (seconds). Steps without an action are left out: the robot had no command yet and does not
-    know its pose.
+    Frames are encoded as they arrive, in a thread of their own: an hour takes the memory of its mp4, and no control
+    step waits. Beside states and actions, the columns are `held` and `clipped` (bool), `action_age` and `answer_delay`
+    (control steps, -1 without a new chunk) and `late` (seconds). Steps without an action are left out: the robot had no
+    command yet and does not know its pose.
     """
 
     def __init__(self, path: str | Path, robot: Robot, *, fps: int) -> None:

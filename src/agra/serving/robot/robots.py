@@ -51,7 +51,8 @@ class SimulatedRobot:
     def __init__(self, simulator: Simulator, trial: Trial) -> None:
         if simulator.embodiment.state_names != simulator.embodiment.action_names:
             raise ValueError(
-                f"{simulator.embodiment.name}: expected the same names for state and action, without which it cannot hold"
+                f"{simulator.embodiment.name}: expected the same names for state and action, without which it cannot "
+                "hold"
             )
         self.simulator, self.trial = simulator, trial
         self.embodiment = simulator.embodiment
@@ -99,9 +100,10 @@ class SimulatedRobot:
 class LeRobotArm:
     """An arm behind a driver of LeRobot's `Robot` interface: SO-100 and SO-101, Koch, ViperX and others.
 
-    The driver has `connect`, `disconnect`, `get_observation` (a map with a number for each "<motor>.pos" and an image (H, W, 3)
-    uint8 RGB for each camera), `send_action` (a map "<motor>.pos" to number) and `action_features`. State and action are the
-    positions of `joints` in that order and in the driver's units. Both must be those of the policy's training data.
+    The driver has `connect`, `disconnect`, `get_observation` (a map with a number for each "<motor>.pos" and an image
+    (H, W, 3) uint8 RGB for each camera), `send_action` (a map "<motor>.pos" to number) and `action_features`. State and
+    action are the positions of `joints` in that order and in the driver's units. Both must be those of the policy's
+    training data.
     """
 
     def __init__(

@@ -35,7 +35,10 @@ def freeze_live_objects() -> None:
 
 
 async def reload(service: PolicyService, server: WebsocketServer, source: PolicySource) -> bool:
-    """Load the source's policy, check it and swap it in. Returns False, with nothing changed, for a policy that fails."""
+    """Load the source's policy, check it and swap it in.
+
+    Returns False, with nothing changed, for a policy that fails.
+    """
     async with service.reloading:
         try:
             policy = await asyncio.to_thread(source.load)
@@ -87,8 +90,8 @@ async def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer the requests that were read, in at most `grace` seconds.
 
-    SIGHUP loads the newest policy. The port opens at once. Clients are accepted when the policy has been checked and warmed up.
-    Raises ValueError for a policy that does not answer.
+    SIGHUP loads the newest policy. The port opens at once. Clients are accepted when the policy has been checked and
+    warmed up. Raises ValueError for a policy that does not answer.
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     tasks: set[asyncio.Task] = set()

@@ -1,7 +1,7 @@
 """Batches requests of different clients: everything that waits when the policy is free goes into the next forward pass.
 
-No timer delays a request. Requests that arrive during a forward pass form the next batch. An idle server runs a single request
-at once.
+No timer delays a request. Requests that arrive during a forward pass form the next batch. An idle server runs a single
+request at once.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ class BatchedResult:
 class Batcher:
     """Runs a policy on batches in a thread of its own. Belongs to one event loop.
 
-    Frames of more than `small` bytes count as large. A forward pass takes at most `max_large` bytes of them, and at least one
-    frame, so that clients with small frames do not wait for many large ones.
+    Frames of more than `small` bytes count as large. A forward pass takes at most `max_large` bytes of them, and at
+    least one frame, so that clients with small frames do not wait for many large ones.
     """
 
     def __init__(

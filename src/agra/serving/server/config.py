@@ -1,7 +1,7 @@
 """Configuration of a policy server: addresses, limits, TLS and GR00T's protocol.
 
-`agra serve` takes every field as a flag, with the field's docstring as its help. Groups have no prefix, so a field whose name
-needs one for the command line says so.
+`agra serve` takes every field as a flag, with the field's docstring as its help. Groups have no prefix, so a field
+whose name needs one for the command line says so.
 """
 
 import ssl
@@ -143,8 +143,8 @@ class ServeConfig:
         plaintext = self.tls.certificate is not None and self.groot.port is not None and not self.groot.allow_plaintext
         if plaintext and self.host not in LOOPBACK:
             raise ValueError(
-                f"--groot-port {self.groot.port}: GR00T's protocol has no TLS, so the key would be sent unencrypted; use "
-                "--groot-allow-plaintext to allow that, or serve only one of the two protocols"
+                f"--groot-port {self.groot.port}: GR00T's protocol has no TLS, so the key would be sent unencrypted; "
+                "use --groot-allow-plaintext to allow that, or serve only one of the two protocols"
             )
 
     @property
@@ -157,7 +157,8 @@ class ServeConfig:
         check_key(api_key)
         if self.host not in LOOPBACK and api_key is None and not self.allow_unauthenticated:
             raise ValueError(
-                f"--host {self.host}: set AGRA_API_KEY, or use --allow-unauthenticated to let everyone on that network in"
+                f"--host {self.host}: set AGRA_API_KEY, or use --allow-unauthenticated to let everyone on that network "
+                "in"
             )
 
 

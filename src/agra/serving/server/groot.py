@@ -1,11 +1,12 @@
 """GR00T's ZeroMQ protocol (N1.5 and N1.6), so that its simulator clients can evaluate our policies.
 
-A request is a msgpack map {endpoint, data, api_token}. The endpoints are ping, get_action, reset and get_modality_config. An
-observation names its parts: `video.<camera>` (T, H, W, 3) uint8, `state.<part>` (T, d), and a text `annotation.<...>`. The
-response has `action.<part>` (K, d). N1.6 sends {observation, options} and expects [action, info]. Its observation may also nest
-the parts, {"video": {...}, "state": {...}, "language": {...}}, and then the response's keys have no prefix `action.`. Every
-array may have a leading batch axis. Only the newest of T is used. `kill` is refused, because no client may stop the server.
-Each connection is served one request at a time. Further ones wait unread.
+A request is a msgpack map {endpoint, data, api_token}. The endpoints are ping, get_action, reset and
+get_modality_config. An observation names its parts: `video.<camera>` (T, H, W, 3) uint8, `state.<part>` (T, d), and a
+text `annotation.<...>`. The response has `action.<part>` (K, d). N1.6 sends {observation, options} and expects
+[action, info]. Its observation may also nest the parts, {"video": {...}, "state": {...}, "language": {...}}, and then
+the response's keys have no prefix `action.`. Every array may have a leading batch axis. Only the newest of T is used.
+`kill` is refused, because no client may stop the server. Each connection is served one request at a time. Further ones
+wait unread.
 """
 
 import asyncio
@@ -98,7 +99,8 @@ class GrootServer:
         task.add_done_callback(self._open.pop)
         limits, counted = self.service.limits, False
         try:
-            # Refused before the handshake, libzmq keeps the client's request and tries again. Afterwards it would be lost.
+            # Refused before the handshake, libzmq keeps the client's request and tries again. Afterwards it would be
+            # lost.
             full = self.clients >= limits.max_connections or len(self._open) > limits.max_connections + MAX_HANDSHAKES
             if full or self.service.draining:
                 return
@@ -223,7 +225,10 @@ def _newest(text: Any) -> Any:
 def parse_observations(
     message: Mapping[str, Any], robot: EmbodimentSpec, embodiment: str, config: GrootWire
 ) -> tuple[list[Observation], bool]:
-    """Return an observation of each environment, and whether there is a batch axis. Raises RequestError with the key."""
+    """Return an observation of each environment, and whether there is a batch axis.
+
+    Raises RequestError with the key.
+    """
     video, annotation = f"video.{config.camera}", _annotation_key(message, config)
     required = [video, *(f"state.{part}" for part in robot.state), annotation]
     if missing := [key for key in required if key not in message]:

@@ -37,14 +37,16 @@ class TrainedRange:
         if len(outside):
             index, dimension = tuple(outside[0]), outside[0][-1]
             raise RequestError(
-                f"{key}: {values[index]:g} in dimension {dimension} is more than {stretch:g} widths outside the range of "
-                f"the training data, {self.low[dimension]:g} to {self.high[dimension]:g}; check units and order, or start "
-                "the server with a larger --input-stretch"
+                f"{key}: {values[index]:g} in dimension {dimension} is more than {stretch:g} widths outside the range "
+                f"of the training data, {self.low[dimension]:g} to {self.high[dimension]:g}; check units and order, or "
+                "start the server with a larger --input-stretch"
             )
 
 
 def trained_ranges(policy: BatchPolicy) -> Mapping[str, Mapping[str, TrainedRange]]:
-    """Return the ranges of "state" and "action" for each embodiment, or an empty map for a policy without statistics."""
+    """Return the ranges of "state" and "action" for each embodiment, or an empty map for a policy without
+    statistics.
+    """
     if not isinstance(policy, KnowsRanges):
         return {}
     return {

@@ -1,4 +1,6 @@
-"""A policy behind any number of protocols: batching, episodes, swaps of the policy, outcomes, metrics and stage times."""
+"""A policy behind any number of protocols: batching, episodes, swaps of the policy, outcomes, metrics and stage
+times.
+"""
 
 import asyncio
 import ctypes
@@ -153,8 +155,8 @@ class PolicyService:
         return self.warm and not self.draining and self._batcher.stuck_for < self.limits.stuck_after
 
     async def start(self) -> None:
-        """Check the policy and warm it up, after which the service is ready. Raises ValueError for a policy that does not
-        answer."""
+        """Check the policy and warm it up, after which the service is ready. Raises ValueError for a policy that does
+        not answer."""
         policy = self._batcher.policy
         await asyncio.to_thread(check_policy, policy)
         if isinstance(policy, WarmsUp):
@@ -164,8 +166,8 @@ class PolicyService:
     async def check(self, policy: BatchPolicy) -> None:
         """Check another policy on a blank observation of each embodiment while the present one serves.
 
-        Raises any error of the policy, and ValueError for a chunk of the wrong shape, with numbers that are not finite, or
-        later than `check_timeout`.
+        Raises any error of the policy, and ValueError for a chunk of the wrong shape, with numbers that are not finite,
+        or later than `check_timeout`.
         """
         try:
             async with asyncio.timeout(self.limits.check_timeout):
@@ -239,8 +241,8 @@ class PolicyService:
         """Count the outcome of a request. Returns when its response may be sent.
 
         Error replies to invalid requests are limited to `bad_request_rate` and sent between forward passes. A client
-        retries as soon as it gets the error, and parsing that retry would hold the GIL during a forward pass. An idle server
-        answers an isolated error immediately.
+        retries as soon as it gets the error, and parsing that retry would hold the GIL during a forward pass. An idle
+        server answers an isolated error immediately.
         """
         self.outcomes.labels(wire, outcome).inc()
         if outcome not in INVALID or self.draining:
@@ -256,9 +258,9 @@ class PolicyService:
     async def swap(self, policy: BatchPolicy) -> bool:
         """Serve another policy, which passed `check`, from the next forward pass on.
 
-        Running episodes continue on it, restarted from their seeds. If the present policy can adopt the new weights, it does.
-        Otherwise the new policy is warmed up and replaces it. Returns whether the sizes of states or actions changed, so that
-        clients must connect again.
+        Running episodes continue on it, restarted from their seeds. If the present policy can adopt the new weights, it
+        does. Otherwise the new policy is warmed up and replaces it. Returns whether the sizes of states or actions
+        changed, so that clients must connect again.
         """
         before, after = self.spec, policy.spec
 

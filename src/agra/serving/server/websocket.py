@@ -1,8 +1,9 @@
 """Policy server over openpi's websocket protocol, with health checks, metrics, limits and authentication.
 
-A client first gets one map that describes the policy. Then each binary frame is a request, and each binary frame back its
-response. Errors are sent as text frames, which openpi's client raises on. The connection closes on undecodable frames or after
-20 consecutive invalid requests. `GET /healthz`, `/readyz` and `/metrics` answer plain HTTP on the same port.
+A client first gets one map that describes the policy. Then each binary frame is a request, and each binary frame back
+its response. Errors are sent as text frames, which openpi's client raises on. The connection closes on undecodable
+frames or after 20 consecutive invalid requests. `GET /healthz`, `/readyz` and `/metrics` answer plain HTTP on the same
+port.
 """
 
 import asyncio
@@ -37,7 +38,8 @@ MAX_FRAGMENTS = 1024
 MAX_UNSENT = 2**20
 """Bytes that may wait for a client to read. Pings are answered at once, even if the client reads no answers."""
 MAX_HANDSHAKES = 128
-"""Connections beyond `max_connections` that may be open for a handshake or plain HTTP. Further ones are closed at once."""
+"""Connections beyond `max_connections` that may be open for a handshake or plain HTTP. Further ones are closed at
+once."""
 SLACK = 2**18
 """Bytes of headers, and of the next message, that may arrive with a message. asyncio reads this many at a time."""
 
@@ -45,8 +47,8 @@ SLACK = 2**18
 class _Connection(ServerConnection):
     """A connection that reads one request at a time. It reads nothing while a request is answered.
 
-    `unread` counts the bytes since the last request. When they exceed the connection's share, reading stops until the service
-    has a free slot for a large request.
+    `unread` counts the bytes since the last request. When they exceed the connection's share, reading stops until the
+    service has a free slot for a large request.
     """
 
     def __init__(self, owner: "WebsocketServer", *args: Any, **options: Any) -> None:
@@ -79,7 +81,9 @@ class _Connection(ServerConnection):
             self._slot = asyncio.create_task(self._acquire_slot())
 
     def process_event(self, event: Event) -> None:
-        """Queue a frame, and leave an empty one with the library's parser, which keeps its last frame until the next."""
+        """Queue a frame, and leave an empty one with the library's parser, which keeps its last frame until the
+        next.
+        """
         if isinstance(event, Frame):
             super().process_event(replace(event))
             event.data = b""
@@ -132,8 +136,8 @@ class _CloseClient(Exception):
 class WebsocketServer:
     """Serves a `PolicyService` to any number of clients, none of which can block another.
 
-    With `api_key`, everything but /healthz needs the header `Authorization: Api-Key KEY` (or `Bearer KEY`). Browsers are
-    refused, because a web page must not reach a robot's server on the same machine.
+    With `api_key`, everything but /healthz needs the header `Authorization: Api-Key KEY` (or `Bearer KEY`). Browsers
+    are refused, because a web page must not reach a robot's server on the same machine.
     """
 
     def __init__(
@@ -303,7 +307,10 @@ class WebsocketServer:
         return "".join(part for part in fragments if isinstance(part, str))
 
     async def _infer(self, data: list[bytes | str], episode: Episode, previous: float) -> tuple[str, bytes | str]:
-        """Return the outcome of a request and its response. Takes the bytes out of `data`, so that they are freed early."""
+        """Return the outcome of a request and its response.
+
+        Takes the bytes out of `data`, so that they are freed early.
+        """
         start = time.perf_counter()
         try:
             message = data.pop()

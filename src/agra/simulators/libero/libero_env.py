@@ -34,13 +34,13 @@ REST = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 class Libero:
     """A Panda arm in a suite of LIBERO. The frame is of the camera agentview, `views` has the wrist camera.
 
-    State: position (metres) and axis-angle of the end effector, both fingers (metres). Action: displacement and rotation of
-    the end effector in [-1, 1], and the gripper, -1 open and 1 closed. An episode starts from an official initial state and
-    settles for ten steps. Frames are turned by 180 degrees, as in the training of policies.
+    State: position (metres) and axis-angle of the end effector, both fingers (metres). Action: displacement and
+    rotation of the end effector in [-1, 1], and the gripper, -1 open and 1 closed. An episode starts from an official
+    initial state and settles for ten steps. Frames are turned by 180 degrees, as in the training of policies.
 
-    A regime other than in_distribution is a LIBERO-PRO suite, which perturbs one aspect of the standard suite. `frame_size`
-    is (height, width). Without `render`, frames are black, for policies that use no image. Raises ValueError for an unknown
-    suite.
+    A regime other than in_distribution is a LIBERO-PRO suite, which perturbs one aspect of the standard suite.
+    `frame_size` is (height, width). Without `render`, frames are black, for policies that use no image. Raises
+    ValueError for an unknown suite.
     """
 
     fps = 20
@@ -86,7 +86,10 @@ class Libero:
         )
 
     def reset(self, trial: Trial) -> Observation:
-        """Restore or sample the trial's initial state and let it settle. Raises ValueError for a trial of another suite."""
+        """Restore or sample the trial's initial state and let it settle.
+
+        Raises ValueError for a trial of another suite.
+        """
         name, number = trial.scene["suite"], trial.scene["task_id"]
         if trial.simulator != self.name:
             raise ValueError(f"trial {trial.name!r} belongs to {trial.simulator}, not to {self.name}")
@@ -169,7 +172,10 @@ class Libero:
 
 
 def training_trials(suite: str, count: int, seed: int) -> Sequence[Trial]:
-    """Scenes for demonstrations, all tasks in turn, sampled from the tasks' regions. None is an official initial state."""
+    """Scenes for demonstrations, all tasks in turn, sampled from the tasks' regions.
+
+    None is an official initial state.
+    """
     tasks = _tasks(suite)
     first = 1_000_000 * (seed + 1)
     return [

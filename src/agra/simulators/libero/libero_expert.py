@@ -31,7 +31,10 @@ CLEARANCE = 0.02
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GraspScene:
-    """The expert's inputs, in metres in the simulator's coordinates. `corners` are those of the object's collision boxes."""
+    """The expert's inputs, in metres in the simulator's coordinates.
+
+    `corners` are those of the object's collision boxes.
+    """
 
     hand: np.ndarray  # (3,) the point between the finger pads
     rotation: (
@@ -47,7 +50,10 @@ class GraspScene:
 
 
 class LiberoExpert:
-    """An `agra.types.Policy` with chunks of one action. Raises ValueError for tasks other than an object into a container."""
+    """An `agra.types.Policy` with chunks of one action.
+
+    Raises ValueError for tasks other than an object into a container.
+    """
 
     def __init__(self, simulator: "Libero") -> None:
         self.simulator = simulator

@@ -13,7 +13,8 @@ PERTURBATIONS = {
     "position": "_swap",
     "task": "_task",
 }
-"""Regime -> suffix of the package's suite. The resources of a fifth perturbation, the environment, are missing there."""
+"""Regime -> suffix of the package's suite. The resources of a fifth perturbation, the environment, are missing
+there."""
 
 
 def regimes(suite: str) -> tuple[str, ...]:

@@ -32,17 +32,17 @@ CAMERA_AT = (0.75, 0.075, 0.7)
 class Metaworld:
     """A Sawyer arm at a table. The camera is corner2, moved to (.75, .075, .7) and turned upright.
 
-    State: position of the hand in metres, opening of the gripper in [0, 1]. Action: displacement of the hand in centimetres
-    and effort of the gripper, each clipped to [-1, 1]. The goal may be visible in the frame and is never in the state. Every
-    trial has a new environment, independent of earlier trials.
+    State: position of the hand in metres, opening of the gripper in [0, 1]. Action: displacement of the hand in
+    centimetres and effort of the gripper, each clipped to [-1, 1]. The goal may be visible in the frame and is never in
+    the state. Every trial has a new environment, independent of earlier trials.
 
     With a `control_stride` of N, a row is N control steps: `step` takes their N actions side by side, named by
-    `stride_embodiment`, and returns the observation after the last. Success is checked after every control step. The first
-    success ends the row: the remaining actions are not executed, and the observation is that of the success. `fps` and
-    `max_steps` count rows. Trials, physics and limits are those of the suite, so `name` stays the same.
+    `stride_embodiment`, and returns the observation after the last. Success is checked after every control step. The
+    first success ends the row: the remaining actions are not executed, and the observation is that of the success.
+    `fps` and `max_steps` count rows. Trials, physics and limits are those of the suite, so `name` stays the same.
 
-    `frame_size` is (height, width). `shadow_map` is the side of the shadow map in texels, None for the suite's 4096. Without
-    `render`, frames are black, for policies that use no image.
+    `frame_size` is (height, width). `shadow_map` is the side of the shadow map in texels, None for the suite's 4096.
+    Without `render`, frames are black, for policies that use no image.
     """
 
     name = "metaworld"
@@ -216,7 +216,9 @@ class MetaworldExpert:
 
 
 def stride_embodiment(control_stride: int) -> Embodiment:
-    """The arm with `control_stride` actions per row, named hand_dx_step0, ..., gripper_effort_step0, hand_dx_step1 ..."""
+    """The arm with `control_stride` actions per row, named hand_dx_step0, ..., gripper_effort_step0, hand_dx_step1
+    ...
+    """
     if control_stride == 1:
         return EMBODIMENT
     return Embodiment(

@@ -29,12 +29,13 @@ EMBODIMENT = Embodiment(name="gr1", state_names=NAMES, action_names=NAMES)
 class RobocasaGR1:
     """A GR1 humanoid's arms, hands and waist at a table. The camera is in its head.
 
-    State and action: 29 joint angles in radians. Actions are absolute targets. The instruction is the environment's, without
-    its prefix about the waist. Every trial has a new environment, made with the trial's seed: the package's reset takes a
-    seed too, but samples its scenes from the generator of the constructor. Success is reported at every step. The protocol's
-    `termination` decides whether a success within a chunk counts.
+    State and action: 29 joint angles in radians. Actions are absolute targets. The instruction is the environment's,
+    without its prefix about the waist. Every trial has a new environment, made with the trial's seed: the package's
+    reset takes a seed too, but samples its scenes from the generator of the constructor. Success is reported at every
+    step. The protocol's `termination` decides whether a success within a chunk counts.
 
-    Raises ValueError unless Python was started with PYTHONHASHSEED=0: otherwise a seed gives another scene in every process.
+    Raises ValueError unless Python was started with PYTHONHASHSEED=0: otherwise a seed gives another scene in every
+    process.
     """
 
     name = "robocasa_gr1"
@@ -45,8 +46,8 @@ class RobocasaGR1:
     def __init__(self) -> None:
         if sys.flags.hash_randomization:
             raise ValueError(
-                "robocasa_gr1: start Python with PYTHONHASHSEED=0, as agra evaluate --simulator-python does: the package"
-                " chooses distractors by the hash of a task's name, which otherwise differs between processes"
+                "robocasa_gr1: start Python with PYTHONHASHSEED=0, as agra evaluate --simulator-python does: the "
+                "package chooses distractors by the hash of a task's name, which otherwise differs between processes"
             )
         self.embodiment = EMBODIMENT
         self.settings: Mapping[str, Any] = {
@@ -80,7 +81,9 @@ class RobocasaGR1:
         return Step(observation=result, success=bool(info["success"]), progress={})
 
     def interaction_mask(self) -> np.ndarray:
-        """Raises NotImplementedError: the package's segmentation is untested, because its objects were not available."""
+        """Raises NotImplementedError: the package's segmentation is untested, because its objects were not
+        available.
+        """
         raise NotImplementedError(
             "robocasa_gr1: no interaction mask; the package's segmentation is untested without its objects"
         )

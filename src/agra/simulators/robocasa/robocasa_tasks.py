@@ -49,7 +49,10 @@ def environment_id(task: str) -> str:
 
 
 def trials(regime: str) -> tuple[Trial, ...]:
-    """50 seeded episodes of each task of a regime. The instruction comes from the environment: it names the sampled object."""
+    """50 seeded episodes of each task of a regime.
+
+    The instruction comes from the environment: it names the sampled object.
+    """
     if regime not in TASKS:
         raise ValueError(f"unknown regime {regime!r}; available: {', '.join(TASKS)}")
     return tuple(

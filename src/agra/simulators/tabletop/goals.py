@@ -13,8 +13,8 @@ from agra.simulators.tabletop.scene import Scene
 from agra.simulators.tabletop.tabletop_tasks import OPEN_STEAMER, PICK_AND_PLACE
 
 NEAR = 0.05
-"""Largest horizontal distance of a hand's finger tips from an item's origin that counts as an approach, metres. The tips
-must be below the item's top: passing over it does not count."""
+"""Largest horizontal distance of a hand's finger tips from an item's origin that counts as an approach, metres. The
+tips must be below the item's top: passing over it does not count."""
 LIFTED = 0.025
 """Height above its initial position from which an item counts as lifted, metres."""
 AT_REST = 0.05
@@ -33,8 +33,8 @@ def resting(scene: Scene, name: str, container: str) -> bool:
 class PickAndPlace:
     """The right hand puts the target into or onto the goal. Progress: approached, grasped, placed.
 
-    `approached`: the target was the first item that the right hand came near. `grasped`: the target was lifted while the
-    right hand touched it. `placed`: success at some instant.
+    `approached`: the target was the first item that the right hand came near. `grasped`: the target was lifted while
+    the right hand touched it. `placed`: success at some instant.
     """
 
     flags: tuple[str, ...] = ("approached", "grasped", "placed")

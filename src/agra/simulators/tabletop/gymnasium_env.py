@@ -20,10 +20,10 @@ _TRIALS = 1_000_000
 class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     """Observation: `frame` (H, W, 3) uint8, `state` (D,) float32 and `instruction`. Action: targets (D,) float32.
 
-    Metres and radians, as in `Tabletop.embodiment`. The reward is 1 at the successful step, which ends the episode, else 0.
-    An episode without success is truncated at its task's step limit. `info` holds `success`, the partial scores of
-    `progress`, and the trial's name. `reset(seed=...)` samples a training scene, `reset(options={"trial": trial})` plays a
-    given trial. The `render_mode` "rgb_array" renders the same frame.
+    Metres and radians, as in `Tabletop.embodiment`. The reward is 1 at the successful step, which ends the episode,
+    else 0. An episode without success is truncated at its task's step limit. `info` holds `success`, the partial scores
+    of `progress`, and the trial's name. `reset(seed=...)` samples a training scene, `reset(options={"trial": trial})`
+    plays a given trial. The `render_mode` "rgb_array" renders the same frame.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": Tabletop.fps}  # noqa: RUF012 (Gymnasium's own convention)
@@ -46,7 +46,8 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         self.observation_space = spaces.Dict(
             {
                 "frame": spaces.Box(0, 255, (*frame_size, 3), np.uint8),
-                # Unbounded, as in Gymnasium's MuJoCo environments: a collision can push a hand past the limits of targets.
+                # Unbounded, as in Gymnasium's MuJoCo environments: a collision can push a hand past the limits of
+                # targets.
                 "state": spaces.Box(-np.inf, np.inf, low.shape, np.float32),
                 "instruction": spaces.Text(min_length=1, max_length=128, charset=_CHARACTERS),
             }

@@ -20,11 +20,12 @@ MAX_STEPS = {PICK_AND_PLACE: 60, OPEN_STEAMER: 100}
 class Tabletop:
     """Two hands at a table with one camera. `embodiment` names the dimensions of state and action.
 
-    State: position (metres), yaw (radians) and finger openings (metres) of the left and the right hand. Action: targets of
-    the same quantities, clipped to the workspace. The same trial gives the same states and pixels after any other trials.
+    State: position (metres), yaw (radians) and finger openings (metres) of the left and the right hand. Action: targets
+    of the same quantities, clipped to the workspace. The same trial gives the same states and pixels after any other
+    trials.
 
-    `frame_size` is (height, width) of the frames. `hands` names the embodiment (`hands.HAND_MODELS`). Raises ImportError if
-    OpenGL does not work.
+    `frame_size` is (height, width) of the frames. `hands` names the embodiment (`hands.HAND_MODELS`). Raises
+    ImportError if OpenGL does not work.
     """
 
     fps = 10

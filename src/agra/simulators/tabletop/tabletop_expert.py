@@ -122,7 +122,9 @@ class Hand:
     def move(
         self, name: str, grasp: Grasp, spot: np.ndarray, *, floor: float, clear: float, arrived: bool
     ) -> np.ndarray:
-        """Grasp an item, carry it with its lowest point above `clear`, lower it to `floor` at `spot` (2,), release it."""
+        """Grasp an item, carry it with its lowest point above `clear`, lower it to `floor` at `spot` (2,), release
+        it.
+        """
         if arrived:
             return self._release(name)
         if not self.scene.held(name, self.side):

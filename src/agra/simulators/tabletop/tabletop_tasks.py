@@ -79,8 +79,9 @@ def training_trials(
 ) -> tuple[Trial, ...]:
     """Random scenes for demonstrations. Trial i depends on `seed` and i alone.
 
-    Seen items with 0 to 2 distractors and one or two containers, and a fraction `steamer_fraction` of steamer scenes with
-    three kinds of bun and three plates (C.2.1). Raises ValueError for a negative count or seed, or a fraction outside [0, 1].
+    Seen items with 0 to 2 distractors and one or two containers, and a fraction `steamer_fraction` of steamer scenes
+    with three kinds of bun and three plates (C.2.1). Raises ValueError for a negative count or seed, or a fraction
+    outside [0, 1].
     """
     if count < 0 or seed < 0:
         raise ValueError(f"training_trials: expected count and seed of at least 0, got {count} and {seed}")
@@ -187,7 +188,8 @@ def _steamer(rng: np.random.Generator, bun: str, plate: str, tablecloth: str) ->
 
 
 def _steamer_variations() -> list[tuple[str, dict[str, Any]]]:
-    """Four novel plates on the training tablecloth, then the training plate on novel tablecloths, each with 8 novel buns.
+    """Four novel plates on the training tablecloth, then the training plate on novel tablecloths, each with 8 novel
+    buns.
 
     The novel tablecloths take turns over the buns.
     """
