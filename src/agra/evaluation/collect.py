@@ -35,7 +35,7 @@ from agra.evaluation.workers import imap_unordered
 from agra.types import Embodiment, Policy, Simulator, Trial
 
 RECORD = "collection.json"
-"""In a finished dataset: the settings that decide its contents, and the number of attempts of each task."""
+"""Record of a finished dataset: the settings that decide its contents, and the number of attempts of each task."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,10 +117,10 @@ def progress(name: str, total: int, start: int, *, shown: bool = True) -> Iterat
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[loss]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task(name, total=total, completed=start, loss=float("nan"))
-        yield lambda step, loss: bar.update(task, completed=step, loss=loss)
+        task = bar.add_task(name, total=total, completed=start, loss="")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.4f}")

@@ -70,7 +70,7 @@ def smooth(values: np.ndarray, fraction: float = 0.05) -> np.ndarray:
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """At most `limit` evenly spread points, including the first and the last."""
+    """Select at most `limit` evenly spread points, including the first and the last."""
     if len(x) <= limit:
         return x, y
     keep = np.unique(np.linspace(0, len(x) - 1, limit).round().astype(int))

@@ -109,7 +109,7 @@ class GrootWire:
     embodiment: str | None = None
     """Robot of GR00T's clients, for a policy with several embodiments."""
     allow_plaintext: Annotated[bool, arg(name="groot-allow-plaintext")] = False
-    """With TLS, serve GR00T's protocol on a network too, where its key and frames are sent unencrypted."""
+    """Serve GR00T's protocol beside TLS on a network too, where its key and frames are sent unencrypted."""
 
 
 @dataclass(frozen=True, kw_only=True)
