@@ -53,9 +53,9 @@ LIGHT = .venv-light-$(python_version)
 test-light: dist system
 	rm -rf $(LIGHT) && $(PYTHON) -m venv $(LIGHT)
 	$(LIGHT)/bin/pip install -q dist/*.whl $(patsubst %,'%',$(PINS))
-	$(LIGHT)/bin/python -I tests/light_install.py
+	$(LIGHT)/bin/python -I tests/support/light_install.py
 	$(LIGHT)/bin/pip install -q "$$(echo dist/*.whl)[client,tabletop]" $(patsubst %,'%',$(PINS))
-	$(LIGHT)/bin/python -I tests/light_install.py client tabletop
+	$(LIGHT)/bin/python -I tests/support/light_install.py client tabletop
 
 FUZZ_SECONDS ?= 3600
 fuzz: setup

@@ -1,6 +1,6 @@
 """Check an installed agra without torch. Not a pytest file: `make test-light` runs it in a fresh environment.
 
-    python -I tests/light_install.py [client] [tabletop]
+    python -I tests/support/light_install.py [client] [tabletop]
 
 Each argument is an extra that is installed there beside the bare package.
 """
@@ -18,7 +18,11 @@ MODULES = {
         "agra.types",
         "agra.cli.main",
         "agra.simulators.registry",
-        "agra.evaluation",
+        "agra.simulation",
+        *(
+            f"agra.evaluation.{name}"  # `collect` needs the extra `data`
+            for name in ("protocols", "published", "remote", "results", "rollout", "statistics", "tables", "workers")
+        ),
         "agra.data.normalization.normalize",
     ),
     "client": (
