@@ -1,15 +1,7 @@
-"""A second method in one file: a linear policy on the state. Everything around methods must take it as it is.
-
-Run as a program, the file trains the config in a JSON file: `test_second_method.py CONFIG OUTPUT`.
-"""
+"""A second method in one file: a linear policy on the state. Everything around methods must take it as it is."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -36,6 +28,7 @@ from agra.stages import Stage, StageConfig
 from agra.training.plan import Machines, plan
 from tests.support.echo import running
 from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
+from tests.support.two_ranks import train_in_two_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,20 +137,7 @@ def test_it_resumes_bit_for_bit(trained, tmp_path):
 
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
     run, config = trained
-    (tmp_path / "config.json").write_text(config.to_json())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.test_second_method", str(tmp_path / "config.json"), str(tmp_path / "run")],
-            cwd=root, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [process.wait(300) for process in ranks] == [0, 0]
+    train_in_two_ranks(config, tmp_path / "run", module="tests.test_second_method")
     sharded, whole = load_policy(tmp_path / "run"), load_policy(run)
     for name, value in whole.method.state_dict().items():
         torch.testing.assert_close(sharded.method.state_dict()[name], value, atol=1e-6, rtol=1e-5)
@@ -208,8 +188,3 @@ def test_instruments_do_not_apply(trained, monkeypatch, tmp_path):
 def test_a_stage_that_it_does_not_have_is_refused():
     with pytest.raises(ValueError, match="linear: expected the joint stage, the only one of this method, got adapt"):
         RunConfig(method=LinearConfig(), data=DataConfig(), stage=StageConfig(name=Stage.ADAPT))
-
-
-if __name__ == "__main__":
-    path, output = map(Path, sys.argv[1:])
-    sys.exit(not train(RunConfig.from_json(path.read_text(), path), output=output))

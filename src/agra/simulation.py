@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from agra.evaluation.protocols import Protocol, default_protocol, regime_trials
 from agra.evaluation.results import Results
 from agra.evaluation.rollout import evaluate as evaluate_trials
 from agra.simulators.registry import expert, make
-from agra.types import Policy, Simulator
+from agra.types import ActionNoise, Policy, Simulator
 
-ActionNoise = Literal["random", "zero"]
 EXPERT = "expert"
 """The name under which a simulator's scripted expert is opened."""
 

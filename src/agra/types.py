@@ -6,12 +6,14 @@ x width x channel. States and actions are float32 in the robot's units.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 REGIMES = ("in_distribution", "semantic", "instance", "attribute")
 """The four evaluation regimes of the paper (C.2.2)."""
+ActionNoise = Literal["random", "zero"]
+"""Where the denoising of a chunk starts. The paper's is random."""
 
 
 @dataclass(frozen=True, kw_only=True)

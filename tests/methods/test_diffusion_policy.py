@@ -5,11 +5,8 @@ Run as a program, the file trains the config in a JSON file: `test_diffusion_pol
 
 import json
 import math
-import os
 import re
-import socket
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +49,7 @@ from agra.types import Observation
 from agra.wam.text import TextConfig
 from tests.support.echo import running
 from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
+from tests.support.two_ranks import train_in_two_ranks
 
 ROOT = Path(__file__).parents[2]
 LEROBOT = ROOT / ".venv-lerobot" / "bin" / "python"
@@ -544,20 +542,7 @@ def test_it_resumes_bit_for_bit(trained, tmp_path):
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
     run, config = trained
     rarely = replace(config, stage=replace(config.stage, save_every=100, validate_every=100))
-    (tmp_path / "config.json").write_text(rarely.to_json())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.methods.test_diffusion_policy"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(tmp_path / "config.json"), str(tmp_path / "run")],
-            cwd=ROOT, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [process.wait(300) for process in ranks] == [0, 0]
+    train_in_two_ranks(rarely, tmp_path / "run")
     sharded, whole = load_policy(tmp_path / "run"), load_policy(run)
     for name, value in whole.method.state_dict().items():
         torch.testing.assert_close(sharded.method.state_dict()[name], value, atol=1e-5, rtol=1e-4)
@@ -629,8 +614,3 @@ def test_it_is_planned(trained):
     cost = measure(trained[1])
     assert cost.parameters == count(SMALL)
     assert cost.flops_per_sample > 2 * cost.validation_flops_per_sample > 0
-
-
-if __name__ == "__main__":
-    path, output = map(Path, sys.argv[1:])
-    sys.exit(not train(RunConfig.from_json(path.read_text(), path), output=output))

@@ -4,9 +4,7 @@ Run as a program, the file trains the config in a JSON file in two processes: `t
 """
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,6 +36,7 @@ from agra.wam.text import TextConfig
 from tests.support.echo import running
 from tests.support.point_world import PointWorld, demonstrator, make_trial
 from tests.support.small import make_small_config, random_batch, with_model
+from tests.support.two_ranks import train_in_two_ranks
 
 ROOT = Path(__file__).parents[2]
 LAYER, LEVEL, DRAWS = 2, 0.99502, 4
@@ -439,13 +438,7 @@ def test_it_resumes_bit_for_bit(trained, tmp_path):
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
     run, config = trained
     rarely = replace(config, stage=replace(config.stage, save_every=100, validate_every=100))
-    (tmp_path / "config.json").write_text(rarely.to_json())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.methods.test_dit4dit", str(tmp_path / "config.json"), str(tmp_path / "run")]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **common}, check=True, timeout=300)
+    train_in_two_ranks(rarely, tmp_path / "run")
     sharded, whole = load_policy(tmp_path / "run"), load_policy(run)
     for name, value in whole.method.state_dict().items():
         # A key's bias changes no attention. Its gradient is rounding, which AdamW makes large.
@@ -476,14 +469,3 @@ def test_the_documented_conversion_is_the_importers(tmp_path, released):
     subprocess.run([sys.executable, "-c", command[1]], cwd=tmp_path, check=True)
     method = config.method.build()
     assert load_dit4dit(method, tmp_path) == (f"{ACTION}unused",)
-
-
-if __name__ == "__main__":
-    path, output = map(Path, sys.argv[1:])
-    ranks = []
-    for rank in ("0", "1"):  # two processes that share the seconds of importing
-        if (process := os.fork()) == 0:
-            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-            os._exit(not train(RunConfig.from_json(path.read_text(), path), output=output))
-        ranks.append(process)
-    sys.exit(any(os.waitpid(process, 0)[1] for process in ranks))

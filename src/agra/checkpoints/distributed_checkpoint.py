@@ -5,7 +5,7 @@ the manifest and renames the folder (`agra.checkpoints.write.commit`). Until the
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from agra import files
-from agra.checkpoints import write as checkpoint
-
-Writers = Mapping[str, Callable[[Path], object]]
+from agra.checkpoints.write import Writers, commit, unfinished, unwritten
 
 
 class Writer(HuggingFaceStorageWriter):
@@ -30,7 +28,7 @@ class Writer(HuggingFaceStorageWriter):
 
     def __init__(self, run: Path, step: int, writers: Writers, *, keep: int) -> None:
         self.run, self.step, self.writers, self.keep = run, step, writers, keep
-        self.folder = checkpoint.unfinished(run, step)
+        self.folder = unfinished(run, step)
         super().__init__(str(self.folder / "sharded"), save_distributed=True)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +64,7 @@ class Writer(HuggingFaceStorageWriter):
             manifest[f"sharded/{path.stem}.safetensors"] = path.read_text()
             path.unlink()
         files.sync(Path(self.path))
-        checkpoint.commit(self.folder, self.run, self.step, manifest, keep=self.keep)
+        commit(self.folder, self.run, self.step, manifest, keep=self.keep)
 
 
 class PendingSave:
@@ -82,7 +80,7 @@ class PendingSave:
         except CheckpointException as error:
             shutil.rmtree(self.writer.folder, ignore_errors=True)
             cause = next(iter(error.failures.values()))[0]
-            raise checkpoint.unwritten(self.writer.run, self.writer.step, cause) from error
+            raise unwritten(self.writer.run, self.writer.step, cause) from error
 
 
 def save(

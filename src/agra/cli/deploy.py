@@ -9,6 +9,7 @@ import tyro
 
 from agra.cli.arguments import use_threads
 from agra.serving.server.config import ServeConfig
+from agra.types import ActionNoise
 
 
 def serve(
@@ -19,7 +20,7 @@ def serve(
     pool_future: int = 1,
     imagine: bool = False,
     known_instructions: bool = False,
-    action_noise: Literal["random", "zero"] = "random",
+    action_noise: ActionNoise = "random",
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -82,7 +83,7 @@ def control(
     max_step: float | None = None,
     dry_run: bool = False,
     record: Path | None = None,
-    action_noise: Literal["random", "zero"] = "random",
+    action_noise: ActionNoise = "random",
     device: str = "cpu",
 ) -> None:
     """Control the simulated robot in real time: the simulation does not wait for the policy.

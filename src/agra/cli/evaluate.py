@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from agra.types import ActionNoise
+
 
 def evaluate(
     policy: Annotated[str, tyro.conf.Positional],
@@ -14,7 +16,7 @@ def evaluate(
     execute_steps: int | None = None,
     max_steps: int | None = None,
     termination: Literal["step", "chunk"] | None = None,
-    action_noise: Literal["random", "zero"] = "random",
+    action_noise: ActionNoise = "random",
     limit: int | None = None,
     workers: int = 1,
     videos: int = 1,

@@ -29,15 +29,11 @@ def make_actor(
         )
     if compiled or pool_future != 1:
         raise ValueError("the options compiled and pool_future need the fast path; leave out fast=False")
-    return TrainingActor(method, steps=action_steps or 4)
+    return TrainingActor(method, steps=action_steps)
 
 
 class TrainingActor(PlainActor):
     """The forward passes of training, timed stage by stage."""
-
-    def __init__(self, method: "WAMMethod", *, steps: int) -> None:
-        super().__init__(method, steps=steps)
-        self.wam_method, self.num_steps = method, steps
 
     def act(
         self,
@@ -49,13 +45,13 @@ class TrainingActor(PlainActor):
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
         """Run `WAMMethod.act` stage by stage."""
-        wam = self.wam_method.wam
-        hidden = self.wam_method.hidden(inputs, noise)
+        method = cast("WAMMethod", self.method)
+        wam, hidden = method.wam, method.hidden(inputs, noise)
         lap("video")
         guidance = wam.guide(hidden)
         lap("bridge")
         head = (guidance, inputs.state, inputs.embodiment, noise["action"])
-        actions = wam.act(*head, steps=self.num_steps, continuation=continuation)
+        actions = wam.act(*head, steps=self.steps or 4, continuation=continuation)
         lap("action")
         return actions
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from agra.policies.observations import ObservationEncoder
 from agra.precision import Precision, allow_tensor_cores, compute_dtype, local_device
 from agra.types import (
     ActionChunk,
+    ActionNoise,
     BatchPolicy,
     Continuation,
     EmbodimentSpec,
@@ -53,7 +54,7 @@ class MethodPolicy:
         device: torch.device | str = "cpu",
         precision: Precision | None = None,
         imagines: bool = True,
-        action_noise: Literal["random", "zero"] = "random",
+        action_noise: ActionNoise = "random",
         **options: Any,
     ) -> None:
         """Move, cast and freeze `method`, in place. `precision` is the training's by default.
