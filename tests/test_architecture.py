@@ -18,7 +18,7 @@ FILES = {
     for p in (SOURCE / "agra").rglob("*.py")
 }
 LEAVES = ("types", "batch", "flow", "rng", "files", "hub", "weights", "precision", "lora", "stages")
-ROOT_MODULES = {*LEAVES, "config", "recipes", "api", "simulation"}
+ROOT_MODULES = {*LEAVES, "config", "api", "simulation"}
 SUITES = ("metaworld", "libero", "robocasa")
 """Simulators whose libraries are installed in environments of their own."""
 DOORS = {
@@ -159,7 +159,7 @@ def test_the_table_is_the_only_list_of_methods():
         for name in FILES
         if any(under(m, "agra.methods") and m != "agra.methods.method" for m in package_imports(name))
     }
-    of_wam = {"agra.methods.wam_actor", "agra.methods.wam", "agra.recipes", "agra.diagnostics.study"}
+    of_wam = {"agra.methods.wam_actor", "agra.methods.wam", "agra.diagnostics.study", *files_of("recipes")}
     of_wam |= {"agra.methods.dit4dit"}  # a WAM with a loss of its own
     assert listing - of_wam == {"agra.methods.table", "agra.config"}
 
@@ -212,14 +212,14 @@ def test_nothing_reads_or_writes_pickle():
 
 
 def test_configs_open_nothing():
-    for name in ("agra.config", "agra.data.config", "agra.stages", "agra.methods.method", "agra.recipes"):
+    for name in ("agra.config", "agra.data.config", "agra.stages", "agra.methods.method", *files_of("recipes")):
         assert not any(under(m, "agra.hub", "agra.data.lerobot", "pyarrow", "av") for m in imports(name)), name
 
 
 # --- size and documentation ---------------------------------------------------------------------------------------------
 
 
-def test_the_root_holds_leaves_config_recipes_and_the_api():
+def test_the_root_holds_leaves_config_and_the_api():
     modules = {p.stem for p in (SOURCE / "agra").glob("*.py")} - {"__init__"}
     assert modules == ROOT_MODULES
 

@@ -49,7 +49,7 @@ def problem(reference: str) -> str | None:
         return None if (SOURCE / reference).is_dir() else f"no folder {reference}"
     owner, _, name = reference.partition(".")
     for module, names in EVERYWHERE.items():
-        if reference in names or (module.split(".")[-1] == owner and name in names):
+        if reference in names or (owner in module.split(".")[-2:] and name in names):
             return None
     return f"nothing in src/agra is called {reference}"
 
