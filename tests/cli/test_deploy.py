@@ -83,7 +83,10 @@ def test_groots_plaintext_protocol_beside_tls_needs_a_flag(capsys, monkeypatch):
 
 def test_a_key_outside_ascii_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("AGRA_API_KEY", "s\xe9same")
+    loaded = []
+    monkeypatch.setattr("agra.policies.load.load_policy", lambda *args, **options: loaded.append(args))
     assert "API key: expected printable ASCII" in refused(capsys, *SERVE)
+    assert not loaded
 
 
 def test_a_mixture_of_nothing_is_one_line(capsys, tmp_path):

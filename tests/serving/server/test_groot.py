@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -31,6 +32,56 @@ def test_the_newest_of_several_frames_and_another_annotation_key():
         request["annotation.human.coarse_action"] = request.pop("annotation.human.action.task_description")
         response = GrootClient(both.groot.port).call("get_action", request)
         assert np.array_equal(response["action.arm"], expected(observation(4)))
+
+
+class Recording(Echo):
+    """Reads past observations. Keeps the observation of the last request."""
+
+    def __init__(self):
+        super().__init__(replace(spec(), past=(-4, -1)))
+
+    def act_batch(self, requests):
+        self.last = requests[-1].observation
+        return super().act_batch(requests)
+
+
+def test_past_observations_come_with_the_present_one(caplog):
+    """Three steps are two past observations and the present one. Batches and N1.6's nested keys work alike."""
+    with Both(Recording()) as both:
+        client, flat = GrootClient(both.groot.port), flat_observation(1, 2, 3)
+        config = client.call("get_modality_config")
+        for modality in ("video", "state"):
+            assert config[modality]["as_json"]["delta_indices"] == [-4, -1, 0]
+        assert config["language"]["as_json"]["delta_indices"] == [0]
+        for batched in (False, True):
+            request = {key: value[None] if batched and key[0] in "vs" else value for key, value in flat.items()}
+            actions = client.call("get_action", request)["action.arm"]
+            assert np.array_equal(actions[0] if batched else actions, expected(observation(3)))
+            last = both.policy.last
+            for moment, seed in zip((*last.past, last), (1, 2, 3), strict=True):
+                assert np.array_equal(moment.frame, observation(seed).frame)
+                assert np.array_equal(moment.state, observation(seed).state)
+        assert not caplog.records
+
+
+def test_a_client_without_past_observations_is_logged_once(caplog):
+    with Both(Recording()) as both:
+        client = GrootClient(both.groot.port)
+        for _ in range(3):
+            client.call("reset")
+            client.call("get_action", flat_observation(1))
+        assert not caplog.records  # an episode's first observation has no past
+        for _ in range(2):
+            client.call("get_action", flat_observation(1, 2))
+            client.call("get_action", flat_observation(1, 2, batched=True))
+            client.call("reset")
+        assert both.policy.last.past == ()
+        [record] = caplog.records
+        assert "policy echo reads past observations (control steps -4, -1)" in record.getMessage()
+        another = GrootClient(both.groot.port)
+        for _ in range(2):
+            another.call("get_action", flat_observation(1))
+        assert len(caplog.records) == 2
 
 
 def test_environments_in_a_batch():

@@ -21,10 +21,11 @@ from agra.serving.protocol.messages import InferRequest, WireKeys, encode_reques
 from agra.serving.protocol.wire import pack, unpack
 from agra.serving.protocol.zmtp import MORE
 from agra.serving.server.app import PolicySource, reload, run, watch
+from agra.serving.server.batching import Batcher
 from agra.serving.server.config import Limits, check_key
 from agra.serving.server.service import PolicyService
 from agra.serving.server.websocket import SLACK, WebsocketServer
-from agra.types import ActionChunk, Continuation
+from agra.types import ActionChunk, Continuation, PolicyRequest
 from tests.support.echo import (
     ACTION,
     HORIZON,
@@ -157,7 +158,7 @@ def with_state(*state):
 
 
 def test_states_far_outside_the_training_data_are_refused_on_both_wires():
-    with Both(Trained(), Limits(input_stretch=10)) as both:
+    with Both(Trained(replace(spec(), past=(-1,))), Limits(input_stretch=10)) as both:
         client = PolicyClient(both.server.address)
         for state in (
             (0, 0, 0, 5),
@@ -168,6 +169,9 @@ def test_states_far_outside_the_training_data_are_refused_on_both_wires():
         for state in ((1e20, 0, 0, 5), (0, -21.1, 0, 5), (0, 0, 11.1, 5)):
             with pytest.raises(ServerRefused, match="more than 10 widths outside the range of the training data"):
                 client.act(with_state(*state))
+        past = replace(with_state(0, 0, 0, 5), past=(with_state(0, 1e20, 0, 5),))
+        with pytest.raises(ServerRefused, match=r"past_state: 1e\+20 in dimension 1"):
+            client.act(past)
         actions = np.array([[1, 3e38, 1]], np.float32)
         with pytest.raises(ServerRefused, match=r"continuation: 3e\+38 in dimension 1"):
             client.act(with_state(0, 0, 0, 5), continuation=Continuation(actions=actions, delay=0))
@@ -497,6 +501,28 @@ def test_a_small_frame_does_not_wait_for_all_large_ones():
             2,
             2,
         ]  # the small request came last and is in the first batch after the running one
+
+
+def test_past_frames_count_as_large():
+    """A frame has 768 bytes. With three past ones a request is large, and two of those fit into a forward pass."""
+    policy = Gated()
+    one = observation(size=(16, 16))
+    with_past = replace(one, past=(one,) * 3)
+
+    async def submit():
+        batcher = Batcher(policy, small=1000, max_large=2 * 4 * 768)
+        running = [asyncio.ensure_future(batcher.submit(PolicyRequest(observation=one, episode=0)))]
+        while batcher.running_since is None:
+            await asyncio.sleep(0.01)
+        for waiting in (*[with_past] * 4, one):
+            running.append(asyncio.ensure_future(batcher.submit(PolicyRequest(observation=waiting, episode=0))))
+        await asyncio.sleep(0)
+        policy.gate.set()
+        await asyncio.gather(*running)
+        await batcher.close()
+
+    asyncio.run(submit())
+    assert policy.batches == [1, 3, 2]
 
 
 def test_answered_requests_are_not_kept():

@@ -54,6 +54,26 @@ def test_the_client_gets_the_imagined_video_of_a_server_that_allows_it():
         client.close()
 
 
+def test_a_client_without_past_observations_is_logged_once(caplog):
+    with running(Echo(replace(spec(), past=(-1,)))) as server:
+        client, other = PolicyClient(server.address), PolicyClient(server.address)
+        for seed in range(3):
+            client.reset(seed)
+            client.act(observation())  # an episode's first observation has no past
+            client.act(replace(observation(), past=(observation(seed),)))
+        assert not caplog.records
+        for _ in range(2):
+            client.act(observation())
+            client.act(observation())
+            client.reset(9)
+        [record] = caplog.records
+        assert "policy echo reads past observations (control steps -1)" in record.getMessage()
+        for _ in range(2):
+            other.act(observation())
+        assert len(caplog.records) == 2
+        client.close(), other.close()
+
+
 def test_an_invalid_request_is_explained_and_keeps_the_connection():
     with running(Echo()) as server, connect(server) as connection:
         connection.recv()
@@ -175,6 +195,11 @@ def test_size_fragments_and_idleness_are_limited():
         with pytest.raises(ConnectionClosed):
             connection.send(b"" for _ in range(10**9))
         assert connection.close_code == 1008
+    with running(Echo()) as server, connect(server) as connection:
+        connection.recv()
+        connection.send(request(**{WireKeys().image: np.zeros((4096, 4096, 3), np.uint8)}))
+        with pytest.raises(ConnectionClosed, match="1009"):
+            connection.recv(timeout=5)
 
 
 def test_a_client_that_never_reads_is_disconnected():
@@ -327,6 +352,10 @@ def test_a_policy_is_swapped_between_two_requests():
         with pytest.raises(ServerLost):
             client.act(observation())
         with pytest.raises(ServerRefused, match=r"expected \(6,\) float"):
+            client.act(observation())
+        another = Echo(replace(other.spec, past=(-1,)))
+        assert server.call(reload(server.service, server.server, PolicySource(load=lambda: another, stamp=lambda: 0)))
+        with pytest.raises(ServerLost):  # so that it reads the new description
             client.act(observation())
 
 

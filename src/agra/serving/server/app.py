@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agra.files import write_text
-from agra.serving.server.config import ServeConfig
+from agra.serving.server.config import ServeConfig, check_key
 from agra.serving.server.groot import GrootServer
 from agra.serving.server.service import PolicyService
 from agra.serving.server.websocket import WebsocketServer
@@ -129,6 +129,7 @@ async def serve(config: ServeConfig, source: PolicySource, *, api_key: str | Non
     Raises ValueError for a network address without a key, and for a policy that does not answer.
     """
     config.check_access(api_key)
+    check_key(api_key)
     tls = config.tls.context()
     service = PolicyService(source.load(), config.limits)
     server = WebsocketServer(service, host=config.host, port=config.port, keys=config.keys, api_key=api_key, tls=tls)

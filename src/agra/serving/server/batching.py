@@ -33,8 +33,8 @@ class BatchedResult:
 class Batcher:
     """Runs a policy on batches in a thread of its own. Belongs to one event loop.
 
-    Frames of more than `small` bytes count as large. A forward pass takes at most `max_large` bytes of them, and at
-    least one frame, so that clients with small frames do not wait for many large ones.
+    Requests with frames of more than `small` bytes count as large. A forward pass takes at most `max_large` bytes of
+    them, and at least one request, so that clients with small frames do not wait for many large ones.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class Batcher:
         for waiting in self._waiting:
             if waiting.future.done():
                 continue
-            size = waiting.request.observation.frame.nbytes
+            observation = waiting.request.observation
+            size = sum(moment.frame.nbytes for moment in (observation, *observation.past))
             fits = size <= self.small or large == 0 or large + size <= self.max_large
             if len(batch) == self.max_batch or not fits:
                 remaining.append(waiting)

@@ -4,7 +4,8 @@ A request is a msgpack map {endpoint, data, api_token}. The endpoints are ping, 
 get_modality_config. An observation names its parts: `video.<camera>` (T, H, W, 3) uint8, `state.<part>` (T, d), and a
 text `annotation.<...>`. The response has `action.<part>` (K, d). N1.6 sends {observation, options} and expects
 [action, info]. Its observation may also nest the parts, {"video": {...}, "state": {...}, "language": {...}}, and then
-the response's keys have no prefix `action.`. Every array may have a leading batch axis. Only the newest of T is used.
+the response's keys have no prefix `action.`. Every array may have a leading batch axis. T are the steps that
+get_modality_config lists: the past ones that the policy reads, and the present one. Of any other T the newest is used.
 `kill` is refused, because no client may stop the server. Each connection is served one request at a time. Further ones
 wait unread.
 """
@@ -16,6 +17,7 @@ import logging
 import socket
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -170,7 +172,7 @@ class GrootServer:
             seed = options.get("seed", 0) if isinstance(options, dict) else 0
             if type(seed) is not int or not 0 <= seed < SEEDS:
                 raise RequestError(f"options.seed: expected an integer from 0 to {SEEDS - 1}")
-            episodes[:] = [Episode(seed)]
+            episodes[:] = [Episode(seed, episodes[0].warnings)]
             return {}
         if endpoint != "get_action":
             raise RequestError(f"endpoint: expected one of {', '.join(ENDPOINTS)}, got {str(endpoint)[:40]!r}")
@@ -181,10 +183,10 @@ class GrootServer:
         return [actions, {}] if wrapped else actions
 
     async def _act(self, message: Mapping[str, Any], episodes: list[Episode], *, nested: bool) -> dict[str, Any]:
-        robot = self.service.spec.embodiments[self.embodiment]
-        observations, batched = parse_observations(message, robot, self.embodiment, self.config)
+        spec, robot = self.service.spec, self.service.spec.embodiments[self.embodiment]
+        observations, batched = parse_observations(message, robot, self.embodiment, self.config, past=len(spec.past))
         while len(episodes) < len(observations):  # each environment of a batch has random numbers of its own
-            episodes.append(Episode(episodes[0].seed + len(episodes)))
+            episodes.append(Episode(episodes[0].seed + len(episodes), episodes[0].warnings))
         results = await asyncio.gather(
             *(
                 self.service.infer(InferRequest(observation=observation), episode)
@@ -223,11 +225,11 @@ def _newest(text: Any) -> Any:
 
 
 def parse_observations(
-    message: Mapping[str, Any], robot: EmbodimentSpec, embodiment: str, config: GrootWire
+    message: Mapping[str, Any], robot: EmbodimentSpec, embodiment: str, config: GrootWire, *, past: int = 0
 ) -> tuple[list[Observation], bool]:
-    """Return an observation of each environment, and whether there is a batch axis.
+    """Return an observation of each environment, and whether there is a batch axis. Raises RequestError.
 
-    Raises RequestError with the key.
+    Of any number of steps but `past` + 1 the newest is used.
     """
     video, annotation = f"video.{config.camera}", _annotation_key(message, config)
     required = [video, *(f"state.{part}" for part in robot.state), annotation]
@@ -237,24 +239,30 @@ def parse_observations(
     if not isinstance(frames, np.ndarray) or frames.ndim not in (4, 5) or 0 in frames.shape:
         raise RequestError(f"{video}: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got {_kind(frames)}")
     batched = frames.ndim == 5
-    newest = frames[:, -1] if batched else frames[-1:]
-    count = len(newest)
+    count = len(frames := frames if batched else frames[None])
     if count > MAX_BATCH:
         raise RequestError(f"{video}: expected at most {MAX_BATCH} environments, got {count}")
-    state = np.zeros((count, robot.state_dim), np.float32)
+    parts = {}
     for part, (start, end) in robot.state.items():
         shape = (count, "T", end - start) if batched else ("T", end - start)
         values = parse_floats(f"state.{part}", message[f"state.{part}"], shape)
-        state[:, start:end] = values[:, -1] if batched else values[-1]
+        parts[start, end] = values if batched else values[None]
+    steps = past + 1 if all(values.shape[1] == past + 1 for values in (frames, *parts.values())) else 1
+    states = np.zeros((count, steps, robot.state_dim), np.float32)
+    for (start, end), values in parts.items():
+        states[..., start:end] = values[:, -steps:]
     texts = message[annotation]
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or len(texts) not in (1, count):
         raise RequestError(f"{annotation}: expected a list of 1 or {count} texts, got {_kind(texts)}")
     texts = [parse_text(annotation, text, MAX_INSTRUCTION) for text in texts] * (count if len(texts) == 1 else 1)
-    observations = [
-        Observation(frame=parse_frame(video, frame), state=row, instruction=instruction, embodiment=embodiment)
-        for frame, row, instruction in zip(newest, state, texts, strict=True)
-    ]
+    observations = []
+    for clip, rows, instruction in zip(frames[:, -steps:], states, texts, strict=True):
+        *earlier, present = (
+            Observation(frame=parse_frame(video, frame), state=row, instruction=instruction, embodiment=embodiment)
+            for frame, row in zip(clip, rows, strict=True)
+        )
+        observations.append(replace(present, past=tuple(earlier)))
     return observations, batched
 
 
@@ -273,8 +281,8 @@ def modality_config(spec: PolicySpec, embodiment: str, config: GrootWire) -> dic
     robot = spec.embodiments[embodiment]
     n15 = config.version == "n1.5"
     keys = {
-        "video": ([config.camera], [0]),
-        "state": (list(robot.state), [0]),
+        "video": ([config.camera], [*spec.past, 0]),
+        "state": (list(robot.state), [*spec.past, 0]),
         "action": (list(robot.action), list(range(spec.horizon))),
     }
     modalities = {

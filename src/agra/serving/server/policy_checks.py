@@ -1,13 +1,18 @@
-"""Checks of a policy and of its inputs and outputs: a trial answer, the range of the training data, finite numbers."""
+"""Checks of a policy and of its inputs and outputs: a trial answer, the range of the training data, missing past
+observations, finite numbers.
+"""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from agra.serving.protocol.messages import FRAME_SIDES
+from agra.serving.protocol.messages import FRAME_SIDES, InferRequest
 from agra.serving.protocol.validation import RequestError
-from agra.types import ActionChunk, BatchPolicy, KnowsInstructions, KnowsRanges, Observation, PolicyRequest
+from agra.types import ActionChunk, BatchPolicy, KnowsInstructions, KnowsRanges, Observation, PolicyRequest, PolicySpec
+
+log = logging.getLogger("agra.serving")
 
 
 class NotFinite(ArithmeticError):
@@ -56,6 +61,38 @@ def trained_ranges(policy: BatchPolicy) -> Mapping[str, Mapping[str, TrainedRang
         }
         for name, stats in policy.stats.items()
     }
+
+
+def check_range(request: InferRequest, ranges: Mapping[str, Mapping[str, TrainedRange]], stretch: float) -> None:
+    """Raise RequestError for states, present or past, or a continuation far outside the training data.
+
+    `ranges` are those of `trained_ranges`. An embodiment without them is not checked.
+    """
+    trained = ranges.get(request.observation.embodiment)
+    if trained is None:
+        return
+    trained["state"].check("state", request.observation.state, stretch)
+    for moment in request.observation.past:
+        trained["state"].check("past_state", moment.state, stretch)
+    if request.continuation is not None:
+        trained["action"].check("continuation", request.continuation.actions, stretch)
+
+
+def warn_without_past(request: InferRequest, spec: PolicySpec, logged: set[str]) -> None:
+    """Log a warning for a request without the past observations that the policy reads.
+
+    For a request after the first of its episode, because the first observation has no past. `logged` holds the warnings
+    of this connection, so that each is logged once.
+    """
+    if not spec.past or request.observation.past or "past" in logged:
+        return
+    logged.add("past")
+    log.warning(
+        "policy %s reads past observations (control steps %s), which a client does not send; the present observation "
+        "stands for them",
+        spec.name,
+        ", ".join(map(str, spec.past)),
+    )
 
 
 def check_finite(chunk: ActionChunk) -> None:

@@ -19,7 +19,14 @@ from agra.serving.protocol.messages import InferRequest
 from agra.serving.protocol.wire import WireError
 from agra.serving.server.batching import Batcher
 from agra.serving.server.config import Limits
-from agra.serving.server.policy_checks import NotFinite, check_finite, check_policy, trained_ranges
+from agra.serving.server.policy_checks import (
+    NotFinite,
+    check_finite,
+    check_policy,
+    check_range,
+    trained_ranges,
+    warn_without_past,
+)
 from agra.types import ActionChunk, BatchPolicy, PolicyRequest, PolicySpec, WarmsUp
 
 log = logging.getLogger("agra.serving")
@@ -51,10 +58,12 @@ def error_reply(error: Exception) -> tuple[str, str]:
 class Episode:
     """State of a client between requests: its seed and the policy's random numbers."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, warnings: set[str] | None = None) -> None:
         self.seed = seed
-        self.generation = -1
+        self.generation = -1  # before the first request of an episode
         self.state: Any = None
+        self.warnings = set() if warnings is None else warnings
+        """Warnings that were logged for the client's connection."""
 
 
 class StageTimes:
@@ -126,10 +135,7 @@ class PolicyService:
         self.registry = CollectorRegistry()
         self._ranges = trained_ranges(policy)
         self._batcher = Batcher(
-            policy,
-            max_batch=self.limits.max_batch,
-            small=self.limits.share,
-            max_large=2 * self.limits.max_message,
+            policy, max_batch=self.limits.max_batch, small=self.limits.share, max_large=2 * self.limits.max_message
         )
         self._next_error_reply = 0.0
         self._idle = asyncio.Event()
@@ -196,9 +202,11 @@ class PolicyService:
         `request_timeout`, ValueError for a request that the policy refuses, and any other error of the policy.
         """
         start = time.perf_counter()
-        self._check_range(request)
+        check_range(request, self._ranges, self.limits.input_stretch)
         if request.seed is not None:
             episode.seed, episode.generation = request.seed, -1
+        if episode.generation >= 0:
+            warn_without_past(request, self.spec, episode.warnings)
         if episode.generation != self.generation:
             episode.state, episode.generation = self._batcher.policy.episode(episode.seed), self.generation
         policy_request = PolicyRequest(
@@ -229,14 +237,6 @@ class PolicyService:
         timing |= {"p50_p95": self.times.percentiles(), "policy": self.spec.name, "generation": self.generation}
         return result.chunk, timing
 
-    def _check_range(self, request: InferRequest) -> None:
-        ranges = self._ranges.get(request.observation.embodiment)
-        if ranges is None:
-            return
-        ranges["state"].check("state", request.observation.state, self.limits.input_stretch)
-        if request.continuation is not None:
-            ranges["action"].check("continuation", request.continuation.actions, self.limits.input_stretch)
-
     async def record_outcome(self, wire: str, outcome: str) -> None:
         """Count the outcome of a request. Returns when its response may be sent.
 
@@ -259,8 +259,8 @@ class PolicyService:
         """Serve another policy, which passed `check`, from the next forward pass on.
 
         Running episodes continue on it, restarted from their seeds. If the present policy can adopt the new weights, it
-        does. Otherwise the new policy is warmed up and replaces it. Returns whether the sizes of states or actions
-        changed, so that clients must connect again.
+        does. Otherwise the new policy is warmed up and replaces it. Returns whether the sizes of states or actions or
+        the past observations changed, so that clients must connect again.
         """
         before, after = self.spec, policy.spec
 
@@ -279,7 +279,7 @@ class PolicyService:
         finally:
             self.warm = True
         log.info("replaced policy %s by %s", before.name, after.name)
-        return (before.horizon, before.embodiments) != (after.horizon, after.embodiments)
+        return any(getattr(before, name) != getattr(after, name) for name in ("horizon", "embodiments", "past"))
 
     def metrics(self) -> bytes:
         """Return the metrics in Prometheus's text format."""

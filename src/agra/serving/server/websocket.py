@@ -40,6 +40,9 @@ MAX_UNSENT = 2**20
 MAX_HANDSHAKES = 128
 """Connections beyond `max_connections` that may be open for a handshake or plain HTTP. Further ones are closed at
 once."""
+MAX_DISCARDED = 2**26
+"""Bytes that a client may send after it was refused, such as the rest of a frame of 4096 x 4096. Aborted earlier, it would
+not receive the close code."""
 SLACK = 2**18
 """Bytes of headers, and of the next message, that may arrive with a message. asyncio reads this many at a time."""
 
@@ -73,7 +76,8 @@ class _Connection(ServerConnection):
     def data_received(self, data: bytes) -> None:
         self.unread += len(data)
         super().data_received(data)
-        too_large = self.unread > self.limits.max_message + SLACK
+        largest = MAX_DISCARDED if self.state is State.CLOSING else self.limits.max_message + SLACK
+        too_large = self.unread > largest
         if too_large or self.transport.get_write_buffer_size() > MAX_UNSENT:
             self.transport.abort()
         elif self.unread > self.limits.share and self._slot is None and self.state is State.OPEN:
