@@ -98,7 +98,7 @@ def error_of(capsys, *arguments):
 def test_a_second_evaluation_of_one_file_names_the_first(tmp_path, capsys):
     with files.lock(tmp_path, ".r.jsonl.lock"):
         line = error_of(capsys, "evaluate", "expert", "--output", str(tmp_path / "r.jsonl"), "--limit", "1")
-    assert line.startswith(f"agra: error: {tmp_path}: another process (pid {os.getpid()}) writes here")
+    assert line.startswith(f"agra: error: {tmp_path}/r.jsonl: another process (pid {os.getpid()}) writes here")
 
 
 def test_a_failing_simulator_is_one_line(tmp_path, capsys, monkeypatch):

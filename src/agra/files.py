@@ -73,10 +73,10 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def lock(folder: Path, name: str = LOCK) -> Iterator[None]:
+def lock(folder: Path, name: str = LOCK, *, output: Path | None = None) -> Iterator[None]:
     """Hold the lock file `name` of an output folder inside the block. Creates the folder if it is missing. Never waits.
 
-    Raises ValueError with the process id of another holder. The kernel releases the lock when the process ends for any
+    Raises ValueError with `output`, by default the folder, and the process id of another holder. The kernel releases the lock when the process ends for any
     reason. The lock file stays.
     """
     folder = Path(folder)
@@ -88,8 +88,8 @@ def lock(folder: Path, name: str = LOCK) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
             raise ValueError(
-                f"{folder}: another process (pid {holder}) writes here; wait for it, stop it or choose another output "
-                "folder"
+                f"{output or folder}: another process (pid {holder}) writes here; wait for it, stop it or choose "
+                "another output"
             ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)

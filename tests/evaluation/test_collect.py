@@ -247,7 +247,7 @@ def test_attempts_of_unknown_settings_are_dropped(tmp_path):
 
 def test_a_second_process_is_refused(tmp_path):
     with files.lock(tmp_path / "set.staging"):
-        with pytest.raises(ValueError, match=rf"set\.staging: another process \(pid {os.getpid()}\) writes here"):
+        with pytest.raises(ValueError, match=rf"set: another process \(pid {os.getpid()}\) writes here"):
             run(tmp_path / "set")
     assert run(tmp_path / "set").episodes == 12
 

@@ -426,7 +426,7 @@ def test_a_second_evaluation_into_the_same_file_is_refused(tmp_path):
     trials = regime_trials(env, limit=2)
     settings = {"policy_name": "expert", "protocol": PROTOCOL, "progress": False}
     with files.lock(tmp_path, ".results.jsonl.lock"):
-        with pytest.raises(ValueError, match=rf"another process \(pid {os.getpid()}\) writes here"):
+        with pytest.raises(ValueError, match=rf"results.jsonl: another process \(pid {os.getpid()}\) writes here"):
             evaluate(Expert(env), env, trials, output=tmp_path / "results.jsonl", **settings)
         evaluate(Expert(env), env, trials, output=tmp_path / "others.jsonl", **settings)
     assert len(evaluate(Expert(env), env, trials, output=tmp_path / "results.jsonl", **settings).trials) == len(trials)

@@ -191,7 +191,7 @@ def collect(
         raise ValueError(
             f"{output}: already exists, without {RECORD} of a collection; choose another output or remove it"
         )
-    with files.lock(staging_path):
+    with files.lock(staging_path, output=output):
         if not _is_finished(output, settings):  # else another process has just finished it
             staging = Staging(staging_path, settings)
             with _progress_bar(progress) as bar:

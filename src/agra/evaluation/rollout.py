@@ -185,7 +185,7 @@ def evaluate(
         make_player = partial(next, chain([(policy, simulator)], iter(replacement, None)))
     if make_player is None:
         raise ValueError("evaluate: more than one worker needs make_player, which gives each its own simulator")
-    with files.lock(path.parent, f".{path.name}.lock"):
+    with files.lock(path.parent, f".{path.name}.lock", output=path):
         finished = _open_results(path, header)
         missing = [trial for trial in trials if trial.name not in finished]
         failures: dict[str, list[str]] = {}
