@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from threading import Event, Thread
 from typing import Literal
 
 import torch
@@ -71,3 +73,27 @@ def allow_tensor_cores(device: torch.device) -> None:
     """Let a GPU multiply float32 matrices in TF32, in this process. Do nothing on other devices."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+@cache
+def prepare_fake_tensors() -> None:
+    """Make fake tensors safe in threads that end. Call it before a process uses any, or compiles with Dynamo.
+
+    At the first fake tensors of a process, a CUDA build of torch without a GPU registers a stand-in for CUDA's device
+    guard. In torch 2.11 the stand-in belongs to the calling thread but stays registered after the end of that thread.
+    The next fake tensors then crash the process. Here the first thread to use them lives as long as the process.
+    """
+    if torch.__version__ >= "2.12" or torch.version.cuda is None or torch.cuda.is_available():
+        return
+    # Imported here: it takes a second, and most processes do not need it.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    registered = Event()
+
+    def register_and_stay() -> None:
+        with FakeTensorMode():
+            registered.set()
+        Event().wait()
+
+    Thread(target=register_and_stay, name="fake-tensors", daemon=True).start()
+    registered.wait()

@@ -3,9 +3,13 @@
 Dynamo captures as usual. Its graphs run eagerly here, which takes seconds. `test_gpu.py` compiles them for a GPU.
 """
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +45,23 @@ def trained(prepared, recorded, tmp_path_factory):
         config = replace(prepared, stage=replace(prepared.stage, seed=seed, steps=2))
         assert api.train(config, output=folder / f"run_{seed}", init_from=recorded / "cosmos")
     return folder
+
+
+COUNTED_IN_THREADS = """
+import threading
+from agra.training.memory_estimate import flops_per_sample
+from tests.support.small import make_small_config
+
+counts = []
+def count():
+    counts.append(flops_per_sample(make_small_config()))
+for _ in range(3):
+    thread = threading.Thread(target=count)
+    thread.start()
+    thread.join()
+count()
+assert len(counts) == 4 and len(set(counts)) == 1
+"""
 
 
 def ask(policy, observation, instructions, seed=0):
@@ -95,3 +116,16 @@ def test_policies_of_other_options_are_not_adopted(trained, observation):
     assert not load_policy(trained / "run_0").adopt(first)
     expected = load_policy(trained / "run_0").act(observation).actions
     np.testing.assert_allclose(first.act(observation).actions, expected, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None or torch.cuda.is_available(), reason="needs a CUDA build of torch without a GPU"
+)
+def test_fake_tensors_outlive_the_thread_that_used_them_first():
+    """In a process of its own, since torch 2.11 crashes. Tests above compile in a thread that ends, too."""
+    repository = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, (repository / "src", repository)))
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED_IN_THREADS], env={**os.environ, "PYTHONPATH": path}, check=False
+    )
+    assert done.returncode == 0

@@ -26,6 +26,7 @@ from agra.batch import Batch
 from agra.config import RunConfig
 from agra.lora import attach
 from agra.methods.method import Method, MethodConfig
+from agra.precision import prepare_fake_tensors
 from agra.training.optimization import freeze
 from agra.training.parallelize import ParallelConfig, apply
 from agra.wam.codec import CodecConfig, WanCodec, latent_shape
@@ -92,7 +93,7 @@ def measure(config: RunConfig, *, activation_checkpointing: float = 0.0, gather_
     `activation_checkpointing` is the fraction of the blocks that run again in the backward pass. The moments of the
     arrays are those of the step, of the optimiser, and of a validation's forward pass.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), CudaAutocastRules():
+    with _fake_tensors(), CudaAutocastRules():
         with _default_dtype(torch.bfloat16 if gather_bfloat16 else torch.float32):
             method = fake_method(config)
         apply(method, ParallelConfig(activation_checkpointing=activation_checkpointing))
@@ -131,7 +132,7 @@ def measure(config: RunConfig, *, activation_checkpointing: float = 0.0, gather_
 def flops_per_sample(config: RunConfig) -> float:
     """Count the FLOPs of a step's forward and backward passes, the base of model FLOPs utilisation."""
     multiple = config.method.batch_multiple
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _fake_tensors():
         return _step(fake_method(config), config, multiple).flops / multiple
 
 
@@ -151,7 +152,7 @@ def encoding_flops_per_sample(config: MethodConfig) -> dict[str, float]:
 
 def _codec_flops(codec: CodecConfig, config: MethodConfig, num_frames: int) -> float:
     video = torch.zeros(1, 3, num_frames, *config.shapes.frame_size)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with _fake_tensors(), torch.no_grad():
         if codec.kind == "wan":
             encode = WanCodec.untrained(codec.channels).vae.encode
         else:
@@ -218,6 +219,11 @@ class _Counted:
     flops: float
     gathered: int
     """Parameters of the blocks, counted for each forward and backward run."""
+
+
+def _fake_tensors() -> FakeTensorMode:
+    prepare_fake_tensors()
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager

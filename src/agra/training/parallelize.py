@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agra.lora import attach
 from agra.methods.method import Method
+from agra.precision import prepare_fake_tensors
 from agra.stages import StageConfig
 from agra.training.distributed import DistributedContext
 from agra.training.optimization import freeze
@@ -129,6 +130,8 @@ def apply(method: Method, parallel: ParallelConfig, device: torch.device | None 
     fraction = parallel.activation_checkpointing
     on_gpu = device is not None and device.type == "cuda"
     compiles = on_gpu if parallel.compile is None else parallel.compile
+    if compiles:
+        prepare_fake_tensors()
     for index, block in enumerate(method.blocks()):
         if compiles:
             block.forward = torch.compile(block.forward)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from agra.flow import Predict, continue_chunk, euler
+from agra.precision import prepare_fake_tensors
 from agra.wam.action_dit import SubBlock
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoBlock
@@ -77,6 +78,7 @@ class FastWAM:
     def compile(self) -> None:
         """Compile the three parts at their first call of each batch size. Without `compiled` do nothing."""
         if self.compiled:
+            prepare_fake_tensors()
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
             options: Any = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
             self._parts = {name: torch.compile(part, **options) for name, part in self._parts.items()}
