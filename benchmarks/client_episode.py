@@ -18,7 +18,7 @@ Infer = Callable[[Observation, int | None], np.ndarray]
 
 
 def openpi(port: int) -> Infer:
-    from openpi_client.websocket_client_policy import WebsocketClientPolicy
+    from openpi_client.websocket_client_policy import WebsocketClientPolicy  # pyright: ignore[reportMissingImports]
 
     client = WebsocketClientPolicy("127.0.0.1", port)
     print("policy of the server:", client.get_server_metadata()["policy"])
@@ -37,15 +37,18 @@ def openpi(port: int) -> Infer:
 
 
 def groot(port: int) -> Infer:
-    from strands_robots.policies.groot.client import GR00TClient
+    from strands_robots.policies.groot.client import GR00TClient  # pyright: ignore[reportMissingImports]
 
     client = GR00TClient("127.0.0.1", port)
     print("reply to a ping:", client.ping())
 
     def infer(observation: Observation, seed: int | None) -> np.ndarray:
         # This client cannot begin an episode, so all of its episodes share one sequence of random numbers.
-        request = {"video.ego_view": observation.frame[None], "state.state": observation.state[None]}
-        request["annotation.human.action.task_description"] = [observation.instruction]
+        request = {
+            "video.ego_view": observation.frame[None],
+            "state.state": observation.state[None],
+            "annotation.human.action.task_description": [observation.instruction],
+        }
         return client.get_action(request)["action.action"]
 
     return infer
@@ -57,15 +60,15 @@ def main() -> None:
     infer, env = {"openpi": openpi, "groot": groot}[wire](port), make("tabletop")
     successes = 0
     for trial in env.trials("in_distribution")[:: 50 // episodes][:episodes]:
-        observation, step, number = env.reset(trial), None, 0
-        while number < env.max_steps and not (step and step.success):
+        observation, success, number = env.reset(trial), False, 0
+        while number < env.max_steps and not success:
             for action in infer(observation, None if number else trial.seed)[:EXECUTE_STEPS]:
                 step, number = env.step(action), number + 1
-                if step.success or number == env.max_steps:
+                observation, success = step.observation, step.success
+                if success or number == env.max_steps:
                     break
-            observation = step.observation
-        successes += step.success
-        print(f"{trial.name}: {'success' if step.success else 'no success'} after {number} steps", flush=True)
+        successes += success
+        print(f"{trial.name}: {'success' if success else 'no success'} after {number} steps", flush=True)
     env.close()
     print(f"{wire}: {successes} of {episodes}; torch is {'' if 'torch' in sys.modules else 'not '}loaded here")
 

@@ -82,7 +82,9 @@ class HostileFrames:
         shape = self.random.choice(([2**31, 2**31], [-1], [10**9], ["a"], [1] * 300, [[1]], None))
         dtype = self.random.choice(("|O", "|V9", "f4,f4", "S999999999", "<f4", "<M8[s]", 3, ""))
         array = {b"__ndarray__": True, b"data": bytes(40), b"dtype": dtype, b"shape": shape}
-        return msgpack.packb({**dict.fromkeys(self.valid, 0), "observation/state": array})
+        frame = msgpack.packb({**dict.fromkeys(self.valid, 0), "observation/state": array})
+        assert frame is not None
+        return frame
 
     def _kind_bomb(self) -> bytes:
         return self.random.choice(

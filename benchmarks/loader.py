@@ -27,6 +27,7 @@ from agra.data.lerobot.writer import write_dataset
 from agra.data.sampling.prefetch import Prefetched
 from agra.data.sampling.sampler import WindowSampler
 from agra.data.source import Source, embodiment_stats, open_sources
+from agra.methods.wam import WAMMethodConfig
 from agra.recipes import tiny
 from agra.types import Embodiment, Episode
 from benchmarks.side_by_side import compare, finish
@@ -117,10 +118,12 @@ def _pyav_clip(source: Source, episode: int, start: int) -> np.ndarray:
     frames = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
+        assert stream.time_base is not None
         stream.codec_context.thread_count = 1
         container.seek(int(first / stream.time_base), stream=stream)
         for frame in container.decode(stream):
             picture = frame.to_ndarray(format="rgb24")
+            assert frame.pts is not None
             if float(frame.pts * stream.time_base) >= first - 0.5 / FPS:
                 frames.append(picture)
             if len(frames) == FRAMES:
@@ -131,6 +134,7 @@ def _pyav_clip(source: Source, episode: int, start: int) -> np.ndarray:
 def _cached_sampler(data: DataConfig, source: Source, root: Path) -> WindowSampler:
     """A sampler for tiny's method that reads every row from disk."""
     method = TINY.method
+    assert isinstance(method, WAMMethodConfig)
     features = [
         Zeros("latents", method.model.latent_shape),
         Zeros("targets", (*method.shapes.feature_grid, TEACHER_WIDTH)),

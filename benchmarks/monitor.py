@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from agra.diagnostics.monitors import GroundingMonitor, ProbeInputs
-from agra.methods.method import observation_inputs
+from agra.methods.method import ReadsTokens, observation_inputs
 from agra.recipes import tiny
 from agra.training.memory_estimate import fake_batch
 from benchmarks.side_by_side import finish
@@ -30,6 +30,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = tiny()
     batch, method = fake_batch(config.method, config.stage.batch_size), config.method.build().train()
+    assert isinstance(method, ReadsTokens)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4)
     masks = torch.zeros(SAMPLES, *method.token_grid, dtype=torch.bool)
     masks[:, :, 1:3, 2:4] = True

@@ -97,7 +97,7 @@ class GrootClient:
     def act(self, observation: Observation, seed: int) -> np.ndarray:
         """Return the first chunk of a new episode."""
         self.call("reset", {"options": {"seed": seed}})
-        data = {f"state.{part}": observation.state[None, a:b] for part, (a, b) in self.parts.items()}
+        data: dict[str, Any] = {f"state.{part}": observation.state[None, a:b] for part, (a, b) in self.parts.items()}
         data["video.ego_view"] = observation.frame[None]
         data["annotation.human.action.task_description"] = [observation.instruction]
         return np.concatenate([*self.call("get_action", data).values()], axis=-1)

@@ -8,6 +8,7 @@ not needed.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,7 +189,7 @@ class StockPolicy(MethodPolicy):
         assert isinstance(method, WAMMethod)
         assert present is not None
         instructions = Instructions(lambda: present.encoder)
-        instructions.tokens = instructions._tokens  # without the cache
+        instructions.tokens = lru_cache(maxsize=0)(instructions._tokens)  # encoded every time
         super().__init__(
             name="stock",
             config=policy.config,

@@ -10,9 +10,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from diffusers import CosmosTransformer3DModel
+from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
 from torch import Tensor
 
+from agra.methods.wam import WAMMethodConfig
 from agra.recipes import tiny
 from agra.wam.video_dit import VideoDiT
 from benchmarks.side_by_side import compare, finish
@@ -24,7 +25,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batch")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
-    config = replace(tiny().method.model.video_dit, max_size=(8, 64, 64), learned_positions=False)
+    method = tiny().method
+    assert isinstance(method, WAMMethodConfig)
+    config = replace(method.model.video_dit, max_size=(8, 64, 64), learned_positions=False)
     model = VideoDiT(config)
     stock_model = stock_transformer(config, model.transformer)
     for batch, frames, size, label in (

@@ -11,7 +11,7 @@ from agra.alignment.teacher import Teacher, TeacherConfig, teacher_shape
 from agra.training.memory_estimate import count_flops
 from agra.wam.text import CosmosReasonEncoder
 from benchmarks.gpu.report import Figures, Section
-from benchmarks.gpu.setting import Setting, num_bytes
+from benchmarks.gpu.setting import Setting, num_bytes, wam_of
 
 
 def run(setting: Setting, section: Section) -> None:
@@ -22,7 +22,7 @@ def run(setting: Setting, section: Section) -> None:
 
 
 def _codec(setting: Setting) -> Figures:
-    codec, config = setting.codec(), setting.config().method.model
+    codec, config = setting.codec(), wam_of(setting.config()).model
     count = codec.CHUNK
     video = torch.rand(count, 3, config.num_frames, *config.frame_size, device=setting.device) * 2 - 1
     flops = count_flops(lambda: codec.encode(video))
@@ -35,12 +35,14 @@ def _codec(setting: Setting) -> Figures:
 def _teacher(setting: Setting) -> Figures:
     from transformers import Dinov2Config, Dinov2Model
 
-    small: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
+    sizes: dict[str, Any] = (
+        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
+        if setting.dry
+        else {"image_size": 518}
+    )
     config = TeacherConfig(input_size=setting.pick((448, 448), (28, 42)), precision="bfloat16")
     with setting.device:
-        teacher = Teacher(
-            Dinov2Model(Dinov2Config(**(small if setting.dry else {"image_size": 518}), patch_size=14)), config
-        )
+        teacher = Teacher(Dinov2Model(Dinov2Config(**sizes, patch_size=14)), config)
     count, (height, width) = setting.pick(64, 2), setting.config().method.shapes.frame_size
     frames = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     on_device = torch.from_numpy(frames).to(setting.device)
@@ -51,7 +53,7 @@ def _teacher(setting: Setting) -> Figures:
 
 
 def _text(setting: Setting) -> Figures:
-    encoder = text_encoder(setting, small=setting.dry, length=setting.config().method.model.text.length)
+    encoder = text_encoder(setting, small=setting.dry, length=wam_of(setting.config()).model.text.length)
     encoder.encode(["warm up"])
     setting.reset_peak()
     seconds = median(setting.seconds(lambda: encoder.encode(["open the drawer"]), rounds=5))
@@ -68,10 +70,11 @@ def _text_flops(encoder: CosmosReasonEncoder) -> float:
 
     torch's counter knows no attention of fewer keys than queries before 2.13.
     """
-    assert encoder.projection is not None
-    settings = encoder.model.config.get_text_config()
-    linear = [m for m in encoder.model.get_decoder().layers.modules() if isinstance(m, nn.Linear)]
-    weights = sum(m.weight.numel() for m in (*linear, encoder.projection[0]))
+    assert isinstance(encoder.projection, nn.Sequential)
+    settings, blocks = encoder.model.config.get_text_config(), encoder.model.get_decoder().layers
+    assert isinstance(blocks, nn.ModuleList)
+    linear = [m for m in (*blocks.modules(), *encoder.projection) if isinstance(m, nn.Linear)]
+    weights = sum(m.weight.numel() for m in linear)
     attention = 4 * encoder.length**2 * settings.hidden_size * settings.num_hidden_layers
     return 2.0 * encoder.length * weights + attention
 
@@ -117,7 +120,7 @@ def text_encoder(setting: Setting, *, small: bool, length: int) -> CosmosReasonE
         with setting.device:
             # Only the language model reads an instruction, so the vision tower is a stub.
             model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-            projection = nn.Sequential(nn.Linear(width, setting.config().method.model.video_dit.text_dim), nn.GELU())
+            projection = nn.Sequential(nn.Linear(width, wam_of(setting.config()).model.video_dit.text_dim), nn.GELU())
     finally:
         torch.set_default_dtype(before)
     return CosmosReasonEncoder(model, tokenizer, length=length, projection=projection)

@@ -96,7 +96,7 @@ class Section:
             return self.skip(name, f"{needs:.0f} s needed, {max(left, 0):.0f} s left")
         started = monotonic()
         try:
-            figures = dict(call())
+            figures: Figures = dict(call())
         except ModuleNotFoundError as error:
             return self.skip(name, f"the package {error.name} is missing")
         except Exception as error:

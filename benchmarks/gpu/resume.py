@@ -22,6 +22,7 @@ from agra.checkpoints.folder import newest
 from agra.config import RunConfig
 from agra.data.normalization.normalize import NormStats
 from agra.data.sampling.prefetch import Prefetched
+from agra.methods.method import ReadsTokens
 from agra.policies.instructions import FILE as INSTRUCTIONS
 from agra.policies.instructions import Instructions
 from agra.policies.load import load_policy
@@ -36,7 +37,7 @@ from agra.wam.codec import load_codec, to_video
 from agra.weights import read_tensors, write_tensors
 from benchmarks.gpu.frozen import text_encoder
 from benchmarks.gpu.report import Figures, Section
-from benchmarks.gpu.setting import Setting, shallow
+from benchmarks.gpu.setting import Setting, shallow, wam_of
 
 STEPS, SAVE, KILLED_AT = 20, 10, 13
 INSTRUCTION = "put the bottle into the cabinet"
@@ -65,12 +66,13 @@ def run(setting: Setting, section: Section) -> None:
 def run_config(setting: Setting) -> RunConfig:
     """The joint stage for 20 steps. The codec's weights lie in the scratch folder."""
     config = shallow(setting.config())
-    model = config.method.model
+    method = wam_of(config)
+    model = method.model
     codec = replace(model.codec, source=str(setting.scratch / "codec"), revision=None)
     stage = replace(
         config.stage, steps=STEPS, batch_size=4, save_every=SAVE, validate_every=5, log_every=1, keep_checkpoints=1
     )
-    method = replace(config.method, model=replace(model, codec=codec))
+    method = replace(method, model=replace(model, codec=codec))
     return replace(config, method=method, data=replace(config.data, cached=("targets",)), stage=stage)
 
 
@@ -96,7 +98,7 @@ class Run:
                 seed_everything(config.stage.seed)
                 return config.method.build()
 
-            codec = load_codec(config.method.model.codec).to(context.device)
+            codec = load_codec(wam_of(config).model.codec).to(context.device)
             # Made once: torch's global generator belongs to the training step, so worker threads must not draw from it.
             template = fake_batch(config.method, config.stage.batch_size)
 
@@ -126,7 +128,7 @@ class Run:
 
 def windows(config: RunConfig, template: Batch, encode: Callable[[torch.Tensor], torch.Tensor], step: int) -> Batch:
     """A step's samples, made from its number alone: random clips through the codec, the rest random as in `template`."""
-    model = config.method.model
+    model = wam_of(config).model
     generator = np.random.default_rng(step)
     clips = generator.integers(0, 256, (len(template), model.num_frames, *model.frame_size, 3), dtype=np.uint8)
     values = {
@@ -202,7 +204,7 @@ def compare(first: Path | None, second: Path | None) -> Figures:
 
 
 def _observation(setting: Setting, config: RunConfig) -> Observation:
-    height, width = config.method.model.frame_size
+    height, width = wam_of(config).model.frame_size
     frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     state = np.zeros(config.method.shapes.state_dim, np.float32)
     return Observation(frame=frame, state=state, instruction=INSTRUCTION, embodiment=config.data.embodiments[0])
@@ -262,12 +264,14 @@ def _diagnose(setting: Setting, run: Path) -> Figures:
     policy = load_policy(run, device=setting.device, known_instructions=True)
     assert policy.instructions is not None
     # The instruments name the words of an instruction by its tokens, for which a small text encoder does.
-    encoder = text_encoder(setting, small=True, length=policy.config.method.model.text.length)
+    encoder = text_encoder(setting, small=True, length=wam_of(policy.config).model.text.length)
     policy.observations.instructions = Instructions(lambda: encoder, policy.instructions.known)
+    assert isinstance(policy.method, ReadsTokens)
     frames, _, _ = policy.method.token_grid
     observation = _observation(setting, policy.config)
-    mask = np.zeros((frames, *observation.frame.shape[:2]), bool)
-    mask[:, : mask.shape[1] // 2, : mask.shape[2] // 2] = True
+    height, width = observation.frame.shape[:2]
+    mask = np.zeros((frames, height, width), bool)
+    mask[:, : height // 2, : width // 2] = True
     samples = [
         ProbeSample(
             trial=f"random-{number}", step=0, regime="in_distribution", instruction=INSTRUCTION,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from agra.config import RunConfig
 from agra.methods.method import Method
+from agra.methods.wam import WAMMethodConfig
 from agra.precision import allow_tensor_cores
 from agra.recipes import agra_dino_l8, at_stage
 from agra.stages import Stage
@@ -58,7 +59,7 @@ class Setting:
         shape |= {f"latents_{name}": [value] * shape["z_dim"] for name, value in (("mean", 0.0), ("std", 1.0))}
         torch.manual_seed(0)
         with self.device:
-            return WanCodec(AutoencoderKLWan(**shape).to(torch.bfloat16))
+            return WanCodec(AutoencoderKLWan(**shape).bfloat16())
 
     def method(self, config: RunConfig, *, seed: int = 0) -> Method:
         """The method of a config with random weights, made on the device."""
@@ -133,6 +134,12 @@ class Setting:
             yield
 
 
+def wam_of(config: RunConfig) -> WAMMethodConfig:
+    """The config of a WAM's method."""
+    assert isinstance(config.method, WAMMethodConfig)
+    return config.method
+
+
 @torch.no_grad()
 def fill(name: str, parameter: Tensor) -> None:
     """Random initial values of a parameter: matrices that keep the size of their inputs, norms of 1, biases of 0."""
@@ -144,7 +151,8 @@ def fill(name: str, parameter: Tensor) -> None:
 
 def small(config: RunConfig) -> RunConfig:
     """The paper's recipe with every size made tiny."""
-    model = config.method.model
+    method = wam_of(config)
+    model = method.model
     model = replace(
         model,
         frame_size=(32, 48),
@@ -161,23 +169,24 @@ def small(config: RunConfig) -> RunConfig:
             head_dim=8, guidance_dim=48, hidden_dim=16,
         ),
     )  # fmt: skip
-    assert config.method.alignment is not None
-    alignment = replace(config.method.alignment, layers=(1,), hidden_dim=16)
-    return replace(config, method=replace(config.method, model=model, alignment=alignment))
+    assert method.alignment is not None
+    alignment = replace(method.alignment, layers=(1,), hidden_dim=16)
+    return replace(config, method=replace(method, model=model, alignment=alignment))
 
 
 def shallow(config: RunConfig) -> RunConfig:
     """The same widths, tokens and losses with two blocks in each network, so that a checkpoint takes 5 GB."""
-    model = config.method.model
+    method = wam_of(config)
+    model = method.model
     model = replace(
         model,
         video_dit=replace(model.video_dit, num_layers=2, text_projection_dim=None),
         bridge=replace(model.bridge, layers=(0, 1), num_layers=1),
         action_dit=replace(model.action_dit, num_blocks=2, num_embodiments=1),
     )
-    assert config.method.alignment is not None
-    alignment = replace(config.method.alignment, layers=(1,))
-    return replace(config, method=replace(config.method, model=model, alignment=alignment))
+    assert method.alignment is not None
+    alignment = replace(method.alignment, layers=(1,))
+    return replace(config, method=replace(method, model=model, alignment=alignment))
 
 
 def num_bytes(*modules: nn.Module) -> int:

@@ -12,7 +12,7 @@ from agra.precision import autocast
 from agra.training.memory_estimate import count_flops
 from agra.wam.video_dit import VideoDiT
 from benchmarks.gpu.report import Figures, Section
-from benchmarks.gpu.setting import Setting, num_bytes
+from benchmarks.gpu.setting import Setting, num_bytes, wam_of
 from benchmarks.stock import stock_transformer
 
 Pass = Callable[[], Tensor]
@@ -20,7 +20,7 @@ Pass = Callable[[], Tensor]
 
 def run(setting: Setting, section: Section) -> None:
     """Equality in float32 and in bfloat16, then the time of both ways with and without a backward pass."""
-    model = setting.config().method.model
+    model = wam_of(setting.config()).model
     config = replace(model.video_dit, text_projection_dim=None)  # tokens come projected, as from the cache
     with torch.device("meta"):
         ours = VideoDiT(config)
@@ -45,7 +45,7 @@ def run(setting: Setting, section: Section) -> None:
         needs=15,
     )
     for module in (ours, stock):
-        module.to(torch.bfloat16)
+        module.bfloat16()
     for batch in setting.pick((1, 8), (1,)):
         section.measure(
             f"forward, batch {batch}",
