@@ -35,6 +35,7 @@ from agra.recipes.presets import (
     real_world,
 )
 from agra.recipes.tiny import tiny, tiny_wam
+from agra.recipes.vla import tiny_vla, vla
 from agra.stages import Stage
 
 __all__ = [
@@ -68,7 +69,9 @@ __all__ = [
     "tiny_diffusion_policy",
     "tiny_dit4dit",
     "tiny_dit4dit_attached",
+    "tiny_vla",
     "tiny_wam",
+    "vla",
     "wam",
 ]
 
@@ -84,6 +87,8 @@ RECIPES: dict[str, Recipe] = {
         dit4dit_attached,
         tiny_dit4dit,
         tiny_dit4dit_attached,
+        vla,
+        tiny_vla,
     )
 }
 PRESETS: dict[str, Preset] = {

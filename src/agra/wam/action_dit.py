@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from agra.precision import without_autocast
@@ -104,12 +104,14 @@ class ActionDiT(nn.Module):
         guidance: Sequence[Float[Tensor, "Bg N G"]],
         embodiment: Int[Tensor, "B"],
         *,
+        masks: Sequence[Bool[Tensor, "Bg N"] | None] | None = None,
         return_attention: bool = False,
     ) -> ActionOutput:
         """Predict the velocity noise - actions (Eq. 13), given one guidance for each cross-attention block.
 
         A guidance of B / n samples serves n consecutive rows each, so that several draws of noise share the keys and
-        values of one conditioning pass. Raises ValueError if the numbers do not fit.
+        values of one conditioning pass. `masks` are False at the tokens of each guidance that are not read, such as
+        padding, and leave at least one. Raises ValueError if the numbers do not fit.
         """
         if len(guidance) != self.config.num_blocks:
             raise ValueError(
@@ -126,7 +128,8 @@ class ActionDiT(nn.Module):
         attention: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             context = guidance[index // 2] if self.reads_guidance(index) else None
-            x, weights = block(x, context, time, return_attention and context is not None)
+            mask = masks[index // 2] if masks is not None and context is not None else None
+            x, weights = block(x, context, time, return_attention and context is not None, mask)
             if weights is not None:
                 attention.append(weights)
         velocity = self.project(x, self.modulate_out(time), noisy_actions.shape[1], embodiment)
@@ -203,16 +206,16 @@ class SubBlock(nn.Module):
         self.ff = FeedForward(width, config.dropout)
 
     def forward(
-        self, x: Tensor, context: Tensor | None, time: Tensor, return_attention: bool
+        self, x: Tensor, context: Tensor | None, time: Tensor, return_attention: bool, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Run cross-attention to `context` (Eq. 12), or self-attention if it is None."""
+        """Run cross-attention to the tokens of `context` in `mask` (Eq. 12), or self-attention if it is None."""
         modulation = self.modulate(time)
         if not return_attention:
-            return self.run(x, None if context is None else self.attn.keys_values(context), modulation), None
+            return self.run(x, None if context is None else self.attn.keys_values(context), modulation, mask), None
         h = self._norm(x, modulation)
         source = h if context is None else context
         draws, queries = len(h) // len(source), h.shape[1]
-        update, weights = self.attn.with_weights(h.unflatten(0, (-1, draws)).flatten(1, 2), source)
+        update, weights = self.attn.with_weights(h.unflatten(0, (-1, draws)).flatten(1, 2), source, mask)
         weights = weights.unflatten(2, (draws, queries)).transpose(1, 2).flatten(0, 1)
         return self._add(x, update.unflatten(1, (draws, queries)).flatten(0, 1)), weights
 
@@ -222,14 +225,18 @@ class SubBlock(nn.Module):
         return scale, shift
 
     def run(
-        self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None, modulation: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None,
+        modulation: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
     ) -> Float[Tensor, "B N W"]:
         """Run `forward` with given keys and values of the context (None: self-attention) and given modulation."""
         h = self._norm(x, modulation)
         keys_values = self.attn.keys_values(h) if keys_values is None else keys_values
         draws, queries = len(h) // len(keys_values[0]), h.shape[1]
         # Rows that share a context become additional queries of that context.
-        update = self.attn.attend(h.unflatten(0, (-1, draws)).flatten(1, 2), keys_values)
+        update = self.attn.attend(h.unflatten(0, (-1, draws)).flatten(1, 2), keys_values, mask)
         return self._add(x, update.unflatten(1, (draws, queries)).flatten(0, 1))
 
     def _norm(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
@@ -179,16 +179,22 @@ class Attention(nn.Module):
         """Compute the context's keys and values for `attend`, (B, heads, N, head width) each."""
         return self._split(self.to_k(context)), self._split(self.to_v(context))
 
-    def attend(self, x: Float[Tensor, "B Q D"], keys_values: tuple[Tensor, Tensor]) -> Float[Tensor, "B Q D"]:
-        """Run `forward` with given keys and values of the context."""
-        return self._out(F.scaled_dot_product_attention(self._split(self.to_q(x)), *keys_values))
+    def attend(
+        self, x: Float[Tensor, "B Q D"], keys_values: tuple[Tensor, Tensor], mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B Q D"]:
+        """Run `forward` with given keys and values of the context, of which only those in `mask` are read."""
+        read = None if mask is None else mask[:, None, None]
+        return self._out(F.scaled_dot_product_attention(self._split(self.to_q(x)), *keys_values, attn_mask=read))
 
     def with_weights(
-        self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]
+        self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"], mask: Bool[Tensor, "B N"] | None = None
     ) -> tuple[Float[Tensor, "B Q D"], Float[Tensor, "B heads Q N"]]:
         """Return the result of `forward` and its attention weights."""
         query, (key, value) = self._split(self.to_q(x)), self.keys_values(context)
-        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        weights = scores.softmax(dim=-1)
         return self._out(weights @ value), weights
 
     def _split(self, x: Tensor) -> Tensor:

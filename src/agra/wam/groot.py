@@ -1,4 +1,4 @@
-"""Initial weights of bridge and action DiT from GR00T-N1.5's action head (docs/paper.md #4-#7, #22).
+"""Initial weights of bridge and action DiT from GR00T-N1.5's action head (docs/paper.md #4-#7, #22), or from N1.6's.
 
 N1.5 predicts actions - noise and its time 1 is data. The paper predicts noise - actions and its level 1 is noise. The
 action DiT converts levels to N1.5's time buckets, so only the sign of the velocity differs. `load_groot_head` negates
@@ -8,11 +8,10 @@ the decoder's last layer.
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agra.hub import model_folder, weight_files
 from agra.wam.action_dit import ActionDiT
-from agra.wam.bridge import Bridge
 from agra.weights import check_fit, stored_tensors
 
 GR1_ROW = 24
@@ -39,10 +38,16 @@ RENAMED = (  # (name here, name in N1.5): parts of names, applied in this order
 
 
 def load_groot_head(
-    bridge: Bridge, action_dit: ActionDiT, source: str, *, revision: str | None = None, rows: Sequence[int] = (GR1_ROW,)
+    bridge: nn.Module,
+    action_dit: ActionDiT,
+    source: str,
+    *,
+    revision: str | None = None,
+    rows: Sequence[int] = (GR1_ROW,),
 ) -> tuple[str, ...]:
     """Copy N1.5's head from a folder or a hub id. Return the names of its tensors that have no counterpart here.
 
+    `bridge` is a `Bridge`, or a module with its `norm` alone for the head of N1.6, which has no self-attention there.
     `rows` are the N1.5 embodiments that the embodiments here start from, one for each or one for all. Empty `rows`
     leave state encoder, action encoder and decoder unchanged. Raises FileNotFoundError if the weights cannot be read,
     ValueError if their shapes differ.
@@ -75,7 +80,7 @@ def load_groot_head(
     return tuple(sorted(head.keys() - by_groot_name.keys()))
 
 
-def _named(bridge: Bridge, action_dit: ActionDiT) -> Iterator[tuple[str, Tensor]]:
+def _named(bridge: nn.Module, action_dit: ActionDiT) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in (("bridge", bridge), ("action_dit", action_dit)):
         yield from ((f"{prefix}.{name}", tensor) for name, tensor in module.state_dict().items())
 
