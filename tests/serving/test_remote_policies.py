@@ -23,6 +23,8 @@ from agra.serving.remote_policies import (
     resize_with_pad,
 )
 from agra.types import Observation
+from tests.support.echo import Echo, expected, observation
+from tests.support.groot import Both, N16Server
 from tests.support.point_world import PointWorld
 
 OPENPI = KeyMapping(
@@ -38,6 +40,14 @@ GROOT = KeyMapping(
     state={"state.x": (0, 1), "state.y": (1, 2)},
     actions={"action.y": (1, 2), "action.x": (0, 1)},
     instruction="annotation.human.coarse_action",
+)
+N16 = KeyMapping(
+    wire="groot_n16",
+    images={"ego_view": "frame"},
+    state={"x": (0, 1), "y": (1, 2)},
+    actions={"y": (1, 2), "x": (0, 1)},
+    instruction="annotation.human.task_description",
+    instruction_prefix="unlocked_waist: ",
 )
 
 
@@ -68,11 +78,32 @@ def test_groot_request_has_a_time_axis():
     assert message["annotation.human.coarse_action"] == ["go"]
 
 
+def test_n16_request_is_nested_and_has_a_batch_axis():
+    message = encode_observation(make_observation(), N16)
+    assert message["video"]["ego_view"].shape == (1, 1, 32, 48, 3)
+    assert {key: values.tolist() for key, values in message["state"].items()} == {"x": [[[0.25]]], "y": [[[0.75]]]}
+    assert message["language"] == {"annotation.human.task_description": [["unlocked_waist: go"]]}
+    with pytest.raises(ValueError, match="groot_n16 has no further keys"):
+        replace(N16, constants={"task": 3})
+
+
+def test_gr1_of_n16_has_the_names_of_its_modality_configuration():
+    mapping = KEY_MAPPINGS["groot_n16_gr1"]
+    parts = {"left_arm": 7, "right_arm": 7, "left_hand": 6, "right_hand": 6, "waist": 3}
+    assert {key: end - start for key, (start, end) in mapping.state.items()} == parts
+    assert {key: end - start for key, (start, end) in mapping.actions.items()} == parts
+    assert (list(mapping.images), mapping.instruction) == (["ego_view_bg_crop_pad_res256_freq20"], "task")
+
+
 def test_actions_are_put_in_our_order():
     chunk = decode_actions({"action.x": np.full((3, 1), 1.0), "action.y": np.full((3, 4), 2.0)}, GROOT)
     assert chunk.actions.tolist() == [[1, 2]] * 3
-    n16 = decode_actions([{"action.x": np.ones((3, 1)), "action.y": np.ones((3, 1))}, {}], GROOT)
-    assert n16.actions.shape == (3, 2)
+    flat = decode_actions([{"action.x": np.ones((3, 1)), "action.y": np.ones((3, 1))}, {}], GROOT)
+    assert flat.actions.shape == (3, 2)
+    n16 = decode_actions([{"x": np.full((1, 3, 1), 1.0), "y": np.full((1, 3, 1), 2.0)}, {}], N16)
+    assert n16.actions.tolist() == [[1, 2]] * 3
+    with pytest.raises(ServerRefused, match=r"y: expected \(K, 1\) numbers from the policy server, got \(2, 3, 1\)"):
+        decode_actions([{"x": np.ones((1, 3, 1)), "y": np.ones((2, 3, 1))}, {}], N16)
     with pytest.raises(
         ServerRefused, match=r"action.y: expected \(K, 1\) numbers from the policy server, got NoneType"
     ):
@@ -177,6 +208,44 @@ def test_a_groot_server_is_evaluated(tmp_path):
     stopper.recv()
     stopper.close()
     thread.join(10)
+
+
+def n16_act(observation):
+    actions = act({"video.ego_view": observation["video"]["ego_view"][0]})[None]
+    return {"x": actions[..., :1], "y": actions[..., 1:]}
+
+
+def test_an_n16_server_is_evaluated(tmp_path):
+    """Against a stand-in that speaks the messages of N1.6's policy server and checks them as it does."""
+    names = {"video": ["ego_view"], "state": ["x", "y"], "language": "annotation.human.task_description"}
+    with N16Server(n16_act, **names, token="secret") as server:
+        address = f"tcp://127.0.0.1:{server.port}"
+        results = play(connect_policy(address, N16, api_key="secret"), tmp_path / "r.jsonl")
+        assert sum(trial.success for trial in results.trials) >= 5
+        assert server.requests.count("reset") == 6  # one an episode
+        with pytest.raises(ServerRefused, match="Unauthorized"):
+            connect_policy(address, N16).reset(0)
+        other = connect_policy(address, replace(N16, instruction="task"), api_key="secret")
+        with pytest.raises(ServerRefused, match=r"expected \['annotation\.human\.task_description'\], got \['task'\]"):
+            other.act(make_observation())
+        n15 = connect_policy(address, GROOT, api_key="secret")
+        with pytest.raises(ServerRefused, match="unexpected keyword argument"):
+            n15.act(make_observation())
+
+
+def test_the_n16_client_and_our_server_of_gr00ts_protocol_agree():
+    mapping = KeyMapping(
+        wire="groot_n16",
+        images={"ego_view": "frame"},
+        state={"arm": (0, 3), "hand": (3, 4)},
+        actions={"arm": (0, 3)},
+        instruction="annotation.human.action.task_description",
+    )
+    with Both(Echo()) as both:
+        policy = connect_policy(f"tcp://127.0.0.1:{both.groot.port}", mapping)
+        policy.reset(5)
+        np.testing.assert_array_equal(policy.act(observation(3)).actions, expected(observation(3)))
+        assert both.policy.seeds[-1] == 5
 
 
 def test_an_unreachable_server():

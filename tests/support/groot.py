@@ -1,8 +1,9 @@
-"""GR00T's protocol in tests: a client after its published protocol, a server of both protocols, and raw ZMTP bytes."""
+"""GR00T's protocol in tests: a client and a server of N1.6 after its published protocol, a server of both protocols, and raw ZMTP bytes."""
 
 import io
 import socket
 import struct
+import threading
 
 import msgpack
 import numpy as np
@@ -45,6 +46,63 @@ def _decode(entries):
     if "__ndarray_class__" in entries:
         return np.load(io.BytesIO(entries["as_npy"]), allow_pickle=False)
     return entries
+
+
+class N16Server:
+    """Answers as the policy server of GR00T-N1.6 does: calls an endpoint with the keys of `data`, and checks as strictly.
+
+    `act` maps a checked observation {video, state, language} to actions by key, (B, K, d) float32 each.
+    """
+
+    def __init__(self, act, *, video, state, language, token=None):
+        self.act, self.keys, self.token = act, {"video": video, "state": state, "language": [language]}, token
+        self.requests = []
+        self.socket = zmq.Context.instance().socket(zmq.REP)
+        self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *raised):
+        client = GrootClient(self.port, self.token)
+        client.call("kill")
+        client.socket.close()
+        self.thread.join(10)
+        self.socket.close()
+
+    def run(self):
+        running = True
+        while running:
+            request = msgpack.unpackb(self.socket.recv(), object_hook=_decode)
+            endpoints = {"get_action": self.get_action, "reset": lambda options=None: {}, "ping": dict}
+            self.requests.append(request["endpoint"])
+            running = request["endpoint"] != "kill"
+            try:
+                if self.token is not None and request.get("api_token") != self.token:
+                    answer = {"error": "Unauthorized: Invalid API token"}
+                else:
+                    answer = endpoints[request["endpoint"]](**request["data"]) if running else None
+            except (AssertionError, TypeError) as error:
+                answer = {"error": str(error)}
+            self.socket.send(msgpack.packb(answer, default=_encode))
+
+    def get_action(self, observation, options=None):
+        for modality, keys in self.keys.items():
+            assert isinstance(observation[modality], dict), modality
+            assert set(observation[modality]) >= set(keys), f"expected {keys}, got {list(observation[modality])}"
+        for frames in observation["video"].values():
+            assert frames.dtype == np.uint8, frames.dtype
+            assert frames.ndim == 5, frames.shape
+            assert (frames.shape[1], frames.shape[4]) == (1, 3), frames.shape
+        for values in observation["state"].values():
+            assert values.dtype == np.float32, values.dtype
+            assert values.ndim == 3, values.shape
+            assert values.shape[1] == 1, values.shape
+        for texts in observation["language"].values():
+            assert all(isinstance(text, list) and len(text) == 1 and isinstance(text[0], str) for text in texts), texts
+        return [self.act(observation), {}]
 
 
 class Both:

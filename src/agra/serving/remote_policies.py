@@ -28,21 +28,28 @@ class KeyMapping:
 
     `images` maps the server's key to `frame` or to one of a suite's `views`. `state` and `actions` map it to the
     dimensions [start, end) of our state and action. `instruction` and each of `constants` are single keys. `image_size`
-    (H, W) resizes images to that size, padded with black. None sends them as rendered. In GR00T's protocol every array
-    gets a leading axis of one time step and the instruction is a list of one text, as its own clients send them.
+    (H, W) resizes images to that size, padded with black. None sends them as rendered. `instruction_prefix` precedes
+    every instruction.
+
+    With the wire `groot`, GR00T-N1.5's, every array gets a leading axis of one time step and the instruction is a list
+    of one text, as its own clients send them. With `groot_n16`, GR00T-N1.6's, keys are the bare names of its modality
+    configuration, such as `ego_view` and not `video.ego_view`, and arrays have a leading batch axis as well.
     """
 
-    wire: Literal["openpi", "groot"]
+    wire: Literal["openpi", "groot", "groot_n16"]
     images: Mapping[str, str]
     state: Mapping[str, Span]
     actions: Mapping[str, Span]
     instruction: str
     image_size: Span | None = None
     constants: Mapping[str, Any] | None = None
+    instruction_prefix: str = ""
 
     def __post_init__(self) -> None:
-        if self.wire not in ("openpi", "groot"):
-            raise ValueError(f"KeyMapping.wire: expected 'openpi' or 'groot', got {self.wire!r}")
+        if self.wire not in ("openpi", "groot", "groot_n16"):
+            raise ValueError(f"KeyMapping.wire: expected 'openpi', 'groot' or 'groot_n16', got {self.wire!r}")
+        if self.wire == "groot_n16" and self.constants:
+            raise ValueError("KeyMapping.constants: the wire groot_n16 has no further keys, expected none")
         spans = sorted(tuple(span) for span in self.actions.values())
         ends = [0, *(end for _, end in spans)]
         if not spans or any(start != end for (start, _), end in zip(spans, ends, strict=False)):
@@ -81,8 +88,17 @@ KEY_MAPPINGS = {
         actions={f"action.{part}": span for part, span in _GR1_PARTS.items()},
         instruction="annotation.human.coarse_action",
     ),
+    "groot_n16_gr1": KeyMapping(
+        wire="groot_n16",
+        images={"ego_view_bg_crop_pad_res256_freq20": "frame"},
+        state=_GR1_PARTS,
+        actions=_GR1_PARTS,
+        instruction="task",
+        instruction_prefix="unlocked_waist: ",
+    ),
 }
-"""Key mappings of openpi's LIBERO policies, of the same keys for Meta-World, and of GR00T's GR1 policies."""
+"""Key mappings of openpi's LIBERO policies, of the same keys for Meta-World, of GR00T's GR1 policies, and of
+GR00T-N1.6's embodiment tag GR1, whose instructions name the waist."""
 
 
 def read_key_mapping(name: str) -> KeyMapping:
@@ -110,10 +126,18 @@ def encode_observation(observation: Observation, mapping: KeyMapping) -> dict[st
             )
         image = available[name]
         message[key] = image if mapping.image_size is None else resize_with_pad(image, *mapping.image_size)
-    message |= {key: observation.state[start:end].astype(np.float32) for key, (start, end) in mapping.state.items()}
+    state = {key: observation.state[start:end].astype(np.float32) for key, (start, end) in mapping.state.items()}
+    instruction = mapping.instruction_prefix + observation.instruction
+    if mapping.wire == "groot_n16":
+        return {
+            "video": {key: image[None, None] for key, image in message.items()},
+            "state": {key: values[None, None] for key, values in state.items()},
+            "language": {mapping.instruction: [[instruction]]},
+        }
+    message |= state
     if mapping.wire == "groot":
         message = {key: value[None] if isinstance(value, np.ndarray) else value for key, value in message.items()}
-    message[mapping.instruction] = [observation.instruction] if mapping.wire == "groot" else observation.instruction
+    message[mapping.instruction] = [instruction] if mapping.wire == "groot" else instruction
     return message
 
 
@@ -126,6 +150,8 @@ def decode_actions(message: Any, mapping: KeyMapping) -> ActionChunk:
     parts = []
     for key, (start, end) in sorted(mapping.actions.items(), key=lambda item: item[1]):
         part = message.get(key) if isinstance(message, dict) else None
+        if mapping.wire == "groot_n16" and isinstance(part, np.ndarray) and part.ndim == 3 and len(part) == 1:
+            part = part[0]
         if not isinstance(part, np.ndarray) or part.ndim not in (1, 2) or part.shape[-1] < end - start:
             got = f"{part.shape}" if isinstance(part, np.ndarray) else type(part).__name__
             raise ServerRefused(f"{key}: expected (K, {end - start}) numbers from the policy server, got {got}")
@@ -201,12 +227,12 @@ class OpenpiPolicy:
 
 
 class GrootPolicy:
-    """A policy on a GR00T server, such as tcp://127.0.0.1:5555. Raises as `OpenpiPolicy` does."""
+    """A policy on a server of GR00T-N1.5 or N1.6, such as tcp://127.0.0.1:5555. Raises as `OpenpiPolicy` does."""
 
     def __init__(
         self, address: str, mapping: KeyMapping, *, api_key: str | None = None, timeout: float = 120.0
     ) -> None:
-        if mapping.wire != "groot" or not address.startswith("tcp://"):
+        if mapping.wire == "openpi" or not address.startswith("tcp://"):
             raise ValueError(
                 f"{address}: expected tcp://HOST:PORT and a key mapping for groot, got one for {mapping.wire}"
             )
@@ -214,25 +240,35 @@ class GrootPolicy:
         self._socket: Any = None
 
     def reset(self, seed: int) -> None:
-        """Do nothing: the protocol of N1.5 has no episodes and no seeds."""
+        """Begin an episode of N1.6, whose own server ignores the seed. N1.5 has no episodes."""
+        if self.mapping.wire == "groot_n16":
+            answer = self._call("reset", {"options": {"seed": seed}})
+            if isinstance(answer, dict) and "error" in answer:
+                raise ServerRefused(f"error of the policy server: {answer['error']}")
 
     def act(self, observation: Observation) -> ActionChunk:
         """Request a chunk."""
+        start = time.perf_counter()
+        data = encode_observation(observation, self.mapping)
+        if self.mapping.wire == "groot_n16":
+            data = {"observation": data, "options": None}
+        chunk = decode_actions(self._call("get_action", data), self.mapping)
+        return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
+
+    def _call(self, endpoint: str, data: Mapping[str, Any]) -> Any:
         import zmq
 
-        start = time.perf_counter()
         if self._socket is None:
             self._socket = zmq.Context.instance().socket(zmq.REQ)
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.connect(self.address)
-        message = {"endpoint": "get_action", "data": encode_observation(observation, self.mapping)}
+        message = {"endpoint": endpoint, "data": dict(data)}
         self._socket.send(pack_groot(message | ({"api_token": self.api_key} if self.api_key else {})))
         if not self._socket.poll(1000 * self.timeout):
             self._socket.close()
             self._socket = None
             raise ServerLost(f"{self.address}: no answer from the policy server within {self.timeout:g} s")
-        chunk = decode_actions(unpack_groot(self._socket.recv()), self.mapping)
-        return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
+        return unpack_groot(self._socket.recv())
 
 
 def connect_policy(address: str, mapping: KeyMapping, *, api_key: str | None = None) -> OpenpiPolicy | GrootPolicy:
