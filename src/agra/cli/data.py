@@ -91,7 +91,7 @@ def convert(
     source: Annotated[str, tyro.conf.Positional],
     output: Path,
     kind: Literal["lerobot", "egodex", "libero", "robomimic"] = "lerobot",
-    version: Literal["v2.0", "v2.1", "v3.0"] = "v3.0",
+    version: Literal["v2.0", "v2.1", "v3.0", "groot"] = "v3.0",
     limit: int | None = None,
     instruction: str | None = None,
     fps: int | None = None,
@@ -102,14 +102,19 @@ def convert(
         source: the dataset, a folder or a hub id. For HDF5 a file or a folder of files.
         output: folder of the new dataset.
         kind: the source's format.
-        version: LeRobot version to write, for a LeRobot source. Other sources become v3.0.
+        version: LeRobot version to write, for a LeRobot source. `groot` is v2.1 as GR00T's fine-tuning reads it. Other
+            sources become v3.0.
         limit: convert only this many EgoDex trajectories.
         instruction: the instruction of HDF5 demonstrations, where the files have none.
         fps: control rate of HDF5 demonstrations, where the files have none.
     """
     if kind != "lerobot" and version != "v3.0":
         raise ValueError(f"--version {version}: {kind} is converted to v3.0 alone; convert the result again")
-    if kind == "lerobot":
+    if version == "groot":
+        from agra.data.importers.groot_flavour import convert_to_groot
+
+        convert_to_groot(source, output)
+    elif kind == "lerobot":
         from agra.data.importers.lerobot_versions import convert as run
 
         run(source, output, version)

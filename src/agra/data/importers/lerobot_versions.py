@@ -6,7 +6,7 @@ copied, and computed where the source has none. Other files under meta, such as 
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ from agra.hub import dataset_folder
 VERSIONS = (*V2, V3)
 
 
-def convert(source: str | Path, output: Path, version: str) -> Path:
+def convert(
+    source: str | Path, output: Path, version: str, *, finish: Callable[[Path], None] = lambda root: None
+) -> Path:
     """Write the dataset `source` (a folder or a hub id) as `version` into the new folder `output`.
 
+    `finish` may change the written folder before its checksums are made and it gets its name.
     Raises ValueError for an unknown version, an existing output or a damaged source, FileNotFoundError for a missing
     source, and OSError where the disk is full. Nothing is left on disk then.
     """
@@ -48,6 +51,7 @@ def convert(source: str | Path, output: Path, version: str) -> Path:
         with files.naming(output):
             (_to_v3 if version == V3 else _to_v2)(layout, partial, version)
             _copy_other_metadata(layout, partial)
+            finish(partial)
             seal(partial)
             os.replace(partial, output)
     finally:
