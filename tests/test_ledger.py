@@ -1,4 +1,6 @@
-"""Every file, class and function in the tables and in section 4 of docs/paper.md must exist."""
+"""Every file, class and function in the tables and in section 4 of docs/paper.md, and every test in docs/reliability.md,
+must exist.
+"""
 
 import ast
 import re
@@ -85,3 +87,14 @@ def test_what_the_code_cites_is_there():
     cited = {int(n) for path in SOURCE.rglob("*.py") for n in re.findall(r"docs/paper\.md #(\d+)", path.read_text())}
     assert cited
     assert cited <= AMBIGUITIES
+
+
+def test_the_tests_of_the_fault_tables_exist():
+    functions = {name for path in TESTS.rglob("test_*.py") for name in defined(path)}
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) >= 26
+    assert not set(named) - functions
+    paths = re.findall(r"`(tests/[\w/.]+)`", text)
+    assert paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
