@@ -1,0 +1,233 @@
+"""Steps of runs/methods.sh that are no commands of agra: learning rates, time of training, finished rows, the table.
+
+python runs/methods.py rates RECIPE          the three learning rates of the grid
+python runs/methods.py choose GRID           the rate with the lowest held-out action loss, of runs GRID/RATE
+python runs/methods.py chosen ROW            the rate of a finished row, nothing without one
+python runs/methods.py timed FILE COMMAND .. run a command and add its seconds of CPU time to FILE
+python runs/methods.py record RUN ROW ...    write a finished row: row.json and the two results files
+python runs/methods.py table                 write the table of all finished rows into docs/methods.md
+"""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import tyro
+
+from agra import files
+from agra.evaluation.measured import MeasuredRow, measured
+from agra.evaluation.results import read_results, summarise
+
+ROOT = Path(__file__).parent.parent
+STEPS = (1 / 3, 1, 3)
+"""Multiples of the recipe's learning rate."""
+CHOSEN_BY = "validation/action_loss"
+"""Figure that chooses the rate: the loss of the actions on the held-out demonstrations, in every method's own terms."""
+CURVE = (CHOSEN_BY, "validation/loss", "visual_reliance/error", "visual_reliance/image_swap_shift")
+BEGIN, END = "<!-- measured rows: python runs/methods.py table -->", "<!-- end of measured rows -->"
+
+
+def rates(recipe: tyro.conf.Positional[str]) -> None:
+    """Print the learning rates of the grid."""
+    from agra.recipes import RECIPES
+    from agra.stages import Stage
+
+    stage = RECIPES[recipe](Stage.JOINT).stage
+    if stage.learning_rate_by_part:
+        raise SystemExit(f"{recipe}: has rates by part, and the grid scales one rate alone")
+    print(*(f"{step * stage.learning_rate:.3g}" for step in STEPS))
+
+
+def choose(grid: tyro.conf.Positional[Path]) -> None:
+    """Print the rate of the grid's best run."""
+    print(min(_grid(grid), key=lambda run: run["held_out_action_loss"])["learning_rate"])
+
+
+def chosen(row: tyro.conf.Positional[Path]) -> None:
+    """Print the rate of a finished row."""
+    if (row / "row.json").is_file():
+        print(json.loads((row / "row.json").read_text())["learning_rate"])
+
+
+def timed(file: Path, command: Sequence[str]) -> NoReturn:
+    """Run a command. A line of `file` marks its start, another one its seconds of CPU time."""
+    with file.open("a") as log:
+        log.write("start\n")
+        log.flush()
+        code = subprocess.run(command, check=False).returncode
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        log.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
+    raise SystemExit(code)
+
+
+def record(
+    run: tyro.conf.Positional[Path],
+    row: tyro.conf.Positional[Path],
+    *,
+    recipe: str,
+    grid: Path,
+    data: Path,
+) -> None:
+    """Write a finished row. `grid` may be missing for a policy that was trained before."""
+    from agra.checkpoints.lineage import lineage
+    from agra.data.lerobot.checksums import Seal
+
+    stages = lineage(run)
+    config = stages[-1].config
+    log = [] if stages[-1].metrics is None else _lines(stages[-1].metrics)
+    content = {
+        "name": row.name.rpartition("_")[0],
+        "seed": config.stage.seed,
+        "kind": config.method.kind,
+        "method": config.method.describe(),
+        "recipe": recipe,
+        "commit": _commit(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "demonstrations_sha256": Seal(data).fingerprint() if data.is_dir() else None,
+        "config_sha256": hashlib.sha256(config.to_json().encode()).hexdigest(),
+        "config": json.loads(config.to_json()),
+        "parameters": _parameters(config),
+        "stages": [{"stage": s.config.stage.name, "steps": s.config.stage.steps} for s in stages],
+        "windows": sum(s.config.stage.steps * s.config.stage.batch_size for s in stages),
+        "learning_rate": config.stage.learning_rate,
+        "grid": _grid(grid) if grid.is_dir() else None,
+        "training": {
+            "windows_per_second": float(np.median([line["samples_per_second"] for line in _having(log, "loss")])),
+            "cpu_seconds": _cpu_seconds(run.with_name(run.name + ".seconds")),
+            "losses": [[line["step"], round(line["loss"], 5)] for line in _having(log, "loss")[9::10]],
+            "held_out": [
+                {"step": line["step"]} | {name: round(line[name], 5) for name in CURVE if name in line}
+                for line in _having(log, CHOSEN_BY)
+            ],
+        },
+        "visual_reliance": _visual_reliance(run),
+        "grounding": _grounding(run),
+    }
+    row.mkdir(parents=True, exist_ok=True)
+    for source, target in (("results.jsonl", "random.jsonl"), ("zero.jsonl", "zero.jsonl")):
+        read_results(run / source)  # complete
+        shutil.copyfile(run / source, row / target)
+    files.write_text(row / "row.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(row)
+
+
+def table() -> None:
+    """Write the table into docs/methods.md, between its two marks."""
+    page = ROOT / "docs" / "methods.md"
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    files.write_text(page, before + BEGIN + "\n\n" + markdown(measured("tabletop")) + "\n" + END + after)
+
+
+def markdown(rows: Iterable[MeasuredRow]) -> str:
+    """The rows as a table: size, speed, learning rate, held-out loss, visual reliance and success."""
+    head = (
+        "| method | seed | parameters | rate | windows/s | ms an answer | held-out action loss | error / constant, cm | swap, cm |"
+        " noise | in distribution | semantic | instance | attribute | all |"
+    )
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for row in rows:
+        info, training = row.info, row.info["training"]
+        reliance = info["visual_reliance"]["all"]
+        cells = [
+            row.name,
+            f"{row.seed}",
+            f"{sum(info['parameters'].values()):,}",
+            f"{info['learning_rate']:.3g}",
+            f"{training['windows_per_second']:.0f}",
+            f"{summarise(row.results['random'])[-1].median_policy_ms:.0f}",
+            f"{training['held_out'][-1][CHOSEN_BY]:.3f}",
+            f"{100 * reliance['error']:.1f} / {100 * reliance['constant_error']:.1f}",
+            f"{100 * reliance['image_swap_shift']:.1f}",
+        ]
+        for place, (noise, results) in enumerate(row.results.items()):
+            rates = [f"{s.successes} of {s.trials}: {s.rate:.0%} {_interval(s.interval)}" for s in summarise(results)]
+            lines.append("| " + " | ".join([*(cells if place == 0 else [""] * len(cells)), noise, *rates]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+
+
+def _grid(folder: Path) -> list[dict[str, float]]:
+    """The runs of the grid, lowest rate first. Raises FileNotFoundError for an unfinished one."""
+    runs = []
+    for run in sorted(folder.iterdir(), key=lambda path: float(path.name)):
+        last = _having(_lines(run / "metrics.jsonl"), CHOSEN_BY)[-1]
+        runs.append(
+            {
+                "learning_rate": float(run.name),
+                "steps": last["step"],
+                "held_out_action_loss": last[CHOSEN_BY],
+                "held_out_error": last["visual_reliance/error"],
+            }
+        )
+    return runs
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _having(lines: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [line for line in lines if name in line]
+
+
+def _parameters(config: Any) -> dict[str, int]:
+    import torch
+
+    with torch.device("meta"):
+        parts = config.method.build().parts()
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def _cpu_seconds(file: Path) -> float | None:
+    """The sum over all starts of a run. None where a start was killed before its time was written."""
+    lines = file.read_text().split() if file.is_file() else []
+    seconds = [float(line) for line in lines if line != "start"]
+    return round(sum(seconds), 1) if seconds and len(seconds) == lines.count("start") else None
+
+
+def _visual_reliance(run: Path) -> dict[str, dict[str, float]]:
+    """Means of every measure, of all initial observations and of each group of them, with their number."""
+    from agra.diagnostics.visual_reliance import VisualReliance
+
+    whole = VisualReliance.load(run / "diagnosis" / "visual_reliance.json")
+    parts = {"all": whole} | {group: whole.group(group) for group in dict.fromkeys(whole.groups)}
+    return {
+        name: {"observations": len(part.trials)} | {k: round(v, 5) for k, v in part.means().items()}
+        for name, part in parts.items()
+    }
+
+
+def _grounding(run: Path) -> dict[str, Any]:
+    """The summary of the diagnosis, and the instruments that do not apply."""
+    header = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
+    return {name: header[name] for name in ("not_applicable", "summary")}
+
+
+def _commit() -> str:
+    """The commit of this checkout, with a plus sign where files of the package differ from it."""
+    commit, changed = (
+        subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "src"])
+    )
+    return commit + "+" * bool(changed)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["timed"]:  # whose flags are the command's
+        timed(Path(sys.argv[2]), sys.argv[3:])
+    tyro.extras.subcommand_cli_from_dict(
+        {function.__name__: function for function in (rates, choose, chosen, record, table)}
+    )

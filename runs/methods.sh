@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Every method on the tabletop under one protocol (docs/methods.md): the demonstrations of runs/tabletop.sh, 92,800 windows,
+# a grid of three learning rates, 180 trials with random and with zero noise. A row takes one to two hours on one core.
+# After an interruption the script continues. Finished rows go to src/agra/evaluation/measured/tabletop. A row that is there
+# already is skipped, so the table can grow over several days or machines. Checkpoints and logs go to outputs/methods.
+#   LANES=1     rows side by side, by default 2
+#   DEVICE=cuda device of training, evaluation and diagnosis
+#   ROWS="dit4dit_0 uwm_0"  only these rows
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+BASE=${BASE:-outputs/tabletop}
+OUT=${OUT:-outputs/methods}
+MEASURED=${MEASURED:-src/agra/evaluation/measured/tabletop}
+DEVICE=${DEVICE:-cpu}
+export BASE OUT MEASURED DEVICE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+DATA="--data.path $BASE/demonstrations --data.cache $BASE/cache"
+export DATA
+mkdir -p "$OUT"
+
+# NAME SEED RECIPE START. START is `adapt` for a method that first trains its video model for 500 steps, `scratch` for the
+# others, or a bundled policy that has had the same budget.
+rows() {
+  cat <<'ROWS'
+wam 0 tiny_wam tabletop-wam
+agra 0 tiny tabletop-agra
+diffusion_policy 0 tiny_diffusion_policy scratch
+dit4dit 0 tiny_dit4dit adapt
+dit4dit_attached 0 tiny_dit4dit_attached adapt
+ROWS
+}
+
+open_rows() {
+  rows | while read -r name seed recipe start; do
+    [ -f "$MEASURED/${name}_$seed/row.json" ] && continue
+    [ -n "${ROWS:-}" ] && [[ " $ROWS " != *" ${name}_$seed "* ]] && continue
+    echo "$name $seed $recipe $start"
+  done
+}
+
+row() {
+  local name=$1 seed=$2 recipe=$3 start=$4
+  local run="$OUT/${name}_$seed" grid="$OUT/${name}_grid" init=() steps=2900 rate
+  case "$start" in
+    adapt)
+      agra train "$recipe" --stage adapt --output "$OUT/${name}_adapt" --stage.steps 500 --device "$DEVICE" $DATA
+      init=(--init-from "$OUT/${name}_adapt") steps=2400 ;;
+    scratch) ;;
+    *) agra export "$start" --output "$run" ;;
+  esac
+  if [ "$start" = adapt ] || [ "$start" = scratch ]; then
+    rate=$(python runs/methods.py chosen "$MEASURED/${name}_0")
+    if [ -z "$rate" ]; then
+      for rate in $(python runs/methods.py rates "$recipe"); do
+        agra train "$recipe" --stage joint "${init[@]}" --output "$grid/$rate" --stage.steps 300 --stage.learning-rate "$rate" \
+          --stage.validate-every 300 --stage.save-every 300 --device "$DEVICE" $DATA
+      done
+      rate=$(python runs/methods.py choose "$grid")
+    fi
+    python runs/methods.py timed "$run.seconds" agra train "$recipe" --stage joint "${init[@]}" --output "$run" \
+      --stage.steps "$steps" --stage.seed "$seed" --stage.learning-rate "$rate" --stage.validate-every 300 \
+      --device "$DEVICE" $DATA
+  fi
+  agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/results.jsonl"
+  agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/zero.jsonl" --action-noise zero
+  [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40 --device "$DEVICE"
+  python runs/methods.py record "$run" "$MEASURED/${name}_$seed" --recipe "$recipe" --grid "$grid" --data "$BASE/demonstrations"
+}
+export -f row
+
+todo=$(open_rows)
+if [ -n "$todo" ]; then
+  [ -d "$BASE/demonstrations" ] ||
+    agra collect tabletop --output "$BASE/demonstrations" --episodes 3000 --seed 1 --workers 2
+  echo "$todo" | while read -r _ _ recipe start; do
+    case "$start" in adapt | scratch) agra prepare "$recipe" --device "$DEVICE" $DATA ;; esac
+  done
+  echo "$todo" | xargs -P "${LANES:-2}" -I{} bash -euc "row {}"
+fi
+python runs/methods.py table
+agra leaderboard --benchmark tabletop
