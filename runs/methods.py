@@ -24,6 +24,8 @@ import numpy as np
 import tyro
 
 from agra import files
+from agra.diagnostics.metrics import paired_difference
+from agra.diagnostics.visual_reliance import VisualReliance
 from agra.evaluation.measured import MeasuredRow, measured
 from agra.evaluation.results import read_results, summarise
 
@@ -95,6 +97,7 @@ def record(
         "demonstrations_sha256": Seal(data).fingerprint() if data.is_dir() else None,
         "config_sha256": hashlib.sha256(config.to_json().encode()).hexdigest(),
         "config": json.loads(config.to_json()),
+        "pre_training": _pre_training(config),
         "parameters": _parameters(config),
         "stages": [{"stage": s.config.stage.name, "steps": s.config.stage.steps} for s in stages],
         "windows": sum(s.config.stage.steps * s.config.stage.batch_size for s in stages),
@@ -131,7 +134,7 @@ def table() -> None:
 def markdown(rows: Iterable[MeasuredRow]) -> str:
     """The rows as a table: size, speed, learning rate, held-out loss, visual reliance and success."""
     head = (
-        "| method | seed | parameters | rate | windows/s | ms an answer | held-out action loss | error / constant, cm | swap, cm |"
+        "| method | seed | parameters | rate | windows/s | ms an answer | held-out action loss | error / constant, cm | blind | swap, cm |"
         " noise | in distribution | semantic | instance | attribute | all |"
     )
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
@@ -147,6 +150,7 @@ def markdown(rows: Iterable[MeasuredRow]) -> str:
             f"{summarise(row.results['random'])[-1].median_policy_ms:.0f}",
             f"{training['held_out'][-1][CHOSEN_BY]:.3f}",
             f"{100 * reliance['error']:.1f} / {100 * reliance['constant_error']:.1f}",
+            "yes" if reliance["error_minus_constant"][2] >= 0 else "no",
             f"{100 * reliance['image_swap_shift']:.1f}",
         ]
         for place, (noise, results) in enumerate(row.results.items()):
@@ -191,6 +195,14 @@ def _parameters(config: Any) -> dict[str, int]:
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
+def _pre_training(config: Any) -> str:
+    """The pre-trained networks that the training used. All of them are frozen, and all trained weights start fresh."""
+    needs, text, teacher = config.method.needs(), config.method.text, config.method.teacher
+    used = [f"{text.kind} (instruction)"] if needs.instruction and text is not None else []
+    used += [f"{teacher.kind} (teacher)"] if teacher is not None and (needs.targets or needs.features) else []
+    return ", ".join(used) or "none"
+
+
 def _cpu_seconds(file: Path) -> float | None:
     """The sum over all starts of a run. None where a start was killed before its time was written."""
     lines = file.read_text().split() if file.is_file() else []
@@ -198,16 +210,22 @@ def _cpu_seconds(file: Path) -> float | None:
     return round(sum(seconds), 1) if seconds and len(seconds) == lines.count("start") else None
 
 
-def _visual_reliance(run: Path) -> dict[str, dict[str, float]]:
+def _visual_reliance(run: Path) -> dict[str, dict[str, Any]]:
     """Means of every measure, of all initial observations and of each group of them, with their number."""
-    from agra.diagnostics.visual_reliance import VisualReliance
-
     whole = VisualReliance.load(run / "diagnosis" / "visual_reliance.json")
     parts = {"all": whole} | {group: whole.group(group) for group in dict.fromkeys(whole.groups)}
     return {
-        name: {"observations": len(part.trials)} | {k: round(v, 5) for k, v in part.means().items()}
+        name: {"observations": len(part.trials)}
+        | {k: round(v, 5) for k, v in part.means().items()}
+        | {"error_minus_constant": _difference(part.values["error"], part.values["constant_error"], part.trials)}
         for name, part in parts.items()
     }
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray, trials: Sequence[str]) -> list[float]:
+    """The mean paired difference with its 95 % interval."""
+    estimate = paired_difference(ours, theirs, statistic=np.mean, groups=list(trials))
+    return [round(value, 5) for value in (estimate.value, estimate.low, estimate.high)]
 
 
 def _grounding(run: Path) -> dict[str, Any]:

@@ -158,11 +158,16 @@ def leaderboard(
 ) -> None:
     """Show results and published averages on a benchmark, with their protocols.
 
+    On the tabletop, where nothing is published, show the compared methods that come with agra (docs/methods.md).
+
     Args:
         results: results files of that benchmark.
         benchmark: the simulator's name.
     """
+    from agra.evaluation.measured import measured
     from agra.evaluation.results import read_results
-    from agra.evaluation.tables import leaderboard_table, print_table
+    from agra.evaluation.tables import leaderboard_table, methods_tables, print_table
 
-    print_table(leaderboard_table([read_results(path) for path in results], benchmark))
+    own, methods = [read_results(path) for path in results], measured(benchmark)
+    for table in methods_tables(methods, own) if methods else [leaderboard_table(own, benchmark)]:
+        print_table(table)

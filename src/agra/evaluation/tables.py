@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from agra.evaluation.measured import NOISES, MeasuredRow
 from agra.evaluation.published import Published, published
-from agra.evaluation.results import Comparison, Results, Summary, summarise
+from agra.evaluation.results import Comparison, Results, Summary, compare, summarise
 from agra.evaluation.statistics import (
     Average,
     minimum_detectable_effect,
@@ -119,6 +120,47 @@ def leaderboard_table(results: Sequence[Results], benchmark: str) -> Table:
         "* measured here; other rows are quoted. Their intervals are Wilson's over the stated episodes and leave out "
         "the variation between training runs. Rows of different protocols are not the same measurement."
     )
+    return table
+
+
+REFERENCES = ("wam", "agra")
+"""The methods against which the others are tested."""
+
+
+def methods_tables(rows: Sequence[MeasuredRow], results: Sequence[Results] = ()) -> list[Table]:
+    """The compared methods of a benchmark, best first, and McNemar's tests on the same trials against the references.
+
+    `results` are further results files. They are compared with the references' random noise, or zero noise where theirs
+    is zero. Raises ValueError for results of other trials or another protocol.
+    """
+    best_first = sorted(rows, key=lambda row: -summarise(row.results["random"])[-1].rate)
+    entries = [
+        (row.name, f"{row.seed}", row.info["pre_training"], noise, row.results[noise])
+        for row in best_first
+        for noise in NOISES
+    ]
+    entries += [
+        (f"* {r.policy}", "", "", r.header["policy_settings"].get("action_noise", "random"), r) for r in results
+    ]
+    regimes = [summary.regime for summary in summarise(entries[0][-1])]
+    table = _table("success (95 %)", "method", "seed", "pre-training", "noise", *regimes)
+    table.caption = (
+        "Wilson intervals over trials, without the variation between training seeds; * not a row of the package"
+    )
+    for *cells, measured in entries:
+        table.add_row(*cells, *(f"{s.successes}/{s.trials} {_rate(s)}" for s in summarise(measured)))
+    return [table, *(_tests(row, entries, regimes) for row in rows if row.name in REFERENCES)]
+
+
+def _tests(reference: MeasuredRow, entries: Sequence[tuple], regimes: Sequence[str]) -> Table:
+    """McNemar's tests of all entries against one method, under the same kind of noise."""
+    title = f"against {reference.name}, seed {reference.seed}: trials solved by the method alone / by {reference.name} alone"
+    table = _table(title, "method", "seed", "noise", *regimes)
+    table.caption = "p: McNemar's exact test, not corrected for the number of tests"
+    for name, seed, _, noise, measured in entries:
+        if (name, seed) != (reference.name, f"{reference.seed}"):
+            tests = [pair.test for pair in compare(measured, reference.results[noise]).pairs]
+            table.add_row(name, seed, noise, *(f"{t.only_a} / {t.only_b}, p {t.p_value:.3f}" for t in tests))
     return table
 
 
