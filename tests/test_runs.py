@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from agra.checkpoints.folder import BUNDLED
 from agra.cli.arguments import recipe_arguments
 from agra.cli.main import COMMANDS
 from agra.cli.renamed import _CONFIG, _FLAGS
 from agra.methods.wam import Pass
 from agra.recipes import RECIPES
+from agra.stages import Stage
 from agra.training.parallelize import ParallelConfig
 
 RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir() if path.is_file())
@@ -108,3 +110,77 @@ def test_a_script_goes_on_after_a_failure_and_repeats_nothing_costly_when_finish
     assert again == 0
     assert not [line for line in repeated if line.startswith(("diagnose", "export"))]
     assert repeated[-1].startswith("report")
+
+
+HELPER = """#!/usr/bin/env bash
+# Stands in for python runs/methods.py.
+shift
+echo "$*" >> "$CALLS"
+case "$1" in
+  rates) echo 0.1 0.3 0.9 ;;
+  choose) echo 0.3 ;;
+  chosen) if [ -f "$2/row.json" ]; then echo 0.9; fi ;;
+  timed) shift 2; exec "$@" ;;
+  record) mkdir -p "$3" && touch "$3/row.json" ;;
+esac
+"""
+
+
+def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_rows(tmp_path):
+    """With stand-ins for `agra` and the helper script."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "outputs/tabletop/demonstrations").mkdir(parents=True)
+    shutil.copy(RUNS[0].parent / "methods.sh", tmp_path / "runs")
+    for name, content in (("agra", STAND_IN), ("python", HELPER)):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        path.chmod(0o755)
+    calls, measured = tmp_path / "calls", tmp_path / "src/agra/evaluation/measured/tabletop"
+
+    def play(**options):
+        calls.write_text("")
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "CALLS": str(calls), "FAIL": "", "LANES": "1", **options}
+        script = tmp_path / "runs" / "methods.sh"
+        done = subprocess.run(["bash", str(script)], env=environment, check=False, capture_output=True)
+        return done.returncode, calls.read_text().splitlines()
+
+    code, said = play(ROWS="diffusion_policy_0", FAIL="evaluate")
+    assert code != 0
+    assert said[-1].startswith("evaluate outputs/methods/diffusion_policy_0")
+    code, said = play(ROWS="diffusion_policy_0", DEVICE="cuda")
+    assert code == 0
+    trainings = [line for line in said if line.startswith("train tiny_diffusion_policy")]
+    rates = [line.split("--stage.learning-rate ")[1].split()[0] for line in trainings]
+    assert rates == ["0.1", "0.3", "0.9", "0.3"]
+    assert "--stage.steps 300 " in trainings[0]
+    assert "--stage.steps 2900 --stage.seed 0 " in trainings[-1]
+    assert all("--device cuda" in line for line in trainings)
+    assert [line.split("--output ")[1].split()[0] for line in said if line.startswith("evaluate")] == [
+        "outputs/methods/diffusion_policy_0/results.jsonl",
+        "outputs/methods/diffusion_policy_0/zero.jsonl",
+    ]
+    assert [path.parent.name for path in measured.glob("*/row.json")] == ["diffusion_policy_0"]
+    assert play(ROWS="diffusion_policy_0")[1] == ["table", "leaderboard --benchmark tabletop"]
+
+    code, said = play()  # all rows that are left
+    assert code == 0
+    assert not [line for line in said if "diffusion_policy" in line]
+    adapted = [line for line in said if line.startswith("train tiny_dit4dit ")]
+    assert "--stage adapt" in adapted[0]
+    assert all("--init-from outputs/methods/dit4dit_adapt" in line for line in adapted[1:])
+    assert "--stage.steps 2400 " in adapted[-1]
+    assert "export tabletop-wam --output outputs/methods/wam_0" in said
+    assert not [line for line in said if line.startswith("train tiny ")]  # the bundled pair is not trained again
+
+
+def test_every_row_of_the_comparison_names_a_recipe_and_a_start():
+    script = next(path for path in RUNS if path.name == "methods.sh").read_text()
+    rows = [line.split() for line in script.split("<<'ROWS'\n")[1].split("\nROWS")[0].splitlines()]
+    assert len({(name, seed) for name, seed, _, _ in rows}) == len(rows)
+    for _, seed, recipe, start in rows:
+        assert seed.isdigit()
+        stages = {Stage.ADAPT, Stage.JOINT} if start == "adapt" else {Stage.JOINT}
+        assert start in ("adapt", "scratch") or (BUNDLED / start).is_dir()
+        assert all(RECIPES[recipe](stage).stage.batch_size == 32 for stage in stages)

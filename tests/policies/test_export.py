@@ -13,8 +13,8 @@ from agra import files, hub
 from agra.checkpoints.folder import BUNDLED, resolve, verify
 from agra.checkpoints.lineage import describe, lineage, record_origin
 from agra.checkpoints.read import load_parts, read_config
-from agra.policies.export import export, pull, push
-from agra.recipes import at_stage
+from agra.policies.export import export, model_card, pull, push
+from agra.recipes import RECIPES, at_stage
 from agra.rng import seed_everything
 from agra.stages import Stage
 from agra.training.trainer import Trainer
@@ -192,6 +192,24 @@ def test_cards_name_the_licence_of_the_weights(run, tmp_path):
         assert card.data.license == "apache-2.0"
         assert "Weights: Apache-2.0" in card.text
         verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "title", "tag"),
+    [
+        ("tiny", "World action model with AGRA", "wam"),
+        ("tiny_diffusion_policy", "Diffusion Policy", "diffusion-policy"),
+        ("tiny_dit4dit", "DiT4DiT", "dit4dit"),
+    ],
+)
+def test_a_card_names_its_method(recipe, title, tag):
+    config = RECIPES[recipe](Stage.JOINT)
+    with torch.device("meta"):
+        method = config.method.build()
+    card = ModelCard(model_card(config, config.method.describe(), steps=7, method=method, ema=False))
+    assert card.text.lstrip().splitlines()[0] == f"# {title}"
+    assert card.data.tags == ["robotics", tag]
+    assert "World" not in card.text or recipe == "tiny"
 
 
 def test_a_repeated_export_changes_nothing(run, tmp_path):

@@ -33,6 +33,6 @@ def measured(benchmark: str, folder: Path = FOLDER) -> Sequence[MeasuredRow]:
     rows = []
     for path in sorted((folder / benchmark).glob("*/row.json")):
         info = json.loads(path.read_text())
-        results = {noise: read_results(path.parent / f"{noise}.jsonl") for noise in NOISES}
+        results: dict[ActionNoise, Results] = {noise: read_results(path.parent / f"{noise}.jsonl") for noise in NOISES}
         rows.append(MeasuredRow(name=info["name"], seed=info["seed"], info=info, results=results))
     return rows

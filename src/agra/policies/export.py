@@ -118,18 +118,19 @@ def model_card(config: RunConfig, description: str, *, steps: int, method: Metho
     stage, shapes = config.stage, config.method.shapes
     rows = "\n".join(f"| `{name}` | {count:,} |" for name, count in counts.items())
     frozen = [_frozen_part(part) for part in (config.method.codec, config.method.text) if part is not None]
+    listed = f"{' and '.join(frozen)}, under their own licences" if frozen else "none"
     return model_card_text(
-        "# World action model\n\n"
+        f"# {config.method.describe().partition(':')[0]}\n\n"
         f"{description}. Trained with `agra`. Weights after step {steps:,} of the {stage.name} stage, batch "
         f"{stage.batch_size}{', averaged weights' if ema else ''}.\n\n"
         f"| part | parameters |\n|---|---|\n{rows}\n\n"
         f"- Embodiments: {', '.join(config.data.embodiments)}. {shapes.horizon} actions per chunk, a frame "
         f"every {config.data.frame_stride} control steps, {shapes.frame_size[0]} x {shapes.frame_size[1]} pixels.\n"
-        f"- Frozen parts: {' and '.join(frozen) or 'none'}, under their own licences. Weights: Apache-2.0.\n"
+        f"- Frozen parts: {listed}. Weights: Apache-2.0.\n"
         "- Success rates are not part of this card. Measure them with `agra evaluate`.\n\n"
         "```python\nimport agra\n\npolicy = agra.load_policy(FOLDER)  # agra pull NAME FOLDER\n```\n",
         license=LICENSE,
-        tags=["robotics", "world-action-model"],
+        tags=["robotics", config.method.kind.replace("_", "-")],
     )
 
 

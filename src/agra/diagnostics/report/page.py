@@ -275,6 +275,10 @@ def _substitutes(configs: Mapping[str, dict[str, Any]]) -> list[str]:
             )
         if fields.get("method.model.text.kind") == "minilm":
             lines.append("Instructions: a packaged MiniLM sentence encoder, not Cosmos-Reason1.")
+        elif "minilm" in [
+            value for key, value in fields.items() if key.startswith("method.") and key.endswith(".kind")
+        ]:
+            lines.append("Instructions: a packaged MiniLM sentence encoder.")
         if fields.get("method.alignment.teacher.kind") == "packaged_dinov2_small":
             lines.append("Teacher: a packaged DINOv2-S/14 that was fine-tuned for saliency, not DINOv2-B.")
         layers = fields.get("method.model.video_dit.num_layers")
