@@ -1,4 +1,4 @@
-"""Steps of runs/methods.sh that are no commands of agra: learning rates, time of training, finished rows, the table.
+"""Steps of runs/methods.sh that are no commands of agra: learning rates, finished rows, the table.
 
 python runs/methods.py rates RECIPE          the three learning rates of the grid
 python runs/methods.py choose GRID           the rate with the lowest held-out action loss, of runs GRID/RATE
@@ -12,22 +12,31 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+import torch
 import tyro
 
 from agra import files
+from agra.checkpoints.folder import resolve
+from agra.checkpoints.lineage import lineage
+from agra.checkpoints.read import read_config
+from agra.config import RunConfig
+from agra.data.lerobot.checksums import Seal
 from agra.diagnostics.metrics import paired_difference
 from agra.diagnostics.visual_reliance import VisualReliance
 from agra.evaluation.measured import MeasuredRow, measured
 from agra.evaluation.results import read_results, summarise
+from agra.policies.load import load_policy
+from agra.recipes import RECIPES
+from agra.simulation import make_simulator
+from agra.stages import Stage
 
 ROOT = Path(__file__).parent.parent
 STEPS = (1 / 3, 1, 3)
@@ -40,9 +49,6 @@ BEGIN, END = "<!-- measured rows: python runs/methods.py table -->", "<!-- end o
 
 def rates(recipe: tyro.conf.Positional[str]) -> None:
     """Print the learning rates of the grid."""
-    from agra.recipes import RECIPES
-    from agra.stages import Stage
-
     stage = RECIPES[recipe](Stage.JOINT).stage
     if stage.learning_rate_by_part:
         raise SystemExit(f"{recipe}: has rates by part, and the grid scales one rate alone")
@@ -60,15 +66,9 @@ def chosen(row: tyro.conf.Positional[Path]) -> None:
         print(json.loads((row / "row.json").read_text())["learning_rate"])
 
 
-def timed(file: Path, command: Sequence[str]) -> NoReturn:
-    """Run a command. A line of `file` marks its start, another one its seconds of CPU time."""
-    with file.open("a") as log:
-        log.write("start\n")
-        log.flush()
-        code = subprocess.run(command, check=False).returncode
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        log.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
-    raise SystemExit(code)
+def finished(run: tyro.conf.Positional[Path]) -> None:
+    """Fail where a run has not reached its last step, as after SIGTERM, which `agra train` answers with success."""
+    _check_finished(run)
 
 
 def record(
@@ -76,13 +76,11 @@ def record(
     row: tyro.conf.Positional[Path],
     *,
     recipe: str,
-    grid: Path,
-    data: Path,
+    grid: Path | None = None,
+    data: Path | None = None,
 ) -> None:
-    """Write a finished row. `grid` may be missing for a policy that was trained before."""
-    from agra.checkpoints.lineage import lineage
-    from agra.data.lerobot.checksums import Seal
-
+    """Write a finished row. A policy that was trained before has no `grid` and no `data`."""
+    _check_finished(run)
     stages = lineage(run)
     config = stages[-1].config
     log = [] if stages[-1].metrics is None else _lines(stages[-1].metrics)
@@ -94,7 +92,7 @@ def record(
         "recipe": recipe,
         "commit": _commit(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "demonstrations_sha256": Seal(data).fingerprint() if data.is_dir() else None,
+        "demonstrations_sha256": None if data is None else Seal(data).fingerprint(),
         "config_sha256": hashlib.sha256(config.to_json().encode()).hexdigest(),
         "config": json.loads(config.to_json()),
         "pre_training": _pre_training(config),
@@ -102,7 +100,7 @@ def record(
         "stages": [{"stage": s.config.stage.name, "steps": s.config.stage.steps} for s in stages],
         "windows": sum(s.config.stage.steps * s.config.stage.batch_size for s in stages),
         "learning_rate": config.stage.learning_rate,
-        "grid": _grid(grid) if grid.is_dir() else None,
+        "grid": None if grid is None or not grid.is_dir() else _grid(grid),
         "training": {
             "windows_per_second": float(np.median([line["samples_per_second"] for line in _having(log, "loss")])),
             "cpu_seconds": _cpu_seconds(run.with_name(run.name + ".seconds")),
@@ -112,6 +110,7 @@ def record(
                 for line in _having(log, CHOSEN_BY)
             ],
         },
+        "cpu_ms_per_answer": _cpu_milliseconds(run),
         "visual_reliance": _visual_reliance(run),
         "grounding": _grounding(run),
     }
@@ -146,8 +145,8 @@ def markdown(rows: Iterable[MeasuredRow]) -> str:
             f"{row.seed}",
             f"{sum(info['parameters'].values()):,}",
             f"{info['learning_rate']:.3g}",
-            f"{training['windows_per_second']:.0f}",
-            f"{summarise(row.results['random'])[-1].median_policy_ms:.0f}",
+            _windows_per_second(info),
+            f"{info['cpu_ms_per_answer']:.0f}",
             f"{training['held_out'][-1][CHOSEN_BY]:.3f}",
             f"{100 * reliance['error']:.1f} / {100 * reliance['constant_error']:.1f}",
             "yes" if reliance["error_minus_constant"][2] >= 0 else "no",
@@ -164,9 +163,10 @@ def _interval(interval: tuple[float, float]) -> str:
 
 
 def _grid(folder: Path) -> list[dict[str, float]]:
-    """The runs of the grid, lowest rate first. Raises FileNotFoundError for an unfinished one."""
+    """The runs of the grid, lowest rate first. An unfinished one ends the program."""
     runs = []
     for run in sorted(folder.iterdir(), key=lambda path: float(path.name)):
+        _check_finished(run)
         last = _having(_lines(run / "metrics.jsonl"), CHOSEN_BY)[-1]
         runs.append(
             {
@@ -179,6 +179,13 @@ def _grid(folder: Path) -> list[dict[str, float]]:
     return runs
 
 
+def _check_finished(run: Path) -> None:
+    checkpoint = resolve(run)
+    step, steps = json.loads((checkpoint / "trainer.json").read_text())["step"], read_config(checkpoint).stage.steps
+    if step < steps:
+        raise SystemExit(f"{run}: stopped at step {step} of {steps}; run the script again to continue")
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -187,15 +194,13 @@ def _having(lines: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [line for line in lines if name in line]
 
 
-def _parameters(config: Any) -> dict[str, int]:
-    import torch
-
+def _parameters(config: RunConfig) -> dict[str, int]:
     with torch.device("meta"):
         parts = config.method.build().parts()
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
-def _pre_training(config: Any) -> str:
+def _pre_training(config: RunConfig) -> str:
     """The pre-trained networks that the training used. All of them are frozen, and all trained weights start fresh."""
     needs, text, teacher = config.method.needs(), config.method.text, config.method.teacher
     used = [f"{text.kind} (instruction)"] if needs.instruction and text is not None else []
@@ -205,9 +210,36 @@ def _pre_training(config: Any) -> str:
 
 def _cpu_seconds(file: Path) -> float | None:
     """The sum over all starts of a run. None where a start was killed before its time was written."""
-    lines = file.read_text().split() if file.is_file() else []
-    seconds = [float(line) for line in lines if line != "start"]
+    lines = file.read_text().splitlines() if file.is_file() else []
+    seconds = [sum(map(float, line.split())) for line in lines if line != "start"]
     return round(sum(seconds), 1) if seconds and len(seconds) == lines.count("start") else None
+
+
+def _cpu_milliseconds(run: Path, *, answers: int = 20) -> float:
+    """The median CPU time of an answer on one thread, which other processes of the machine lengthen less than its wall
+    time.
+    """
+    torch.set_num_threads(1)
+    policy, env = load_policy(run), make_simulator("tabletop")
+    try:
+        observation = env.reset(env.trials("in_distribution")[0])
+    finally:
+        env.close()
+    policy.reset(0)
+    times = []
+    for _ in range(answers + 3):
+        start = time.process_time()
+        policy.act(observation)
+        times.append(1000 * (time.process_time() - start))
+    return round(float(np.median(times[3:])), 1)
+
+
+def _windows_per_second(info: Mapping[str, Any]) -> str:
+    """Windows of the joint stage in a second of CPU time, or of wall time where that was not recorded."""
+    training, stage = info["training"], info["config"]["stage"]
+    if training["cpu_seconds"] is None:
+        return f"{training['windows_per_second']:.0f} (wall)"
+    return f"{stage['steps'] * stage['batch_size'] / training['cpu_seconds']:.0f}"
 
 
 def _visual_reliance(run: Path) -> dict[str, dict[str, Any]]:
@@ -244,8 +276,6 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["timed"]:  # whose flags are the command's
-        timed(Path(sys.argv[2]), sys.argv[3:])
     tyro.extras.subcommand_cli_from_dict(
-        {function.__name__: function for function in (rates, choose, chosen, record, table)}
+        {function.__name__: function for function in (rates, choose, chosen, finished, record, table)}
     )

@@ -13,7 +13,8 @@ BASE=${BASE:-outputs/tabletop}
 OUT=${OUT:-outputs/methods}
 MEASURED=${MEASURED:-src/agra/evaluation/measured/tabletop}
 DEVICE=${DEVICE:-cpu}
-export BASE OUT MEASURED DEVICE OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+TIMEFORMAT="%U %S" # seconds of CPU time, user and system
+export BASE OUT MEASURED DEVICE TIMEFORMAT OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 DATA="--data.path $BASE/demonstrations --data.cache $BASE/cache"
 export DATA
 mkdir -p "$OUT"
@@ -40,10 +41,11 @@ open_rows() {
 
 row() {
   local name=$1 seed=$2 recipe=$3 start=$4
-  local run="$OUT/${name}_$seed" grid="$OUT/${name}_grid" init=() steps=2900 rate
+  local run="$OUT/${name}_$seed" grid="$OUT/${name}_grid" init=() steps=2900 made=() rate
   case "$start" in
     adapt)
       agra train "$recipe" --stage adapt --output "$OUT/${name}_adapt" --stage.steps 500 --device "$DEVICE" $DATA
+      python runs/methods.py finished "$OUT/${name}_adapt"
       init=(--init-from "$OUT/${name}_adapt") steps=2400 ;;
     scratch) ;;
     *) agra export "$start" --output "$run" ;;
@@ -54,17 +56,20 @@ row() {
       for rate in $(python runs/methods.py rates "$recipe"); do
         agra train "$recipe" --stage joint "${init[@]}" --output "$grid/$rate" --stage.steps 300 --stage.learning-rate "$rate" \
           --stage.validate-every 300 --stage.save-every 300 --device "$DEVICE" $DATA
+        python runs/methods.py finished "$grid/$rate"
       done
       rate=$(python runs/methods.py choose "$grid")
     fi
-    python runs/methods.py timed "$run.seconds" agra train "$recipe" --stage joint "${init[@]}" --output "$run" \
-      --stage.steps "$steps" --stage.seed "$seed" --stage.learning-rate "$rate" --stage.validate-every 300 \
-      --device "$DEVICE" $DATA
+    echo start >>"$run.seconds"
+    { time agra train "$recipe" --stage joint "${init[@]}" --output "$run" --stage.steps "$steps" --stage.seed "$seed" \
+      --stage.learning-rate "$rate" --stage.validate-every 300 --device "$DEVICE" $DATA 2>&3; } 3>&2 2>>"$run.seconds"
+    python runs/methods.py finished "$run"
+    made=(--grid "$grid" --data "$BASE/demonstrations")
   fi
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/results.jsonl"
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/zero.jsonl" --action-noise zero
   [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40 --device "$DEVICE"
-  python runs/methods.py record "$run" "$MEASURED/${name}_$seed" --recipe "$recipe" --grid "$grid" --data "$BASE/demonstrations"
+  python runs/methods.py record "$run" "$MEASURED/${name}_$seed" --recipe "$recipe" "${made[@]}"
 }
 export -f row
 

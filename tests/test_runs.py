@@ -120,7 +120,6 @@ case "$1" in
   rates) echo 0.1 0.3 0.9 ;;
   choose) echo 0.3 ;;
   chosen) if [ -f "$2/row.json" ]; then echo 0.9; fi ;;
-  timed) shift 2; exec "$@" ;;
   record) mkdir -p "$3" && touch "$3/row.json" ;;
 esac
 """
@@ -161,6 +160,9 @@ def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_ro
         "outputs/methods/diffusion_policy_0/results.jsonl",
         "outputs/methods/diffusion_policy_0/zero.jsonl",
     ]
+    start, used = (tmp_path / "outputs/methods/diffusion_policy_0.seconds").read_text().splitlines()[-2:]
+    assert start == "start"
+    assert len([float(part) for part in used.split()]) == 2
     assert [path.parent.name for path in measured.glob("*/row.json")] == ["diffusion_policy_0"]
     assert play(ROWS="diffusion_policy_0")[1] == ["table", "leaderboard --benchmark tabletop"]
 
