@@ -28,6 +28,7 @@ agra 0 tiny tabletop-agra
 diffusion_policy 0 tiny_diffusion_policy scratch
 dit4dit 0 tiny_dit4dit adapt
 dit4dit_attached 0 tiny_dit4dit_attached adapt
+vla 0 tiny_vla scratch
 ROWS
 }
 
