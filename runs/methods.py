@@ -32,7 +32,8 @@ from agra.data.lerobot.checksums import Seal
 from agra.diagnostics.metrics import paired_difference
 from agra.diagnostics.visual_reliance import VisualReliance
 from agra.evaluation.measured import MeasuredRow, measured
-from agra.evaluation.results import read_results, summarise
+from agra.evaluation.results import compare, read_results, summarise
+from agra.evaluation.tables import REFERENCES
 from agra.policies.load import load_policy
 from agra.recipes import RECIPES
 from agra.simulation import make_simulator
@@ -130,36 +131,74 @@ def table() -> None:
     files.write_text(page, before + BEGIN + "\n\n" + markdown(measured("tabletop")) + "\n" + END + after)
 
 
-def markdown(rows: Iterable[MeasuredRow]) -> str:
-    """The rows as a table: size, speed, learning rate, held-out loss, visual reliance and success."""
-    head = (
-        "| method | seed | parameters | rate | windows/s | ms an answer | held-out action loss | error / constant, cm | blind | swap, cm |"
-        " noise | in distribution | semantic | instance | attribute | all |"
-    )
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+def markdown(rows: Sequence[MeasuredRow]) -> str:
+    """The rows as three tables: training and visual reliance, success, and tests against the references."""
+    tables = [_training_table(rows), _success_table(rows), _tests_table(rows)]
+    return "\n".join("".join(f"| {' | '.join(line)} |\n" for line in table) for table in tables)
+
+
+def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
+    heads = [
+        "method",
+        "seed",
+        "pre-training",
+        "parameters",
+        "rates: held-out action loss of the grid",
+        "held-out action loss",
+    ]
+    heads += [
+        "windows/s",
+        "ms an answer",
+        "error / constant, cm",
+        "blind",
+        "image swapped, cm",
+        "sensitivity ratio, mean",
+    ]
+    lines = [heads, ["---"] * len(heads)]
     for row in rows:
-        info, training = row.info, row.info["training"]
-        reliance = info["visual_reliance"]["all"]
+        info, reliance = row.info, row.info["visual_reliance"]["all"]
+        tried = [f"{run['learning_rate']:.3g}: {run['held_out_action_loss']:.3f}" for run in info["grid"] or ()]
+        ratio = info["grounding"]["summary"]["sensitivity_mean"]["ratio"]
         cells = [
-            row.name,
-            f"{row.seed}",
-            f"{sum(info['parameters'].values()):,}",
-            f"{info['learning_rate']:.3g}",
-            _windows_per_second(info),
-            f"{info['cpu_ms_per_answer']:.0f}",
-            f"{training['held_out'][-1][CHOSEN_BY]:.3f}",
+            *(row.name, f"{row.seed}", info["pre_training"], f"{sum(info['parameters'].values()):,}"),
+            f"{', '.join(tried)}. Chosen: {info['learning_rate']:.3g}"
+            if tried
+            else f"{info['learning_rate']:.3g}, chosen before",
+            f"{info['training']['held_out'][-1][CHOSEN_BY]:.3f}",
+            *(_windows_per_second(info), f"{info['cpu_ms_per_answer']:.0f}"),
             f"{100 * reliance['error']:.1f} / {100 * reliance['constant_error']:.1f}",
             "yes" if reliance["error_minus_constant"][2] >= 0 else "no",
             f"{100 * reliance['image_swap_shift']:.1f}",
+            f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["count"] else "not applicable",
         ]
-        for place, (noise, results) in enumerate(row.results.items()):
-            rates = [f"{s.successes} of {s.trials}: {s.rate:.0%} {_interval(s.interval)}" for s in summarise(results)]
-            lines.append("| " + " | ".join([*(cells if place == 0 else [""] * len(cells)), noise, *rates]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return lines
 
 
-def _interval(interval: tuple[float, float]) -> str:
-    return f"[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+def _success_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
+    heads = ["method", "seed", "noise", "in distribution", "semantic", "instance", "attribute", "all"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        for noise, results in row.results.items():
+            cells = [
+                f"{s.successes} of {s.trials}: {100 * s.rate:.0f} % [{100 * s.interval[0]:.0f}, {100 * s.interval[1]:.0f}]"
+                for s in summarise(results)
+            ]
+            lines.append([row.name, f"{row.seed}", noise, *cells])
+    return lines
+
+
+def _tests_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
+    """All trials of every row against those of the references, under the same kind of noise."""
+    references = [row for row in rows if row.name in REFERENCES]
+    heads = ["method", "seed", "noise", *(f"method alone / {row.name} alone, p" for row in references)]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        for noise, results in row.results.items():
+            tests = [None if r is row else compare(results, r.results[noise]).pairs[-1].test for r in references]
+            cells = ["" if t is None else f"{t.only_a} / {t.only_b}, {t.p_value:.3f}" for t in tests]
+            lines.append([row.name, f"{row.seed}", noise, *cells])
+    return lines
 
 
 def _grid(folder: Path) -> list[dict[str, float]]:

@@ -149,7 +149,8 @@ def methods_tables(rows: Sequence[MeasuredRow], results: Sequence[Results] = ())
     )
     for *cells, measured in entries:
         table.add_row(*cells, *(f"{s.successes}/{s.trials} {_rate(s)}" for s in summarise(measured)))
-    return [table, *(_tests(row, entries, regimes) for row in rows if row.name in REFERENCES)]
+    tests = [_tests(row, entries, regimes) for row in rows if row.name in REFERENCES]
+    return [table, *(table for table in tests if table.rows)]
 
 
 def _tests(reference: MeasuredRow, entries: Sequence[tuple], regimes: Sequence[str]) -> Table:
