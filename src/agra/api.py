@@ -118,6 +118,7 @@ def train(
                 load_initial_weights(method, init_from, config)
             if head is not None:
                 _load_head(method, head, head_rows)
+            method.update_averages(restart=True)
 
         fresh = newest(output) is None
         if fresh and context.is_main:

@@ -132,6 +132,7 @@ _PUBLIC = {
     "google/siglip-large-patch16-384": (1024, 24, 16),
     "google/siglip-so400m-patch14-224": (1152, 27, 14),
     "google/siglip-so400m-patch14-384": (1152, 27, 14),
+    "google/siglip2-large-patch16-256": (1024, 24, 16),
 }
 """Width, number of blocks and patch size of public encoders, so that a plan needs no network access."""
 

@@ -41,6 +41,8 @@ class Needs:
     """Frames whose teacher features are an input: `Batch.features`."""
     targets: tuple[int, ...] = ()
     """Frames whose teacher features are a target of training: `Batch.targets`."""
+    targets_inside: bool = False
+    """Leave out the targets of windows whose last target frame lies past the episode's end (`Batch.target_rows`)."""
     instruction: bool = True
     """Instruction tokens: `Batch.instruction`."""
 
@@ -261,6 +263,14 @@ class Method(nn.Module, ABC):
     def text_projection(self) -> nn.Module | None:
         """Return the module that `MethodConfig.text_projection` describes."""
         return None
+
+    def update_averages(self, *, restart: bool = False) -> None:
+        """Update the averages of trained weights that the loss reads. They have no gradients. By default there are none.
+
+        The trainer calls this after every step of the optimiser, when the weights may be shards. With `restart` the
+        averages become the present weights. That is called once, after the initial weights have been loaded.
+        """
+        return
 
     @abstractmethod
     def noise_shapes(self) -> dict[str, tuple[int, ...]]:

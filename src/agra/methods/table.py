@@ -2,6 +2,7 @@
 
 from agra.methods.diffusion_policy import DiffusionPolicyConfig
 from agra.methods.dit4dit import DiT4DiTConfig
+from agra.methods.flare import FLAREConfig
 from agra.methods.method import MethodConfig
 from agra.methods.vla import VLAConfig
 from agra.methods.wam import WAMMethodConfig
@@ -10,6 +11,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "wam": WAMMethodConfig,
     "diffusion_policy": DiffusionPolicyConfig,
     "dit4dit": DiT4DiTConfig,
+    "flare": FLAREConfig,
     "vla": VLAConfig,
 }
 """Config classes by `kind`. A method outside the package adds itself before its first config is read."""

@@ -11,6 +11,14 @@ from agra.config import RunConfig
 from agra.recipes.diffusion_policy import diffusion_policy, tiny_diffusion_policy
 from agra.recipes.dit4dit import dit4dit, dit4dit_attached, tiny_dit4dit, tiny_dit4dit_attached
 from agra.recipes.editing import Preset, Recipe, at_stage
+from agra.recipes.flare import (
+    flare,
+    flare_frozen,
+    flare_policy_only,
+    tiny_flare,
+    tiny_flare_frozen,
+    tiny_flare_policy_only,
+)
 from agra.recipes.paper import (
     PAPER,
     agra_bridge_l8,
@@ -59,6 +67,9 @@ __all__ = [
     "dit4dit",
     "dit4dit_attached",
     "egodex",
+    "flare",
+    "flare_frozen",
+    "flare_policy_only",
     "freeze_backbone",
     "gr1",
     "gr1_few_shot",
@@ -69,6 +80,9 @@ __all__ = [
     "tiny_diffusion_policy",
     "tiny_dit4dit",
     "tiny_dit4dit_attached",
+    "tiny_flare",
+    "tiny_flare_frozen",
+    "tiny_flare_policy_only",
     "tiny_vla",
     "tiny_wam",
     "vla",
@@ -87,6 +101,12 @@ RECIPES: dict[str, Recipe] = {
         dit4dit_attached,
         tiny_dit4dit,
         tiny_dit4dit_attached,
+        flare,
+        flare_frozen,
+        flare_policy_only,
+        tiny_flare,
+        tiny_flare_frozen,
+        tiny_flare_policy_only,
         vla,
         tiny_vla,
     )

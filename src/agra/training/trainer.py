@@ -213,6 +213,7 @@ class Trainer:
             self._report_not_finite(step, micro_batches, f"the gradient of {', '.join(parts)} is not finite")
         self.optimizer.step()
         self._average(trained, step)
+        self.method.update_averages()
         return row
 
     @torch.no_grad()

@@ -69,6 +69,8 @@ class ActionOutput:
     attention: tuple[Float[Tensor, "B heads Q N"], ...] | None = None
     """Cross-attention weights of each block with `return_attention`. Queries are [state | future tokens | K
     actions]."""
+    future: Float[Tensor, "B F W"] | None = None
+    """States of the future tokens after the sub-block that `future_after` counts to."""
 
 
 class ActionDiT(nn.Module):
@@ -106,8 +108,11 @@ class ActionDiT(nn.Module):
         *,
         masks: Sequence[Bool[Tensor, "Bg N"] | None] | None = None,
         return_attention: bool = False,
+        future_after: int | None = None,
     ) -> ActionOutput:
         """Predict the velocity noise - actions (Eq. 13), given one guidance for each cross-attention block.
+
+        `future_after` is a number of sub-blocks, after which the future tokens' states are returned as well.
 
         A guidance of B / n samples serves n consecutive rows each, so that several draws of noise share the keys and
         values of one conditioning pass. `masks` are False at the tokens of each guidance that are not read, such as
@@ -126,14 +131,18 @@ class ActionDiT(nn.Module):
         x = self._tokens(noisy_actions, state, bucket, embodiment)
         time = self.embed_time(bucket, x.dtype)
         attention: list[Tensor] = []
+        future: Tensor | None = None
         for index, block in enumerate(self.blocks):
             context = guidance[index // 2] if self.reads_guidance(index) else None
             mask = masks[index // 2] if masks is not None and context is not None else None
             x, weights = block(x, context, time, return_attention and context is not None, mask)
             if weights is not None:
                 attention.append(weights)
+            if index + 1 == future_after:
+                future = x[:, 1 : 1 + self.config.future_tokens]
         velocity = self.project(x, self.modulate_out(time), noisy_actions.shape[1], embodiment)
-        return ActionOutput(velocity=velocity, attention=tuple(attention) if return_attention else None)
+        shown = tuple(attention) if return_attention else None
+        return ActionOutput(velocity=velocity, attention=shown, future=future)
 
     def reads_guidance(self, index: int) -> bool:
         """Whether sub-block `index` is a cross-attention block. Guidance `index // 2` is its own."""

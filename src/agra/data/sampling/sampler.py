@@ -146,8 +146,8 @@ class WindowSampler:
 
     def _features(self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None) -> dict[str, Tensor]:
         """Return the fields of `Batch` that come from frames, read from the cache or encoded from decoded frames."""
-        needs, limit = self.needs, self.config.target_steps
-        targeted = [row for row, (_, _, start) in enumerate(triples) if limit is None or start < limit]
+        needs, some = self.needs, self.config.target_steps is not None or self.needs.targets_inside
+        targeted = [row for row, window in enumerate(triples) if self._has_targets(*window)]
         decoded = self._decode(triples, seeds, targeted)
         fields: dict[str, Tensor] = {}
         if needs.clip:
@@ -160,9 +160,16 @@ class WindowSampler:
             fields["features"] = self._per_frame("targets", triples, needs.features, decoded).float()
         if needs.targets:
             fields["targets"] = self._targets(triples, targeted, decoded).float()
-            if limit is not None:
+            if some:
                 fields["target_rows"] = torch.tensor(targeted, dtype=torch.long)
         return fields
+
+    def _has_targets(self, source: int, episode: int, start: int) -> bool:
+        """Whether a window starts within `target_steps` and, for `targets_inside`, its target frames in the episode."""
+        windows, limit = self.windows_of[source], self.config.target_steps
+        last = start + max(self.needs.targets, default=0) * windows.stride
+        inside = not self.needs.targets_inside or last < windows.lengths[episode]
+        return inside and (limit is None or start < limit)
 
     def _decode(
         self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None, targeted: Sequence[int]
