@@ -1,6 +1,7 @@
 """Command-line parsing: flags from the parameters of functions, from options classes, and from a recipe's config."""
 
 import difflib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -59,13 +60,22 @@ def recipe_arguments(name: str, arguments: list[str], options: type) -> tuple:
     return _parse(f"agra {name} {recipe}", config, rest, options)
 
 
-def with_mixture(config: "RunConfig", path: Path | None) -> "RunConfig":
-    """Replace the config's datasets by those that a JSON file lists."""
-    if path is None:
-        return config
-    from agra.config import read_mixture
+def with_data(config: "RunConfig", arguments: Sequence[str], mixture: Path | None) -> "RunConfig":
+    """Fit the config to its dataset, or replace its dataset by those that a JSON file lists.
 
-    return replace(config, data=replace(config.data, mixture=read_mixture(path)))
+    Prints the settings that the dataset determines. `--data.embodiments` among the `arguments` is kept.
+    """
+    if mixture is not None:
+        from agra.config import read_mixture
+
+        return replace(config, data=replace(config.data, mixture=read_mixture(mixture)))
+    from agra.data.fit import fit_to_dataset
+
+    named = any(argument.split("=")[0] == "--data.embodiments" for argument in arguments)
+    fit = fit_to_dataset(config.method, config.data, keep_embodiments=named)
+    if fit.changes:
+        print(f"{config.data.path}: {', '.join(fit.changes)}", file=sys.stderr)
+    return replace(config, method=fit.method, data=fit.data)
 
 
 def use_threads(threads: int | None) -> None:

@@ -4,11 +4,14 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from agra.cli.arguments import recipe_arguments, with_mixture
+from agra.cli.arguments import recipe_arguments, with_data
+
+if TYPE_CHECKING:
+    from agra.data.features.preparation import Preparation
 
 
 def collect(
@@ -72,6 +75,7 @@ def doctor(
         seal: write checksums of all files in their present state. Readers then detect any damage.
         json: write the findings to this JSON file.
     """
+    from agra.data.config import EGO_VIEW
     from agra.data.doctor.doctor import check_dataset
     from agra.data.lerobot.checksums import seal as write_checksums
     from agra.files import write_text
@@ -85,6 +89,9 @@ def doctor(
         write_text(json, report.to_json() + "\n")
     if not report.healthy:
         raise SystemExit(1)
+    chosen = camera or (report.cameras[0] if len(report.cameras) > 1 and EGO_VIEW not in report.cameras else None)
+    flag = f" --data.camera {chosen}" if chosen else ""
+    print(f"to train on it: agra train tiny --data.path {dataset}{flag} --output outputs/{Path(dataset).name}")
 
 
 def convert(
@@ -151,7 +158,7 @@ class PrepareOptions:
 def prepare(arguments: list[str]) -> None:
     """Cache the frozen features of a recipe: agra prepare RECIPE --data.path DATASET [--stage adapt]"""
     options, config = recipe_arguments("prepare", arguments, PrepareOptions)
-    config = with_mixture(config, options.mixture)
+    config = with_data(config, arguments, options.mixture)
     from agra.api import preparation
     from agra.training.encoding_cost import encoding_costs
 
@@ -161,10 +168,16 @@ def prepare(arguments: list[str]) -> None:
     if options.estimate:
         for cost in encoding_costs(config, features.sources):
             print(cost, file=sys.stderr)
-    for source, expected in features.estimate() if options.rank == 0 else ():
-        print(f"{source.dataset.path}: {expected}", file=sys.stderr)
-        if expected.bytes > expected.free_bytes:
-            raise ValueError(f"{config.data.cache}: {expected}; choose another --data.cache")
+    if options.rank == 0:
+        print_cost(features)
     if not options.estimate:
         for folder in features.run(rank=options.rank, world_size=options.world_size):
             print(folder)
+
+
+def print_cost(features: "Preparation") -> None:
+    """Print the size and time of the missing features. Raises ValueError where they do not fit on the disk."""
+    for source, expected in features.estimate():
+        print(f"{source.dataset.path}: {expected}", file=sys.stderr)
+        if expected.bytes > expected.free_bytes:
+            raise ValueError(f"{features.data.cache}: {expected}; choose another --data.cache")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from agra.cli.arguments import recipe_arguments
+from agra.cli.arguments import recipe_arguments, with_data
 
 
 def diagnose(
@@ -109,6 +109,7 @@ class ProbesOptions:
 def probes(arguments: list[str]) -> None:
     """Write probe samples, and their frames as pictures to annotate: agra probes RECIPE --output DIR [--data.path ...]"""
     options, config = recipe_arguments("probes", arguments, ProbesOptions)
+    config = with_data(config, arguments, None)
     from agra.diagnostics.samples.probe_sample import save_samples
     from agra.diagnostics.samples.sources import dataset_samples, probe_samples, write_pictures
     from agra.simulators.registry import make
@@ -151,6 +152,7 @@ class StudyOptions:
 def study(arguments: list[str]) -> None:
     """Train, evaluate and diagnose one variant for every layer: agra study RECIPE --over alignment --output DIR"""
     options, config = recipe_arguments("study", arguments, StudyOptions)
+    config = with_data(config, arguments, None)
     from agra.api import study as run
 
     print(run(config, **vars(options)))

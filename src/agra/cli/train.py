@@ -1,14 +1,17 @@
 """`agra train`, `plan` and `recipes`."""
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from agra.cli.arguments import recipe_arguments, use_threads, with_mixture
+from agra.cli.arguments import recipe_arguments, use_threads, with_data
+from agra.cli.data import print_cost
 
 
 def train(arguments: list[str]) -> None:
     """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
+    from agra.api import preparation
     from agra.api import train as run
     from agra.training.parallelize import ParallelConfig
     from agra.wam.groot import GR1_ROW
@@ -27,6 +30,9 @@ def train(arguments: list[str]) -> None:
         encoders and the decoder stay fresh."""
         mixture: Path | None = None
         """JSON list of the datasets to mix. Each sets fields of `--data` (path, embodiment, weight ...)."""
+        prepare: bool = True
+        """Compute missing frozen features first, after printing their cost. Under torchrun, and with False, missing
+        features are an error."""
         augment: bool = False
         """Augment images as GR00T does. This needs clips that are decoded while training: --data.cached must be
         empty."""
@@ -37,12 +43,17 @@ def train(arguments: list[str]) -> None:
         """Number of torch's threads. By default OMP_NUM_THREADS, or all cores."""
 
     options, config = recipe_arguments("train", arguments, TrainOptions)
-    config = with_mixture(config, options.mixture)
+    config = with_data(config, arguments, options.mixture)
     if options.augment:
         from agra.data.config import AugmentConfig
 
         config = replace(config, data=replace(config.data, augment=AugmentConfig()))
     use_threads(options.threads)
+    if options.prepare and os.environ.get("WORLD_SIZE", "1") == "1":
+        features = preparation(config, device=options.device)
+        if features.missing:
+            print_cost(features)
+            features.run()
     finished = run(
         config,
         output=options.output,

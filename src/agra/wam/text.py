@@ -116,6 +116,13 @@ class MiniLMEncoder(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, tokenizer, length=length)
 
+    @staticmethod
+    def longest(instructions: Sequence[str]) -> int:
+        """Count the tokens of the longest instruction, without loading the network."""
+        folder = package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model"
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return max(len(ids) for ids in tokenizer(list(instructions))["input_ids"])
+
     @property
     def key(self) -> dict[str, Any]:
         """Kind, length and a hash of the weights."""

@@ -45,6 +45,7 @@ class HealthReport:
     path: str
     facts: Mapping[str, Any]
     findings: tuple[Finding, ...]
+    cameras: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -96,7 +97,12 @@ def check_dataset(path: str | Path, *, camera: str | None = None, every_frame: b
         "frames/s": first.fps,
         "version": first.layout.version,
     }
-    return HealthReport(path=str(path), facts=facts, findings=tuple(sorted(findings, key=lambda f: order[f.level])))
+    return HealthReport(
+        path=str(path),
+        facts=facts,
+        findings=tuple(sorted(findings, key=lambda f: order[f.level])),
+        cameras=tuple(first.layout.names("video", "image")),
+    )
 
 
 def _any_camera(path: Path) -> str:

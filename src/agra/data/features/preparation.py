@@ -52,6 +52,16 @@ class Preparation:
             reuse_fingerprints(self.data, self.sources)
         return _constructors(self.method, self.data, self.sources, names, self._device)
 
+    @property
+    def missing(self) -> bool:
+        """Whether training with these settings needs features that are not cached."""
+        try:
+            open_features(self.method, self.data, self.sources)
+            open_instructions(self.method, self.data, self.sources)
+        except FileNotFoundError:
+            return True
+        return False
+
     def estimate(self) -> list[tuple[Source, cache.CacheEstimate]]:
         """Estimate the cost of `run` for every source from one episode of each."""
         sources = self.sources if self._features else ()
