@@ -61,6 +61,7 @@ from agra.simulation import evaluate as evaluate
 from agra.simulation import make_simulator
 from agra.training.distributed import DistributedContext, distributed_context
 from agra.training.initialization import load_initial_weights
+from agra.training.loggers import check_loggers
 from agra.training.memory_estimate import flops_per_sample
 from agra.training.metrics import ThroughputMeter
 from agra.training.parallelize import ParallelConfig, build, check_batch_size
@@ -92,14 +93,17 @@ def train(
     head_rows: Sequence[int] = (GR1_ROW,),
     device: str = "cpu",
     parallel: ParallelConfig | None = None,
+    loggers: Sequence[str] | None = None,
 ) -> bool:
     """Train one stage into `output`, or resume the run there. Returns False if SIGTERM stopped it early.
 
     A new run starts from `init_from` (see `load_initial_weights`), and its action head from the GR00T-N1.5 model
-    `head`. Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not
+    `head`. `loggers` are names of `agra.training.loggers.LOGGERS`, by default TensorBoard where it is installed.
+    Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not
     divide over processes and micro-batches.
     """
     parallel = parallel or ParallelConfig()
+    check_loggers(loggers or ())
     options = {"shard_degree": parallel.shard_degree, "deterministic": parallel.deterministic}
     with (
         distributed_context(device, **options) as context,
@@ -124,7 +128,7 @@ def train(
         if fresh and context.is_main:
             output.mkdir(parents=True, exist_ok=True)
             record_origin(output, init_from)
-        return _train(config, output, initialize if fresh else None, parallel, context)
+        return _train(config, output, initialize if fresh else None, parallel, context, loggers)
 
 
 def _load_head(method: Method, head: str, rows: Sequence[int]) -> None:
@@ -140,6 +144,7 @@ def _train(
     initialize: Callable[[Method], None] | None,
     parallel: ParallelConfig,
     context: DistributedContext,
+    loggers: Sequence[str] | None,
 ) -> bool:
     sources = open_sources(config.data)
     stats, tokens = embodiment_stats(sources), open_instructions(config.method, config.data, sources)
@@ -173,6 +178,7 @@ def _train(
             context=context,
             parallel=parallel,
             meter=meter,
+            loggers=loggers,
         )
         return trainer.run()
 

@@ -129,6 +129,8 @@ def test_missing_features(capsys, prepared, tmp_path):
         prepared / "set",
         "--data.cache",
         tmp_path / "cache",
+        "--prepare",
+        "False",
         *SMALL,
     )
     assert "run agra prepare" in line

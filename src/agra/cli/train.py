@@ -30,6 +30,9 @@ def train(arguments: list[str]) -> None:
         encoders and the decoder stay fresh."""
         mixture: Path | None = None
         """JSON list of the datasets to mix. Each sets fields of `--data` (path, embodiment, weight ...)."""
+        log: tuple[str, ...] | None = None
+        """Loggers: tensorboard, wandb, trackio. By default TensorBoard where it is installed. metrics.jsonl is always
+        written, so that `--log jsonl` writes nothing else."""
         prepare: bool = True
         """Compute missing frozen features first, after printing their cost. Under torchrun, and with False, missing
         features are an error."""
@@ -62,6 +65,7 @@ def train(arguments: list[str]) -> None:
         head_rows=options.head_rows,
         device=options.device,
         parallel=options.parallel,
+        loggers=options.log if options.log is None else [n for text in options.log for n in text.split(",") if n],
     )
     if not finished:
         print(f"stopped by SIGTERM; run the same command again to resume from {options.output}", file=sys.stderr)

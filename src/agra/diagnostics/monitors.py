@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 from torch import Tensor
 
 from agra.batch import PolicyInputs
@@ -22,6 +23,8 @@ from agra.diagnostics.metrics import attention_in_mask_ratio, centroid_error, ma
 from agra.diagnostics.visual_reliance import InputVariant, Swaps, VisualReliance, groups_by_instruction
 from agra.methods.method import Attends, Method, ReadsTokens
 
+PICTURED = 4
+"""Samples in a picture of the attention."""
 CHUNK = 16
 """Samples that are measured together. Memory does not grow with their number."""
 _IMAGES = ("latents", "frame_latents", "frames", "features")
@@ -51,6 +54,8 @@ class ProbeInputs:
 
     inputs: PolicyInputs
     masks: Bool[Tensor, "B T H W"]  # on the token grid, none empty
+    frames: UInt8[np.ndarray, "B H W 3"] | None = None
+    """Frames of the first observations, equally large, for a picture."""
 
 
 def require_token_grids(method: Method) -> None:
@@ -62,6 +67,14 @@ def require_token_grids(method: Method) -> None:
             f"monitor.probes: not applicable to the method {method.config.kind}, whose action head reads no token "
             "grids; leave monitor.probes empty"
         )
+
+
+def attention_over(frame: UInt8[np.ndarray, "H W 3"], attention: Float[np.ndarray, "h w"]) -> np.ndarray:
+    """Return the frame (H, W, 3) uint8 with the attention in red, full where it is strongest."""
+    height, width = frame.shape[:2]
+    scaled = Image.fromarray(attention.astype(np.float32) / max(attention.max(), 1e-9))
+    strength = 0.7 * np.asarray(scaled.resize((width, height), Image.Resampling.BILINEAR))[..., None]
+    return (frame * (1 - strength) + np.array([255, 0, 0]) * strength).astype(np.uint8)
 
 
 class GroundingMonitor:
@@ -77,13 +90,13 @@ class GroundingMonitor:
         self.probes, self.config, self.seed = probes, config, seed
 
     @torch.no_grad()
-    def __call__(self, method: Method) -> dict[str, float]:
-        """The figures by name. Raises ValueError for a method without token grids."""
+    def __call__(self, method: Method) -> dict[str, float | np.ndarray]:
+        """Return the figures by name, and a picture of the attention over the first frames. Raises ValueError for a method without token grids."""
         require_token_grids(method)
         with _evaluating(method):
             return self._measure(method)
 
-    def _measure(self, method: Method) -> dict[str, float]:
+    def _measure(self, method: Method) -> dict[str, float | np.ndarray]:
         assert isinstance(method, ReadsTokens)
         count, device = len(self.probes.masks), next(method.parameters()).device
         noise = draw_noise(method, count, self.seed)
@@ -104,11 +117,14 @@ class GroundingMonitor:
                         noise={name: value[place : place + 1] for name, value in drawn.items()},
                     )
                     deviations.append(self._deviation(method, sample, row))
-        figures = {}
+        figures: dict[str, float | np.ndarray] = {}
         if attention:
             maps, masks = np.concatenate(attention), self.probes.masks.numpy()
             figures["in_mask_ratio"] = float(attention_in_mask_ratio(maps, masks).mean())
             figures["centroid_error"] = float(np.nanmean(centroid_error(maps, masks)))
+            if self.probes.frames is not None:
+                overlays = [attention_over(f, m) for f, m in zip(self.probes.frames, maps[:, 0], strict=False)]
+                figures["attention"] = np.concatenate(overlays, axis=1)
         if deviations:
             inside, outside = (
                 np.array([getattr(deviation, side) for deviation in deviations])

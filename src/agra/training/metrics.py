@@ -1,21 +1,15 @@
-"""Logs of a training run: metrics.jsonl, TensorBoard, the progress bar, and the throughput meter."""
+"""The throughput meter and the progress bar of a training run."""
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agra.files import naming, write_text
-
-Log = Callable[[dict[str, float]], None]
 PREFIX = "meter/"
 """Prefix of figures that differ between two runs of the same config, as `samples_per_second` does."""
 
@@ -61,53 +55,6 @@ class ThroughputMeter:
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # of the whole process
-
-
-@contextmanager
-def metrics_log(folder: Path, step: int, *, enabled: bool = True) -> Iterator[Log]:
-    """Yield a function that writes rows into metrics.jsonl, and into TensorBoard where it is installed.
-
-    Both logs are cut back to `step`, from which the run resumes. Without `enabled` the function writes nothing.
-    """
-    if not enabled:
-        yield lambda row: None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
-    earlier = []
-    if path.exists():
-        rows = (json.loads(line) for line in path.read_text().splitlines() if line.endswith("}"))
-        earlier = [row for row in rows if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in earlier))
-    with _tensorboard(folder, step) as board:
-
-        def log(row: dict[str, float]) -> None:
-            with naming(path), path.open("a") as handle:
-                handle.write(json.dumps(row) + "\n")
-            board(row)
-
-        yield log
-
-
-@contextmanager
-def _tensorboard(folder: Path, step: int) -> Iterator[Log]:
-    if find_spec("tensorboard") is None:
-        yield lambda row: None
-        return
-    # Imported here: training does not need TensorBoard.
-    from torch.utils.tensorboard import SummaryWriter
-
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def log(row: dict[str, float]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                board.add_scalar(name, value, int(row["step"]))
-
-    try:
-        yield log
-    finally:
-        board.close()
 
 
 @contextmanager

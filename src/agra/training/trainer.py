@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,7 +29,8 @@ from agra.methods.method import LossDenominators, Losses, Method
 from agra.precision import autocast
 from agra.rng import sharded_rng
 from agra.training.distributed import DistributedContext, stop_signals
-from agra.training.metrics import ThroughputMeter, metrics_log, progress
+from agra.training.loggers import Log, Pictures, open_loggers
+from agra.training.metrics import ThroughputMeter, progress
 from agra.training.nan_check import first_module, suspects
 from agra.training.optimization import clip_gradients, freeze, parameter_groups, total_norm, trained_names
 from agra.training.parallelize import ParallelConfig, gathered
@@ -36,8 +38,8 @@ from agra.weights import write_tensors
 
 MicroBatch = tuple[Batch, LossDenominators | None]
 """Samples, and the denominators of their losses where a step has several micro-batches or processes."""
-Monitor = Callable[[Method], Mapping[str, float]]
-"""Figures of a method at the moment of validation, by name."""
+Monitor = Callable[[Method], Mapping[str, float | np.ndarray]]
+"""Figures and pictures (H, W, 3) uint8 of a method at the moment of validation, by name."""
 _VALIDATION_STEP = 2**31
 """The step number of validation's random numbers, which are the same at every step."""
 
@@ -65,6 +67,7 @@ class Trainer:
         context: DistributedContext | None = None,
         parallel: ParallelConfig | None = None,
         meter: ThroughputMeter | None = None,
+        loggers: Sequence[str] | None = None,
     ) -> None:
         self.config, self.stage = config, config.stage
         self.context, self.parallel = context or DistributedContext(), parallel or ParallelConfig()
@@ -72,6 +75,7 @@ class Trainer:
         self.batch, self.validation, self.monitors = batch, validation, monitors or {}
         self.sample_names = sample_names or (lambda step: ())
         self.output, self.extra_files = output, extra_files
+        self.loggers = loggers
         self.meter = meter or ThroughputMeter(device=self.context.device)
         freeze(self.method, self.stage)
         groups = list(parameter_groups(self.method, self.stage))
@@ -97,7 +101,7 @@ class Trainer:
             with (
                 stop_signals() as received,
                 progress(self.stage.name, self.stage.steps, self.step, shown=self.context.is_main) as advance,
-                metrics_log(self.output, self.step, enabled=self.context.is_main) as log,
+                open_loggers(self.loggers, self.output, self.step, self.config, enabled=self.context.is_main) as log,
             ):
                 self.meter.start(self.step)
                 while self.step < self.stage.steps and self.stopped_by is None:
@@ -292,15 +296,17 @@ class Trainer:
 
     # --- validation and logs ------------------------------------------------------------------------------------------
 
-    def _log(self, row: dict[str, float], log: Callable[[dict[str, float]], None]) -> None:
+    def _log(self, row: dict[str, float], log: Log) -> None:
         """Log a step's figures every `log_every` steps, and those of validation every `validate_every` steps."""
         stage = self.stage
         if self.step % stage.log_every == 0 or self.step == stage.steps:
             speed = self.meter.read(self.step, stage.batch_size, self.context.world_size)
             log({"step": self.step, **row, **self.context.mean(speed)})
-        if (self.step % stage.validate_every == 0 or self.step == stage.steps) and (figures := self._validate()):
-            log({"step": self.step, **figures})
-            self._keep_best(figures)
+        if self.step % stage.validate_every == 0 or self.step == stage.steps:
+            figures, pictures = self._validate()
+            if figures or pictures:
+                log({"step": self.step, **figures}, pictures)
+                self._keep_best(figures)
 
     def _keep_best(self, figures: Mapping[str, float]) -> None:
         """Save a checkpoint where the figure of `keep_best` is the best so far.
@@ -326,13 +332,14 @@ class Trainer:
             note_best(self.output, self.step, value)
 
     @torch.no_grad()
-    def _validate(self) -> dict[str, float]:
-        """Compute the losses of held-out windows, always with the same noise, and the monitors' figures.
+    def _validate(self) -> tuple[dict[str, float], Pictures]:
+        """Compute the losses of held-out windows, always with the same noise, and the monitors' figures and pictures.
 
         The windows are spread over processes and micro-batches as a step's are. The values are therefore the same for
         any spread, and the memory is that of a micro-batch without gradients.
         """
         figures: dict[str, float] = {}
+        pictures: dict[str, np.ndarray] = {}
         self.method.eval()
         if self.validation is not None:
             if self._held_out is None:
@@ -344,8 +351,12 @@ class Trainer:
             figures = {f"validation/{name}": value for name, value in self.context.mean(_mean(rows)).items()}
         with gathered(self.method), self._autocast():
             for name, monitor in self.monitors.items():
-                figures |= {f"{name}/{key}": value for key, value in monitor(self.method).items()}
-        return figures
+                for key, value in monitor(self.method).items():
+                    if isinstance(value, np.ndarray):
+                        pictures[f"{name}/{key}"] = value
+                    else:
+                        figures[f"{name}/{key}"] = value
+        return figures, pictures
 
 
 def _mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.normalization.normalize import NormStats
 from agra.data.source import Source, open_sources
 from agra.diagnostics.metrics import mask_to_grid
-from agra.diagnostics.monitors import ProbeInputs, require_token_grids
+from agra.diagnostics.monitors import PICTURED, ProbeInputs, require_token_grids
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, samples_from_episode
 from agra.diagnostics.visual_reliance import InitialObservation
 from agra.evaluation.protocols import regime_trials
@@ -143,7 +143,15 @@ def probe_inputs(
     return ProbeInputs(
         inputs=encoder.encode([samples[place].observation_for(encoder.past) for place in masked]),
         masks=torch.from_numpy(np.stack([masks[place] for place in masked])),
+        frames=_equally_large(
+            [encoder.crop(samples[place].frames[0], samples[place].embodiment) for place in masked[:PICTURED]]
+        ),
     )
+
+
+def _equally_large(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack the frames (H, W, 3) that are as large as the first one."""
+    return np.stack([frame for frame in frames if frame.shape == frames[0].shape])
 
 
 def initial_observations(
