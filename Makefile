@@ -3,6 +3,7 @@
 # test-slow    the slow tests          test-gpu   the tests that need CUDA
 # test-light   build a wheel, install it without torch in a fresh environment, import and run what must work there
 # check        ruff and pyright
+# docs         the documentation site in outputs/site, strictly
 # dist         wheel and source distribution in dist/, checked by twine
 # openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
 # groot        and a client of GR00T's wire that is not ours, of strands-robots
@@ -33,7 +34,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= $(if $(CHOSEN),,constraints.txt)
 PIP_CONSTRAINTS = $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: quickstart test test-slow test-gpu test-light fuzz lock check dist openpi groot setup system opencv clean \
+.PHONY: docs quickstart test test-slow test-gpu test-light fuzz lock check dist openpi groot setup system opencv clean \
 	env-metaworld env-libero env-robocasa env-lerobot
 
 quickstart: setup
@@ -60,6 +61,9 @@ test-light: dist system
 FUZZ_SECONDS ?= 3600
 fuzz: setup
 	FUZZ_SECONDS=$(FUZZ_SECONDS) OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
