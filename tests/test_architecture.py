@@ -22,7 +22,7 @@ ROOT_MODULES = {*LEAVES, "config", "api", "simulation"}
 SUITES = ("metaworld", "libero", "robocasa")
 """Simulators whose libraries are installed in environments of their own."""
 DOORS = {
-    "diffusers": ("agra.wam.video_dit", "agra.wam.codec", "agra.methods.diffusion_policy"),
+    "diffusers": ("agra.wam.video_dit", "agra.wam.codec", "agra.methods.ddim"),
     "transformers": ("agra.wam.text", "agra.alignment"),
     "huggingface_hub": ("agra.hub",),
     "mujoco": ("agra.simulators.tabletop", "agra.simulators.metaworld"),

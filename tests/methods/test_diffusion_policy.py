@@ -28,14 +28,7 @@ from agra.data.source import embodiment_stats, open_sources
 from agra.evaluation.collect import collect
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import RecordedPolicy, run_episode
-from agra.methods.diffusion_policy import (
-    ConditionedBlock,
-    DiffusionPolicyConfig,
-    cut,
-    mean_token,
-    sinusoid,
-    spatial_softmax,
-)
+from agra.methods.diffusion_policy import ConditionedBlock, DiffusionPolicyConfig
 from agra.methods.method import observation_inputs
 from agra.policies.export import export
 from agra.policies.load import load_method, load_policy
@@ -46,7 +39,7 @@ from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
 from agra.training.memory_estimate import measure
 from agra.types import Observation
-from agra.wam.text import TextConfig
+from agra.wam.text import TextConfig, mean_token
 from tests.support.echo import running
 from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
 from tests.support.two_ranks import train_in_two_ranks
@@ -173,32 +166,6 @@ def test_film_scales_then_shifts_after_the_first_convolution():
         np.testing.assert_allclose(answer.numpy(), expected, atol=1e-5)
 
 
-def test_the_step_is_a_sinusoid():
-    row = sinusoid(torch.tensor([7]), 8)[0].numpy()
-    frequencies = [10_000 ** (-i / 3) for i in range(4)]
-    np.testing.assert_allclose(
-        row, [math.sin(7 * f) for f in frequencies] + [math.cos(7 * f) for f in frequencies], atol=1e-6
-    )
-
-
-def test_keypoints_are_mean_positions():
-    maps = torch.randn(2, 3, 4, 5)
-    answer = spatial_softmax(maps).numpy()
-    for n in range(2):
-        for c in range(3):
-            weights = np.exp(maps[n, c].double().numpy())
-            x = sum(weights[i, j] * (-1 + 2 * j / 4) for i in range(4) for j in range(5)) / weights.sum()
-            y = sum(weights[i, j] * (-1 + 2 * i / 3) for i in range(4) for j in range(5)) / weights.sum()
-            np.testing.assert_allclose(answer[n, 2 * c : 2 * c + 2], [x, y], atol=1e-6)
-
-
-def test_padding_is_no_part_of_an_instruction():
-    tokens = torch.randn(2, 5, 3)
-    tokens[1, 2:] = 0
-    expected = torch.stack([tokens[0].mean(0), tokens[1, :2].mean(0)])
-    torch.testing.assert_close(mean_token(tokens), expected)
-
-
 def test_the_condition_holds_every_observation_in_order():
     config = replace(SMALL, language="film", text_encoder=TextConfig(kind="minilm", length=5), text_dim=6)
     method, batch = make_method(config).eval(), random_batch(config)
@@ -209,14 +176,6 @@ def test_the_condition_holds_every_observation_in_order():
     torch.testing.assert_close(condition[:, 2 * width :], mean_token(batch.instruction))
     centre = batch.frames[:, 1, 2:30, 3:45]
     torch.testing.assert_close(condition[:, width : width + config.frame_dim], method.encoder(centre))
-
-
-def test_a_cut_is_a_slice():
-    frames = torch.randint(0, 256, (3, 8, 9, 3), dtype=torch.uint8)
-    corners = [(0, 0), (3, 4), (2, 1)]
-    answer = cut(frames, torch.tensor(corners), (5, 5))
-    for frame, window, (top, left) in zip(frames, answer, corners, strict=True):
-        assert torch.equal(window, frame[top : top + 5, left : left + 5])
 
 
 def test_every_training_frame_is_cut_at_a_place_of_its_own():

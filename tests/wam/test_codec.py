@@ -2,10 +2,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import save_file
 
-from agra.wam.codec import CodecConfig, PatchPCACodec, WanCodec, load_codec, to_frames, to_video
+from agra.wam.codec import (
+    CodecConfig,
+    PatchPCACodec,
+    SDXLCodec,
+    WanCodec,
+    latent_shape,
+    load_codec,
+    to_frames,
+    to_video,
+)
 
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [2.0, 0.5, 1.5, 3.0]
 
@@ -239,6 +249,57 @@ def test_the_real_wan_has_its_known_size():
         codec = WanCodec(AutoencoderKLWan())
     assert (codec.channels, codec.time_stride, codec.space_stride) == (16, 4, 8)
     assert sum(parameter.numel() for parameter in codec.parameters()) == 126_892_531
+
+
+# SDXL
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, scaling_factor=0.13025,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("sdxl")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdxl(sdxl_folder):
+    return load_codec(CodecConfig(kind="sdxl", source=str(sdxl_folder), channels=4, dtype="float32"))
+
+
+def test_sdxl_encodes_every_frame_alone_as_the_scaled_mode(sdxl, sdxl_folder):
+    vae, video = AutoencoderKL.from_pretrained(sdxl_folder), smooth_video(count=2, frames=3)
+    latents = sdxl.encode(video)
+    assert latents.shape == (2, 4, 3, 4, 6)
+    assert latent_shape(CodecConfig(kind="sdxl", channels=4), (32, 48), 3) == latents.shape[1:]
+    with torch.no_grad():
+        for row in range(2):
+            for frame in range(3):
+                moments = vae.quant_conv(vae.encoder(video[row : row + 1, :, frame]))
+                torch.testing.assert_close(latents[row, :, frame], moments[0, :4] * 0.13025, atol=1e-6, rtol=1e-5)
+                decoded = vae.decode(moments[:, :4]).sample.clamp(-1, 1)
+                torch.testing.assert_close(sdxl.decode(latents)[row, :, frame], decoded[0], atol=1e-5, rtol=0)
+    assert torch.equal(sdxl.encode(video[1:, :, 2:])[0, :, 0], latents[1, :, 2])  # bit for bit in any batch
+    assert not any(parameter.requires_grad for parameter in sdxl.parameters())
+
+
+def test_sdxl_is_identified_by_its_weights(sdxl, sdxl_folder):
+    same, other = (SDXLCodec.from_pretrained(str(sdxl_folder)) for _ in range(2))
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    assert same.key == sdxl.key
+    assert other.key != sdxl.key
+
+
+def test_the_real_sdxl_has_its_known_size():
+    with torch.device("meta"):
+        codec = SDXLCodec.untrained()
+    assert (codec.channels, codec.time_stride, codec.space_stride, codec.scale) == (4, 1, 8, 0.13025)
+    assert sum(parameter.numel() for parameter in codec.parameters()) == 83_653_863
 
 
 def test_load_codec_refuses_what_does_not_fit(wan_folder, codec, tmp_path):

@@ -6,7 +6,7 @@ from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import Cosmos2_5_Pred
 from torch import nn
 
 import agra.hub
-from agra.wam.text import MiniLMEncoder, TextConfig, load_text_encoder
+from agra.wam.text import MiniLMEncoder, TextConfig, load_text_encoder, mean_token
 
 INSTRUCTIONS = ("put the banana in the box", "open the steamer", "")
 LENGTH = 160
@@ -32,6 +32,13 @@ def test_minilm_does_not_depend_on_padding_or_company(minilm):
     alone = MiniLMEncoder(minilm.model, minilm.tokenizer, length=8).encode(INSTRUCTIONS[:1])
     together = minilm.encode(["put the red ball on the white plate", INSTRUCTIONS[0]])
     torch.testing.assert_close(together[1, :8], alone[0], atol=1e-4, rtol=0)
+
+
+def test_padding_is_no_part_of_an_instruction():
+    tokens = torch.randn(2, 5, 3)
+    tokens[1, 2:] = 0
+    expected = torch.stack([tokens[0].mean(0), tokens[1, :2].mean(0)])
+    torch.testing.assert_close(mean_token(tokens), expected)
 
 
 def test_minilm_carries_meaning(minilm):

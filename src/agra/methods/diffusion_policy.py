@@ -9,14 +9,14 @@ the original.
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from agra.batch import Batch, PolicyInputs
+from agra.methods.ddim import add_noise, ddim
 from agra.methods.method import (
     Continuation,
     LossDenominators,
@@ -28,10 +28,9 @@ from agra.methods.method import (
     Shapes,
 )
 from agra.rng import noise_like, sample_shard
-from agra.wam.text import TextConfig
-
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
+from agra.wam.frame_encoder import FrameEncoder, Pooling, cut, frame_width
+from agra.wam.joint_transformer import sinusoid
+from agra.wam.text import TextConfig, mean_token
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
@@ -49,7 +48,7 @@ class DiffusionPolicyConfig(MethodConfig):
     original."""
     encoder_channels: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of the ResNet's stages, two blocks each; multiples of 16."""
-    pooling: Literal["mean", "spatial_softmax"] = "mean"
+    pooling: Pooling = "mean"
     """Summary of a frame's feature map: its mean, or the mean positions of `num_keypoints` learned maps."""
     num_keypoints: int = 32
     language: Literal["none", "film"] = "none"
@@ -76,8 +75,7 @@ class DiffusionPolicyConfig(MethodConfig):
             raise ValueError(f"method.num_observations: expected at least 1, got {self.num_observations}")
         if any(not 0 < cut <= size for cut, size in zip(self.crop_size, self.frame_size, strict=True)):
             raise ValueError(f"method.crop_size: expected at most {self.frame_size}, got {self.crop_size}")
-        if any(channels % 16 for channels in self.encoder_channels):
-            raise ValueError(f"method.encoder_channels: expected multiples of 16, got {self.encoder_channels}")
+        frame_width(self.encoder_channels, self.pooling, self.num_keypoints)  # checks the channels
         if any(channels % self.num_groups for channels in self.unet_channels):
             raise ValueError(
                 f"method.unet_channels: expected multiples of {self.num_groups} groups, got {self.unet_channels}"
@@ -138,7 +136,7 @@ class DiffusionPolicyConfig(MethodConfig):
     @property
     def frame_dim(self) -> int:
         """Width of a frame's features."""
-        return self.encoder_channels[-1] if self.pooling == "mean" else 2 * self.num_keypoints
+        return frame_width(self.encoder_channels, self.pooling, self.num_keypoints)
 
     @property
     def condition_dim(self) -> int:
@@ -157,86 +155,6 @@ class DiffusionPolicyConfig(MethodConfig):
             f" observations, {self.sampling_steps} {self.sampler.upper()} steps of {self.num_steps}, language"
             f" {self.language}"
         )
-
-
-# --- the frame encoder ------------------------------------------------------------------------------------------------
-
-
-class ResidualBlock2d(nn.Module):
-    """ResNet's basic block with group norm, 16 channels a group. Batch norm does not go with averaged weights."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(outputs // 16, outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(outputs // 16, outputs)
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(outputs // 16, outputs)
-            )
-
-    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
-        """Two convolutions beside the shortcut."""
-        y = torch.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
-class FrameEncoder(nn.Module):
-    """A ResNet-18 without its classifier, from scratch: a frame to one vector."""
-
-    def __init__(self, config: DiffusionPolicyConfig) -> None:
-        super().__init__()
-        channels = config.encoder_channels
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False),
-            nn.GroupNorm(channels[0] // 16, channels[0]),
-            nn.ReLU(),
-            nn.MaxPool2d(3, stride=2, padding=1),
-        )
-        blocks = [ResidualBlock2d(channels[0], channels[0], 1), ResidualBlock2d(channels[0], channels[0], 1)]
-        for inputs, outputs in pairwise(channels):
-            blocks += [ResidualBlock2d(inputs, outputs, 2), ResidualBlock2d(outputs, outputs, 1)]
-        self.blocks = nn.ModuleList(blocks)
-        self.keypoints: nn.Conv2d | None = None
-        self.project: nn.Linear | None = None
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if config.pooling == "spatial_softmax":
-            self.keypoints = nn.Conv2d(channels[-1], config.num_keypoints, 1)
-            self.project = nn.Linear(config.frame_dim, config.frame_dim)
-
-    def forward(self, frames: UInt8[Tensor, "N H W 3"]) -> Float[Tensor, "N E"]:
-        """Features of frames, normalised by ImageNet's statistics as in the original."""
-        mean, std = (torch.tensor(values, device=frames.device) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
-        x = self.stem(((frames / 255 - mean) / std).movedim(-1, 1))
-        for block in self.blocks:
-            x = block(x)
-        if self.keypoints is None or self.project is None:
-            return x.mean(dim=(2, 3))
-        return torch.relu(self.project(spatial_softmax(self.keypoints(x))))
-
-
-def spatial_softmax(maps: Float[Tensor, "N C H W"]) -> Float[Tensor, "N 2*C"]:
-    """The mean position (x, y) in [-1, 1] under the softmax of each map, of one map after the other."""
-    height, width = maps.shape[-2:]
-    weights = maps.flatten(2).float().softmax(dim=-1).unflatten(2, (height, width))
-    rows, columns = (torch.linspace(-1, 1, size, device=maps.device) for size in (height, width))
-    x, y = (weights.sum(dim=2) * columns).sum(dim=-1), (weights.sum(dim=3) * rows).sum(dim=-1)
-    return torch.stack([x, y], dim=-1).flatten(1)
-
-
-def cut(
-    frames: UInt8[Tensor, "N Y X 3"], corners: Int[Tensor, "N 2"], size: tuple[int, int]
-) -> UInt8[Tensor, "N H W 3"]:
-    """A window of `size` from each frame, with its upper left pixel at `corners`."""
-    rows, columns = (
-        corners[:, axis, None] + torch.arange(length, device=frames.device) for axis, length in enumerate(size)
-    )
-    index = torch.arange(len(frames), device=frames.device)
-    return frames[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 # --- the denoiser -----------------------------------------------------------------------------------------------------
@@ -315,14 +233,6 @@ def _run(blocks: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
     return x
 
 
-def sinusoid(step: Int[Tensor, "B"], width: int) -> Float[Tensor, "B E"]:
-    """Sines, then cosines, of the diffusion step at wavelengths of 2 pi to 20,000 pi."""
-    half = width // 2
-    frequencies = 10_000 ** (-torch.arange(half, device=step.device) / (half - 1))
-    angles = step[:, None] * frequencies
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 # --- the method -------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +244,7 @@ class DiffusionPolicy(Method):
     def __init__(self, config: DiffusionPolicyConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = FrameEncoder(config)
+        self.encoder = FrameEncoder(config.encoder_channels, pooling=config.pooling, num_keypoints=config.num_keypoints)
         self.unet = ConditionalUNet(config)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -375,9 +285,7 @@ class DiffusionPolicy(Method):
         condition = self.condition(batch)
         noise = noise_like(batch.actions)
         step = sample_shard(lambda n: torch.randint(config.num_steps, (n,)), count).to(batch.actions.device)
-        noisy = _scheduler(config.num_steps, config.num_steps).add_noise(
-            batch.actions, noise, cast(torch.IntTensor, step)
-        )
+        noisy = add_noise(batch.actions, noise, step, config.num_steps)
         error = (self.unet(noisy, step, condition) - noise).float().square() * batch.action_mask
         loss = error.sum() / (batch.action_mask.sum() if denominators is None else denominators["actions"])
         return Losses(total=loss, terms={"action": loss})
@@ -404,39 +312,9 @@ class DiffusionPolicy(Method):
         ancestral, steps = config.sampler == "ddpm", steps or config.sampling_steps
         if ancestral and steps > config.sampling_steps:
             raise ValueError(f"DDPM: expected at most sampling_steps = {config.sampling_steps} steps, got {steps}")
-        scheduler, sample = _scheduler(config.num_steps, steps), noise["action"]
-        for index, step in enumerate(scheduler.timesteps.tolist()):
-            predicted = self.unet(sample, torch.full((len(sample),), step, device=sample.device), condition).float()
-            if continuation is not None:
-                predicted = _held(predicted, sample, scheduler.alphas_cumprod[step].item(), *continuation)
-            added = noise["later"][:, index] if ancestral and index < steps - 1 else None
-            options = {"eta": 0.0 if added is None else 1.0, "use_clipped_model_output": ancestral}
-            sample = scheduler.step(predicted, step, sample, variance_noise=added, return_dict=False, **options)[0]
-        return sample
 
+        def predict(actions: Tensor, step: Tensor) -> Tensor:
+            return self.unet(actions, step, condition)
 
-def mean_token(tokens: Float[Tensor, "B L E"]) -> Float[Tensor, "B E"]:
-    """The mean of an instruction's tokens; padding is zero."""
-    count = tokens.any(dim=-1).sum(dim=1, keepdim=True)
-    return tokens.sum(dim=1) / count.clamp(min=1)
-
-
-def _scheduler(num_steps: int, sampling_steps: int) -> DDIMScheduler:
-    """Squared-cosine noise, prediction of the noise, clean actions clipped to [-1, 1]."""
-    scheduler = DDIMScheduler(
-        num_train_timesteps=num_steps,
-        beta_schedule="squaredcos_cap_v2",
-        clip_sample=True,
-        prediction_type="epsilon",
-    )
-    scheduler.set_timesteps(sampling_steps)
-    return scheduler
-
-
-def _held(predicted: Tensor, sample: Tensor, kept: float, previous: Tensor, weights: Tensor) -> Tensor:
-    """The predicted noise, moved by `weights` towards the noise that leads from `previous` to `sample`; `kept` is
-    alpha-bar.
-
-    The equations of real-time chunking are those of flow matching, so this stands in for them.
-    """
-    return predicted + weights * ((sample - kept**0.5 * previous) / (1 - kept) ** 0.5 - predicted)
+        later = noise["later"] if ancestral else None
+        return ddim(predict, noise["action"], config.num_steps, steps, added=later, continuation=continuation)

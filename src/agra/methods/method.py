@@ -173,6 +173,11 @@ class MethodConfig(ABC):
         """The frame shown at each time position of a token grid. (0,) is the observation alone."""
         return (0,)
 
+    @property
+    def imagined_frames(self) -> tuple[int, ...]:
+        """The frames of the video that the method predicts (`Imagines`), the observation first."""
+        return tuple(range(max(1, self.needs().clip)))
+
     # --- acting -------------------------------------------------------------------------------------------------------
 
     @property
@@ -376,7 +381,10 @@ class Imagines(Protocol):
     """A method that predicts video."""
 
     def imagine(self, inputs: PolicyInputs, noise: Noise, *, steps: int) -> Float[Tensor, "B C T h w"]:
-        """Predict the video's latents. The first ones are the observation's."""
+        """Predict the video's latents. The first ones are the observation's.
+
+        A method without a clip returns one latent for each of `MethodConfig.imagined_frames` after the observation.
+        """
         ...
 
 

@@ -4,6 +4,7 @@ from agra.methods.diffusion_policy import DiffusionPolicyConfig
 from agra.methods.dit4dit import DiT4DiTConfig
 from agra.methods.flare import FLAREConfig
 from agra.methods.method import MethodConfig
+from agra.methods.uwm import UWMConfig
 from agra.methods.vla import VLAConfig
 from agra.methods.wam import WAMMethodConfig
 
@@ -13,5 +14,6 @@ METHODS: dict[str, type[MethodConfig]] = {
     "dit4dit": DiT4DiTConfig,
     "flare": FLAREConfig,
     "vla": VLAConfig,
+    "uwm": UWMConfig,
 }
 """Config classes by `kind`. A method outside the package adds itself before its first config is read."""

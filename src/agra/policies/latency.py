@@ -19,7 +19,7 @@ from agra.policies.load import load_policy
 from agra.policies.policy import MethodPolicy
 from agra.precision import local_device
 from agra.types import PolicyRequest
-from agra.wam.codec import Codec, CodecConfig, WanCodec
+from agra.wam.codec import Codec, CodecConfig, SDXLCodec, WanCodec
 from agra.wam.patch_pca import PatchPCACodec
 
 INSTRUCTION = "pick it up"
@@ -114,7 +114,10 @@ def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **op
 def _random_codec(config: CodecConfig) -> Codec:
     if config.kind == "patch_pca":
         return PatchPCACodec(config.channels)
-    return WanCodec.untrained(config.channels, dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    return (
+        SDXLCodec.untrained(dtype=dtype) if config.kind == "sdxl" else WanCodec.untrained(config.channels, dtype=dtype)
+    )
 
 
 def timed(policy: MethodPolicy, batch: int) -> Call:

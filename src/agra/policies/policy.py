@@ -246,8 +246,13 @@ class MethodPolicy:
         """
         if not isinstance(self.method, Imagines) or self.observations.codec is None:
             raise ValueError(f"{self.name}: the method {self.config.method.kind} predicts no video")
-        latents = self.method.imagine(inputs, noise, steps=steps)
-        return to_frames(self.observations.codec.decode(latents))
+        latents, codec = self.method.imagine(inputs, noise, steps=steps), self.observations.codec
+        if self.config.method.needs().clip:
+            return to_frames(codec.decode(latents))
+        assert inputs.frames is not None  # frames that are predicted one by one, after the observation's picture
+        alone = to_frames(codec.decode(latents.transpose(1, 2).flatten(0, 1)[:, :, None]))
+        predicted = alone.reshape(len(latents), -1, *alone.shape[2:])
+        return np.concatenate([inputs.frames[:, -1:].cpu().numpy(), predicted], axis=1)
 
     # --- instruments --------------------------------------------------------------------------------------------------
 

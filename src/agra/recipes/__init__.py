@@ -43,6 +43,7 @@ from agra.recipes.presets import (
     real_world,
 )
 from agra.recipes.tiny import tiny, tiny_wam
+from agra.recipes.uwm import tiny_uwm, uwm
 from agra.recipes.vla import tiny_vla, vla
 from agra.stages import Stage
 
@@ -83,8 +84,10 @@ __all__ = [
     "tiny_flare",
     "tiny_flare_frozen",
     "tiny_flare_policy_only",
+    "tiny_uwm",
     "tiny_vla",
     "tiny_wam",
+    "uwm",
     "vla",
     "wam",
 ]
@@ -109,6 +112,8 @@ RECIPES: dict[str, Recipe] = {
         tiny_flare_policy_only,
         vla,
         tiny_vla,
+        uwm,
+        tiny_uwm,
     )
 }
 PRESETS: dict[str, Preset] = {

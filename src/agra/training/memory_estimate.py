@@ -29,7 +29,7 @@ from agra.methods.method import Method, MethodConfig
 from agra.precision import prepare_fake_tensors
 from agra.training.optimization import freeze
 from agra.training.parallelize import ParallelConfig, apply
-from agra.wam.codec import CodecConfig, WanCodec, latent_shape
+from agra.wam.codec import CodecConfig, SDXLCodec, WanCodec, latent_shape
 from agra.wam.patch_pca import PatchPCACodec
 
 _FLOPS = {
@@ -155,6 +155,8 @@ def _codec_flops(codec: CodecConfig, config: MethodConfig, num_frames: int) -> f
     with _fake_tensors(), torch.no_grad():
         if codec.kind == "wan":
             encode = WanCodec.untrained(codec.channels).vae.encode
+        elif codec.kind == "sdxl":
+            encode = SDXLCodec.untrained().encode
         else:
             encode = PatchPCACodec(codec.channels).encode
         return count_flops(lambda: encode(video))
@@ -193,6 +195,7 @@ def fake_batch(config: MethodConfig, count: int) -> Batch:
     if config.codec is not None and needs.frame_latents:
         channels, _, *grid = latent_shape(config.codec, shapes.frame_size, 1)
         fields["frame_latents"] = torch.randn(count, len(needs.frame_latents), channels, *grid)
+        fields["frame_mask"] = torch.ones(count, len(needs.frame_latents), dtype=torch.bool)
     if needs.frames:
         fields["frames"] = torch.randint(0, 256, (count, len(needs.frames), *shapes.frame_size, 3), dtype=torch.uint8)
     if needs.states:

@@ -1,8 +1,8 @@
-"""The frozen video codec, between frames and normalised latents: Wan 2.1 (C.1) or a patch PCA.
+"""The frozen codec, between frames and normalised latents: Wan 2.1 (C.1), a patch PCA, or SDXL's image VAE.
 
-Both codecs are causal with a time stride of 4 and a space stride of 8. Latent frame 0 covers frame 0 alone, latent
+The first two are causal with a time stride of 4 and a space stride of 8. Latent frame 0 covers frame 0 alone, latent
 frame t >= 1 covers frames 4t-3..4t. 1 + 4k frames therefore become 1 + k latent frames, and the latent of an
-observation needs no future frame. Frames are uint8 RGB (..., T, H, W, 3) outside, video is float (B, 3, T, H, W) in
+observation needs no future frame. SDXL's encodes every frame alone. Frames are uint8 RGB (..., T, H, W, 3) outside, video is float (B, 3, T, H, W) in
 [-1, 1] inside.
 """
 
@@ -24,6 +24,7 @@ from agra.wam.patch_pca import MAX_CHANNELS, SPACE_STRIDE, TIME_STRIDE, PatchPCA
 from agra.weights import frozen, weights_digest
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
@@ -55,18 +56,18 @@ class Codec(Protocol):
 class CodecConfig:
     """Choice of the codec. The defaults are the paper's."""
 
-    kind: Literal["wan", "patch_pca"] = "wan"
+    kind: Literal["wan", "patch_pca", "sdxl"] = "wan"
     source: str = "nvidia/Cosmos-Predict2.5-2B"
-    """Hub id or local folder with a subfolder `vae` (kind wan)."""
+    """Hub id or local folder: with a subfolder `vae` (kind wan), or of the VAE itself (kind sdxl)."""
     revision: str | None = "diffusers/base/post-trained"
     channels: int = 16
-    """Latent channels: 16 for Wan 2.1, and the number of fitted components for a patch PCA."""
+    """Latent channels: 16 for Wan 2.1, 4 for SDXL, and the number of fitted components for a patch PCA."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision in which Wan runs, bfloat16 as in Cosmos's own pipeline. Latents are always float32."""
+    """Precision in which a VAE runs, bfloat16 as in Cosmos's own pipeline. Latents are always float32."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("wan", "patch_pca"):
-            raise ValueError(f'CodecConfig.kind: expected "wan" or "patch_pca", got {self.kind!r}')
+        if self.kind not in ("wan", "patch_pca", "sdxl"):
+            raise ValueError(f'CodecConfig.kind: expected "wan", "patch_pca" or "sdxl", got {self.kind!r}')
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f'CodecConfig.dtype: expected "float32" or "bfloat16", got {self.dtype!r}')
         if not 1 <= self.channels <= MAX_CHANNELS:
@@ -75,7 +76,7 @@ class CodecConfig:
     @property
     def time_stride(self) -> int:
         """Frames of each latent frame after the first, as `Codec.time_stride`."""
-        return TIME_STRIDE
+        return 1 if self.kind == "sdxl" else TIME_STRIDE
 
     @property
     def space_stride(self) -> int:
@@ -83,15 +84,16 @@ class CodecConfig:
         return SPACE_STRIDE
 
 
-def load_codec(config: CodecConfig, path: Path | str | None = None) -> "PatchPCACodec | WanCodec":
+def load_codec(config: CodecConfig, path: Path | str | None = None) -> "PatchPCACodec | WanCodec | SDXLCodec":
     """Load the codec of `config`, frozen. `path` is the fitted file of a patch PCA. Other kinds take none.
 
     Raises FileNotFoundError with the remedy if weights are missing or gated, ValueError if they do not fit.
     """
-    if config.kind == "wan":
+    if config.kind != "patch_pca":
         if path is not None:
-            raise ValueError(f"path: expected None, because the Wan codec is read from CodecConfig.source, got {path}")
-        codec = WanCodec.from_pretrained(config.source, revision=config.revision, dtype=getattr(torch, config.dtype))
+            raise ValueError(f"path: expected None, because a VAE is read from CodecConfig.source, got {path}")
+        vae = WanCodec if config.kind == "wan" else SDXLCodec
+        codec = vae.from_pretrained(config.source, revision=config.revision, dtype=getattr(torch, config.dtype))
     elif path is None:
         raise ValueError("path: expected the fitted file of the patch_pca codec, got None")
     else:
@@ -225,3 +227,71 @@ class WanCodec(nn.Module):
                 padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
                 results.append(run(padded)[: len(chunk)])
         return torch.cat(results)
+
+
+class SDXLCodec(nn.Module):
+    """SDXL's image VAE from diffusers. Every frame is encoded alone, as mode x scaling factor, about unit variance."""
+
+    time_stride, space_stride = 1, SPACE_STRIDE
+
+    def __init__(self, vae: "AutoencoderKL") -> None:
+        super().__init__()
+        config: Any = vae.config
+        self.vae: Any = frozen(vae)
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        if stride != SPACE_STRIDE:
+            raise ValueError(f"VAE: expected a stride of {SPACE_STRIDE} in space, got {stride}")
+        self.channels: int = config.latent_channels
+        self.scale: float = config.scaling_factor
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Self:
+        """Load from a hub id or a local folder. Raises FileNotFoundError with the remedy if it cannot be read."""
+        # Imported here because the import takes seconds and the patch PCA does not need it.
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        with loading("SDXL image codec", source=source, revision=revision):
+            return cls(AutoencoderKL.from_pretrained(source, revision=revision, torch_dtype=dtype))
+
+    @classmethod
+    def untrained(cls, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Build SDXL's architecture with random weights, to count and time its calls. Reads no file."""
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        settings: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "scaling_factor": 0.13025,
+        }
+        vae: Any = AutoencoderKL(**settings)
+        return cls(vae if dtype is torch.float32 else vae.to(dtype))
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Kind, channels, scaling factor and a hash of the weights."""
+        return {"kind": "sdxl", "channels": self.channels, "scale": self.scale, "weights": self._digest}
+
+    @cached_property
+    def _digest(self) -> str:
+        return weights_digest(self)
+
+    @torch.no_grad()
+    def encode(self, video: Float[Tensor, "B 3 F H W"]) -> Float[Tensor, "B C F h w"]:
+        """Encode every frame as mode x scaling factor, float32."""
+        check_video(video[:, :, :1])
+        return self._by_frame(lambda x: self.vae.encode(x, return_dict=False)[0].mode().float() * self.scale, video)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B 3 F H W"]:
+        """Decode every frame to [-1, 1], float32."""
+        check_latents(latents, self.channels)
+        return self._by_frame(
+            lambda x: self.vae.decode(x, return_dict=False)[0].float().clamp(-1, 1), latents / self.scale
+        )
+
+    def _by_frame(self, run: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+        """Call `run` on each frame, so that its result does not depend on the other frames of a batch."""
+        frames = video.transpose(1, 2).flatten(0, 1).to(self.vae.device, self.vae.dtype)
+        return torch.cat([run(frame) for frame in frames.split(1)]).unflatten(0, (len(video), -1)).transpose(1, 2)

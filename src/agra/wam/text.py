@@ -258,6 +258,12 @@ class CosmosReasonEncoder(nn.Module):
         return self.projection(tokens.to(weight))
 
 
+def mean_token(tokens: Float[Tensor, "B L E"]) -> Float[Tensor, "B E"]:
+    """Average an instruction's tokens. Padding is zero and does not count."""
+    count = tokens.any(dim=-1).sum(dim=1, keepdim=True)
+    return tokens.sum(dim=1) / count.clamp(min=1)
+
+
 def _chat(instruction: str) -> list[dict[str, Any]]:
     return [
         {"role": "system", "content": [{"type": "text", "text": COSMOS_SYSTEM_MESSAGE}]},

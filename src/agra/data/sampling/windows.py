@@ -84,6 +84,11 @@ class Windows:
         """Return the control steps of a window's `frames`, which count at the source's stride from the observation."""
         return self.rows(episode, start, np.asarray(frames, dtype=np.int64) * self.stride)
 
+    def recorded(self, episode: int, start: int, frames: Sequence[int]) -> np.ndarray:
+        """Return whether each of a window's `frames` lies within the episode, which `frame_steps` clips to."""
+        steps = start + np.asarray(frames, dtype=np.int64) * self.stride
+        return (steps >= 0) & (steps < self.lengths[episode])
+
     def clip(self, episode: int, start: int, frames: Sequence[int]) -> np.ndarray:
         """Decode a window's ascending `frames` to (len(frames), H, W, 3) uint8."""
         return self.source.dataset.clip(episode, self.frame_steps(episode, start, frames), threads=1)

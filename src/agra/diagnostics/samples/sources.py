@@ -224,7 +224,7 @@ def _grid_steps(method: MethodConfig, stride: int) -> list[int]:
 
 def _window_steps(method: MethodConfig, stride: int) -> list[int]:
     """Control steps from the observation to the frames of the predicted video."""
-    return [frame * stride for frame in range(max(1, method.needs().clip))]
+    return [frame * stride for frame in method.imagined_frames]
 
 
 def _past_steps(config: RunConfig) -> tuple[int, ...]:
