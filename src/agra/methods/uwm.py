@@ -1,5 +1,4 @@
-"""UWM (Zhu et al., arXiv 2504.02792): one transformer denoises an action chunk and future frames, at two diffusion
-steps.
+"""UWM (Zhu et al., arXiv 2504.02792): one transformer denoises actions and future frames, at two diffusion steps.
 
 The steps are drawn independently in training. At inference a step says what is known of its modality: its maximum
 marginalises it, zero conditions on it. One network is therefore a policy, forward dynamics, inverse dynamics and a video

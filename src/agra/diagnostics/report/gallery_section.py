@@ -207,7 +207,8 @@ def _panels(arm: _Arm, kinds: Sequence[str]) -> list[dict[str, str]]:
     if arm.array("imagined") is not None:
         caption = ""
         if row["psnr"] is not None:
-            caption = f"{number(row['psnr'])}\u00a0dB, static {number(row['still_psnr'])}"
+            static = "equal" if row["still_psnr"] is None else number(row["still_psnr"])  # the scene did not move
+            caption = f"{number(row['psnr'])}\u00a0dB, static {static}"
         panels.append({"kind": "imagined", "name": "", "title": "Predicted video", "caption": caption})
     return panels
 
