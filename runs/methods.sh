@@ -29,6 +29,7 @@ diffusion_policy 0 tiny_diffusion_policy scratch
 dit4dit 0 tiny_dit4dit adapt
 dit4dit_attached 0 tiny_dit4dit_attached adapt
 vla 0 tiny_vla scratch
+uwm 0 tiny_uwm scratch
 ROWS
 }
 
