@@ -24,9 +24,9 @@ class Batch:
     instruction: Float[Tensor, "B L E"] | None = None  # tokens of the frozen text encoder
     latents: Float[Tensor, "B C T h w"] | None = None  # normalised; latent frame 0 is the observation
     frame_latents: Float[Tensor, "B F C h w"] | None = None  # of frames that are encoded one by one
-    frame_mask: Bool[Tensor, "B F"] | None = None  # False where one of `frame_latents` lies outside its episode
     frames: UInt8[Tensor, "B F Y X 3"] | None = None
     features: Float[Tensor, "B F H W P"] | None = None  # teacher features as an input
+    frame_mask: Bool[Tensor, "B F"] | None = None  # False for `frame_latents` or `features` outside the episode
     targets: Float[Tensor, "B F H W P"] | None = None  # teacher features as a target (Eq. 4)
     states: Float[Tensor, "B F S"] | None = None  # of several control steps, as `state`
     target_rows: Int[Tensor, "R"] | None = None  # samples with targets; None means all

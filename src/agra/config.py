@@ -94,6 +94,12 @@ class RunConfig:
                     f"data.normalization: {self.method.kind} clips actions to [-1, 1], so theirs must be min_max, got "
                     f"{wide[0]}"
                 )
+        stride = self.method.frame_stride
+        if others := [s.frame_stride for s in self.data.sources if stride is not None and s.frame_stride != stride]:
+            raise ValueError(
+                f"data.frame_stride: {self.method.kind} counts frames as control steps and needs a stride of {stride}, "
+                f"got {others[0]}"
+            )
         rows = self.method.shapes.num_embodiments
         if len(self.data.embodiments) > rows:
             raise ValueError(

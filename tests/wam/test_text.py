@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict import Cosmos2_5_PredictBasePipeline
 from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import agra.hub
 from agra.wam.text import MiniLMEncoder, TextConfig, load_text_encoder, mean_token
@@ -161,3 +162,35 @@ def test_cosmos_reason_missing_names_the_remedy(tmp_path):
 def test_text_config_is_checked(fields):
     with pytest.raises(ValueError, match=f"TextConfig.{next(iter(fields))}"):
         TextConfig(**fields)
+
+
+# Qwen3-VL
+
+
+def test_qwen3_vl_gives_its_language_models_last_states(cosmos_reason, tmp_path):
+    """A thin Qwen3-VL saved by transformers. Tokens do not depend on padding or on the other instructions."""
+    tokenizer = cosmos_reason[1]
+    text = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 48, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision | {"deepstack_visual_indexes": [0]})
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = TextConfig(kind="qwen3_vl", source=str(tmp_path), revision=None, length=40, dtype="float32")
+    encoder = load_text_encoder(config)
+    assert (encoder.width, encoder.key["kind"]) == (32, "qwen3_vl")
+    tokens = encoder.encode(INSTRUCTIONS[:2])
+    for instruction, row in zip(INSTRUCTIONS, tokens, strict=False):
+        ids = torch.tensor([tokenizer(instruction)["input_ids"]])
+        expected = model(ids, output_hidden_states=True).hidden_states[-1][0]
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=1e-4)
+        assert not row[len(expected) :].any()
+        assert [word for word, _ in encoder.words(instruction)] == instruction.split()
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    with pytest.raises(ValueError, match="qwen3_vl takes no projection"):
+        load_text_encoder(config, nn.Linear(32, 8))

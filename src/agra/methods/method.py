@@ -121,6 +121,11 @@ class MethodConfig(ABC):
         """The frozen visual encoder whose features it reads or is aligned with, at any stage."""
         return None
 
+    @property
+    def frame_stride(self) -> int | None:
+        """The only frame stride that the method allows, where it counts frames as control steps."""
+        return None
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     @property

@@ -3,6 +3,7 @@
 from agra.methods.diffusion_policy import DiffusionPolicyConfig
 from agra.methods.dit4dit import DiT4DiTConfig
 from agra.methods.flare import FLAREConfig
+from agra.methods.lda import LDAConfig
 from agra.methods.method import MethodConfig
 from agra.methods.uwm import UWMConfig
 from agra.methods.vla import VLAConfig
@@ -15,5 +16,6 @@ METHODS: dict[str, type[MethodConfig]] = {
     "flare": FLAREConfig,
     "vla": VLAConfig,
     "uwm": UWMConfig,
+    "lda_scratch": LDAConfig,
 }
 """Config classes by `kind`. A method outside the package adds itself before its first config is read."""

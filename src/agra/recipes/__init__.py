@@ -19,6 +19,7 @@ from agra.recipes.flare import (
     tiny_flare_frozen,
     tiny_flare_policy_only,
 )
+from agra.recipes.lda import lda_scratch, lda_scratch_vae, tiny_lda_scratch, tiny_lda_scratch_vae
 from agra.recipes.paper import (
     PAPER,
     agra_bridge_l8,
@@ -75,6 +76,8 @@ __all__ = [
     "gr1",
     "gr1_few_shot",
     "groot_head",
+    "lda_scratch",
+    "lda_scratch_vae",
     "literal_head",
     "real_world",
     "tiny",
@@ -84,6 +87,8 @@ __all__ = [
     "tiny_flare",
     "tiny_flare_frozen",
     "tiny_flare_policy_only",
+    "tiny_lda_scratch",
+    "tiny_lda_scratch_vae",
     "tiny_uwm",
     "tiny_vla",
     "tiny_wam",
@@ -114,6 +119,10 @@ RECIPES: dict[str, Recipe] = {
         tiny_vla,
         uwm,
         tiny_uwm,
+        lda_scratch,
+        lda_scratch_vae,
+        tiny_lda_scratch,
+        tiny_lda_scratch_vae,
     )
 }
 PRESETS: dict[str, Preset] = {

@@ -195,7 +195,6 @@ def fake_batch(config: MethodConfig, count: int) -> Batch:
     if config.codec is not None and needs.frame_latents:
         channels, _, *grid = latent_shape(config.codec, shapes.frame_size, 1)
         fields["frame_latents"] = torch.randn(count, len(needs.frame_latents), channels, *grid)
-        fields["frame_mask"] = torch.ones(count, len(needs.frame_latents), dtype=torch.bool)
     if needs.frames:
         fields["frames"] = torch.randint(0, 256, (count, len(needs.frames), *shapes.frame_size, 3), dtype=torch.uint8)
     if needs.states:
@@ -205,6 +204,8 @@ def fake_batch(config: MethodConfig, count: int) -> Batch:
             fields[name] = torch.randn(count, len(frames), *shapes.feature_grid, feature_width(config))
     if needs.instruction:
         fields["instruction"] = torch.randn(count, *shapes.instruction)
+    if masked := needs.frame_latents or needs.features:
+        fields["frame_mask"] = torch.ones(count, len(masked), dtype=torch.bool)
     return Batch(
         state=torch.randn(count, shapes.state_dim),
         actions=torch.randn(count, shapes.horizon, shapes.action_dim),

@@ -156,7 +156,7 @@ class ActionDiT(nn.Module):
 
     def embed_time(self, bucket: Float[Tensor, "B"], dtype: torch.dtype) -> Float[Tensor, "B W"]:
         """Embed the time for the modulation of every sub-block."""
-        return self.time_embedding(_sinusoid(bucket, 256, shift=1.0, cosine_first=True).to(dtype))
+        return self.time_embedding(sinusoid(bucket, 256, shift=1.0, cosine_first=True).to(dtype))
 
     def modulate_out(self, time: Float[Tensor, "B W"]) -> tuple[Tensor, Tensor]:
         """Compute shift and scale of the final norm, (B, 1, W) each."""
@@ -303,7 +303,7 @@ class ActionEncoder(nn.Module):
 
     def time_features(self, bucket: Float[Tensor, "B"]) -> Float[Tensor, "B W"]:
         """Compute the sinusoids of the time that are concatenated with every action."""
-        return _sinusoid(bucket, self.width, shift=0.0, cosine_first=False)
+        return sinusoid(bucket, self.width, shift=0.0, cosine_first=False)
 
     def forward(
         self, actions: Float[Tensor, "B K D"], time: Float[Tensor, "B W"], embodiment: Int[Tensor, "B"]
@@ -314,7 +314,7 @@ class ActionEncoder(nn.Module):
         return self.layer3(F.silu(self.layer2(x, embodiment)), embodiment)
 
 
-def _sinusoid(time: Float[Tensor, "B"], dim: int, *, shift: float, cosine_first: bool) -> Float[Tensor, "B dim"]:
+def sinusoid(time: Float[Tensor, "B"], dim: int, *, shift: float, cosine_first: bool) -> Float[Tensor, "B dim"]:
     """Compute sinusoidal features of `time` with frequencies 10000^(-i / (dim / 2 - shift)), in float32."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / (half - shift))

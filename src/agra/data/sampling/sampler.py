@@ -154,12 +154,13 @@ class WindowSampler:
             fields["latents"] = self._latents(triples, decoded).float()
         if needs.frame_latents:
             fields["frame_latents"] = self._per_frame("frame_latents", triples, needs.frame_latents, decoded).float()
-            recorded = [self.windows_of[k].recorded(e, s, needs.frame_latents) for k, e, s in triples]
-            fields["frame_mask"] = torch.from_numpy(np.stack(recorded))
         if needs.frames:
             fields["frames"] = self._per_frame("frames", triples, needs.frames, decoded)
         if needs.features:
             fields["features"] = self._per_frame("targets", triples, needs.features, decoded).float()
+        if masked := needs.frame_latents or needs.features:
+            recorded = [self.windows_of[k].recorded(e, s, masked) for k, e, s in triples]
+            fields["frame_mask"] = torch.from_numpy(np.stack(recorded))
         if needs.targets:
             fields["targets"] = self._targets(triples, targeted, decoded).float()
             if some:
