@@ -134,7 +134,9 @@ def train(
 def _load_head(method: Method, head: str, rows: Sequence[int]) -> None:
     bridge, action_dit = (method.parts().get(name) for name in ("bridge", "action_dit"))
     if not isinstance(bridge, Bridge) or not isinstance(action_dit, ActionDiT):
-        raise ValueError(f"--head: expected a method with GR00T's action head, such as wam, got {method.config.kind}")
+        raise ValueError(
+            f"--head: expected a method with GR00T-N1.5's action head, such as wam, got {method.config.kind}"
+        )
     load_groot_head(bridge, action_dit, head, rows=rows)
 
 

@@ -29,6 +29,8 @@ from agra.rng import sharded_rng
 from agra.serving.client import PolicyClient
 from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
+from agra.training.initialization import load_initial_weights
+from agra.training.memory_estimate import measure
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.text import TextConfig
 from tests.support.echo import running
@@ -287,6 +289,18 @@ def test_levels_are_n16s():
     assert levels.mean().item() == pytest.approx(0.001 + 0.999 * 0.6, abs=0.005)  # Beta(1.5, 1) has the mean 0.6
 
 
+def test_a_run_starts_from_the_released_head(released):
+    equations, imported, folder = released
+    config = replace(tiny_vla(), method=SMALL, data=replace(tiny_vla().data, embodiments=("tabletop",)))
+    method = SMALL.build()
+    load_initial_weights(method, folder, config)
+    assert all(
+        torch.equal(a, b) for a, b in zip(method.action_dit.parameters(), imported.action_dit.parameters(), strict=True)
+    )
+    assert torch.equal(method.context.norm.weight, equations.weights["vlln.weight"])
+    assert not torch.equal(method.context.text.weight, imported.context.text.weight)  # fresh
+
+
 def test_embodiments_are_found_by_name(released, tmp_path):
     equations, _, folder = released
     two = replace(SMALL, action_dit=replace(SMALL.action_dit, num_embodiments=2)).build()
@@ -482,3 +496,9 @@ def test_it_is_evaluated_by_name(trained, monkeypatch, capsys):
     main(["evaluate", str(run), "--simulator", "point", "--limit", "2", "--videos", "0"])
     assert len(read_results(run / "results.jsonl").trials) == 8
     assert "in_distribution" in capsys.readouterr().out
+
+
+def test_it_is_planned(trained):
+    cost = measure(trained[1])
+    assert cost.parameters == {name: count(part) for name, part in trained[1].method.build().parts().items()}
+    assert cost.flops_per_sample > 2 * cost.validation_flops_per_sample > 0

@@ -9,6 +9,7 @@ two frozen encoders compute them, each followed by a linear layer. docs/methods.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from jaxtyping import Bool, Float
@@ -201,6 +202,14 @@ class VLA(Method):
         count = batch.action_mask.sum().clamp(min=1) if denominators is None else denominators["actions"]
         loss = error.sum() / (count * draws)
         return Losses(total=loss, terms={"action": loss})
+
+    def load_public(self, source: str | Path) -> None:
+        """Start from GR00T-N1.6's action head: a folder or a hub id, OWNER/NAME or OWNER/NAME@REVISION.
+
+        Every embodiment starts from that of GR1 there. Raises the errors of `load_groot_n16`.
+        """
+        name, _, revision = (str(source), "", "") if Path(source).is_dir() else str(source).partition("@")
+        load_groot_n16(self, name, revision=revision or None)
 
     # --- acting -------------------------------------------------------------------------------------------------------
 
