@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, layer_norm, silu
 
-from agra.api import prepare, train
+from agra.api import make_sampler, prepare, train
 from agra.batch import Batch
 from agra.checkpoints.folder import newest, resolve
 from agra.checkpoints.read import read_config
 from agra.cli.main import main
 from agra.config import RunConfig
 from agra.data.config import DataConfig
+from agra.data.features.preparation import open_instructions
+from agra.data.source import embodiment_stats, open_sources
 from agra.diagnostics.instruments.attention import action_attention, capture_attention
 from agra.diagnostics.instruments.intervention import InterventionInputs, action_deviation, sensitivity_map, token_table
 from agra.diagnostics.measurement import applicable_instruments
@@ -31,6 +33,7 @@ from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
 from agra.training.initialization import load_initial_weights
 from agra.training.memory_estimate import measure
+from agra.types import Observation
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.text import TextConfig
 from tests.support.echo import running
@@ -478,6 +481,31 @@ def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
         # A key's bias changes no attention. Its gradient is rounding, which AdamW makes large.
         atol = 3e-4 if name.endswith("attn.to_k.bias") else 1e-5
         torch.testing.assert_close(sharded.method.state_dict()[name], value, atol=atol, rtol=1e-4, msg=name)
+
+
+def test_a_policy_sees_what_training_saw(trained):
+    """Patches of an observation, encoded alone, are the cached ones up to rounding, and do not depend on the batch."""
+    config = trained[1]
+    sources = open_sources(config.data)
+    tokens = open_instructions(config.method, config.data, sources)
+    sampler = make_sampler(config, sources, embodiment_stats(sources), tokens, None)
+    batch = sampler._assemble(np.array([(0, 1, step) for step in (0, 1, 2)]))
+    policy, dataset = load_policy(trained[0]), sources[0].dataset
+    observations = [
+        Observation(
+            frame=dataset.frames(1)[step],
+            state=dataset.states(1)[step],
+            instruction=dataset.instruction(1),
+            embodiment="dot",
+        )
+        for step in (0, 1, 2)
+    ]
+    seen = policy.encode(observations)
+    torch.testing.assert_close(seen.features, batch.features, atol=5e-3, rtol=2e-3)
+    assert torch.equal(seen.instruction, batch.instruction)
+    assert torch.equal(seen.state, batch.state)
+    for row, observation in enumerate(observations):
+        assert torch.equal(policy.encode([observation]).features[0], seen.features[row])
 
 
 def test_it_is_served(trained):

@@ -99,8 +99,10 @@ class ObservationEncoder:
             fields["frames"] = torch.stack([resize(clip, shapes.frame_size) for clip in select(needs.frames)])
         if needs.features:
             assert self.teacher is not None
+            # A CPU pays for padding, a GPU hardly.
+            alone = self.device.type == "cpu"
             fields["features"] = teacher_grids_of_windows(
-                self.teacher, select(needs.features), shapes.feature_grid
+                self.teacher, select(needs.features), shapes.feature_grid, alone=alone
             ).float()
         if needs.instruction:
             assert self.instructions is not None

@@ -112,30 +112,34 @@ def encode_frames(codec: Codec, frames: np.ndarray, size: tuple[int, int]) -> Fl
 
 
 def teacher_grids(
-    teacher: Teacher, frames: UInt8[Tensor, "N H W 3"], grid: tuple[int, int]
+    teacher: Teacher, frames: UInt8[Tensor, "N H W 3"], grid: tuple[int, int], *, size: int = _TEACHER_CHUNK
 ) -> Float[Tensor, "N h w P"]:
     """Compute the teacher's features of frames on a token grid (Eqs. 3, 4), float16 on the CPU.
 
-    Frames go through the teacher in chunks of `_TEACHER_CHUNK`, the last one padded. Kernels then run on one shape, and
-    the features of a frame do not depend on the other frames, bit for bit.
+    Frames go through the teacher in chunks of `size`, the last one padded. Kernels then run on one shape, and the
+    features of a frame do not depend on the other frames, bit for bit.
     """
     grids = []
-    for chunk in frames.split(_TEACHER_CHUNK):
-        missing = _TEACHER_CHUNK - len(chunk)
+    for chunk in frames.split(size):
+        missing = size - len(chunk)
         padded = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])]) if missing else chunk
         grids.append(interpolate_grid(teacher(padded), grid)[: len(chunk)].half().cpu())
     return torch.cat(grids)
 
 
 def teacher_grids_of_windows(
-    teacher: Teacher, windows: Sequence[np.ndarray], grid: tuple[int, int]
+    teacher: Teacher, windows: Sequence[np.ndarray], grid: tuple[int, int], *, alone: bool = False
 ) -> Float[Tensor, "B T h w P"]:
-    """Compute `teacher_grids` of the frames (T, ., ., 3) uint8 of several windows. Windows may differ in frame size."""
+    """Compute `teacher_grids` of the frames (T, ., ., 3) uint8 of several windows. Windows may differ in frame size.
+
+    `alone` encodes one frame at a time, without padding. The features then differ by rounding.
+    """
+    chunk = 1 if alone else _TEACHER_CHUNK
     grids: list[Tensor | None] = [None] * len(windows)
     for size in {window.shape for window in windows}:
         rows = [row for row, window in enumerate(windows) if window.shape == size]
         stacked = torch.from_numpy(np.concatenate([windows[row] for row in rows]))
-        encoded = teacher_grids(teacher, stacked, grid).unflatten(0, (len(rows), -1))
+        encoded = teacher_grids(teacher, stacked, grid, size=chunk).unflatten(0, (len(rows), -1))
         for row, values in zip(rows, encoded, strict=True):
             grids[row] = values
     return torch.stack([values for values in grids if values is not None])
