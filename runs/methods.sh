@@ -19,8 +19,8 @@ DATA="--data.path $BASE/demonstrations --data.cache $BASE/cache"
 export DATA
 mkdir -p "$OUT"
 
-# NAME SEED RECIPE START. START is `adapt` for a method that first trains its video model for 500 steps, `scratch` for the
-# others, or a bundled policy that has had the same budget.
+# NAME SEED RECIPE START. START is `adapt` for a method with an adapt stage, which takes 500 steps of its budget, `scratch` for
+# the others, or a bundled policy that has had the same budget.
 rows() {
   cat <<'ROWS'
 wam 0 tiny_wam tabletop-wam
@@ -28,6 +28,9 @@ agra 0 tiny tabletop-agra
 diffusion_policy 0 tiny_diffusion_policy scratch
 dit4dit 0 tiny_dit4dit adapt
 dit4dit_attached 0 tiny_dit4dit_attached adapt
+flare 0 tiny_flare adapt
+flare_frozen 0 tiny_flare_frozen scratch
+flare_policy_only 0 tiny_flare_policy_only scratch
 vla 0 tiny_vla scratch
 uwm 0 tiny_uwm scratch
 ROWS
