@@ -1,4 +1,4 @@
-"""`agra collect`, `doctor`, `convert` and `prepare`: datasets and their frozen features."""
+"""`agra collect`, `doctor`, `view`, `convert` and `prepare`: datasets and their frozen features."""
 
 import os
 import sys
@@ -92,6 +92,24 @@ def doctor(
     chosen = camera or (report.cameras[0] if len(report.cameras) > 1 and EGO_VIEW not in report.cameras else None)
     flag = f" --data.camera {chosen}" if chosen else ""
     print(f"to train on it: agra train tiny --data.path {dataset}{flag} --output outputs/{Path(dataset).name}")
+
+
+def view(
+    dataset: Annotated[str, tyro.conf.Positional],
+    output: Path | None = None,
+    episodes: tuple[int, ...] = (0, 1, 2),
+) -> None:
+    """Write episodes of a dataset as a recording for the Rerun viewer: cameras, states, actions and instructions.
+
+    Args:
+        dataset: a LeRobot dataset of version 2.0, 2.1 or 3.0, a folder or a hub id.
+        output: the .rrd file. By default NAME.rrd in the working directory.
+        episodes: numbers of the episodes.
+    """
+    from agra.data.view import write_recording
+
+    path = write_recording(dataset, output or Path(f"{Path(dataset).name}.rrd"), episodes=episodes)
+    print(f"to look at it: rerun {path}")
 
 
 def convert(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from agra.cli.arguments import Command, command, unknown
-from agra.cli.data import collect, convert, doctor, prepare
+from agra.cli.data import collect, convert, doctor, prepare, view
 from agra.cli.deploy import bench_latency, control, export, pull, push, serve
 from agra.cli.diagnose import diagnose, probes, report, study
 from agra.cli.evaluate import compare, evaluate, leaderboard
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Command] = {
     "collect": command(collect),
     "convert": command(convert),
     "doctor": command(doctor),
+    "view": command(view),
     "prepare": prepare,
     "train": train,
     "plan": plan,
