@@ -74,8 +74,8 @@ lock:
 	rm -rf .venv-lock
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks runs
-	$(BIN)/ruff format --check src tests benchmarks runs
+	$(BIN)/ruff check src tests benchmarks runs docs
+	$(BIN)/ruff format --check src tests benchmarks runs docs/site docs/notebooks
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 dist: .venv-dist/.installed
