@@ -409,6 +409,16 @@ def test_a_continuation_keeps_what_is_being_executed():
 
 
 @torch.no_grad()
+def test_bfloat16_weights_answer_nearly_the_same():
+    method, inputs, noise = prepared()
+    exact = method.act(inputs, noise, steps=1)
+    actor = method.to(torch.bfloat16).actor(action_steps=1)
+    rounded = actor.act(inputs, noise, [None] * 3).float()
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+
+
+@torch.no_grad()
 def test_the_token_grid_is_the_patches():
     method, inputs, noise = prepared()
     hidden = method.hidden(inputs, noise, layers=(0,))
@@ -629,8 +639,10 @@ def test_a_policy_sees_what_training_saw(trained):
         ]
     )  # fmt: skip
     assert seen.tensors.keys() == windows.tensors.keys()
-    for name, value in windows.tensors.items():
-        torch.testing.assert_close(seen.tensors[name], value, rtol=0, atol=0, msg=name)
+    for name, value in windows.tensors.items():  # features were encoded in another batch and rounded to float16
+        torch.testing.assert_close(
+            seen.tensors[name], value, rtol=1e-3, atol=1e-2 if name == "features" else 0, msg=name
+        )
 
 
 def test_a_policy_acts_without_the_training_parts(trained, tmp_path):

@@ -223,6 +223,7 @@ class ObservationTokens(nn.Module):
         self, patches: Float[Tensor, "B H W P"], instruction: Float[Tensor, "B L E"], *, return_attention: bool = False
     ) -> tuple[Float[Tensor, "B M W"], Float[Tensor, "B heads M N"] | None]:
         """Encode observations. On request return the queries' attention to the H * W patches and L text tokens."""
+        patches, instruction = patches.to(self.positions.dtype), instruction.to(self.positions.dtype)
         x = torch.cat([(self.vision(patches) + self.positions).flatten(1, 2), self.text(instruction)], dim=1)
         for block in self.blocks:
             x = block(x)
