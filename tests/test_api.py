@@ -17,6 +17,7 @@ SIGNATURES = {
     " workers=1, simulator_options=None, key_mapping=None, device='cpu', threads=None, action_noise='random', progress=True)",
     "export": "(source, output, *, ema=False, half=False)",
     "load_policy": "(path, *, name=None, device='cpu', known_instructions=False, **options)",
+    "make_demo": "(policies=('tabletop-wam', 'tabletop-agra'), *, device='cpu')",
     "make_simulator": "(name, **options)",
     "prepare": "(config, *, device='cpu')",
     "read_config": "(checkpoint)",

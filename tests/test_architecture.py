@@ -39,6 +39,7 @@ DOORS = {
     "msgpack": ("agra.serving.protocol.wire",),
     "zmq": ("agra.serving",),
     "prometheus_client": ("agra.serving.server",),
+    "gradio": ("agra.demo",),
     "plotly": ("agra.diagnostics.report",),
     "jinja2": ("agra.diagnostics.report", "agra.checkpoints", "agra.policies"),
 }

@@ -18,6 +18,7 @@ _PUBLIC = {
     "report": "agra.api",
     "export": "agra.policies.export",
     "make_simulator": "agra.simulation",
+    "make_demo": "agra.api",
     "PolicyClient": "agra.serving.client",
     "Observation": "agra.types",
     "ActionChunk": "agra.types",

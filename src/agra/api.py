@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -57,8 +58,8 @@ from agra.policies.instructions import FILE as INSTRUCTIONS
 from agra.policies.load import load_policy
 from agra.precision import allow_tensor_cores, local_device
 from agra.rng import seed_everything
+from agra.simulation import EXPERT, make_simulator, open_policy
 from agra.simulation import evaluate as evaluate
-from agra.simulation import make_simulator
 from agra.training.distributed import DistributedContext, distributed_context
 from agra.training.initialization import load_initial_weights
 from agra.training.loggers import check_loggers
@@ -70,6 +71,9 @@ from agra.training.trainer import Monitor, Trainer
 from agra.wam.action_dit import ActionDiT
 from agra.wam.bridge import Bridge
 from agra.wam.groot import GR1_ROW, load_groot_head
+
+if TYPE_CHECKING:
+    from gradio import Blocks
 
 _RESULTS = ("results.jsonl", "diagnosis")
 
@@ -378,6 +382,19 @@ def record(policies: Sequence[str | Path], *, output: Path) -> Path:
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no diagnosis; run `agra diagnose` first")
     return write_recording([(e.name, read_diagnosis(e.diagnosis)) for e in entries if e.diagnosis is not None], output)
+
+
+def make_demo(policies: Sequence[str] = ("tabletop-wam", "tabletop-agra"), *, device: str = "cpu") -> "Blocks":
+    """Make the page of `agra demo`: policies side by side on the tabletop, live. Call `launch()` on it.
+
+    `policies` are those of `agra.simulation.open_policy`. Checkpoints are loaded once for all visitors. Raises
+    ImportError without Gradio, and ValueError for a policy that was not trained on the tabletop's hands.
+    """
+    from agra.demo.page import build_page  # Gradio is optional
+
+    names = [str(policy) for policy in policies]
+    loaded = {name: load_policy(name, device=device) for name in names if name != EXPERT and "://" not in name}
+    return build_page(names, lambda name, simulator: loaded[name] if name in loaded else open_policy(name, simulator))
 
 
 def _entry(policy: str | Path) -> PolicyEntry:

@@ -1,4 +1,4 @@
-"""`agra evaluate`, `compare` and `leaderboard`."""
+"""`agra evaluate`, `compare`, `leaderboard` and `demo`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -171,3 +171,30 @@ def leaderboard(
     own, methods = [read_results(path) for path in results], measured(benchmark)
     for table in methods_tables(methods, own) if methods else [leaderboard_table(own, benchmark)]:
         print_table(table)
+
+
+def demo(
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tabletop-wam", "tabletop-agra"),
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    browser: bool = True,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> None:
+    """Open a page in the browser: policies side by side on the tabletop, live, with a mouse to interfere.
+
+    Needs the extra `demo`. See docs/demo.md.
+
+    Args:
+        policies: checkpoint or run folders, names of bundled policies, servers' addresses (ws://HOST:PORT), or `expert`.
+        host: address to listen on. 0.0.0.0 lets other machines in.
+        port: port to listen on.
+        browser: open the page in the default browser.
+        device: the policies' device.
+        threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
+    """
+    from agra.api import make_demo
+    from agra.cli.arguments import use_threads
+
+    use_threads(threads)
+    make_demo(policies, device=device).launch(server_name=host, server_port=port, inbrowser=browser)

@@ -96,7 +96,7 @@ def observations(initial: Sequence[InitialObservation], swaps: Swaps) -> dict[In
             replace(observation, frame=unchanged[row].frame)
             for observation, row in zip(unchanged, swaps.image, strict=True)
         ],
-        "image_masked": [replace(observation, frame=_blank(observation.frame)) for observation in unchanged],
+        "image_masked": [replace(observation, frame=blank(observation.frame)) for observation in unchanged],
         "instruction_swapped": [
             replace(observation, instruction=unchanged[row].instruction)
             for observation, row in zip(unchanged, swaps.instruction, strict=True)
@@ -218,7 +218,8 @@ class VisualReliance:
         return cls(trials=tuple(content["trials"]), groups=tuple(content["groups"]), values=values)
 
 
-def _blank(frame: np.ndarray) -> np.ndarray:
+def blank(frame: np.ndarray) -> np.ndarray:
+    """The frame (H, W, 3) uint8 with its mean colour everywhere."""
     colour = frame.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
     return np.broadcast_to(colour, frame.shape).copy()
 

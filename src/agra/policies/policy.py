@@ -275,9 +275,9 @@ class MethodPolicy:
         """Encode observations as the method's inputs."""
         return self.observations.encode(observations)
 
-    def noise(self, count: int, seed: int) -> dict[str, Tensor]:
-        """Draw the starting noise of `count` chunks, for diagnostics that keep it fixed."""
-        return self._draw(count, torch.Generator().manual_seed(seed))
+    def noise(self, count: int, seed: int | torch.Generator) -> dict[str, Tensor]:
+        """Draw the starting noise of `count` chunks, for diagnostics that keep it fixed, from a seed or an `episode`."""
+        return self._draw(count, seed if isinstance(seed, torch.Generator) else self.episode(seed))
 
     def unnormalize(self, actions: Float[Tensor, "B K D"], embodiment: str) -> np.ndarray:
         """Convert the method's actions to the robot's units: (B, K, D of the embodiment) float32."""

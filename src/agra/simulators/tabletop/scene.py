@@ -161,16 +161,16 @@ class Scene:
     def _place(self, description: Mapping[str, Any]) -> None:
         """Place all objects as described and let them come to rest."""
         for placed in description["containers"]:
-            self._place_container(placed["name"], placed["position"], placed.get("yaw", 0.0))
+            self.place_container(placed["name"], placed["position"], placed.get("yaw", 0.0))
         floor = 0.0
         if "steamer" in description:
             x, y = description["steamer"]["position"]
-            self._place_container(STEAMER.name, (x, y), 0.0)
-            self._place_item(LID.name, (x, y), 0.0, STEAMER.rim)
+            self.place_container(STEAMER.name, (x, y), 0.0)
+            self.place_item(LID.name, (x, y), 0.0, STEAMER.rim)
             floor = STEAMER.floor
-        self._place_item(**_pose(description["target"]), floor=floor)
+        self.place_item(**_pose(description["target"]), floor=floor)
         for placed in description["distractors"]:
-            self._place_item(**_pose(placed), floor=0.0)
+            self.place_item(**_pose(placed), floor=0.0)
         # Damping stops the rotation of items, as felt, crumbs and air would.
         for name in self.items:
             start = self.model.joint(name).dofadr[0]
@@ -181,12 +181,14 @@ class Scene:
         mujoco.mj_step(self.model, self.data, nstep=SETTLE_STEPS)
         mujoco.mj_forward(self.model, self.data)
 
-    def _place_container(self, name: str, position: Any, yaw: float) -> None:
+    def place_container(self, name: str, position: Any, yaw: float) -> None:
+        """Put a container at (x, y) on the table."""
         mocap = self.model.body(name).mocapid[0]
         self.data.mocap_pos[mocap] = [position[0], position[1], 0.0]
         self.data.mocap_quat[mocap] = [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
 
-    def _place_item(self, name: str, position: Any, yaw: float, floor: float) -> None:
+    def place_item(self, name: str, position: Any, yaw: float, floor: float) -> None:
+        """Put an item upright at (x, y), on a surface of height `floor`."""
         height = floor - self.items[name].bounds[0][2] + 0.0005
         self.data.joint(name).qpos[:] = [position[0], position[1], height, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]
 

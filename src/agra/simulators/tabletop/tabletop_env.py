@@ -54,7 +54,15 @@ class Tabletop:
         self.goal: PickAndPlace = GOALS[trial.task](self._scene, trial.scene)
         if self._renderer is None:
             self._renderer = Renderer(self._scene, self.frame_size)
-        return self._observe()
+        return self.observe()
+
+    def instruct(self, trial: Trial) -> None:
+        """Go on with the instruction and the goal of `trial`, on the scene as it is.
+
+        The progress starts again. The trial's objects must be those of the running trial.
+        """
+        self.goal = GOALS[trial.task](self.scene, trial.scene)
+        self.trial = trial
 
     def step(self, action: np.ndarray, *, render: bool = True) -> Step:
         """Move towards the targets `action` (D,) for 0.1 s."""
@@ -64,7 +72,7 @@ class Tabletop:
             raise ValueError(f"action: expected {expected} finite numbers, got shape {action.shape}: {action}")
         self.scene.step(action)
         success = self.goal.update()
-        return Step(observation=self._observe(render), success=success, progress=dict(self.goal.progress))
+        return Step(observation=self.observe(render), success=success, progress=dict(self.goal.progress))
 
     def interaction_mask(self) -> np.ndarray:
         """(H, W) bool: the acting hand and its object. In the steamer task, first the left hand and the lid."""
@@ -73,6 +81,11 @@ class Tabletop:
     def target_mask(self) -> np.ndarray:
         """(H, W) bool: the object of the acting hand."""
         return self._mask(self.goal.acting_target)
+
+    def object_at(self, column: int, row: int) -> str | None:
+        """Name of the item or container at a pixel of the current frame."""
+        things = (*self.scene.items, *self.scene.containers)
+        return next((name for name in things if self._mask(name)[row, column]), None)
 
     def _mask(self, *bodies: str) -> np.ndarray:
         assert self._renderer is not None
@@ -99,7 +112,8 @@ class Tabletop:
             raise ValueError("Tabletop: call reset(trial) first")
         return self._scene
 
-    def _observe(self, render: bool = True) -> Observation:
+    def observe(self, render: bool = True) -> Observation:
+        """The observation of the scene as it is. Without `render` the frame is empty."""
         assert self._renderer is not None
         frame = self._renderer.frame(self.scene) if render else NO_FRAME
         return Observation(

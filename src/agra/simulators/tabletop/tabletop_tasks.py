@@ -5,7 +5,7 @@ A trial's `scene` is JSON: `task`, `target` and `distractors` (name, position (x
 Novel items of the evaluation never occur in a training scene.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import hypot
 from typing import Any
 
@@ -95,12 +95,28 @@ def training_trials(
     return tuple(trials)
 
 
-def instruction(scene: dict[str, Any]) -> str:
+def instruction(scene: Mapping[str, Any]) -> str:
     """The instruction of a scene, c of Eq. 1."""
     if scene["task"] == OPEN_STEAMER:
         return STEAMER_INSTRUCTION
     goal = FURNITURE[scene["goal"]]
     return f"put the {scene['target']['name']} {goal.preposition} the {goal.name}"
+
+
+def tasks_of(scene: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks that a scene's objects offer: the scene with each task's target and goal, by instruction.
+
+    In the steamer task it is that task alone.
+    """
+    if scene["task"] == OPEN_STEAMER:
+        return {instruction(scene): dict(scene)}
+    items = [scene["target"], *scene["distractors"]]
+    tasks = [
+        {**scene, "target": item, "distractors": [other for other in items if other is not item], "goal": goal["name"]}
+        for item in items
+        for goal in scene["containers"]
+    ]
+    return {instruction(task): task for task in tasks}
 
 
 def _trial(name: str, simulator: str, regime: str, seed: int, scene: dict[str, Any]) -> Trial:
