@@ -119,7 +119,8 @@ class _Page:
 
         def step() -> list[Any]:
             session.step()
-            return [f"{session.rate:.1f} control steps a second", *self._draw(session)]
+            speed = f"{session.rate:.1f} control steps a second without the page; shown in real time, {Tabletop.fps} at most"
+            return [speed, *self._draw(session)]
 
         while session.playing and not session.finished:
             start = time.perf_counter()
