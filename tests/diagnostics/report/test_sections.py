@@ -84,6 +84,21 @@ def test_verdicts_in_the_report(write_policy, tmp_path):
     assert "no difference shown difference 0 [0, 0]" in words  # the same weights, so the same grounding
 
 
+def test_policies_are_compared_on_the_same_demonstrations(write_policy, tmp_path):
+    def trained_on(name, data):
+        entry = write_policy(name)
+        entry.config.write_text(json.dumps(json.loads(entry.config.read_text()) | {"data": {"path": data}}))
+        return entry
+
+    pairs = [trained_on(name, data) for name, data in (("wam", "a"), ("agra", "a"), ("own-wam", "b"), ("own-agra", "b"))]
+    words = Page(build_report(pairs, tmp_path / "pairs.html").read_text()).words
+    assert "agra against wam own-agra against own-wam" in words
+    assert "own-wam against" not in words
+    single = [*pairs[:2], trained_on("other", "c")]
+    words = Page(build_report(single, tmp_path / "single.html").read_text()).words
+    assert "agra against wam other against wam" in words
+
+
 def test_one_policy_and_missing_parts(write_policy, tmp_path):
     whole = write_policy("alone")
     bare = PolicyEntry(name="bare", description="nothing was measured")

@@ -1,11 +1,10 @@
-"""Comparison tables of the report: one column for each policy, then a verdict in words for each policy against the
-first.
+"""Comparison tables of the report: one column for each policy, then a verdict in words for each pair of policies.
 
 Every difference is given with its interval. If the interval includes zero, the verdict is that no difference is shown.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import rich.console
@@ -23,15 +22,26 @@ class Cell:
     clear: bool = False  # whether the interval or test shows a difference
 
 
+Verdict = Callable[[int, int], Cell]
+"""The verdict on the policy of the first column against that of the second, by their places."""
+Pairs = Sequence[tuple[int, int]]
+"""Places of the policies that are compared, each with its reference."""
+
+
+def against_first(count: int) -> Pairs:
+    """Pair every policy but the first with the first."""
+    return [(place, 0) for place in range(1, count)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One quantity: a cell for each policy, and a verdict for each policy except the first."""
+    """One quantity: a cell for each policy, and the verdict on a pair of policies."""
 
     label: str
     hint: str = ""
     cells: Sequence[Cell]
     extra: Cell | None = None
-    verdicts: Sequence[Cell] = ()
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +54,15 @@ class Table:
 
 
 def print_table(table: Table, names: Sequence[str], *, title: str) -> None:
-    """Print the table in a terminal, with intervals below the numbers and verdicts last."""
+    """Print the table in a terminal, intervals below the numbers, and verdicts against the first policy last."""
     shown = rich.table.Table(title=title, title_justify="left", show_lines=True)
-    verdicts = [f"{name} against {names[0]}" for name in names[1:]]
+    pairs = against_first(len(names))
+    verdicts = [f"{names[place]} against {names[reference]}" for place, reference in pairs]
     for head in (table.corner, *names, *([table.extra] if table.extra else []), *verdicts):
         shown.add_column(head)
     for row in table.rows:
         extra = [row.extra or MISSING] if table.extra else []
-        cells = [*row.cells, *extra, *row.verdicts]
+        cells = [*row.cells, *extra, *(row.verdict(*pair) for pair in pairs if row.verdict is not None)]
         shown.add_row(row.label, *(f"{cell.text}\n{cell.range}".strip() for cell in cells))
     rich.console.Console().print(shown)
 

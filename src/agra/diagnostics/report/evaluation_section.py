@@ -1,6 +1,7 @@
 """The report's evaluation section (C.2.2): success and partial scores by regime, and the paired comparison."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from agra.diagnostics.report.comparison_table import (
@@ -77,11 +78,11 @@ def _outcomes(results: Results, regime: str, judge: Judge) -> dict[str, bool]:
 
 def _row(columns: Sequence[ResultsColumn], regime: str, judge: Judge, label: str) -> TableRow:
     outcomes = [None if r is None else _outcomes(r, regime, judge) for _, _, r in columns]
-    _, reference_name, reference = columns[0]
 
-    def verdict(place: int) -> Cell:
-        _, name, ours = columns[place]
-        a, b = outcomes[place], outcomes[0]
+    @cache
+    def verdict(place: int, other: int) -> Cell:
+        (_, name, ours), (_, reference_name, reference) = columns[place], columns[other]
+        a, b = outcomes[place], outcomes[other]
         if ours is None or reference is None or a is None or b is None:
             return Cell(text="not comparable: not evaluated")
         differing = [key for key in SHARED_HEADER if ours.header.get(key) != reference.header.get(key)]
@@ -93,7 +94,7 @@ def _row(columns: Sequence[ResultsColumn], regime: str, judge: Judge, label: str
     return TableRow(
         label=label,
         cells=[_rate(by_trial) for by_trial in outcomes],
-        verdicts=[verdict(place) for place in range(1, len(columns))],
+        verdict=verdict,
     )
 
 

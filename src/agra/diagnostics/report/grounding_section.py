@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from agra.diagnostics.report.comparison_table import (
     Cell,
     Table,
     TableRow,
+    Verdict,
     difference_cell,
     estimate_cell,
     number,
@@ -73,27 +75,28 @@ def _ratio(diagnosis: Diagnosis, kind: str) -> SensitivityRatio:
     return matched_sensitivity_ratio(inside[matched], outside[matched], groups=trials)
 
 
-def _verdicts(
+def _verdict(
     columns: Sequence[DiagnosisColumn], compare, margin, *, better: str, baseline: str, form=number
-) -> list[Cell]:
-    """A difference cell for every policy except the first.
+) -> Verdict:
+    """The difference cell of a pair of policies.
 
     `compare(ours, reference)` is the difference. `margin(diagnosis)` is a policy's advantage over a baseline that
     ignores the image. If the better policy does not exceed that baseline, the verdict says so.
     """
-    reference = columns[0][2]
-    cells = []
-    for _, name, ours in columns[1:]:
+
+    @cache
+    def verdict(place: int, other: int) -> Cell:
+        (_, name, ours), (_, _, reference) = columns[place], columns[other]
         if ours is None or reference is None:
-            cells.append(difference_cell(None, name=name))
-            continue
+            return difference_cell(None, name=name)
         difference = compare(ours, reference)
         cell = difference_cell(difference, name=name, form=form)
         ahead = ours if (difference.value > 0) == (better == "higher") else reference
         if cell.clear and not margin(ahead).low > 0:
             cell = replace(cell, text=f"{cell.text}, but neither exceeds {baseline}", clear=False)
-        cells.append(cell)
-    return cells
+        return cell
+
+    return verdict
 
 
 def _metric_row(columns: Sequence[DiagnosisColumn], name: str, label: str, hint: str, better: str, form) -> TableRow:
@@ -114,7 +117,7 @@ def _metric_row(columns: Sequence[DiagnosisColumn], name: str, label: str, hint:
         hint=hint,
         cells=[instrument_cell(d, "attention", estimate(d), form) for _, _, d in columns],
         extra=estimate_cell(estimate(attending, f"uniform_{name}"), form),
-        verdicts=_verdicts(
+        verdict=_verdict(
             columns,
             compare,
             margin,
@@ -150,7 +153,7 @@ def _ratio_row(
             for i, _, d in columns
         ],
         extra=Cell(text="1", range="no preference"),
-        verdicts=_verdicts(columns, compare, margin, better="higher", baseline="1"),
+        verdict=_verdict(columns, compare, margin, better="higher", baseline="1"),
     )
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
 from agra.diagnostics.record import Diagnosis
-from agra.diagnostics.report.comparison_table import Table, TableRow, difference_cell, estimate_cell, number
+from agra.diagnostics.report.comparison_table import Cell, Table, TableRow, difference_cell, estimate_cell, number
 from agra.diagnostics.report.figures import Interval, interval_chart
 from agra.diagnostics.report.grounding_section import DiagnosisColumn, instrument_cell, paired_rows
 
@@ -137,17 +138,19 @@ def _compared(
     *,
     instrument: str | None,
 ) -> TableRow:
-    """A cell for each policy, and paired differences from the first."""
-    reference, theirs = columns[0][2], values[0]
-    cells, verdicts = [], []
-    for place, ((_, name, ours), measured) in enumerate(zip(columns, values, strict=True)):
-        estimate = None if ours is None or measured is None else _estimate(ours, measured)
-        cells.append(instrument_cell(ours, instrument, estimate))
-        if not place:
-            continue
-        difference = None
+    """A cell for each policy, and the paired difference of two."""
+    cells = [
+        instrument_cell(d, instrument, None if d is None or measured is None else _estimate(d, measured))
+        for (_, _, d), measured in zip(columns, values, strict=True)
+    ]
+
+    @cache
+    def verdict(place: int, other: int) -> Cell:
+        (_, name, ours), (_, _, reference) = columns[place], columns[other]
+        measured, theirs, difference = values[place], values[other], None
         if ours is not None and reference is not None and measured is not None and theirs is not None:
             left, right, trials = paired_rows(ours, reference)
             difference = paired_difference(measured[left], theirs[right], groups=trials, resamples=500)
-        verdicts.append(difference_cell(difference, name=name))
-    return TableRow(label=label, hint=hint, cells=cells, extra=estimate_cell(extra), verdicts=verdicts)
+        return difference_cell(difference, name=name)
+
+    return TableRow(label=label, hint=hint, cells=cells, extra=estimate_cell(extra), verdict=verdict)

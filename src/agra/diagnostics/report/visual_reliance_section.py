@@ -3,6 +3,7 @@ it.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,6 @@ def _has(reliance: VisualReliance, group: str, measure: str) -> bool:
 
 def _row(columns: Sequence[VisualRelianceColumn], group: str, measure: str, label: str, hint: str, form) -> TableRow:
     parts = [(name, None if reliance is None else reliance.group(group)) for _, name, reliance in columns]
-    reference = parts[0][1]
 
     def cell(reliance: VisualReliance | None) -> Cell:
         if reliance is not None and not np.isfinite(reliance.values[measure]).any():
@@ -89,21 +89,22 @@ def _row(columns: Sequence[VisualRelianceColumn], group: str, measure: str, labe
     def estimate(reliance: VisualReliance | None, name: str = measure) -> IntervalEstimate | None:
         return None if reliance is None else bootstrap_interval(reliance.values[name], groups=reliance.trials)
 
-    verdicts = []
-    for name, ours in parts[1:]:
-        difference = None
+    @cache
+    def verdict(place: int, other: int) -> Cell:
+        (name, ours), (reference_name, reference), difference = parts[place], parts[other], None
         if ours is not None and reference is not None:
             if ours.trials != reference.trials:
                 raise ValueError(
-                    f"{name} and {parts[0][0]}: visual reliance was measured on different trials; diagnose them again"
+                    f"{name} and {reference_name}: visual reliance was measured on different trials; diagnose them again"
                 )
             difference = paired_difference(ours.values[measure], reference.values[measure], groups=ours.trials)
-        verdicts.append(difference_cell(difference, name=name, form=form))
+        return difference_cell(difference, name=name, form=form)
+
     constant = next((part for _, part in parts if part is not None), None) if measure == "error" else None
     return TableRow(
         label=label,
         hint=hint,
         cells=[cell(part) for _, part in parts],
         extra=estimate_cell(estimate(constant, "constant_error"), form),
-        verdicts=verdicts,
+        verdict=verdict,
     )
