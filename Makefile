@@ -67,9 +67,11 @@ docs: setup
 
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install -q $(TORCH)
-	.venv-lock/bin/pip install -q -e '.[demo,dev]'
-	{ head -1 constraints.txt; .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.txt.new
+	.venv-lock/bin/pip install -q uv
+	echo '$(TORCH)' > .venv-lock/torch.txt
+	.venv-lock/bin/uv pip compile -q --no-header --no-annotate --extra demo --extra dev --python-version $(python_version) \
+		-c .venv-lock/torch.txt pyproject.toml -o .venv-lock/lock.txt
+	{ head -1 constraints.txt; sed 's/+cpu$$//' .venv-lock/lock.txt; } > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 	rm -rf .venv-lock
 
