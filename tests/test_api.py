@@ -14,7 +14,8 @@ DOCS = Path(__file__).parent.parent / "docs"
 SIGNATURES = {
     "diagnose": "(run, *, simulator, samples, seed=0, device='cpu', config=None, teacher='own', probes=None, masks=None)",
     "evaluate": "(policy, simulator='tabletop', *, output=None, name=None, regimes=None, limit=None, protocol=None, videos=0,"
-    " workers=1, simulator_options=None, key_mapping=None, device='cpu', threads=None, action_noise='random', progress=True)",
+    " workers=1, simulator_options=None, key_mapping=None, device='cpu', threads=None, action_noise='random', shard=None,"
+    " progress=True)",
     "export": "(source, output, *, ema=False, half=False)",
     "load_policy": "(path, *, name=None, device='cpu', known_instructions=False, **options)",
     "make_demo": "(policies=('tabletop-wam', 'tabletop-agra'), *, device='cpu')",

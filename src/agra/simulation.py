@@ -13,6 +13,7 @@ from typing import Any
 from agra.evaluation.protocols import Protocol, default_protocol, regime_trials
 from agra.evaluation.results import Results
 from agra.evaluation.rollout import evaluate as evaluate_trials
+from agra.evaluation.shards import Shard
 from agra.simulators.registry import expert, make
 from agra.types import ActionNoise, Policy, Simulator
 
@@ -82,6 +83,7 @@ def evaluate(
     device: str = "cpu",
     threads: int | None = None,
     action_noise: ActionNoise = "random",
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> Results:
     """Play a benchmark's trials and write the results file `output`. The same call resumes an interrupted evaluation.
@@ -91,7 +93,8 @@ def evaluate(
     default, `output` is results.jsonl in the folder of the policy's run, `name` (of the policy, in the results) is the
     name of that folder, and the protocol is the simulator's usual one, with a single executed action for the expert.
     `action_noise` is that of `agra.policies.policy.MethodPolicy`. For a server it is only recorded in the results.
-    `videos` trials of each regime are saved as mp4.
+    `videos` trials of each regime are saved as mp4. A `shard` plays its part of the trials
+    (`agra.evaluation.shards`).
 
     With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the
     same for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
@@ -146,6 +149,7 @@ def evaluate(
             make_player=make_player,
             policy_name=name,
             policy_settings=policy_settings,
+            shard=shard,
             progress=progress,
         )
     finally:

@@ -12,6 +12,7 @@ from agra.cli.arguments import recipe_arguments, with_data
 
 if TYPE_CHECKING:
     from agra.data.features.preparation import Preparation
+    from agra.evaluation.collect import Collected
 
 
 def collect(
@@ -24,6 +25,7 @@ def collect(
     noise_correlation: float = 0.8,
     seed: int = 0,
     workers: int = 2,
+    shard: str | None = None,
 ) -> None:
     """Record demonstrations of the scripted expert as a LeRobot v3.0 dataset. Resumes after an interruption.
 
@@ -38,9 +40,11 @@ def collect(
         noise_correlation: correlation of the noise of --noise between neighbouring rows.
         seed: seed of scenes and noise. The result does not depend on the number of workers.
         workers: number of processes that record episodes.
+        shard: I/N plays part I, from 0, of N and keeps it beside the output. `agra merge` writes the dataset.
     """
     from agra.evaluation.collect import ActionNoise
     from agra.evaluation.collect import collect as run
+    from agra.evaluation.shards import parse_shard
 
     result = run(
         simulator,
@@ -51,12 +55,19 @@ def collect(
         seed=seed,
         workers=workers,
         noise=None if noise is None else ActionNoise(std=noise, correlation=noise_correlation),
+        shard=None if shard is None else parse_shard(shard),
     )
+    print_collected(result)
+
+
+def print_collected(result: "Collected") -> None:
+    """Print the path and size of a collection or of a shard."""
     if result.already_there:
-        print(f"{output}: complete, nothing to record")
+        print(f"{result.path}: complete, nothing to record")
     else:
         failed = f" ({result.failed} without success)" if result.failed else ""
-        print(f"{output}: {result.episodes} demonstrations, {result.frames} rows, {result.attempts} attempts{failed}")
+        size = f"{result.episodes} demonstrations, {result.frames} rows, {result.attempts} attempts"
+        print(f"{result.path}: {size}{failed}")
 
 
 def doctor(
@@ -171,6 +182,8 @@ class PrepareOptions:
     """Rank of this process among several, which divide the episodes between them. By default torchrun's."""
     world_size: int = int(os.environ.get("WORLD_SIZE", 1))
     """Number of processes. By default torchrun's."""
+    shard: str | None = None
+    """I/N computes part I, from 0, of N, as --rank I --world-size N does. All parts fill the same cache."""
 
 
 def prepare(arguments: list[str]) -> None:
@@ -178,18 +191,23 @@ def prepare(arguments: list[str]) -> None:
     options, config = recipe_arguments("prepare", arguments, PrepareOptions)
     config = with_data(config, arguments, options.mixture)
     from agra.api import preparation
+    from agra.evaluation.shards import parse_shard
     from agra.training.encoding_cost import encoding_costs
 
-    if not 0 <= options.rank < options.world_size:
-        raise ValueError(f"--rank {options.rank}: expected 0 to {options.world_size - 1}, given --world-size")
+    rank, world_size = options.rank, options.world_size
+    if options.shard is not None:
+        shard = parse_shard(options.shard)
+        rank, world_size = shard.index, shard.count
+    if not 0 <= rank < world_size:
+        raise ValueError(f"--rank {rank}: expected 0 to {world_size - 1}, given --world-size")
     features = preparation(config, device=options.device)
     if options.estimate:
         for cost in encoding_costs(config, features.sources):
             print(cost, file=sys.stderr)
-    if options.rank == 0:
+    if rank == 0:
         print_cost(features)
     if not options.estimate:
-        for folder in features.run(rank=options.rank, world_size=options.world_size):
+        for folder in features.run(rank=rank, world_size=world_size):
             print(folder)
 
 

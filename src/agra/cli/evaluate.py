@@ -27,6 +27,7 @@ def evaluate(
     simulator_python: Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    shard: str | None = None,
 ) -> None:
     """Play a benchmark's trials and write one JSON line for each. Resumes after an interruption.
 
@@ -56,9 +57,11 @@ def evaluate(
             there.
         device: the policy's device.
         threads: threads of torch in each process. By default OMP_NUM_THREADS, or all cores.
+        shard: I/N plays part I, from 0, of N into a file of its own beside the output. `agra merge` joins them.
     """
     from dataclasses import replace
 
+    from agra.evaluation.shards import parse_shard
     from agra.evaluation.tables import group_table, print_table, summary_table, task_table
     from agra.simulation import evaluate as run
     from agra.simulation import results_file, usual_protocol
@@ -79,6 +82,7 @@ def evaluate(
             "workers": workers,
             "videos": videos,
             "by_task": by_task,
+            "shard": shard,
             "action_noise": action_noise,
             **vars(protocol),
         }
@@ -100,6 +104,7 @@ def evaluate(
         device=device,
         threads=threads,
         action_noise=action_noise,
+        shard=None if shard is None else parse_shard(shard),
     )
     print_table(summary_table(results))
     groups = group_table(results)
@@ -130,6 +135,25 @@ def _as_flags(options: dict[str, Any]) -> list[str]:
         values = [] if value is True else value if isinstance(value, tuple) else [value]
         flags += [f"--{name.replace('_', '-')}", *map(str, values)]
     return flags
+
+
+def merge(output: Annotated[Path, tyro.conf.Positional], workers: int = 2) -> None:
+    """Join the shards of `agra evaluate --shard` into a results file, or those of `agra collect --shard` into a dataset.
+
+    Args:
+        output: the output that was given to the shards: a results file (.jsonl), or the folder of a dataset.
+        workers: number of processes that record replacements of failed demonstrations.
+    """
+    if output.suffix == ".jsonl":
+        from agra.evaluation.shards import merge_results
+        from agra.evaluation.tables import print_table, summary_table
+
+        print_table(summary_table(merge_results(output)))
+        return
+    from agra.cli.data import print_collected
+    from agra.evaluation.collect import merge_collection
+
+    print_collected(merge_collection(output, workers=workers))
 
 
 def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.conf.Positional]) -> None:

@@ -11,7 +11,7 @@ from agra.cli.arguments import Command, command, unknown
 from agra.cli.data import collect, convert, doctor, prepare, view
 from agra.cli.deploy import bench_latency, control, export, pull, push, serve
 from agra.cli.diagnose import diagnose, probes, report, study
-from agra.cli.evaluate import compare, demo, evaluate, leaderboard
+from agra.cli.evaluate import compare, demo, evaluate, leaderboard, merge
 from agra.cli.train import plan, recipes, train
 from agra.types import SimulatorFailed
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "plan": plan,
     "evaluate": command(evaluate),
+    "merge": command(merge),
     "compare": command(compare),
     "leaderboard": command(leaderboard),
     "demo": command(demo),

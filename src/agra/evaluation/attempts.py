@@ -3,6 +3,7 @@ settings.
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -55,6 +56,18 @@ class Staging:
         if not self.file(self.path, index).is_file():
             return None
         return self._read(index)[0]["success"] == "true"
+
+    def length(self, index: int) -> int:
+        """Number of rows of a successful attempt."""
+        return len(self._read(index, tensors=True)[1]["states"])
+
+    def take_over(self, folder: Path, settings: Mapping[str, object]) -> None:
+        """Move the attempts of a shard here and remove its folder. Raises ValueError for one with other settings."""
+        with files.lock(folder):
+            check_settings(read_json(folder / MANIFEST), settings, f"{folder}: holds a shard")
+            for attempt in folder.glob("*.safetensors"):
+                attempt.replace(self.path / attempt.name)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def episodes(self, indices: Iterable[int]) -> Iterator[EncodedEpisode]:
         """The episodes of successful attempts."""

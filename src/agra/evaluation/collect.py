@@ -31,6 +31,7 @@ from agra.data.lerobot.layout import INFO
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
 from agra.evaluation.attempts import MANIFEST, Staging, check_settings
 from agra.evaluation.rollout import run_episode
+from agra.evaluation.shards import Shard, shard_paths
 from agra.evaluation.workers import imap_unordered
 from agra.types import Embodiment, Policy, Simulator, Trial
 
@@ -101,7 +102,7 @@ class Demonstrator:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """A finished collection, without its failed attempts."""
+    """A finished collection, or a shard of one, without its failed attempts."""
 
     path: Path
     episodes: int
@@ -148,6 +149,7 @@ def collect(
     workers: int = 1,
     noise: ActionNoise | None = None,
     spare: float = 2.0,
+    shard: Shard | None = None,
     demonstrator: Callable[[str], Demonstrator] = scripted_demonstrator,
     progress: bool = True,
 ) -> Collected:
@@ -161,6 +163,10 @@ def collect(
     Attempts are kept in `<output>.staging` until the end, so that the same call resumes a killed collection. If
     `output` is a finished collection with the same settings, nothing happens. With `workers` > 1, `demonstrator` must
     be picklable.
+
+    A `shard` plays its part of as many trials as demonstrations are wanted, and keeps the attempts in a folder beside
+    `output` (`agra.evaluation.shards`). The same call without a shard takes over the attempts of all shards, replaces the
+    failed ones and writes the dataset.
 
     Raises ValueError if `output` or the staging folder holds anything else or is in use by another process, and, once
     all trials have been played, if the expert failed too often: the message lists the tasks. Raises SimulatorFailed,
@@ -187,6 +193,9 @@ def collect(
     staging_path = output.with_name(output.name + ".staging")
     if _is_finished(output, settings):
         return _collected(output, already_there=True)
+    play = partial(_demonstrate, noise=noise)
+    if shard is not None:
+        return _collect_shard(shard.path(output), shard, trials, quotas, settings, play, make_player, workers, progress)
     if output.exists() and not (staging_path / MANIFEST).is_file():
         raise ValueError(
             f"{output}: already exists, without {RECORD} of a collection; choose another output or remove it"
@@ -194,8 +203,9 @@ def collect(
     with files.lock(staging_path, output=output):
         if not _is_finished(output, settings):  # else another process has just finished it
             staging = Staging(staging_path, settings)
+            for folder in shard_paths(output):
+                staging.take_over(folder, settings)
             with _progress_bar(progress) as bar:
-                play = partial(_demonstrate, noise=noise, staging_path=staging_path)
                 attempts = _attempt(trials, quotas, staging, play, make_player, workers, bar)
                 if not output.exists():
                     _write(output, sorted(i for quota in quotas for i in quota.successes), staging, reference, bar)
@@ -203,6 +213,35 @@ def collect(
         # A refused second process may have created its lock file there in the meantime.
         shutil.rmtree(staging_path, ignore_errors=True)
     return _collected(output, already_there=False)
+
+
+def merge_collection(
+    output: str | Path,
+    *,
+    workers: int = 1,
+    demonstrator: Callable[[str], Demonstrator] = scripted_demonstrator,
+    progress: bool = True,
+) -> Collected:
+    """Finish the collection `output` from the attempts of its shards, with their settings.
+
+    Raises FileNotFoundError without shards, and what `collect` raises.
+    """
+    output = Path(output)
+    records = [*(folder / MANIFEST for folder in sorted(shard_paths(output))), output / RECORD]
+    found = [path for path in records if path.is_file()]
+    if not found:
+        raise FileNotFoundError(f"{output}: no shards beside it; write them with: agra collect --shard I/N")
+    settings = read_json(found[0])
+    chosen = {name: settings[name] for name in ("episodes", "per_task", "tasks", "seed")}
+    return collect(
+        settings["simulator"],
+        output,
+        **chosen,
+        noise=ActionNoise(**settings["noise"]),
+        workers=workers,
+        demonstrator=demonstrator,
+        progress=progress,
+    )
 
 
 def _is_finished(output: Path, settings: Mapping[str, object]) -> bool:
@@ -289,7 +328,7 @@ def _attempt(
     trials: Sequence[Trial],
     quotas: Sequence[_Quota],
     staging: Staging,
-    play: Callable[[Demonstrator, tuple[int, Trial]], bool],
+    play: Callable[..., bool],
     make_player: Callable[[], Demonstrator],
     workers: int,
     bar: Progress,
@@ -297,22 +336,64 @@ def _attempt(
     """Play trials until every quota is reached. Returns the number of attempts by task."""
     task = bar.add_task("demonstrations", total=sum(quota.count for quota in quotas))
     while indices := sorted(index for quota in quotas for index in quota.next_round()):
-        outcomes = {index: staging.outcome(index) for index in indices}
-        _advance(bar, task, sum(outcome is True for outcome in outcomes.values()))
-        unplayed = [(index, trials[index]) for index in indices if outcomes[index] is None]
-        for success in imap_unordered(
-            play,
-            unplayed,
-            make_player=make_player,
-            workers=workers,
-            name=lambda item: item[1].name,
-            on_failure=lambda item, reason: bar.console.print(f"{item[1].name}: {reason}"),
-        ):
-            _advance(bar, task, success)
+        _play(indices, trials, staging, play, make_player, workers, bar, partial(_advance, bar, task))
         for quota in quotas:
             quota.finish_round(staging)
     _check_quotas(quotas)
     return dict(Counter(trials[index].task for quota in quotas for index in quota.indices[: quota.attempts]))
+
+
+def _collect_shard(
+    folder: Path,
+    shard: Shard,
+    trials: Sequence[Trial],
+    quotas: Sequence[_Quota],
+    settings: Mapping[str, object],
+    play: Callable[..., bool],
+    make_player: Callable[[], Demonstrator],
+    workers: int,
+    progress: bool,
+) -> Collected:
+    """Play the shard's part of the first round of trials."""
+    with files.lock(folder):
+        staging = Staging(folder, settings)
+        indices = shard.of(sorted(index for quota in quotas for index in quota.next_round()))
+        with _progress_bar(progress) as bar:
+            task = bar.add_task("attempts", total=len(indices))
+            _play(indices, trials, staging, play, make_player, workers, bar, lambda success: bar.advance(task))
+        successes = [index for index in indices if staging.outcome(index)]
+    return Collected(
+        path=folder,
+        episodes=len(successes),
+        frames=sum(map(staging.length, successes)),
+        attempts_by_task=dict(Counter(trials[index].task for index in indices)),
+        already_there=False,
+    )
+
+
+def _play(
+    indices: Sequence[int],
+    trials: Sequence[Trial],
+    staging: Staging,
+    play: Callable[..., bool],
+    make_player: Callable[[], Demonstrator],
+    workers: int,
+    bar: Progress,
+    finished: Callable[[bool], None],
+) -> None:
+    """Play the trials of these numbers that have no attempt, and call `finished` with each outcome."""
+    for index in indices:
+        if (outcome := staging.outcome(index)) is not None:
+            finished(outcome)
+    for success in imap_unordered(
+        partial(play, staging_path=staging.path),
+        [(index, trials[index]) for index in indices if staging.outcome(index) is None],
+        make_player=make_player,
+        workers=workers,
+        name=lambda item: item[1].name,
+        on_failure=lambda item, reason: bar.console.print(f"{item[1].name}: {reason}"),
+    ):
+        finished(success)
 
 
 def _check_quotas(quotas: Sequence[_Quota]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from agra import files
 from agra.evaluation.statistics import (
     MIN_CLUSTERS,
     Average,
@@ -77,6 +78,18 @@ class Results:
     def regimes(self) -> tuple[str, ...]:
         """The regimes with trials, in the simulator's order."""
         return tuple(name for name in self.header["regimes"] if self.regime(name))
+
+
+def write_results(path: Path, header: Mapping[str, Any], trials: Sequence[TrialResult]) -> Results:
+    """Write a results file with the trials in the order of their names."""
+    ordered = tuple(sorted(trials, key=lambda trial: trial.trial))
+    files.write_text(path, "".join(map(results_line, [header, *map(asdict, ordered)])))
+    return Results(header=header, trials=ordered)
+
+
+def results_line(record: Mapping[str, Any]) -> str:
+    """The line of a header or a trial."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def read_results(path: str | Path, *, partial: bool = False) -> Results:

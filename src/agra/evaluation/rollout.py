@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agra import files
 from agra.evaluation.protocols import Protocol
-from agra.evaluation.results import Results, TrialResult, read_results
+from agra.evaluation.results import Results, TrialResult, read_results, results_line, write_results
+from agra.evaluation.shards import Shard
 from agra.evaluation.workers import ATTEMPTS, imap_unordered
 from agra.types import (
     ActionChunk,
@@ -161,6 +162,7 @@ def evaluate(
     make_player: Callable[[], tuple[Policy, Simulator]] | None = None,
     attempts: int = ATTEMPTS,
     policy_settings: Mapping[str, Any] | None = None,
+    shard: Shard | None = None,
     progress: bool = True,
 ) -> Results:
     """Play every trial once and write the results file `output`. Trials that it already holds are not played again.
@@ -170,14 +172,15 @@ def evaluate(
     to save as mp4 under `<output's stem>-videos/`. With `workers` > 1, each process plays with its own `make_player()`,
     which must be picklable, and `policy` may be None. The episodes are the same for any number of workers: no process
     plays two at a time, and a trial holds everything that decides its episode. `policy_settings` (JSON-serialisable) go
-    into the header.
+    into the header. A `shard` plays its part of the trials into a file of its own beside `output`
+    (`agra.evaluation.shards`).
 
     If the simulator fails or its process dies, the same trial is played again from its start, up to `attempts` times,
     and its line records that. Raises `SimulatorFailed` at the end, listing the trials that could not be played: the
     file is then incomplete, and the next call retries them. Raises ValueError if `output` has another header (policy,
     protocol, trials or versions) or is in use by another process, and OSError, naming the file, on a full disk.
     """
-    path = Path(output)
+    path = Path(output) if shard is None else shard.path(Path(output))
     header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
     if workers == 1 and policy is not None:
         # The given pair plays first. After a failure of its simulator, make_player (if given) replaces it.
@@ -187,19 +190,20 @@ def evaluate(
         raise ValueError("evaluate: more than one worker needs make_player, which gives each its own simulator")
     with files.lock(path.parent, f".{path.name}.lock", output=path):
         finished = _open_results(path, header)
-        missing = [trial for trial in trials if trial.name not in finished]
+        own = trials if shard is None else shard.of(trials)
+        missing = [trial for trial in own if trial.name not in finished]
         failures: dict[str, list[str]] = {}
         recorded = {
             trial.name for regime in header["regimes"] for trial in [t for t in trials if t.regime == regime][:videos]
         }
-        play = partial(_play_trial, protocol=protocol, output=path, recorded=frozenset(recorded))
+        play = partial(_play_trial, protocol=protocol, output=Path(output), recorded=frozenset(recorded))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             files.naming(path),
             path.open("a", encoding="utf-8") as file,
             Progress(*columns, disable=not progress) as bar,
         ):
-            task = bar.add_task(policy_name, total=len(trials), completed=len(finished))
+            task = bar.add_task(policy_name, total=len(own), completed=len(finished))
             successes = sum(finished.values())
 
             def record_failure(trial: Trial, reason: str) -> None:
@@ -216,14 +220,11 @@ def evaluate(
                 on_failure=record_failure,
             ):
                 result = replace(result, failures=failures.get(result.trial, []))
-                file.write(_line(asdict(result)))
+                file.write(results_line(asdict(result)))
                 file.flush()
                 successes += result.success
                 bar.update(task, advance=1, description=f"{policy_name}: {successes} successes")
-        results = read_results(path)
-        ordered = sorted(results.trials, key=lambda result: result.trial)
-        _replace(path, [header, *map(asdict, ordered)])
-        return Results(header=header, trials=tuple(ordered))
+        return write_results(path, header, read_results(path, partial=shard is not None).trials)
 
 
 def _pair(policy: Policy, simulator: Simulator) -> tuple[Policy, Simulator]:
@@ -314,7 +315,7 @@ def _open_results(path: Path, header: dict[str, Any]) -> dict[str, bool]:
     """Successes by name of the trials that `path` already holds. A new file receives its header."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, [header])
+        write_results(path, header, [])
         return {}
     previous = read_results(path, partial=True)
     for key in header:
@@ -324,13 +325,5 @@ def _open_results(path: Path, header: dict[str, Any]) -> dict[str, bool]:
                 " choose another output or remove the file"
             )
     # A killed writer may have left half a line: keep whole lines only.
-    _replace(path, [header, *map(asdict, previous.trials)])
+    write_results(path, header, previous.trials)
     return {result.trial: result.success for result in previous.trials}
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def _replace(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    files.write_text(path, "".join(map(_line, records)))
