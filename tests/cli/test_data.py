@@ -71,3 +71,22 @@ def test_a_wrong_mixture_is_named(folder, tmp_path, capsys):
         assert message in line
     line = fails(capsys, "prepare", "tiny", "--data.path", folder / "one", "--rank", "2", "--world-size", "2", *SMALL)
     assert "--rank 2: expected 0 to 1" in line
+    line = fails(capsys, "prepare", "tiny", "--data.path", folder / "one", "--shard", "2/2", *SMALL)
+    assert "shard: expected I/N with I from 0 to N - 1, got 2/2" in line
+
+
+def test_a_shard_of_prepare_is_one_of_several_processes(folder, monkeypatch):
+    calls = []
+
+    class Recorded:
+        def estimate(self):
+            return ()
+
+        def run(self, *, rank, world_size):
+            calls.append((rank, world_size))
+            return []
+
+    monkeypatch.setattr("agra.api.preparation", lambda config, device: Recorded())
+    for shard in (("--shard", "3/4"), ("--rank", "1", "--world-size", "2"), ()):
+        main(["prepare", "tiny", "--data.path", str(folder / "one"), *shard])
+    assert calls == [(3, 4), (1, 2), (0, 1)]

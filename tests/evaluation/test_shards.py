@@ -24,7 +24,14 @@ def play(output, **options):
 
 
 def record(output, **options):
-    settings = {"episodes": 12, "seed": 1, "noise": NOISE, "spare": 2.0, "progress": False, "demonstrator": demonstrator}
+    settings = {
+        "episodes": 12,
+        "seed": 1,
+        "noise": NOISE,
+        "spare": 2.0,
+        "progress": False,
+        "demonstrator": demonstrator,
+    }
     return collect("point", output, **settings | options)
 
 

@@ -189,6 +189,13 @@ def test_several_processes_fill_one_folder(dataset, tmp_path):
         assert np.array_equal(whole.read(index), Brightness().compute(dataset.episode(index))["brightness"])
 
 
+def test_four_processes_write_what_one_writes(dataset, tmp_path):
+    for rank in range(4):
+        (shards,) = cache_features(dataset, [Brightness()], tmp_path / "four", rank=rank, world_size=4, progress=False)
+    (single,) = cache_features(dataset, [Brightness()], tmp_path / "one", progress=False)
+    assert {p.name: p.read_bytes() for p in shards.iterdir()} == {p.name: p.read_bytes() for p in single.iterdir()}
+
+
 def test_requested_episodes_only(dataset, tmp_path):
     feature = Brightness()
     (path,) = cache_features(dataset, [feature], tmp_path, episodes=[0, 2], progress=False)
