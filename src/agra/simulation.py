@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agra.evaluation.protocols import Protocol, default_protocol, regime_trials
+from agra.evaluation.protocols import Protocol, Shard, default_protocol, regime_trials
 from agra.evaluation.results import Results
 from agra.evaluation.rollout import evaluate as evaluate_trials
-from agra.evaluation.shards import Shard
 from agra.simulators.registry import expert, make
 from agra.types import ActionNoise, Policy, Simulator
 
@@ -94,7 +93,7 @@ def evaluate(
     name of that folder, and the protocol is the simulator's usual one, with a single executed action for the expert.
     `action_noise` is that of `agra.policies.policy.MethodPolicy`. For a server it is only recorded in the results.
     `videos` trials of each regime are saved as mp4. A `shard` plays its part of the trials
-    (`agra.evaluation.shards`).
+    (`agra.evaluation.protocols`).
 
     With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the
     same for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.

@@ -8,9 +8,9 @@ import pytest
 from agra.cli.main import main
 from agra.evaluation import rollout
 from agra.evaluation.collect import ActionNoise, collect, merge_collection
-from agra.evaluation.protocols import Protocol, regime_trials
+from agra.evaluation.protocols import Protocol, Shard, parse_shard, regime_trials, shard_paths
+from agra.evaluation.results import merge_results
 from agra.evaluation.rollout import evaluate
-from agra.evaluation.shards import Shard, merge_results, parse_shard, shard_paths
 from tests.support.point_world import PointWorld, Wanderer, demonstrator, training_trials
 
 FOUR = [Shard(index=index, count=4) for index in range(4)]

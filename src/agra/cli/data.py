@@ -44,7 +44,7 @@ def collect(
     """
     from agra.evaluation.collect import ActionNoise
     from agra.evaluation.collect import collect as run
-    from agra.evaluation.shards import parse_shard
+    from agra.evaluation.protocols import parse_shard
 
     result = run(
         simulator,
@@ -191,7 +191,7 @@ def prepare(arguments: list[str]) -> None:
     options, config = recipe_arguments("prepare", arguments, PrepareOptions)
     config = with_data(config, arguments, options.mixture)
     from agra.api import preparation
-    from agra.evaluation.shards import parse_shard
+    from agra.evaluation.protocols import parse_shard
     from agra.training.encoding_cost import encoding_costs
 
     rank, world_size = options.rank, options.world_size

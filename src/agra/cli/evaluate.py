@@ -61,7 +61,7 @@ def evaluate(
     """
     from dataclasses import replace
 
-    from agra.evaluation.shards import parse_shard
+    from agra.evaluation.protocols import parse_shard
     from agra.evaluation.tables import group_table, print_table, summary_table, task_table
     from agra.simulation import evaluate as run
     from agra.simulation import results_file, usual_protocol
@@ -145,7 +145,7 @@ def merge(output: Annotated[Path, tyro.conf.Positional], workers: int = 2) -> No
         workers: number of processes that record replacements of failed demonstrations.
     """
     if output.suffix == ".jsonl":
-        from agra.evaluation.shards import merge_results
+        from agra.evaluation.results import merge_results
         from agra.evaluation.tables import print_table, summary_table
 
         print_table(summary_table(merge_results(output)))

@@ -30,8 +30,8 @@ from agra.data.lerobot.json_parquet import read_json, write_json
 from agra.data.lerobot.layout import INFO
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
 from agra.evaluation.attempts import MANIFEST, Staging, check_settings
+from agra.evaluation.protocols import Shard, shard_paths
 from agra.evaluation.rollout import run_episode
-from agra.evaluation.shards import Shard, shard_paths
 from agra.evaluation.workers import imap_unordered
 from agra.types import Embodiment, Policy, Simulator, Trial
 
@@ -165,7 +165,7 @@ def collect(
     be picklable.
 
     A `shard` plays its part of as many trials as demonstrations are wanted, and keeps the attempts in a folder beside
-    `output` (`agra.evaluation.shards`). The same call without a shard takes over the attempts of all shards, replaces the
+    `output` (`agra.evaluation.protocols`). The same call without a shard takes over the attempts of all shards, replaces the
     failed ones and writes the dataset.
 
     Raises ValueError if `output` or the staging folder holds anything else or is in use by another process, and, once

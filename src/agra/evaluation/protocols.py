@@ -1,11 +1,17 @@
-"""The protocol of an evaluation and its trial lists. Success rates are comparable only under the same protocol."""
+"""The protocol of an evaluation, its trial lists, and their shards. Success rates are comparable only under the same
+protocol.
+"""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from agra.types import Simulator, Trial
+
+Item = TypeVar("Item")
 
 TRIALS_PER_REGIME = {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}
 """The paper's counts (C.2.2)."""
@@ -68,3 +74,37 @@ def regime_trials(
     if repeated:
         raise ValueError(f"trial names must be unique, {min(repeated)!r} occurs more than once")
     return tuple(chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Part `index`, from 0, of `count`: every `count`-th item from number `index` on."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"shard: expected I/N with I from 0 to N - 1, got {self.index}/{self.count}")
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The shard's items."""
+        return items[self.index :: self.count]
+
+    def path(self, output: Path) -> Path:
+        """The shard's own output, such as results.shard-0-of-4.jsonl for results.jsonl."""
+        return output.with_name(f"{output.stem}.shard-{self.index}-of-{self.count}{output.suffix}")
+
+
+def parse_shard(text: str) -> Shard:
+    """Read I/N, such as 0/4. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise ValueError(f"shard: expected I/N, such as 0/4 for the first of four, got {text!r}")
+    return Shard(index=int(match[1]), count=int(match[2]))
+
+
+def shard_paths(output: Path) -> list[Path]:
+    """The outputs of all shards of `output` that exist, in no particular order."""
+    name = re.compile(rf"{re.escape(output.stem)}\.shard-\d+-of-\d+{re.escape(output.suffix)}")
+    return [path for path in output.parent.glob("*.shard-*") if name.fullmatch(path.name)]

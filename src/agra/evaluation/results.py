@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from agra import files
+from agra.evaluation.protocols import shard_paths
 from agra.evaluation.statistics import (
     MIN_CLUSTERS,
     Average,
@@ -108,6 +109,40 @@ def read_results(path: str | Path, *, partial: bool = False) -> Results:
             "finish"
         )
     return Results(header=header, trials=trials)
+
+
+def merge_results(output: str | Path) -> Results:
+    """Write the results file `output` from its shards beside it. It equals that of a single evaluation but for its times.
+
+    Videos are in the folder of `output` already. The shards stay. Raises FileNotFoundError without shards, and ValueError
+    for shards with different headers, a trial in two of them, or missing trials.
+    """
+    output = Path(output)
+    paths = sorted(shard_paths(output))
+    if not paths:
+        raise FileNotFoundError(f"{output}: no shards beside it; write them with: agra evaluate --shard I/N")
+    with files.lock(output.parent, f".{output.name}.lock", output=output):
+        earlier = [output] if output.is_file() else []
+        parts = {path: read_results(path, partial=True) for path in (*paths, *earlier)}
+        header = parts[paths[0]].header
+        for path, part in parts.items():
+            for key in header:
+                if part.header.get(key) != header[key]:
+                    raise ValueError(
+                        f"{path}: {key} is {part.header.get(key)!r}, but {header[key]!r} in {paths[0].name}; "
+                        "remove the shards of another evaluation"
+                    )
+        trials = [trial for path in paths for trial in parts[path].trials]
+        names = [trial.trial for trial in trials]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{output}: trial {min(repeated)!r} is in two shards; remove those of another number")
+        if len(trials) != header["num_trials"]:
+            held = ", ".join(f"{path.name} {len(parts[path].trials)}" for path in paths)
+            raise ValueError(
+                f"{output}: the shards hold {len(trials)} of {header['num_trials']} trials ({held}); "
+                "run the unfinished ones again"
+            )
+        return write_results(output, header, trials)
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], tuple[TrialResult, ...], bool]:

@@ -15,9 +15,8 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agra import files
-from agra.evaluation.protocols import Protocol
+from agra.evaluation.protocols import Protocol, Shard
 from agra.evaluation.results import Results, TrialResult, read_results, results_line, write_results
-from agra.evaluation.shards import Shard
 from agra.evaluation.workers import ATTEMPTS, imap_unordered
 from agra.types import (
     ActionChunk,
@@ -173,7 +172,7 @@ def evaluate(
     which must be picklable, and `policy` may be None. The episodes are the same for any number of workers: no process
     plays two at a time, and a trial holds everything that decides its episode. `policy_settings` (JSON-serialisable) go
     into the header. A `shard` plays its part of the trials into a file of its own beside `output`
-    (`agra.evaluation.shards`).
+    (`agra.evaluation.protocols`).
 
     If the simulator fails or its process dies, the same trial is played again from its start, up to `attempts` times,
     and its line records that. Raises `SimulatorFailed` at the end, listing the trials that could not be played: the
