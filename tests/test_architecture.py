@@ -160,9 +160,7 @@ SHARED = ("agra.methods.method", "agra.methods.ddim")
 
 def test_the_table_is_the_only_list_of_methods():
     listing = {
-        name
-        for name in FILES
-        if any(under(m, "agra.methods") and m not in SHARED for m in package_imports(name))
+        name for name in FILES if any(under(m, "agra.methods") and m not in SHARED for m in package_imports(name))
     }
     of_wam = {"agra.methods.wam_actor", "agra.methods.wam", "agra.diagnostics.study", *files_of("recipes")}
     of_wam |= {"agra.methods.dit4dit"}  # a WAM with a loss of its own
