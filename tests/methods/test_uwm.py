@@ -18,8 +18,9 @@ from agra.checkpoints.folder import newest, resolve
 from agra.checkpoints.read import read_config
 from agra.cli.main import main
 from agra.config import RunConfig
-from agra.data.config import DataConfig, SourceConfig
+from agra.data.config import AugmentConfig, DataConfig, SourceConfig
 from agra.data.features.online import OnlineEncoder
+from agra.data.sampling.augment import augment
 from agra.data.source import embodiment_stats, open_sources
 from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.samples.sources import dataset_samples
@@ -462,6 +463,22 @@ def test_a_policy_sees_what_training_saw(trained):
     decoded, cached = (open_sampler(c, online=c is uncached)[0].batch(0).tensors for c in (uncached, config))
     assert cached.keys() == decoded.keys()
     assert all(torch.equal(value, decoded[name]) for name, value in cached.items())
+
+
+def test_present_and_future_have_the_same_crop_and_colours(trained):
+    run, config = trained
+    settings = AugmentConfig(crop=0.8)
+    augmented = replace(config, data=replace(config.data, cached=(), augment=settings))
+    sampler, dataset = open_sampler(augmented, online=True)
+    codec, batch = load_policy(run).codec, sampler.batch(3)
+    seeds = np.random.SeedSequence([config.stage.seed, 3, 2]).spawn(len(batch))
+    for row, (_, episode, start) in enumerate(sampler.windows(3).tolist()):
+        steps = np.clip(start + np.array([-1, 0, 4, 5]), 0, dataset.lengths[episode] - 1)
+        clip = augment(dataset.frames(episode)[steps], settings, np.random.default_rng(seeds[row]))
+        np.testing.assert_array_equal(batch.frames[row].numpy(), clip[:2])
+        for place in range(2):
+            expected = codec.encode(to_video(clip[None, 2 + place], SMALL.frame_size))[0, :, 0]
+            torch.testing.assert_close(batch.frame_latents[row, place], expected, atol=2e-3, rtol=2e-3)
 
 
 def test_it_imagines_the_frame_at_the_chunks_end(trained):

@@ -17,16 +17,7 @@ from torch import Tensor, nn
 
 from agra.batch import Batch, PolicyInputs
 from agra.methods.ddim import add_noise, ddim
-from agra.methods.method import (
-    Continuation,
-    LossDenominators,
-    Losses,
-    Method,
-    MethodConfig,
-    Needs,
-    Noise,
-    Shapes,
-)
+from agra.methods.method import Continuation, LossDenominators, Losses, Method, MethodConfig, Needs, Noise, Shapes
 from agra.rng import noise_like, sample_shard
 from agra.wam.frame_encoder import FrameEncoder, Pooling, cut, frame_width
 from agra.wam.joint_transformer import sinusoid

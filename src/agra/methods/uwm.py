@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 from agra.batch import Batch, PolicyInputs
 from agra.methods.ddim import add_noise, ddim, first_step
-from agra.methods.method import (
-    Continuation,
-    LossDenominators,
-    Losses,
-    Method,
-    MethodConfig,
-    Needs,
-    Noise,
-    Shapes,
-)
+from agra.methods.method import Continuation, LossDenominators, Losses, Method, MethodConfig, Needs, Noise, Shapes
 from agra.rng import noise_like, sample_shard
 from agra.wam.codec import CodecConfig, latent_shape
 from agra.wam.frame_encoder import FrameEncoder, Pooling, frame_width
