@@ -23,8 +23,21 @@ class AlignmentConfig:
     hidden_dim: int = 2048  # of the MLP
     include_observation: bool = True
     """Align latent frame 0 too, as the sum over all T_v frames requires (Eq. 6, docs/paper.md #13)."""
+    include_future: bool = True
+    """Align the later latent frames too, as Eq. 6 does. False aligns the observation alone."""
+    spatial_normalization: bool = False
+    """Standardise every feature of the targets over each frame's grid, as iREPA does (arXiv 2512.10794). Off in the
+    paper."""
 
     def __post_init__(self) -> None:
+        if not (self.include_observation or self.include_future):
+            raise ValueError(
+                "AlignmentConfig: include_observation and include_future are both false, so no frame is aligned"
+            )
+        if self.spatial_normalization and self.teacher.token == "class":
+            raise ValueError(
+                "AlignmentConfig.spatial_normalization: expected false, because the class token has no grid"
+            )
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(
                 f"AlignmentConfig.layers: expected at least one video layer and no repetition, got {self.layers}"
@@ -83,6 +96,14 @@ class Projectors(nn.ModuleDict):
     def project(self, hidden: Mapping[int, Float[Tensor, "B T H W D"]]) -> list[Float[Tensor, "B T H W P"]]:
         """Return Z_k of every aligned layer, in the order of the config."""
         return [projector(hidden[int(layer)]) for layer, projector in self.items()]
+
+
+def spatially_normalized(
+    targets: Float[Tensor, "*frames H W P"], epsilon: float = 1e-6
+) -> Float[Tensor, "*frames H W P"]:
+    """Subtract each feature's mean over the grid and divide by its deviation there (iREPA, arXiv 2512.10794)."""
+    mean, deviation = targets.mean(dim=(-3, -2), keepdim=True), targets.std(dim=(-3, -2), keepdim=True)
+    return (targets - mean) / (deviation + epsilon)
 
 
 def cosine(

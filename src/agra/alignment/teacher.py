@@ -80,6 +80,8 @@ class TeacherConfig:
     depths: tuple[int, ...] = ()
     """Read several blocks (0-based, each through the final LayerNorm), one for each aligned video layer, and
     concatenate their features along the last axis. If empty, read the block `layer`."""
+    token: Literal["patches", "class"] = "patches"
+    """"class" reads DINOv2's class token, a global feature, as a grid of one cell. Not in the paper."""
     precision: Precision = "auto"
     """Precision of the encoder's matrix products. "auto" is bfloat16 on GPUs with instructions for it. Features are
     always float32."""
@@ -92,6 +94,10 @@ class TeacherConfig:
         if self.precision not in ("float32", "bfloat16", "auto"):
             raise ValueError(
                 f'TeacherConfig.precision: expected "float32", "bfloat16" or "auto", got {self.precision!r}'
+            )
+        if self.token not in ("patches", "class") or (self.token == "class" and self.kind == "siglip"):
+            raise ValueError(
+                f'TeacherConfig.token: expected "patches", or "class" for a DINOv2, got {self.token!r} for {self.kind}'
             )
         if len(self.input_size) != 2 or min(self.input_size) < 1:
             raise ValueError(f"TeacherConfig.input_size: expected (height, width), got {self.input_size}")
@@ -177,6 +183,8 @@ class Teacher(nn.Module):
     @property
     def grid_size(self) -> tuple[int, int]:
         """(h, w) of the feature grid."""
+        if self.config.token == "class":
+            return 1, 1
         height, width = self.config.input_size
         return height // self.patch_size, width // self.patch_size
 
@@ -188,6 +196,7 @@ class Teacher(nn.Module):
             "input_size": list(self.config.input_size),
             "layer": self.config.layer,
             **({"depths": list(self.config.depths)} if self.config.depths else {}),
+            **({"token": self.config.token} if self.config.token != "patches" else {}),
             "precision": self.config.precision,
             "width": self.width,
             "patch_size": self.patch_size,
@@ -213,6 +222,8 @@ class Teacher(nn.Module):
         extra = {"interpolate_pos_encoding": True} if self.config.kind == "siglip" else {}
         with autocast(inputs.device, self.config.precision):
             tokens = self._read(inputs) if self.config.depths else self.model(inputs, **extra).last_hidden_state
+        if self.config.token == "class":
+            return tokens[:, :1].float().unflatten(1, (1, 1))
         height, width = self.grid_size
         # The class token and any registers come first.
         return tokens[:, -height * width :].float().unflatten(1, (height, width))

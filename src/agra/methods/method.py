@@ -174,6 +174,11 @@ class MethodConfig(ABC):
         return ()
 
     @property
+    def aligns_patches(self) -> bool:
+        """True where the targets of the aligned layers are the teacher's patch features, neither changed nor pooled."""
+        return bool(self.aligned_layers)
+
+    @property
     def grid_frames(self) -> tuple[int, ...]:
         """The frame shown at each time position of a token grid. (0,) is the observation alone."""
         return (0,)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from agra.alignment.loss import AlignmentConfig, Projectors, alignment_loss, cosine_gain
+from agra.alignment.loss import AlignmentConfig, Projectors, alignment_loss, cosine_gain, spatially_normalized
 from agra.alignment.teacher import TeacherConfig, reference_frames, teacher_shape
 from agra.batch import Batch, PolicyInputs
 from agra.flow import beta_levels, euler, interpolate, logit_normal_levels, uniform_levels, velocity
@@ -183,6 +183,12 @@ class WAMMethodConfig(MethodConfig):
     def aligned_layers(self) -> tuple[int, ...]:
         """The alignment's video layers."""
         return () if self.alignment is None else self.alignment.layers
+
+    @property
+    def aligns_patches(self) -> bool:
+        """False for iREPA's normalised targets and for the class token."""
+        alignment = self.alignment
+        return alignment is not None and not alignment.spatial_normalization and alignment.teacher.token == "patches"
 
     @property
     def grid_frames(self) -> tuple[int, ...]:
@@ -379,14 +385,20 @@ class WAMMethod(Method):
         assert self.config.alignment is not None
         if batch.targets is None:
             raise ValueError("alignment: the batch holds no teacher targets; prepare them with `agra prepare`")
-        first = 0 if self.config.alignment.include_observation else 1
+        config = self.config.alignment
+        frames = slice(0 if config.include_observation else 1, None if config.include_future else 1)
         rows: Any = slice(None)
         if batch.target_rows is not None:
             rows = batch.target_rows if len(batch.target_rows) else slice(1)
-        layers = self.config.alignment.layers
-        projected = self.projectors.project({layer: hidden[layer][rows, first:] for layer in layers})
-        targets = batch.targets[rows, first:]
-        if not self.config.alignment.teacher.depths:
+        states = {layer: hidden[layer][rows, frames] for layer in config.layers}
+        targets = batch.targets[rows, frames]
+        if config.teacher.token == "class":  # the mean of a frame's tokens against the frame's one target
+            states = {layer: state.mean(dim=(2, 3), keepdim=True) for layer, state in states.items()}
+            targets = targets[:, :, :1, :1]
+        if config.spatial_normalization:
+            targets = spatially_normalized(targets)
+        projected = self.projectors.project(states)
+        if not config.teacher.depths:
             return [(projected, targets)]
         return [([z], y) for z, y in zip(projected, targets.chunk(len(projected), dim=-1), strict=True)]
 
@@ -435,7 +447,8 @@ class WAMMethod(Method):
         alignment = self.config.alignment
         if "projectors" not in parts or alignment is None or earlier.alignment is None:
             return shared
-        if (earlier.alignment.teacher, earlier.alignment.projector) == (alignment.teacher, alignment.projector):
+        kinds = [(a.teacher, a.projector, a.spatial_normalization) for a in (earlier.alignment, alignment)]
+        if kinds[0] == kinds[1]:
             assert self.projectors is not None
             for layer in sorted(set(earlier.alignment.layers) & set(alignment.layers)):
                 shared[f"projectors.{layer}"] = self.projectors[str(layer)]

@@ -90,7 +90,9 @@ def test_policies_are_compared_on_the_same_demonstrations(write_policy, tmp_path
         entry.config.write_text(json.dumps(json.loads(entry.config.read_text()) | {"data": {"path": data}}))
         return entry
 
-    pairs = [trained_on(name, data) for name, data in (("wam", "a"), ("agra", "a"), ("own-wam", "b"), ("own-agra", "b"))]
+    pairs = [
+        trained_on(name, data) for name, data in (("wam", "a"), ("agra", "a"), ("own-wam", "b"), ("own-agra", "b"))
+    ]
     words = Page(build_report(pairs, tmp_path / "pairs.html").read_text()).words
     assert "agra against wam own-agra against own-wam" in words
     assert "own-wam against" not in words

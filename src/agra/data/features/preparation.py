@@ -254,7 +254,10 @@ def _index(method: MethodConfig, data: DataConfig, sources: Sequence[Source], so
     settings: dict[str, Any] = {"dataset": source.dataset.fingerprint, "view": dict(source.dataset.view)}
     if name == "targets":
         assert method.teacher is not None
-        settings |= asdict(method.teacher) | {
+        teacher = asdict(method.teacher)
+        if teacher["token"] == "patches":  # as named before there was a choice
+            del teacher["token"]
+        settings |= teacher | {
             "grid": method.shapes.feature_grid,
             "limit": target_limit(method, data, source),
         }

@@ -179,7 +179,7 @@ def comparison_teacher(config: RunConfig, kind: TeacherKind) -> TeacherConfig | 
     alignment can be compared with an aligned policy. None for no encoder.
     """
     if kind == "own" and config.method.teacher is not None:
-        return config.method.teacher
+        return replace(config.method.teacher, token="patches")
     if kind == "none" or (kind == "own" and find_spec(PACKAGE) is None):
         return None
     if kind in ("own", "packaged_dinov2_small"):
@@ -191,10 +191,13 @@ def comparison_teacher(config: RunConfig, kind: TeacherKind) -> TeacherConfig | 
 def trained_projectors(policy: str | Path) -> Projectors | None:
     """The projectors of the last stage that aligned, if every stage after it froze the video DiT. Otherwise None.
 
-    Only then do the projectors belong to the policy's hidden states.
+    Only then do the projectors belong to the policy's hidden states. None too where the targets were not the patch
+    features that the diagnosis reads.
     """
     for stage in reversed(lineage(policy)):
         if stage.checkpoint is not None and "projectors" in stored_parts(stage.checkpoint):
+            if not stage.config.method.aligns_patches:
+                return None
             with torch.device("meta"):
                 projectors = stage.config.method.build().parts()["projectors"]
             projectors.to_empty(device="cpu")
