@@ -4,7 +4,7 @@ Every difference is given with its interval. If the interval includes zero, the 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import rich.console
@@ -31,6 +31,15 @@ Pairs = Sequence[tuple[int, int]]
 def against_first(count: int) -> Pairs:
     """Pair every policy but the first with the first."""
     return [(place, 0) for place in range(1, count)]
+
+
+def against_first_of(groups: Sequence[Hashable]) -> Pairs:
+    """Pair every policy with the first of its group, such as those that were trained on the same demonstrations.
+
+    The first of a group of several is paired with none, a policy alone in its group with the first of all.
+    """
+    references = [0 if groups.count(group) == 1 else groups.index(group) for group in groups]
+    return [(place, reference) for place, reference in enumerate(references) if place != reference]
 
 
 @dataclass(frozen=True, kw_only=True)

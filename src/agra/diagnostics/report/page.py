@@ -23,7 +23,7 @@ from agra import files
 from agra.checkpoints.migration import current_config
 from agra.config import flat
 from agra.diagnostics.record import Diagnosis, plain, read_diagnosis
-from agra.diagnostics.report.comparison_table import Pairs, Table, number
+from agra.diagnostics.report.comparison_table import Table, against_first_of, number
 from agra.diagnostics.report.evaluation_section import evaluation_section
 from agra.diagnostics.report.figures import Series, line_chart, swatch
 from agra.diagnostics.report.gallery_section import RAMP, gallery_section
@@ -66,7 +66,7 @@ def build_report(
     notes: Sequence[str] = (),
     studies: Sequence[Path] = (),
 ) -> Path:
-    """Write the report of `policies` to `output`. Each is compared with the first on the same demonstrations (`_pairs`).
+    """Write the report of `policies` to `output`. Each is compared with the first on the same demonstrations (`against_first_of`).
 
     `studies` are folders of `agra study` (Figs. 10, 11). `notes` precede the list of substitutes for the paper's parts,
     which is read from the configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid
@@ -89,7 +89,7 @@ def build_report(
         lede=_lede(policies, results, diagnoses),
         policies=[{"name": p.name, "description": p.description, "swatch": swatch(i)} for i, p in enumerate(policies)],
         substitutes=[*notes, *_substitutes(configs)],
-        pairs=_pairs(policies, configs),
+        pairs=against_first_of([_demonstrations(configs.get(p.name)) for p in policies]),
         summary=_summary(evaluation, reliance, grounding),
         training=_training(policies),
         evaluation=evaluation,
@@ -106,19 +106,6 @@ def build_report(
     )
     files.write_text(output, page)
     return Path(output)
-
-
-def _pairs(policies: Sequence[PolicyEntry], configs: Mapping[str, Mapping[str, Any]]) -> Pairs:
-    """Pair every policy with the first of the list that was trained on the same demonstrations.
-
-    The first of several such policies is compared with none, a policy without others of its demonstrations with the
-    first of the list.
-    """
-    data = [_demonstrations(configs.get(policy.name)) for policy in policies]
-    first = [data.index(names) for names in data]
-    alone = [data.count(names) == 1 for names in data]
-    pairs = [(place, 0 if alone[place] else first[place]) for place in range(len(policies))]
-    return [(place, reference) for place, reference in pairs if place != reference]
 
 
 def _demonstrations(config: Mapping[str, Any] | None) -> tuple[str, ...] | None:
