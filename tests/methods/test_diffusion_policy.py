@@ -178,24 +178,6 @@ def test_the_condition_holds_every_observation_in_order():
     torch.testing.assert_close(condition[:, width : width + config.frame_dim], method.encoder(centre))
 
 
-def test_every_training_frame_is_cut_at_a_place_of_its_own():
-    method, batch = make_method(), random_batch(SMALL, count=40)
-    position = torch.arange(32 * 48).reshape(32, 48)
-    frames = (
-        torch.stack([position % 256, position // 256, position * 0], dim=-1).to(torch.uint8).expand(40, 2, -1, -1, -1)
-    )
-    with sharded_rng(0, 5, samples=40):
-        cropped = method._cropped(frames)
-    corners = cropped[:, :, 0, 0, 0].long() + 256 * cropped[:, :, 0, 0, 1].long()
-    rows, columns = corners // 48, corners % 48
-    assert set(rows.flatten().tolist()) == set(range(5))
-    assert set(columns.flatten().tolist()) == set(range(7))
-    assert (corners[:, 0] != corners[:, 1]).any()
-    with sharded_rng(0, 5, samples=20, index=1, count=2):
-        assert torch.equal(method._cropped(frames[1::2]), cropped[1::2])
-    assert len(batch) == 40
-
-
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 

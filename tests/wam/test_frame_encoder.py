@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from agra.wam.frame_encoder import FrameEncoder, cut, spatial_softmax
+from agra.rng import sharded_rng
+from agra.wam.frame_encoder import FrameEncoder, crop, cut, spatial_softmax
 
 
 def test_keypoints_are_mean_positions():
@@ -27,3 +28,19 @@ def test_a_cut_is_a_slice():
 def test_channels_divide_into_groups_of_16():
     with pytest.raises(ValueError, match="encoder_channels: expected multiples of 16, got"):
         FrameEncoder((16, 40))
+
+
+def test_every_frame_is_cropped_at_a_place_of_its_own():
+    position = torch.arange(32 * 48).reshape(32, 48)
+    frames = torch.stack([position % 256, position // 256, position * 0], dim=-1).to(torch.uint8)
+    frames = frames.expand(40, 2, -1, -1, -1)
+    with sharded_rng(0, 5, samples=40):
+        cropped = crop(frames, (28, 42), at_random=True)
+    corners = cropped[:, :, 0, 0, 0].long() + 256 * cropped[:, :, 0, 0, 1].long()
+    rows, columns = corners // 48, corners % 48
+    assert set(rows.flatten().tolist()) == set(range(5))
+    assert set(columns.flatten().tolist()) == set(range(7))
+    assert (corners[:, 0] != corners[:, 1]).any()
+    with sharded_rng(0, 5, samples=20, index=1, count=2):
+        assert torch.equal(crop(frames[1::2], (28, 42), at_random=True), cropped[1::2])
+    assert torch.equal(crop(frames, (28, 42), at_random=False), frames[:, :, 2:30, 3:45])

@@ -1,5 +1,4 @@
-"""Diffusion Policy (Chi et al., arXiv 2303.04137): a U-Net over time denoises a chunk of actions, given two
-observations.
+"""Diffusion Policy (Chi et al., arXiv 2303.04137): a U-Net over time denoises actions, given two observations.
 
 A ResNet-18 with group norm turns each frame into a vector. The vectors and states of all observations make one
 condition, which scales and shifts the features of every residual block of the U-Net (FiLM). The network predicts the
@@ -12,14 +11,14 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from agra.batch import Batch, PolicyInputs
 from agra.methods.ddim import add_noise, ddim
 from agra.methods.method import Continuation, LossDenominators, Losses, Method, MethodConfig, Needs, Noise, Shapes
 from agra.rng import noise_like, sample_shard
-from agra.wam.frame_encoder import FrameEncoder, Pooling, cut, frame_width
+from agra.wam.frame_encoder import FrameEncoder, Pooling, crop, frame_width
 from agra.wam.joint_transformer import sinusoid
 from agra.wam.text import TextConfig, mean_token
 
@@ -252,23 +251,13 @@ class DiffusionPolicy(Method):
         """Features and state of each observation, one after the other, then the instruction."""
         assert inputs.frames is not None
         assert inputs.states is not None
-        frames = self._cropped(inputs.frames)
+        frames = crop(inputs.frames, self.config.crop_size, at_random=self.training)
         features = self.encoder(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         condition = torch.cat([features, inputs.states], dim=-1).flatten(1)
         if self.config.language == "none":
             return condition
         assert inputs.instruction is not None
         return torch.cat([condition, mean_token(inputs.instruction)], dim=-1)
-
-    def _cropped(self, frames: UInt8[Tensor, "B F Y X 3"]) -> UInt8[Tensor, "B F H W 3"]:
-        """Cut every frame at a place of its own in training, as the original does, and at the centre else."""
-        size, count = self.config.crop_size, frames.shape[0] * frames.shape[1]
-        spare = torch.tensor([frames.shape[2] - size[0], frames.shape[3] - size[1]])
-        if self.training:
-            corners = (sample_shard(lambda n: torch.rand(n, 2), count) * (spare + 1)).long()
-        else:
-            corners = (spare // 2).expand(count, 2)
-        return cut(frames.flatten(0, 1), corners.to(frames.device), size).unflatten(0, frames.shape[:2])
 
     def loss(self, batch: Batch, denominators: LossDenominators | None = None) -> Losses:
         """The squared error of the predicted noise, averaged over the actions that the mask keeps."""

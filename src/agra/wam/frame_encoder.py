@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from agra.rng import sample_shard
+
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Pooling = Literal["mean", "spatial_softmax"]
@@ -97,3 +99,14 @@ def cut(
     )
     index = torch.arange(len(frames), device=frames.device)
     return frames[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def crop(frames: UInt8[Tensor, "B F Y X 3"], size: tuple[int, int], *, at_random: bool) -> UInt8[Tensor, "B F H W 3"]:
+    """Cut a window of `size` from every frame: at a random place of its own, or at the centre."""
+    count = frames.shape[0] * frames.shape[1]
+    spare = torch.tensor([frames.shape[2] - size[0], frames.shape[3] - size[1]])
+    if at_random:
+        corners = (sample_shard(lambda n: torch.rand(n, 2), count) * (spare + 1)).long()
+    else:
+        corners = (spare // 2).expand(count, 2)
+    return cut(frames.flatten(0, 1), corners.to(frames.device), size).unflatten(0, frames.shape[:2])
