@@ -243,7 +243,11 @@ def _pre_training(config: RunConfig) -> str:
     """The pre-trained networks that the training used. All of them are frozen, and all trained weights start fresh."""
     needs, text, teacher = config.method.needs(), config.method.text, config.method.teacher
     used = [f"{text.kind} (instruction)"] if needs.instruction and text is not None else []
-    used += [f"{teacher.kind.replace('_', ' ')} (teacher)"] if teacher is not None and (needs.targets or needs.features) else []
+    used += (
+        [f"{teacher.kind.replace('_', ' ')} (teacher)"]
+        if teacher is not None and (needs.targets or needs.features)
+        else []
+    )
     return ", ".join(used) or "none"
 
 

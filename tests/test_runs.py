@@ -65,6 +65,36 @@ def test_the_arms_of_the_comparison_are_what_their_names_say():
     assert video.video_batch_fraction == shared.video_batch_fraction == 1
 
 
+def test_the_arms_of_the_study_are_what_their_names_say():
+    """Every line of study.sh: NAME SEED STEPS DATA RECIPE [flags of the config]."""
+    script = next(path for path in RUNS if path.name == "study.sh").read_text()
+    rows = re.search(r"^rows\(\) \{.*?^\}", script, re.S | re.M)
+    assert rows is not None
+    said = subprocess.run(["bash", "-c", f"{rows.group(0)}\nrows"], capture_output=True, text=True, check=True).stdout
+    arms = {}
+    for line in said.splitlines():
+        name, seed, steps, data, *arguments = line.split()
+        assert (name, seed) not in arms
+        assert data in ("robot", "few", "both")
+        assert int(steps) == (2400 if name in ("wam", "agra") else 1600)
+        arms[name, seed] = recipe_arguments("train", arguments, NoOptions)[1]
+    assert len(arms) == 8 + 12 + 12 + 3 + 15
+    for (name, _), config in arms.items():
+        alignment, objective = config.method.alignment, config.method.objective
+        assert (alignment is None) == name.startswith(("wam", "freeze"))
+        assert (objective.video_weight == 0) == ("no_video_loss" in name or name.startswith("freeze"))
+        assert (config.data.target_steps is None) == ("whole_episode" in name)
+        if "aligns_layer" in name:
+            assert alignment.layers == (int(name[-1]),)
+        if "reads_layer" in name:
+            assert set(config.method.model.bridge.layers) == {int(name[-1])}
+    assert not arms["agra_short_observation", "0"].method.alignment.include_future
+    assert arms["agra_short_irepa", "0"].method.alignment.spatial_normalization
+    assert arms["agra_short_class_token", "0"].method.alignment.teacher.token == "class"
+    assert arms["agra_short_video_pass", "0"].method.objective.guidance_pass is Pass.CONDITIONING
+    assert arms["agra_short_shared_pass", "0"].method.objective.guidance_pass is Pass.DENOISING
+
+
 STAND_IN = """#!/usr/bin/env bash
 # Records its command line and makes the files that the next steps read.
 echo "$*" >> "$CALLS"
