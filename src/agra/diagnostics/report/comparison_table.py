@@ -52,6 +52,12 @@ class TableRow:
     extra: Cell | None = None
     verdict: Verdict | None = None
 
+    def compared(self, place: int, reference: int) -> Cell:
+        """The verdict on a pair, which is "not applicable" if the instrument does not apply to one of the two."""
+        if self.verdict is None or NOT_APPLICABLE in (self.cells[place], self.cells[reference]):
+            return NOT_APPLICABLE
+        return self.verdict(place, reference)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -71,7 +77,7 @@ def print_table(table: Table, names: Sequence[str], *, title: str) -> None:
         shown.add_column(head)
     for row in table.rows:
         extra = [row.extra or MISSING] if table.extra else []
-        cells = [*row.cells, *extra, *(row.verdict(*pair) for pair in pairs if row.verdict is not None)]
+        cells = [*row.cells, *extra, *(row.compared(*pair) for pair in pairs if row.verdict is not None)]
         shown.add_row(row.label, *(f"{cell.text}\n{cell.range}".strip() for cell in cells))
     rich.console.Console().print(shown)
 
@@ -99,7 +105,7 @@ def percent(fraction: float) -> str:
         return "–"
     value = 100 * fraction
     whole = abs(value) >= 10 or abs(value - round(value)) < 0.05
-    return f"{value:.0f}\u00a0%" if whole else f"{value:.1f}\u00a0%"
+    return f"{value:.{0 if whole else 1}f}\u00a0%".replace("-", "−")
 
 
 def between(low: float, high: float, form=number) -> str:

@@ -100,7 +100,7 @@ def gallery_section(columns: Sequence[DiagnosisColumn]) -> dict[str, Any] | None
         "layers": layers,
         "layer": (aligned or layers[len(layers) // 2 :] or [None])[0],
         "columns": max(1, 1 + len(kinds) + bool(layers) + imagined),
-        "teacher": next((d.header["teacher"] for d in diagnoses if d.header["teacher"]), None),
+        "teacher": next((d.header["teacher"].replace("_", " ") for d in diagnoses if d.header["teacher"]), None),
         "intro": (
             "Attention and sensitivity of each policy at the same moments under the same noise. The policy's input is "
             "the first frame alone. The later frames and masks come from the recording and stand for the latent frames "

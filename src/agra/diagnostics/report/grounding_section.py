@@ -227,14 +227,20 @@ def print_grounding(columns: Sequence[DiagnosisColumn]) -> None:
 
 
 def _heading(columns: Sequence[DiagnosisColumn], regime: str) -> str:
-    counts = {sum(row["regime"] == regime for row in d.rows) for _, _, d in columns if d is not None}
-    masked = {
+    """The regime's number of samples, and of those with a matched mask where interventions apply."""
+    diagnoses = [d for _, _, d in columns if d is not None]
+    counts = [sum(row["regime"] == regime for row in d.rows) for d in diagnoses]
+    masked = [
         sum(row["regime"] == regime and row["deviation"] is not None for row in d.rows)
-        for _, _, d in columns
-        if d is not None
-    }
-    span = "–".join(map(str, sorted(counts)))
-    return f"{regime.replace('_', ' ')}: {span} samples, {'–'.join(map(str, sorted(masked)))} with a matched mask"
+        for d in diagnoses
+        if d.applies("interventions")
+    ]
+    heading = f"{regime.replace('_', ' ')}: {_span(counts)} samples"
+    return heading + (f", {_span(masked)} with a matched mask" if masked else "")
+
+
+def _span(counts: Sequence[int]) -> str:
+    return f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _average_rows(

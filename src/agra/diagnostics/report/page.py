@@ -227,13 +227,17 @@ def _logs(policies: Sequence[PolicyEntry], stage: str) -> list[tuple[int, str, l
 
     Policies that share a log are named together.
     """
-    sharing: dict[Path, list[int]] = {}
+    sharing: dict[str, list[int]] = {}
     for index, policy in enumerate(policies):
         if stage in policy.training_logs:
-            sharing.setdefault(Path(policy.training_logs[stage]).resolve(), []).append(index)
+            sharing.setdefault(Path(policy.training_logs[stage]).read_text(), []).append(index)
     return [
-        (indices[0], " and ".join(policies[i].name for i in indices), read_log(path))
-        for path, indices in sharing.items()
+        (
+            indices[0],
+            " and ".join(policies[i].name for i in indices),
+            read_log(policies[indices[0]].training_logs[stage]),
+        )
+        for indices in sharing.values()
     ]
 
 
@@ -282,12 +286,8 @@ def _substitutes(configs: Mapping[str, dict[str, Any]]) -> list[str]:
             lines.append(
                 "Video codec: a closed-form space-time patch PCA fitted on the training frames, not the Wan VAE."
             )
-        if fields.get("method.model.text.kind") == "minilm":
+        if "minilm" in (fields.get("method.model.text.kind"), fields.get("method.text_encoder.kind")):
             lines.append("Instructions: a packaged MiniLM sentence encoder, not Cosmos-Reason1.")
-        elif "minilm" in [
-            value for key, value in fields.items() if key.startswith("method.") and key.endswith(".kind")
-        ]:
-            lines.append("Instructions: a packaged MiniLM sentence encoder.")
         if fields.get("method.alignment.teacher.kind") == "packaged_dinov2_small":
             lines.append("Teacher: a packaged DINOv2-S/14 that was fine-tuned for saliency, not DINOv2-B.")
         layers = fields.get("method.model.video_dit.num_layers")
