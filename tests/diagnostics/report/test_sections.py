@@ -8,7 +8,8 @@ import pytest
 from agra.diagnostics.metrics import IntervalEstimate
 from agra.diagnostics.record import Diagnosis, read_diagnosis, write_diagnosis
 from agra.diagnostics.report.comparison_table import difference_cell, mcnemar_cell, number, percent
-from agra.diagnostics.report.page import PolicyEntry, build_report, read_log
+from agra.diagnostics.report.page import PolicyEntry, build_report
+from agra.diagnostics.report.training_section import read_log
 from agra.diagnostics.visual_reliance import Swaps, VisualReliance
 from agra.types import REGIMES
 

@@ -53,9 +53,11 @@ class TableRow:
     verdict: Verdict | None = None
 
     def compared(self, place: int, reference: int) -> Cell:
-        """The verdict on a pair, which is "not applicable" if the instrument does not apply to one of the two."""
-        if self.verdict is None or NOT_APPLICABLE in (self.cells[place], self.cells[reference]):
+        """The verdict on a pair. There is none if the instrument does not apply to one of the two."""
+        if self.verdict is None or self.cells[place] == NOT_APPLICABLE:
             return NOT_APPLICABLE
+        if self.cells[reference] == NOT_APPLICABLE:
+            return Cell(text="not comparable: not applicable to the reference")
         return self.verdict(place, reference)
 
 

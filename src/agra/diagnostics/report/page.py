@@ -16,34 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
 from agra import files
 from agra.checkpoints.migration import current_config
 from agra.config import flat
 from agra.diagnostics.record import Diagnosis, plain, read_diagnosis
-from agra.diagnostics.report.comparison_table import Table, against_first_of, number
+from agra.diagnostics.report.comparison_table import Table, against_first_of
 from agra.diagnostics.report.evaluation_section import evaluation_section
-from agra.diagnostics.report.figures import Series, line_chart, swatch
+from agra.diagnostics.report.figures import swatch
 from agra.diagnostics.report.gallery_section import RAMP, gallery_section
 from agra.diagnostics.report.grounding_section import grounding_section
 from agra.diagnostics.report.layers_section import imagination_section, layers_section
 from agra.diagnostics.report.study_section import study_sections
+from agra.diagnostics.report.training_section import training_section
 from agra.diagnostics.report.visual_reliance_section import read_visual_reliance, visual_reliance_section
 from agra.evaluation.results import Results, read_results
 
-STAGES = ("adapt", "joint", "finetune")
 DIRECTIONS = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-CURVES = (
-    ("loss", "Total loss"),
-    ("video_loss", "Video loss"),
-    ("action_loss", "Action loss"),
-    ("alignment_loss", "Alignment loss (minus the cosine)"),
-    ("alignment_cosine_gain", "Cosine gain over the mean feature"),
-    ("visual_reliance/error_ratio", "First target's error over a constant's"),
-    ("visual_reliance/image_swap_shift", "Shift of the target when the image is swapped"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +81,7 @@ def build_report(
         substitutes=[*notes, *_substitutes(configs)],
         pairs=against_first_of([_demonstrations(configs.get(p.name)) for p in policies]),
         summary=_summary(evaluation, reliance, grounding),
-        training=_training(policies),
+        training=training_section(policies),
         evaluation=evaluation,
         visual_reliance=reliance,
         grounding=grounding,
@@ -139,22 +129,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not JSON ({error})") from error
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a training log.
-
-    A last line that a crash cut off is dropped. Raises ValueError for any other bad line.
-    """
-    lines = Path(path).read_text().splitlines()
-    rows = []
-    for place, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if place + 1 < len(lines):
-                raise ValueError(f"{path}: line {place + 1} is not JSON ({error})") from error
-    return rows
-
-
 def _lede(
     policies: Sequence[PolicyEntry],
     results: Sequence[tuple[int, str, Results | None]],
@@ -194,72 +168,6 @@ def _summary(
         labels = ("Attention in mask", "Centroid error", "Sensitivity ratio, mean", "Sensitivity ratio, zero")
         rows += [row for row in (*grounding["table"].rows, *grounding["table_1"].rows) if row.label in labels]
     return Table(corner="", rows=rows)
-
-
-def _series(index: int, name: str, rows: Sequence[Mapping[str, float]], key: str) -> Series | None:
-    def points(key: str) -> tuple[np.ndarray, np.ndarray]:
-        pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        return np.array([p[0] for p in pairs], dtype=float), np.array([p[1] for p in pairs], dtype=float)
-
-    (x, y), (validation_x, validation_y) = points(key), points(f"validation/{key}")
-    if not len(x) and not len(validation_x):
-        return None
-    return Series(label=name, index=index, x=x, y=y, point_x=validation_x, point_y=validation_y)
-
-
-def _training(policies: Sequence[PolicyEntry]) -> list[dict[str, Any]]:
-    """The curves of every stage with a log."""
-    logged = {stage for p in policies for stage in p.training_logs}
-    sections = []
-    for stage in [*(s for s in STAGES if s in logged), *sorted(logged - set(STAGES))]:
-        logs = _logs(policies, stage)
-        charts = []
-        for key, label in CURVES:
-            series = [s for i, name, rows in logs if (s := _series(i, name, rows, key)) is not None]
-            if series:
-                charts.append({"title": label, "svg": line_chart(series, title=label), "caption": _last(series)})
-        sections.append({"name": stage, "charts": charts, "caption": _speed(logs)})
-    return sections
-
-
-def _logs(policies: Sequence[PolicyEntry], stage: str) -> list[tuple[int, str, list[dict[str, float]]]]:
-    """The stage's logs, each with the number of the first policy that has it.
-
-    Policies that share a log are named together.
-    """
-    sharing: dict[str, list[int]] = {}
-    for index, policy in enumerate(policies):
-        if stage in policy.training_logs:
-            sharing.setdefault(Path(policy.training_logs[stage]).read_text(), []).append(index)
-    return [
-        (
-            indices[0],
-            " and ".join(policies[i].name for i in indices),
-            read_log(policies[indices[0]].training_logs[stage]),
-        )
-        for indices in sharing.values()
-    ]
-
-
-def _last(series: Sequence[Series]) -> str:
-    """The mean over the last tenth of each curve."""
-    ends = []
-    for line in series:
-        if len(line.y):
-            tail = line.y[-max(1, len(line.y) // 10) :]
-            validation = f" (held out {number(line.point_y[-1])})" if len(line.point_y) else ""
-            ends.append(f"{line.label} {number(float(tail.mean()))}{validation}")
-    return "Last tenth: " + ", ".join(ends) if ends else "Held-out windows only"
-
-
-def _speed(logs: Sequence[tuple[int, str, Sequence[Mapping[str, float]]]]) -> str:
-    parts = []
-    for _, name, rows in logs:
-        steps = max((int(row["step"]) for row in rows), default=0)
-        speeds = [row["samples_per_second"] for row in rows if row.get("samples_per_second") is not None]
-        speed = f", {number(float(np.median(speeds)))} samples/s (median)" if speeds else ""
-        parts.append(f"{name}: {steps} steps{speed}")
-    return "; ".join(parts) + "."
 
 
 def _settings(configs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
