@@ -31,7 +31,10 @@ dit4dit_attached 0 tiny_dit4dit_attached adapt
 flare 0 tiny_flare adapt
 flare_frozen 0 tiny_flare_frozen scratch
 flare_policy_only 0 tiny_flare_policy_only scratch
+uwm 0 tiny_uwm scratch
 vla 0 tiny_vla scratch
+lda_scratch 0 tiny_lda_scratch scratch
+lda_scratch_vae 0 tiny_lda_scratch_vae scratch
 uwm 0 tiny_uwm scratch
 ROWS
 }
