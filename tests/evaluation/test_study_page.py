@@ -18,7 +18,7 @@ def test_the_interval_draws_seeds_and_trials():
 
 def test_an_arm_is_compared_with_what_it_differs_from_in_one_setting():
     listed = "wam agra wam_short agra_short wam_short_no_video_loss agra_short_no_video_loss wam_few agra_few agra_both"
-    names = {name: () for name in f"{listed} wam_both agra_short_irepa freeze_short".split()}
+    names = dict.fromkeys(f"{listed} wam_both agra_short_irepa freeze_short".split(), ())
     assert references("wam", names) == []
     assert references("agra", names) == ["wam"]
     assert references("agra_short_no_video_loss", names) == ["wam_short_no_video_loss", "agra_short"]
