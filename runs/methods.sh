@@ -35,7 +35,6 @@ uwm 0 tiny_uwm scratch
 vla 0 tiny_vla scratch
 lda_scratch 0 tiny_lda_scratch scratch
 lda_scratch_vae 0 tiny_lda_scratch_vae scratch
-uwm 0 tiny_uwm scratch
 ROWS
 }
 
