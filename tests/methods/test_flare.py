@@ -321,6 +321,21 @@ def test_the_targets_variance_shows_a_collapse():
     torch.testing.assert_close(method(batch).figures["target_variance"], expected, rtol=1e-4, atol=1e-5)
     collapsed = replace(batch, targets=batch.targets[:1].expand_as(batch.targets))
     assert method(collapsed).figures["target_variance"].abs() < 1e-5
+    assert "target_frame_variance" not in method.eval()(batch).figures
+
+
+@torch.no_grad()
+def test_validation_tells_frames_from_instructions():
+    """The averaged encoder's targets may vary with the instruction alone."""
+    method, batch = make_method(), random_batch()
+    assert "target_frame_variance" not in method(batch).figures
+    units = ByHand(method).target(batch.targets[[0, 2, 3], 0], batch.instruction[:1].expand(3, -1, -1))
+    units = units / units.norm(dim=-1, keepdim=True)
+    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).mean() for m in range(2)) / 2
+    torch.testing.assert_close(method.eval()(batch).figures["target_frame_variance"], expected, rtol=1e-4, atol=1e-5)
+    one_frame = method(replace(batch, targets=batch.targets[:1].expand_as(batch.targets))).figures
+    assert one_frame["target_variance"] > 1e-4
+    assert one_frame["target_frame_variance"].abs() < 1e-5
 
 
 @torch.no_grad()

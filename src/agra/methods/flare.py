@@ -312,8 +312,8 @@ class FLARE(Method):
         """Compute 1 - cos between the future tokens and the target, averaged over tokens and samples with targets.
 
         In a batch without targets the first sample stands in, with weight 0, so that all processes run the same
-        operations. The figures are the cosine's gain over the mean target, and the targets' variance over samples: that
-        of unit vectors, from 0 (collapsed, all equal) to 1.
+        operations. The figures are the cosine's gain over the mean target, and the targets' variance (`unit_variance`).
+        Validation adds the variance of the averaged encoder's targets under one instruction, which frames alone cause.
         """
         assert self.projector is not None
         rows: Any = slice(None)
@@ -322,12 +322,15 @@ class FLARE(Method):
         target = self.targets(batch, rows)
         predicted = self.projector(future.unflatten(0, (-1, self.config.action_draws))[rows])
         expanded = target[:, None].expand_as(predicted)  # R draws M P
-        variance = 1 - F.normalize(target.float(), dim=-1).mean(dim=0).square().sum(dim=-1).mean()
         scale = _num_targets(batch) / denominator
         figures = {
             "alignment_cosine_gain": cosine_gain([predicted], expanded).detach() * scale,
-            "target_variance": variance * scale,
+            "target_variance": unit_variance(target) * scale,
         }
+        if self.target_encoder is not None and not self.training:
+            assert batch.instruction is not None
+            one = replace(batch, instruction=batch.instruction[:1].expand_as(batch.instruction))
+            figures["target_frame_variance"] = unit_variance(self.targets(one, rows)) * scale
         return (1 + alignment_loss([predicted], expanded)) * scale, figures
 
     @torch.no_grad()
@@ -430,6 +433,11 @@ class FLARE(Method):
             return output.velocity
 
         return euler(predict, noise["action"], steps or 4)
+
+
+def unit_variance(tokens: Float[Tensor, "R M P"]) -> Float[Tensor, ""]:
+    """Return the variance over R samples of tokens of length 1: from 0, all equal, to 1. Averaged over the M tokens."""
+    return 1 - F.normalize(tokens.float(), dim=-1).mean(dim=0).square().sum(dim=-1).mean()
 
 
 def _num_targets(batch: Batch) -> int:
