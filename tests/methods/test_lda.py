@@ -17,7 +17,7 @@ from agra.batch import Batch
 from agra.checkpoints.folder import newest, resolve
 from agra.checkpoints.read import read_config
 from agra.cli.main import main
-from agra.config import RunConfig
+from agra.config import RunConfig, VisualRelianceConfig
 from agra.data.config import DataConfig
 from agra.data.source import embodiment_stats, open_sources
 from agra.diagnostics.instruments.attention import action_attention
@@ -486,6 +486,7 @@ def trained(tmp_path_factory):
             steps=4, batch_size=8, learning_rate=3e-3, save_every=1, keep_checkpoints=4, validate_every=2, log_every=1,
             precision="float32",
         ),
+        visual_reliance=VisualRelianceConfig(step=K - 1),
     )  # fmt: skip
     assert len(prepare(config)) == 2  # instructions and features
     assert train(config, output=folder / "run")
@@ -497,7 +498,9 @@ def test_its_checkpoint_describes_itself(trained):
     assert read_config(resolve(run)) == config
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert len([row for row in rows if {"action_loss", "inverse_loss", "dynamics_loss"} <= row.keys()]) == 4
-    assert len([row for row in rows if "validation/dynamics_loss" in row]) == 2
+    validated = [row for row in rows if "validation/dynamics_loss" in row]
+    assert len(validated) == 2
+    assert all(row["visual_reliance/error"] > 0 for row in validated)
 
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):

@@ -50,7 +50,11 @@ class LDAConfig(MethodConfig):
     )
     feature_grid: tuple[int, int] = (14, 14)
     """(H, W) to which the visual encoder's patch features are interpolated."""
-    video_codec: CodecConfig = field(default_factory=CodecConfig)
+    video_codec: CodecConfig = field(
+        default_factory=lambda: CodecConfig(
+            kind="sdxl", source="stabilityai/sdxl-vae", revision=None, channels=4, dtype="float32"
+        )
+    )
     latent_patch: int = 2
     """Side of the square patches of codec latents."""
     frame_size: tuple[int, int] = (224, 224)
