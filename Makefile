@@ -8,7 +8,7 @@
 # openpi       the real openpi-client plays episodes of CHECKPOINT=... through the policy server
 # groot        and a client of GR00T's wire that is not ours, of strands-robots
 # env-metaworld  env-libero  env-robocasa   a simulator's own environment, .venv-NAME, without torch
-# env-lerobot  LeRobot's own environment, .venv-lerobot, Python 3.12: policies are compared with LeRobot's there
+# env-lerobot  LeRobot's own environment, .venv-lerobot, Python 3.12, with the plugins of packages/
 # lock         write the versions that the newest of everything gives to constraints.txt, which setup installs
 # fuzz         an hour of hostile bytes, files and metadata    (FUZZ_SECONDS=60: a minute)
 # setup        Debian packages for headless rendering and a browser, virtual environment, torch, agra
@@ -76,8 +76,8 @@ lock:
 	rm -rf .venv-lock
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks runs docs
-	$(BIN)/ruff format --check src tests benchmarks runs docs/site docs/notebooks
+	$(BIN)/ruff check src tests benchmarks runs docs packages
+	$(BIN)/ruff format --check src tests benchmarks runs docs/site docs/notebooks packages
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 dist: .venv-dist/.installed
@@ -127,12 +127,13 @@ opencv:
 	.venv-$*/bin/pip install -q -e '.[$*,client]' pytest
 	@touch $@
 
-# LeRobot 0.6 needs Python 3.12 and torch below 2.12.
+# LeRobot 0.6 needs Python 3.12 and torch below 2.12. About 5 GB.
 LEROBOT_PYTHON ?= python3.12
-env-lerobot: .venv-lerobot/.installed
-.venv-lerobot/.installed:
+LEROBOT_PLUGINS := packages/lerobot_policy_agra packages/lerobot_env_agra
+env-lerobot: system .venv-lerobot/.installed
+.venv-lerobot/.installed: pyproject.toml $(addsuffix /pyproject.toml,$(LEROBOT_PLUGINS))
 	$(LEROBOT_PYTHON) -m venv .venv-lerobot
-	.venv-lerobot/bin/pip install -q 'lerobot[diffusion]==0.6.1'
+	.venv-lerobot/bin/pip install -q 'lerobot[training,diffusion]==0.6.1' -e '.[client,tabletop]' $(addprefix -e ./,$(LEROBOT_PLUGINS))
 	@touch $@
 
 clean:

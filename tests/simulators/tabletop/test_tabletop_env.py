@@ -192,9 +192,24 @@ def test_gymnasium_episode_ends():
     while not truncated:
         *_, terminated, truncated, info = env.step(env.simulator.hands.rest)
         count += 1
-    assert (count, terminated, info["success"]) == (MAX_STEPS[trial.task], False, False)
-    with pytest.raises(ValueError, match="reset options: unknown"):
-        env.reset(options={"scene": 1})
+    assert (count, terminated, info["success"], info["is_success"]) == (Tabletop.max_steps, False, False, False)
+    env.close()
+
+
+def test_gymnasium_plays_the_trials_of_a_regime():
+    env = gymnasium.make("agra/Tabletop-v0", frame_size=(32, 56), regime="semantic", max_steps=2).unwrapped
+    trials = env.simulator.trials("semantic")
+    for seed, index in ((2000, 0), (2039, 39), (3, 3), (2041, 1)):
+        observation, info = env.reset(seed=seed, options={"lerobot_new_rollout": True})
+        assert (info["trial"], observation["instruction"]) == (trials[index].name, trials[index].instruction)
+    _, info = env.reset(options={"trial": trials[7].name})
+    assert info["trial"] == trials[7].name
+    assert [env.step(env.simulator.hands.rest)[3] for _ in range(2)] == [False, True]
+    assert env.reset()[1]["trial"] in {trial.name for trial in trials}
+    with pytest.raises(ValueError, match="no trial of that name; for example 'in_distribution/"):
+        env.reset(options={"trial": "semantic/none"})
+    with pytest.raises(ValueError, match="unknown regime 'easy'"):
+        gymnasium.make("agra/Tabletop-v0", regime="easy")
     env.close()
 
 

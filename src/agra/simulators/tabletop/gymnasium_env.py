@@ -11,7 +11,7 @@ from gymnasium import spaces
 
 from agra.simulators.tabletop.tabletop_env import Tabletop
 from agra.simulators.tabletop.tabletop_tasks import training_trials
-from agra.types import Observation, Trial
+from agra.types import REGIMES, Observation, Trial
 
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 _TRIALS = 1_000_000
@@ -21,9 +21,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     """Observation: `frame` (H, W, 3) uint8, `state` (D,) float32 and `instruction`. Action: targets (D,) float32.
 
     Metres and radians, as in `Tabletop.embodiment`. The reward is 1 at the successful step, which ends the episode,
-    else 0. An episode without success is truncated at its task's step limit. `info` holds `success`, the partial scores
-    of `progress`, and the trial's name. `reset(seed=...)` samples a training scene, `reset(options={"trial": trial})`
-    plays a given trial. The `render_mode` "rgb_array" renders the same frame.
+    else 0. An episode without success is truncated after `max_steps` control steps, by default the 100 of `agra evaluate`.
+    `info` holds `success` (and the same as `is_success`), the partial scores of `progress`, and the trial's name.
+
+    `reset(seed=...)` samples a training scene. With a `regime`, it plays one of the regime's fixed trials instead:
+    number seed modulo 1000, modulo their count. `reset(options={"trial": trial})` plays a given trial, a
+    `agra.types.Trial` or the name of one. Other options are ignored. The `render_mode` "rgb_array" renders the same
+    frame.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": Tabletop.fps}  # noqa: RUF012 (Gymnasium's own convention)
@@ -34,11 +38,17 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         frame_size: tuple[int, int] = (128, 224),
         hands: str = "tabletop",
         steamer_fraction: float = 0.25,
+        regime: str | None = None,
+        max_steps: int | None = None,
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f'render_mode: expected None or "rgb_array", got {render_mode!r}')
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1 or None, got {max_steps}")
         self.simulator = Tabletop(frame_size=frame_size, hands=hands)
+        self.max_steps = max_steps or self.simulator.max_steps
+        self._trials = () if regime is None else self.simulator.trials(regime)
         self.render_mode = render_mode
         self.steamer_fraction = steamer_fraction
         low, high = self.simulator.hands.limits
@@ -58,12 +68,13 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode of the trial in `options`, or of a training scene sampled from `seed`."""
+        """Start an episode of the trial in `options`, or of one chosen by `seed`. Raises ValueError for an unknown name."""
         super().reset(seed=seed)
-        unknown = set(options or {}) - {"trial"}
-        if unknown:
-            raise ValueError(f"reset options: unknown {sorted(unknown)}; expected 'trial'")
-        trial: Trial = (options or {}).get("trial") or self._sample_trial()
+        trial: Trial | str | None = (options or {}).get("trial")
+        if isinstance(trial, str):
+            trial = self._named(trial)
+        elif trial is None:
+            trial = self._sample_trial() if not self._trials else self._numbered(seed)
         self._trial, self._steps = trial, 0
         self._last = self.simulator.reset(trial)
         return self._observation(self._last), self._info(False, self.simulator.goal.progress)
@@ -75,7 +86,7 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         step = self.simulator.step(action)
         self._steps += 1
         self._last = step.observation
-        truncated = not step.success and self._steps >= self.simulator.max_steps_for(self._trial)
+        truncated = not step.success and self._steps >= self.max_steps
         info = self._info(step.success, step.progress)
         return self._observation(step.observation), float(step.success), step.success, truncated, info
 
@@ -92,12 +103,24 @@ class TabletopEnv(gymnasium.Env[dict[str, Any], np.ndarray]):
         name = self.simulator.embodiment.name
         return training_trials(1, seed, steamer_fraction=self.steamer_fraction, simulator=name)[0]
 
+    def _numbered(self, seed: int | None) -> Trial:
+        number = int(self.np_random.integers(len(self._trials))) if seed is None else seed % 1000
+        return self._trials[number % len(self._trials)]
+
+    def _named(self, name: str) -> Trial:
+        for trial in self.simulator.trials(name.partition("/")[0]):
+            if trial.name == name:
+                return trial
+        raise ValueError(
+            f"trial {name!r}: no trial of that name; for example {self.simulator.trials(REGIMES[0])[0].name!r}"
+        )
+
     def _observation(self, observation: Observation) -> dict[str, Any]:
         return {"frame": observation.frame, "state": observation.state, "instruction": observation.instruction}
 
     def _info(self, success: bool, progress: Any) -> dict[str, Any]:
         assert self._trial is not None
-        return {"success": success, "progress": dict(progress), "trial": self._trial.name}
+        return {"success": success, "is_success": success, "progress": dict(progress), "trial": self._trial.name}
 
 
 _ENTRY_POINT = f"{__name__}:{TabletopEnv.__name__}"
