@@ -100,7 +100,7 @@ def test_a_plugin_loads_no_simulator_and_no_server(package, module):
     assert roots <= {"dataclasses", "functools", "typing", "gymnasium", "lerobot", package}
 
 
-# --- in LeRobot's environment ---------------------------------------------------------------------------------------------
+# --- in LeRobot's environment ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ class AgraPolicy(PreTrainedPolicy):
     """Client of `agra serve`. It has no parameters.
 
     Row i of a batch is an episode of its own on connection i, and the server batches the rows. One lock guards reset
-    and inference, because real-time chunking predicts in a thread of its own. Raises `agra.serving.client.ServerLost` for
-    an unreachable server and ValueError for dimensions that differ from the server's.
+    and inference, because real-time chunking predicts in a thread of its own. Raises `agra.serving.client.ServerLost`
+    for an unreachable server and ValueError for dimensions that differ from the server's.
     """
 
     config_class = AgraConfig
