@@ -45,6 +45,8 @@ STEPS = (1 / 3, 1, 3)
 CHOSEN_BY = "validation/action_loss"
 """Figure that chooses the rate: the loss of the actions on the held-out demonstrations, in every method's own terms."""
 CURVE = (CHOSEN_BY, "validation/loss", "visual_reliance/error", "visual_reliance/image_swap_shift")
+GRID = "grid.json"
+"""File of a row of seed 0: the runs of the grid. It outlives an unfinished row."""
 BEGIN, END = "<!-- measured rows: python runs/methods.py table -->", "<!-- end of measured rows -->"
 
 
@@ -56,15 +58,17 @@ def rates(recipe: tyro.conf.Positional[str]) -> None:
     print(*(f"{step * stage.learning_rate:.3g}" for step in STEPS))
 
 
-def choose(grid: tyro.conf.Positional[Path]) -> None:
-    """Print the rate of the grid's best run."""
-    print(min(_grid(grid), key=lambda run: run["held_out_action_loss"])["learning_rate"])
+def choose(grid: tyro.conf.Positional[Path], row: tyro.conf.Positional[Path]) -> None:
+    """Print the rate of the grid's best run, and keep the grid in the folder of the row."""
+    row.mkdir(parents=True, exist_ok=True)
+    files.write_text(row / GRID, json.dumps(_grid(grid), indent=1) + "\n")
+    chosen(row)
 
 
 def chosen(row: tyro.conf.Positional[Path]) -> None:
-    """Print the rate of a finished row."""
-    if (row / "row.json").is_file():
-        print(json.loads((row / "row.json").read_text())["learning_rate"])
+    """Print the rate that a row's grid chose, nothing before there is one."""
+    if (row / GRID).is_file():
+        print(min(json.loads((row / GRID).read_text()), key=lambda run: run["held_out_action_loss"])["learning_rate"])
 
 
 def finished(run: tyro.conf.Positional[Path]) -> None:
@@ -77,16 +81,17 @@ def record(
     row: tyro.conf.Positional[Path],
     *,
     recipe: str,
-    grid: Path | None = None,
     data: Path | None = None,
 ) -> None:
-    """Write a finished row. A policy that was trained before has no `grid` and no `data`."""
+    """Write a finished row. A policy that was trained before has no `data`."""
     _check_finished(run)
     stages = lineage(run)
     config = stages[-1].config
+    name = row.name.rpartition("_")[0]
+    grid = row.with_name(f"{name}_0") / GRID
     log = [] if stages[-1].metrics is None else _lines(stages[-1].metrics)
     content = {
-        "name": row.name.rpartition("_")[0],
+        "name": name,
         "seed": config.stage.seed,
         "kind": config.method.kind,
         "method": config.method.describe(),
@@ -101,7 +106,7 @@ def record(
         "stages": [{"stage": s.config.stage.name, "steps": s.config.stage.steps} for s in stages],
         "windows": sum(s.config.stage.steps * s.config.stage.batch_size for s in stages),
         "learning_rate": config.stage.learning_rate,
-        "grid": None if grid is None or not grid.is_dir() else _grid(grid),
+        "grid": json.loads(grid.read_text()) if grid.is_file() else None,
         "training": {
             "windows_per_second": float(np.median([line["samples_per_second"] for line in _having(log, "loss")])),
             "cpu_seconds": _cpu_seconds(run.with_name(run.name + ".seconds")),

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every method on the tabletop under one protocol (docs/methods.md): the demonstrations of runs/tabletop.sh, 92,800 windows,
 # a grid of three learning rates, 180 trials with random and with zero noise. A row takes one to two hours on one core.
-# After an interruption the script continues. Finished rows go to src/agra/evaluation/measured/tabletop. A row that is there
-# already is skipped, so the table can grow over several days or machines. Checkpoints and logs go to outputs/methods.
+# After an interruption the script continues. Finished rows go to src/agra/evaluation/measured/tabletop, and so do finished grids.
+# What is there already is skipped, so the table can grow over several days or machines. Checkpoints and logs go to outputs/methods.
 #   LANES=1     rows side by side, by default 2
 #   DEVICE=cuda device of training, evaluation and diagnosis
 #   ROWS="dit4dit_0 uwm_0"  only these rows
@@ -65,13 +65,13 @@ row() {
           --stage.validate-every 300 --stage.save-every 300 --device "$DEVICE" $DATA
         python runs/methods.py finished "$grid/$rate"
       done
-      rate=$(python runs/methods.py choose "$grid")
+      rate=$(python runs/methods.py choose "$grid" "$MEASURED/${name}_0")
     fi
     echo start >>"$run.seconds"
     { time agra train "$recipe" --stage joint "${init[@]}" --output "$run" --stage.steps "$steps" --stage.seed "$seed" \
       --stage.learning-rate "$rate" --stage.validate-every 300 --device "$DEVICE" $DATA 2>&3; } 3>&2 2>>"$run.seconds"
     python runs/methods.py finished "$run"
-    made=(--grid "$grid" --data "$BASE/demonstrations")
+    made=(--data "$BASE/demonstrations")
   fi
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/results.jsonl"
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/zero.jsonl" --action-noise zero

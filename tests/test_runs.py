@@ -1,10 +1,11 @@
 """The scripts under runs/ parse, and use commands, recipes and flags that exist."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from agra.checkpoints.folder import BUNDLED
 from agra.cli.arguments import recipe_arguments
 from agra.cli.main import COMMANDS
 from agra.cli.renamed import _CONFIG, _FLAGS
+from agra.evaluation.measured import measured
 from agra.methods.wam import Pass
 from agra.recipes import RECIPES
 from agra.stages import Stage
 from agra.training.parallelize import ParallelConfig
+from runs import methods
 
 RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir() if path.is_file())
 
@@ -149,7 +152,7 @@ echo "$*" >> "$CALLS"
 case "$1" in
   rates) echo 0.1 0.3 0.9 ;;
   choose) echo 0.3 ;;
-  chosen) if [ -f "$2/row.json" ]; then echo 0.9; fi ;;
+  chosen) if [ -f "$2/row.json" ]; then echo 0.9; fi ;; # a row has its grid
   record) mkdir -p "$3" && touch "$3/row.json" ;;
 esac
 """
@@ -216,3 +219,37 @@ def test_every_row_of_the_comparison_names_a_recipe_and_a_start():
         stages = {Stage.ADAPT, Stage.JOINT} if start == "adapt" else {Stage.JOINT}
         assert start in ("adapt", "scratch") or (BUNDLED / start).is_dir()
         assert all(RECIPES[recipe](stage).stage.batch_size == 32 for stage in stages)
+
+
+def test_the_grid_of_rates(tmp_path, capsys):
+    """The lowest held-out action loss wins. An unfinished run ends the program."""
+    config = RECIPES["tiny_wam"](Stage.JOINT)
+    stage = replace(config.stage, steps=300)
+
+    def write(rate, loss, step=300):
+        run = tmp_path / "grid" / rate
+        (run / "step_000300").mkdir(parents=True, exist_ok=True)
+        rows = [{"step": 10, "loss": 1.0}, {"step": 300, methods.CHOSEN_BY: loss, "visual_reliance/error": 0.1}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / "step_000300" / "config.json").write_text(replace(config, stage=stage).to_json())
+        (run / "step_000300" / "trainer.json").write_text(json.dumps({"step": step}))
+
+    for rate, loss in (("0.0045", 0.5), ("0.0015", 0.4), ("0.0005", 0.6)):
+        write(rate, loss)
+    row = tmp_path / "wam_0"
+    methods.chosen(row)
+    assert capsys.readouterr().out == ""
+    methods.choose(tmp_path / "grid", row)
+    methods.chosen(row)
+    assert capsys.readouterr().out.split() == ["0.0015", "0.0015"]
+    assert [run["learning_rate"] for run in json.loads((row / methods.GRID).read_text())] == [0.0005, 0.0015, 0.0045]
+    write("0.0005", 0.1, step=290)
+    with pytest.raises(SystemExit, match="stopped at step 290 of 300"):
+        methods.choose(tmp_path / "grid", row)
+    methods.rates("tiny_wam")
+    assert capsys.readouterr().out.split() == ["0.0005", "0.0015", "0.0045"]
+
+
+def test_the_documented_table_is_that_of_the_rows():
+    page = (methods.ROOT / "docs" / "methods.md").read_text()
+    assert page.split(methods.BEGIN)[1].split(methods.END)[0].strip() == methods.markdown(measured("tabletop")).strip()
