@@ -1,11 +1,13 @@
 """The demo's page in a real browser: instruction, play, mask and objects, by the mouse and the keyboard."""
 
 import shutil
+import sys
 
 import pytest
 
 pytest.importorskip("gradio")
 
+from agra.cli.main import main
 from agra.demo.page import build_page
 from agra.simulators.registry import expert
 
@@ -79,18 +81,31 @@ def test_two_experts_follow_an_instruction_and_objects_move(visit):
     before = [page.locator(f"#player-{index} .camera").get_attribute("src") for index in range(2)]
     banana, free, box = (0.5, 0.7), (0.75, 0.3), (0.41, 0.2)  # of the first scene
     drag(page, 0, banana, free)
-    say(page, "#message", "The banana is at (0.15, 0.10) m.")
+    say(page, "#message", "The banana is at")
     after = [page.locator(f"#player-{index} .camera").get_attribute("src") for index in range(2)]
     assert before[0] != after[0]
     assert before[1] != after[1]
     drag(page, 1, free, box)
     say(page, "#message", "⚠ no room for the banana")
+    page.get_by_label("Object to move").click()
+    page.get_by_role("option", name="can").click()
+    say(page, "#message", "Click where the can goes.")
+    drag(page, 1, (0.5, 0.6), (0.5, 0.6))
+    say(page, "#message", "The can is at")
     instruct(page, "Put the banana in the box")
     say(page, "#message", "Instruction: put the banana in the box.")
     page.get_by_role("button", name="Play").click()
     for index in range(2):
         say(page, f"#player-{index} h3", "success after")
     say(page, "#rate", "control steps a second")
+
+
+def test_without_gradio_the_error_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "agra.demo.page")
+    with pytest.raises(SystemExit, match="1"):
+        main(["demo"])
+    assert capsys.readouterr().err == "agra: error: agra demo needs Gradio: pip install 'agra[demo]'\n"
 
 
 @pytest.mark.slow
@@ -113,6 +128,11 @@ def test_both_bundled_policies_act_and_a_mask_changes_their_plans(visit):
     assert "the mask" not in page.locator("#player-0").inner_text()
     instruct(page, "wave at me")
     say(page, "#message", "success is not judged")
+    visitor = page.context.new_page()
+    visitor.goto(page.url)
+    visitor.wait_for_selector(".camera >> nth=1")
+    assert "wave" not in visitor.locator("#message").inner_text()
+    visitor.close()
     page.get_by_label("Scene").fill("semantic/place-lemon-plate-or-basket/basket-swapped")
     page.get_by_label("Scene").press("Enter")
     say(page, "#message", "put the lemon in the basket")

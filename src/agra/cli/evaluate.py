@@ -200,7 +200,7 @@ def leaderboard(
 def demo(
     policies: Annotated[tuple[str, ...], tyro.conf.Positional] = ("tabletop-wam", "tabletop-agra"),
     host: str = "127.0.0.1",
-    port: int = 7860,
+    port: int | None = None,
     browser: bool = True,
     device: str = "cpu",
     threads: int | None = None,
@@ -212,7 +212,7 @@ def demo(
     Args:
         policies: checkpoint or run folders, names of bundled policies, servers' addresses (ws://HOST:PORT), or `expert`.
         host: address to listen on. 0.0.0.0 lets other machines in.
-        port: port to listen on.
+        port: port to listen on. By default the first free one from 7860.
         browser: open the page in the default browser.
         device: the policies' device.
         threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
