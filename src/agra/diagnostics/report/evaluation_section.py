@@ -85,7 +85,9 @@ def _row(columns: Sequence[ResultsColumn], regime: str, judge: Judge, label: str
         a, b = outcomes[place], outcomes[other]
         if ours is None or reference is None or a is None or b is None:
             return Cell(text="not comparable: not evaluated")
-        differing = [key for key in SHARED_HEADER if ours.header.get(key) != reference.header.get(key)]
+        differing = [
+            key.removesuffix("_sha256") for key in SHARED_HEADER if ours.header.get(key) != reference.header.get(key)
+        ]
         if differing or set(a) != set(b):
             return Cell(text=f"not comparable: {', '.join(differing) or 'the finished trials'} differ")
         test = mcnemar([a[key] for key in a], [b[key] for key in a])
