@@ -253,3 +253,12 @@ def test_the_grid_of_rates(tmp_path, capsys):
 def test_the_documented_table_is_that_of_the_rows():
     page = (methods.ROOT / "docs" / "methods.md").read_text()
     assert page.split(methods.BEGIN)[1].split(methods.END)[0].strip() == methods.markdown(measured("tabletop")).strip()
+
+
+def test_the_cpu_time_of_a_run_is_known_if_every_start_has_an_end(tmp_path):
+    file = tmp_path / "run.seconds"
+    assert methods._cpu_seconds(file) is None
+    file.write_text("start\n10.5 2.0\nstart\n1.0 0.5\n")
+    assert methods._cpu_seconds(file) == 14.0
+    file.write_text("start\nstart\n1.0 0.5\n")  # the first one was killed
+    assert methods._cpu_seconds(file) is None
