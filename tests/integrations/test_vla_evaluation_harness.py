@@ -1,10 +1,10 @@
 """The model server for vla-evaluation-harness: against its package where installed, else against a stand-in."""
 
 import asyncio
+import dataclasses
 import importlib.util
-import threading
+import json
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from agra.serving.client import ServerRefused
 from agra.types import Observation, with_past
 from tests.support import vla_eval_stand_in
-from tests.support.echo import ACTION, HORIZON, Echo, expected, running, spec
+from tests.support.echo import ACTION, Echo, expected, running, spec, wait_for
 
 FILE = Path(__file__).parents[2] / "integrations/vla_evaluation_harness/agra_server.py"
 REAL = importlib.util.find_spec("vla_eval") is not None
@@ -126,7 +126,7 @@ def test_a_policy_that_reads_past_observations_gets_those_of_its_own_episode():
             return super().act_batch(requests)
 
     past = (-2, -1)
-    with running(Recorder(replace(spec(), past=past))) as policy:
+    with running(Recorder(dataclasses.replace(spec(), past=past))) as policy:
         play(make(policy), (range(4), context()), ([7], context()))
     rows = [as_observation(seed) for seed in range(4)]
     wanted = [(rows[0], []), (rows[3], rows[:3]), (as_observation(7), [])]
@@ -276,12 +276,22 @@ def test_over_the_packages_own_websocket():
 
 
 def test_episodes_leave_no_connection_behind():
-    assert HORIZON > 3
     with running(Echo()) as policy:
         server = make(policy)
+
+        def connections():
+            return policy.service.connections._value.get()
+
+        async def run():
+            await server.on_serve_start(None)
+            await server.on_episode_start({}, context("open"))
+            await server.on_observation(message(), context("open"))
+
+        asyncio.run(run())
+        wait_for(lambda: connections() == 1)
         play(server, *[([0], context(str(row))) for row in range(5)])
-        assert server._episodes == {}
-    assert not [thread for thread in threading.enumerate() if "recv_events" in thread.name and thread.is_alive()]
+        asyncio.run(server.on_episode_end({}, context("open")))
+        wait_for(lambda: connections() == 0)
 
 
 def test_a_checkpoint_in_this_process_answers_as_it_does_by_itself():
@@ -314,3 +324,40 @@ def test_a_checkpoint_in_this_process_answers_as_it_does_by_itself():
     seed = zlib.crc32(b'[0, {"episode_idx": 4, "name": "apple"}]')
     np.testing.assert_allclose(got, chunks(seed), rtol=1e-4, atol=1e-6)
     assert np.abs(got - chunks(seed + 1)).max() > 1e-3
+
+
+def test_a_trial_through_the_harness_equals_one_of_agras_own_loop():
+    """The tabletop behind the harness's messages: the same actions in the same number of steps, until success."""
+    pytest.importorskip("torch")
+    from agra import load_policy, make_simulator
+    from agra.evaluation.rollout import run_episode
+    from agra.serving.client import PolicyClient
+
+    simulator = make_simulator("tabletop")
+    trial = simulator.trials("in_distribution")[0]
+    with running(load_policy("tabletop-agra")) as policy:
+        policy.call(policy.service.start(), timeout=60)
+        server, ctx = agra_server.AgraModelServer(policy.address, execute_steps=8), context()
+
+        async def run():
+            await server.on_serve_start(None)
+            await server.on_episode_start({"task": {"name": trial.name, "episode_idx": 0}}, ctx)
+            observation = simulator.reset(trial)
+            for _ in range(simulator.max_steps):
+                sent = {"images": {"ego": observation.frame}, "states": observation.state}
+                await server.on_observation({**sent, "task_description": observation.instruction}, ctx)
+                step = simulator.step(ctx.sent[-1]["actions"])
+                observation = step.observation
+                if step.success:
+                    break
+            await server.on_episode_end({"steps": len(ctx.sent)}, ctx)
+            return step.success
+
+        success = asyncio.run(run())
+        client = PolicyClient(policy.address)
+        seed = zlib.crc32(json.dumps([0, {"episode_idx": 0, "name": trial.name}]).encode())
+        episode = run_episode(client, simulator, dataclasses.replace(trial, seed=seed), execute_steps=8, record=False)
+        client.close()
+    simulator.close()
+    assert episode.success == success
+    np.testing.assert_array_equal(np.stack([action["actions"] for action in ctx.sent]), episode.actions)
