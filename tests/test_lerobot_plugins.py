@@ -14,7 +14,7 @@ import pytest
 from agra.data.config import EGO_VIEW
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.remote import served
-from agra.evaluation.rollout import evaluate
+from agra.evaluation.rollout import evaluate, run_episode
 from agra.serving.client import PolicyClient
 from agra.simulators.registry import make
 from tests.support.echo import ACTION, HORIZON, STATE, Echo, expected, observation, running
@@ -42,7 +42,7 @@ def run(script, *arguments, timeout=500):
     )
 
 
-# --- without LeRobot ----------------------------------------------------------------------------------------------------
+# --- without LeRobot --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_plugin_loads_no_simulator_and_no_server(package, module):
     assert roots <= {"dataclasses", "functools", "typing", "gymnasium", "lerobot", package}
 
 
-# --- in LeRobot's environment ------------------------------------------------------------------------------------------
+# --- in LeRobot's environment -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -181,6 +181,30 @@ def test_lerobot_eval_plays_the_episodes_of_agra_evaluate(tmp_path):
     assert digests == [(t.name, by_name[t.name].success, by_name[t.name].digest) for t in trials]
     info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
     assert info["per_task"][0]["metrics"]["successes"] == [by_name[t.name].success for t in trials]
+
+
+@pytest.mark.slow
+@needs_lerobot
+def test_a_robot_of_lerobot_waits_for_chunks_or_continues_them(tmp_path):
+    trial = make("tabletop").trials("in_distribution")[0]
+    assert trial.seed == 1000  # the policy's default
+    folder, played = tmp_path / "policy", {}
+    flags = [f"--policy.path={folder}", "--fps=10", "--duration=60", "--return_to_initial_position=false"]
+    inference = {"sync": ["--inference.type=sync"], "rtc": ["--inference.type=rtc", "--inference.queue_threshold=8"]}
+    with served("tabletop-agra") as address:
+        written = run(LEROBOT / "python", "-m", "lerobot_policy_agra", folder, f"--server={address}")
+        assert written.returncode == 0, written.stderr
+        client = PolicyClient(address)
+        expected_steps = len(run_episode(client, make("tabletop"), trial, execute_steps=8, record=False))
+        client.close()
+        for kind, options in inference.items():
+            record = tmp_path / f"{kind}.json"
+            done = run(LEROBOT / "python", SUPPORT / "lerobot_rollout.py", record, trial.name, *flags, *options)
+            assert done.returncode == 0, done.stderr
+            played[kind] = json.loads(record.read_text())
+    assert played["sync"] == {"success": True, "steps": expected_steps, "rests": []}
+    assert played["rtc"]["rests"]
+    assert None not in played["rtc"]["rests"]
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from agra.cli.main import main
-from agra.data.doctor.array_checks import content_rows, jumps, lag
+from agra.data.doctor.array_checks import content_rows, disagreement, jumps, lag
 from agra.data.doctor.doctor import check_dataset
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.writer import write_dataset
+from agra.data.normalization.dataset_statistics import describe_stream
 from agra.types import Embodiment, Episode
 from tests.support.layouts import write_gr1, write_v2
 
@@ -144,6 +145,19 @@ def test_statistics(copy):
     stats["action"]["max"][1] += 0.1
     path.write_text(json.dumps(stats))
     assert findings(copy)["warning", "statistics"].startswith("meta/stats.json, action: max of dimension 1 is ")
+
+
+def test_the_rounding_of_a_variance_in_float32_is_tolerated():
+    """As LeRobot computes it: mean of squares minus square of the mean."""
+    rows = (np.random.default_rng(0).normal(size=(400, 2)) * 1e-4 + (0.2, 0)).astype(np.float32)
+    exact = describe_stream(lambda: iter([rows]))
+    squares = np.mean(rows**2, axis=0) - np.mean(rows, axis=0) ** 2
+    stored = {name: exact[name] for name in ("min", "max", "mean")} | {"std": np.sqrt(np.maximum(0, squares))}
+    assert abs(stored["std"][0] - exact["std"][0]) > 1e-3 * (exact["max"] - exact["min"])[0]
+    assert disagreement(stored, exact) is None
+    for dimension, factor in ((0, 10), (1, 1.02)):  # far beyond the rounding, and without a mean nothing is forgiven
+        wrong = exact["std"] * np.where(np.arange(2) == dimension, factor, 1)
+        assert disagreement({"std": wrong}, exact)[:2] == ("std", dimension)
 
 
 def test_instructions(tmp_path):
