@@ -1,7 +1,7 @@
 """`lerobot-rollout` on the tabletop as a robot of LeRobot. Runs in LeRobot's own environment, `make env-lerobot`.
 
-Usage: lerobot_rollout.py RECORD TRIAL FLAGS..., where FLAGS are lerobot-rollout's. Plays the trial until it succeeds, at
-most 100 steps. Writes JSON to RECORD: `success`, `steps`, and for each request that should continue a chunk the number
+Usage: lerobot_rollout.py RECORD TRIAL FLAGS..., where FLAGS are lerobot-rollout's. Plays the trial until it succeeds, for
+at most 100 steps. Writes JSON to RECORD: `success`, `steps`, and for each request that should continue a chunk the number
 of remaining actions, or null if they were not found.
 """
 
