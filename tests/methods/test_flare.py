@@ -704,4 +704,4 @@ def test_it_is_planned(trained):
     cost = measure(trained[1])
     assert cost.parameters == {name: count(part) for name, part in on_meta(trained[1].method).parts().items()}
     assert cost.trained == sum(cost.parameters.values()) - cost.parameters["target_encoder"]
-    assert cost.flops_per_sample > 2 * cost.validation_flops_per_sample > 0
+    assert cost.flops_per_sample > cost.validation_flops_per_sample > 0  # validation encodes a second target
