@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def record(
     """Write a finished row. A policy that was trained before has no `data`."""
     _check_finished(run)
     stages = lineage(run)
-    config = stages[-1].config
+    config = _portable(stages[-1].config)
     name = row.name.rpartition("_")[0]
     grid = row.with_name(f"{name}_0") / GRID
     log = [] if stages[-1].metrics is None else _lines(stages[-1].metrics)
@@ -236,6 +237,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _having(lines: Iterable[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [line for line in lines if name in line]
+
+
+def _portable(config: RunConfig) -> RunConfig:
+    """Reduce the folders of the demonstrations and of the cache to their names, which mean something elsewhere."""
+    data = config.data
+    return replace(config, data=replace(data, path=Path(data.path).name, cache=Path(data.cache).name))
 
 
 def _parameters(config: RunConfig) -> dict[str, int]:
