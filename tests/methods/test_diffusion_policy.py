@@ -19,29 +19,24 @@ from torch import nn
 
 from agra.api import make_sampler, prepare, train
 from agra.batch import Batch
-from agra.checkpoints.folder import newest, resolve
+from agra.checkpoints.folder import resolve
 from agra.checkpoints.read import read_config
-from agra.cli.main import main
 from agra.config import RunConfig
 from agra.data.config import DataConfig
 from agra.data.source import embodiment_stats, open_sources
 from agra.evaluation.collect import collect
-from agra.evaluation.results import read_results
-from agra.evaluation.rollout import RecordedPolicy, run_episode
 from agra.methods.diffusion_policy import ConditionedBlock, DiffusionPolicyConfig
 from agra.methods.method import observation_inputs
 from agra.policies.export import export
 from agra.policies.load import load_method, load_policy
 from agra.recipes import compose, diffusion_policy, tiny_diffusion_policy
 from agra.rng import sharded_rng
-from agra.serving.client import PolicyClient
-from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
 from agra.training.memory_estimate import measure
 from agra.types import Observation
 from agra.wam.text import TextConfig, mean_token
-from tests.support.echo import running
-from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
+from tests.support.method_life import check_evaluated_by_name, check_resumed, check_served_episode
+from tests.support.point_world import PointWorld, demonstrator, make_trial
 from tests.support.two_ranks import train_in_two_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -470,14 +465,7 @@ def test_a_policy_acts_on_averaged_weights(trained, tmp_path):
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
     run, config = trained
-    (tmp_path / "run").mkdir()
-    middle = run / "step_000003"
-    (tmp_path / "run" / middle.name).symlink_to(middle)
-    assert train(config, output=tmp_path / "run")
-    for name in ("encoder", "unet", "optimizer"):  # the averages are in the last
-        whole, resumed = (load_file(newest(folder) / f"{name}.safetensors") for folder in (run, tmp_path / "run"))
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    check_resumed(run, config, tmp_path / "run", step=3, parts=("encoder", "unet"))  # the averages are in the last
 
 
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
@@ -492,16 +480,7 @@ def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
 def test_it_is_served(trained):
     policy = load_policy(trained[0])
     assert policy.spec.past == (-1,)
-    trial, digests = make_trial("t", "in_distribution", 3, reachable=False), []
-    with running(policy) as server:
-        server.call(server.service.start())
-        client = PolicyClient(server.address)
-        for player in (policy, client):
-            recorded = RecordedPolicy(player)
-            episode = run_episode(recorded, PointWorld(), trial, execute_steps=2, max_steps=8, record=False)
-            digests.append(recorded.digest(episode))
-        client.close()
-    assert digests[0] == digests[1]
+    check_served_episode(policy)
 
 
 def test_a_policy_reads_the_observation_before(trained):
@@ -545,10 +524,7 @@ def test_a_policy_sees_what_training_saw(trained):
 
 def test_it_is_evaluated_by_name(trained, monkeypatch, capsys):
     run, _ = trained
-    monkeypatch.setitem(SUITES, "point", Suite(make=PointWorld, install="", expert=Expert))
-    main(["evaluate", str(run), "--simulator", "point", "--limit", "2", "--videos", "0"])
-    assert len(read_results(run / "results.jsonl").trials) == 8
-    assert "in_distribution" in capsys.readouterr().out
+    check_evaluated_by_name(run, monkeypatch, capsys)
 
 
 def test_it_is_planned(trained):

@@ -12,14 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers.models.transformers.transformer_cosmos as stock
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, interpolate, layer_norm, silu
 
 from agra.api import prepare, train
-from agra.checkpoints.folder import newest, resolve
+from agra.checkpoints.folder import resolve
 from agra.checkpoints.read import read_config
 from agra.config import RunConfig
 from agra.data.config import DataConfig
@@ -30,11 +29,10 @@ from agra.methods.wam import NoiseLevels, ObjectiveConfig, Pass
 from agra.policies.load import load_policy
 from agra.recipes import compose, dit4dit, dit4dit_attached, tiny_dit4dit, tiny_dit4dit_attached, tiny_wam
 from agra.rng import sharded_rng
-from agra.serving.client import PolicyClient
 from agra.stages import Stage, StageConfig
 from agra.wam.text import TextConfig
-from tests.support.echo import running
-from tests.support.point_world import PointWorld, demonstrator, make_trial
+from tests.support.method_life import check_resumed, check_served_chunk
+from tests.support.point_world import demonstrator
 from tests.support.small import make_small_config, random_batch, with_model
 from tests.support.two_ranks import train_in_two_ranks
 
@@ -425,14 +423,7 @@ def test_its_checkpoint_describes_itself(trained):
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
     run, config = trained
-    (tmp_path / "run").mkdir()
-    middle = run / "step_000002"
-    (tmp_path / "run" / middle.name).symlink_to(middle)
-    assert train(config, output=tmp_path / "run")
-    for name in ("video_dit", "action_dit", "optimizer"):
-        whole, resumed = (load_file(newest(folder) / f"{name}.safetensors") for folder in (run, tmp_path / "run"))
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    check_resumed(run, config, tmp_path / "run", step=2, parts=("video_dit", "action_dit"))
 
 
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
@@ -447,13 +438,7 @@ def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
 
 
 def test_it_is_served(trained):
-    policy = load_policy(trained[0])
-    observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
-    with running(policy) as server:
-        server.call(server.service.start())
-        client = PolicyClient(server.address)
-        np.testing.assert_array_equal(client.act(observation).actions, policy.act(observation).actions)
-        client.close()
+    check_served_chunk(load_policy(trained[0]))
 
 
 def test_the_documented_conversion_is_the_importers(tmp_path, released):

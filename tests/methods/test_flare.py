@@ -14,7 +14,6 @@ from agra.api import diagnose, make_sampler, prepare, train
 from agra.batch import Batch
 from agra.checkpoints.folder import newest, resolve
 from agra.checkpoints.read import load_parts, read_config
-from agra.cli.main import main
 from agra.config import RunConfig
 from agra.data.config import DataConfig
 from agra.data.features.preparation import open_instructions
@@ -23,8 +22,6 @@ from agra.diagnostics.instruments.attention import action_attention
 from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.record import read_diagnosis
 from agra.evaluation.collect import collect
-from agra.evaluation.results import read_results
-from agra.evaluation.rollout import RecordedPolicy, run_episode
 from agra.lora import LoRAConfig
 from agra.methods.flare import EncoderConfig, FLAREConfig
 from agra.methods.method import observation_inputs
@@ -41,16 +38,14 @@ from agra.recipes import (
     tiny_flare_policy_only,
 )
 from agra.rng import sharded_rng
-from agra.serving.client import PolicyClient
-from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
 from agra.training.memory_estimate import measure
 from agra.training.parallelize import ParallelConfig
 from agra.types import Observation
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.text import TextConfig
-from tests.support.echo import running
-from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
+from tests.support.method_life import check_evaluated_by_name, check_resumed, check_served_episode
+from tests.support.point_world import demonstrator
 from tests.support.two_ranks import train_in_two_ranks
 
 SMALL = FLAREConfig(
@@ -560,14 +555,7 @@ def test_a_continued_run_keeps_head_and_projector(trained, tmp_path):
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
     run, config = trained
-    (tmp_path / "run").mkdir()
-    middle = run / "step_000002"
-    (tmp_path / "run" / middle.name).symlink_to(middle)
-    assert train(config, output=tmp_path / "run")
-    for name in (*config.method.part_names, "optimizer"):
-        whole, resumed = (load_file(newest(folder) / f"{name}.safetensors") for folder in (run, tmp_path / "run"))
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    check_resumed(run, config, tmp_path / "run", step=2, parts=config.method.part_names)
 
 
 def fresh_run(trained, tmp_path, target="average"):
@@ -673,25 +661,12 @@ def test_a_policy_acts_without_the_training_parts(trained, tmp_path):
 
 
 def test_it_is_served(trained):
-    policy = load_policy(trained[0])
-    trial, digests = make_trial("t", "in_distribution", 3, reachable=False), []
-    with running(policy) as server:
-        server.call(server.service.start())
-        client = PolicyClient(server.address)
-        for player in (policy, client):
-            recorded = RecordedPolicy(player)
-            episode = run_episode(recorded, PointWorld(), trial, execute_steps=2, max_steps=8, record=False)
-            digests.append(recorded.digest(episode))
-        client.close()
-    assert digests[0] == digests[1]
+    check_served_episode(load_policy(trained[0]))
 
 
 def test_it_is_evaluated_and_diagnosed_by_name(trained, monkeypatch, capsys):
     run, _ = trained
-    monkeypatch.setitem(SUITES, "point", Suite(make=PointWorld, install="", expert=Expert))
-    main(["evaluate", str(run), "--simulator", "point", "--limit", "2", "--videos", "0"])
-    assert len(read_results(run / "results.jsonl").trials) == 8
-    assert "in_distribution" in capsys.readouterr().out
+    check_evaluated_by_name(run, monkeypatch, capsys)
     settings = DiagnosisConfig(kinds=("mean",), noise_samples=1, background_sets=1, map_kinds=("mean",), gallery=1)
     diagnosis = read_diagnosis(diagnose(run, simulator="point", samples=2, config=settings))
     assert diagnosis.header["bridged_layers"] == [0, 0]

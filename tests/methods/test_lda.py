@@ -7,16 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import gelu, layer_norm, silu
 
 from agra.alignment.teacher import TeacherConfig
 from agra.api import diagnose, make_sampler, prepare, train
 from agra.batch import Batch
-from agra.checkpoints.folder import newest, resolve
+from agra.checkpoints.folder import resolve
 from agra.checkpoints.read import read_config
-from agra.cli.main import main
 from agra.config import RunConfig, VisualRelianceConfig
 from agra.data.config import DataConfig
 from agra.data.source import embodiment_stats, open_sources
@@ -24,20 +22,18 @@ from agra.diagnostics.instruments.attention import action_attention
 from agra.diagnostics.instruments.intervention import InterventionInputs, set_deviation
 from agra.diagnostics.record import read_diagnosis
 from agra.evaluation.collect import collect
-from agra.evaluation.results import read_results
 from agra.methods.lda import LDAConfig, Task, quarters
 from agra.methods.method import Attends, AttendsToText, Imagines, ReadsTokens, observation_inputs
 from agra.policies.load import load_policy
 from agra.recipes import compose, lda_scratch, lda_scratch_vae, tiny, tiny_lda_scratch, tiny_lda_scratch_vae
 from agra.rng import sharded_rng
-from agra.serving.client import PolicyClient
 from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
 from agra.training.memory_estimate import measure
 from agra.wam.codec import CodecConfig
 from agra.wam.text import TextConfig
 from agra.wam.two_stream import TwoStreamBlock, TwoStreamConfig
-from tests.support.echo import running
+from tests.support.method_life import check_evaluated_by_name, check_resumed, check_served_chunk
 from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
 from tests.support.two_ranks import train_in_two_ranks
 
@@ -505,14 +501,7 @@ def test_its_checkpoint_describes_itself(trained):
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
     run, config = trained
-    (tmp_path / "run").mkdir()
-    middle = run / "step_000002"
-    (tmp_path / "run" / middle.name).symlink_to(middle)
-    assert train(config, output=tmp_path / "run")
-    for name in ("transformer", "encoders", "optimizer"):
-        whole, resumed = (load_file(newest(folder) / f"{name}.safetensors") for folder in (run, tmp_path / "run"))
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    check_resumed(run, config, tmp_path / "run", step=2, parts=("transformer", "encoders"))
 
 
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
@@ -541,13 +530,7 @@ def test_windows_know_their_episodes_end(trained):
 
 
 def test_it_is_served(trained):
-    policy = load_policy(trained[0])
-    observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
-    with running(policy) as server:
-        server.call(server.service.start())
-        client = PolicyClient(server.address)
-        np.testing.assert_array_equal(client.act(observation).actions, policy.act(observation).actions)
-        client.close()
+    check_served_chunk(load_policy(trained[0]))
 
 
 def test_a_codecs_latents_are_trained_and_served(trained, tmp_path):
@@ -562,10 +545,7 @@ def test_a_codecs_latents_are_trained_and_served(trained, tmp_path):
 
 def test_it_is_evaluated_by_name(trained, monkeypatch, capsys):
     run, _ = trained
-    monkeypatch.setitem(SUITES, "point", Suite(make=PointWorld, install="", expert=Expert))
-    main(["evaluate", str(run), "--simulator", "point", "--limit", "2", "--videos", "0"])
-    assert len(read_results(run / "results.jsonl").trials) == 8
-    assert "in_distribution" in capsys.readouterr().out
+    check_evaluated_by_name(run, monkeypatch, capsys)
 
 
 def test_it_is_diagnosed(trained, monkeypatch):

@@ -9,14 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from agra.api import diagnose, make_sampler, prepare, report, train
 from agra.batch import Batch
 from agra.checkpoints.folder import newest, resolve
 from agra.checkpoints.read import read_config
-from agra.cli.main import main
 from agra.config import RunConfig
 from agra.data.config import AugmentConfig, DataConfig, SourceConfig
 from agra.data.features.online import OnlineEncoder
@@ -25,14 +23,11 @@ from agra.data.source import embodiment_stats, open_sources
 from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.samples.sources import dataset_samples
 from agra.evaluation.collect import collect
-from agra.evaluation.results import read_results
-from agra.evaluation.rollout import RecordedPolicy, run_episode
 from agra.methods.method import Imagines, observation_inputs
 from agra.methods.uwm import UWMConfig
 from agra.policies.load import load_method, load_policy
 from agra.recipes import compose, tiny_uwm, uwm
 from agra.rng import sharded_rng
-from agra.serving.client import PolicyClient
 from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
 from agra.training.memory_estimate import encoding_flops_per_sample, measure
@@ -40,7 +35,7 @@ from agra.types import Observation
 from agra.wam.codec import CodecConfig, to_frames, to_video
 from agra.wam.joint_transformer import JointTransformerConfig
 from agra.wam.text import TextConfig, mean_token
-from tests.support.echo import running
+from tests.support.method_life import check_evaluated_by_name, check_resumed, check_served_episode
 from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
 from tests.support.two_ranks import train_in_two_ranks
 
@@ -409,14 +404,7 @@ def test_future_frames_are_encoded_alone_and_masked_past_the_end(trained):
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
     run, config = trained
-    (tmp_path / "run").mkdir()
-    middle = run / "step_000003"
-    (tmp_path / "run" / middle.name).symlink_to(middle)
-    assert train(config, output=tmp_path / "run")
-    for name in ("encoder", "transformer", "optimizer"):
-        whole, resumed = (load_file(newest(folder) / f"{name}.safetensors") for folder in (run, tmp_path / "run"))
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    check_resumed(run, config, tmp_path / "run", step=3, parts=("encoder", "transformer"))
 
 
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
@@ -432,16 +420,7 @@ def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
 def test_it_is_served(trained):
     policy = load_policy(trained[0])
     assert policy.spec.past == (-1,)
-    trial, digests = make_trial("t", "in_distribution", 3, reachable=False), []
-    with running(policy) as server:
-        server.call(server.service.start())
-        client = PolicyClient(server.address)
-        for player in (policy, client):
-            recorded = RecordedPolicy(player)
-            episode = run_episode(recorded, PointWorld(), trial, execute_steps=2, max_steps=8, record=False)
-            digests.append(recorded.digest(episode))
-        client.close()
-    assert digests[0] == digests[1]
+    check_served_episode(policy)
 
 
 def test_a_policy_sees_what_training_saw(trained):
@@ -519,10 +498,7 @@ def test_its_instruments(trained, monkeypatch, tmp_path):
 
 def test_it_is_evaluated_by_name(trained, monkeypatch, capsys):
     run, _ = trained
-    monkeypatch.setitem(SUITES, "point", Suite(make=PointWorld, install="", expert=Expert))
-    main(["evaluate", str(run), "--simulator", "point", "--limit", "2", "--videos", "0"])
-    assert len(read_results(run / "results.jsonl").trials) == 8
-    assert "in_distribution" in capsys.readouterr().out
+    check_evaluated_by_name(run, monkeypatch, capsys)
 
 
 def test_it_is_planned(trained):

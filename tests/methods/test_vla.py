@@ -6,14 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.functional import gelu, layer_norm, silu
 
 from agra.api import make_sampler, prepare, train
 from agra.batch import Batch
-from agra.checkpoints.folder import newest, resolve
+from agra.checkpoints.folder import resolve
 from agra.checkpoints.read import read_config
-from agra.cli.main import main
 from agra.config import RunConfig
 from agra.data.config import DataConfig
 from agra.data.features.preparation import open_instructions
@@ -22,22 +21,19 @@ from agra.diagnostics.instruments.attention import action_attention, capture_att
 from agra.diagnostics.instruments.intervention import InterventionInputs, action_deviation, sensitivity_map, token_table
 from agra.diagnostics.measurement import applicable_instruments
 from agra.evaluation.collect import collect
-from agra.evaluation.results import read_results
 from agra.methods.method import observation_inputs
 from agra.methods.vla import load_groot_n16, noise_levels
 from agra.policies.load import load_policy
 from agra.recipes import compose, tiny_vla, tiny_wam, vla
 from agra.rng import sharded_rng
-from agra.serving.client import PolicyClient
-from agra.simulators.registry import SUITES, Suite
 from agra.stages import Stage, StageConfig
 from agra.training.initialization import load_initial_weights
 from agra.training.memory_estimate import measure
 from agra.types import Observation
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.text import TextConfig
-from tests.support.echo import running
-from tests.support.point_world import Expert, PointWorld, demonstrator, make_trial
+from tests.support.method_life import check_evaluated_by_name, check_resumed, check_served_chunk
+from tests.support.point_world import demonstrator
 from tests.support.two_ranks import train_in_two_ranks
 
 GRID, LENGTH, ROWS, WIDTH, GUIDE, HIDDEN, HORIZON, STATE, ACTION = (2, 3), 5, 4, 32, 24, 12, 4, 5, 3
@@ -462,14 +458,7 @@ def test_its_checkpoint_describes_itself(trained):
 
 def test_it_resumes_bit_for_bit(trained, tmp_path):
     run, config = trained
-    (tmp_path / "run").mkdir()
-    middle = run / "step_000003"
-    (tmp_path / "run" / middle.name).symlink_to(middle)
-    assert train(config, output=tmp_path / "run")
-    for name in ("context", "action_dit", "optimizer"):
-        whole, resumed = (load_file(newest(folder) / f"{name}.safetensors") for folder in (run, tmp_path / "run"))
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    check_resumed(run, config, tmp_path / "run", step=3, parts=("context", "action_dit"))
 
 
 def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
@@ -509,21 +498,12 @@ def test_a_policy_sees_what_training_saw(trained):
 
 
 def test_it_is_served(trained):
-    policy = load_policy(trained[0])
-    observation = PointWorld().reset(make_trial("t", "in_distribution", 3))
-    with running(policy) as server:
-        server.call(server.service.start())
-        client = PolicyClient(server.address)
-        np.testing.assert_array_equal(client.act(observation).actions, policy.act(observation).actions)
-        client.close()
+    check_served_chunk(load_policy(trained[0]))
 
 
 def test_it_is_evaluated_by_name(trained, monkeypatch, capsys):
     run, _ = trained
-    monkeypatch.setitem(SUITES, "point", Suite(make=PointWorld, install="", expert=Expert))
-    main(["evaluate", str(run), "--simulator", "point", "--limit", "2", "--videos", "0"])
-    assert len(read_results(run / "results.jsonl").trials) == 8
-    assert "in_distribution" in capsys.readouterr().out
+    check_evaluated_by_name(run, monkeypatch, capsys)
 
 
 def test_it_is_planned(trained):
