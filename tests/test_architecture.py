@@ -155,7 +155,7 @@ def test_training_and_policies_know_no_particular_method():
 
 
 SHARED = ("agra.methods.method", "agra.methods.ddim")
-"""What methods have in common."""
+"""Modules that methods share."""
 
 
 def test_the_table_is_the_only_list_of_methods():

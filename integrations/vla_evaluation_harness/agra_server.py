@@ -196,8 +196,8 @@ def _lookup(message: Message, key: str) -> Any:
     value: Any = message
     for name in key.split("/"):
         if not isinstance(value, dict) or name not in value:
-            found = sorted(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"state_keys: {key!r} is not in the observation; {name!r} was looked up in {found}")
+            keys = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"state_keys: {key!r} is not in the observation; {name!r} was looked up in {keys}")
         value = value[name]
     return value
 

@@ -131,7 +131,7 @@ class Player:
 
     @property
     def finished(self) -> bool:
-        """Whether the episode has succeeded or used up its control steps."""
+        """True where the episode has succeeded or used up its control steps."""
         return self.success or self.steps >= self.limit
 
     @property

@@ -72,7 +72,7 @@ class Session:
 
     @property
     def finished(self) -> bool:
-        """Whether the episodes of all policies have ended."""
+        """True where the episodes of all policies have ended."""
         return all(player.finished for player in self.players)
 
     @property
@@ -97,13 +97,13 @@ class Session:
         if not 0 < len(text) <= LONGEST_INSTRUCTION:
             raise ValueError(f"instruction: expected 1 to {LONGEST_INSTRUCTION} characters, got {len(text)}")
         tasks = {instruction.lower(): (instruction, scene) for instruction, scene in tasks_of(self.trial.scene).items()}
-        found = tasks.get(text.lower().rstrip("."))
-        self.judged = found is not None
-        instruction, scene = found or (text, self.trial.scene)
+        task = tasks.get(text.lower().rstrip("."))
+        self.judged = task is not None
+        instruction, scene = task or (text, self.trial.scene)
         self.trial = replace(self.trial, instruction=instruction, scene=scene)
         for player in self.players:
             player.instruct(self.trial, self.mask, judged=self.judged)
-        if found:
+        if task:
             return f"Instruction: {instruction}."
         return f"Instruction: {text}. It is not a task of this scene, so success is not judged."
 

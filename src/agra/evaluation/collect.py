@@ -228,10 +228,10 @@ def merge_collection(
     """
     output = Path(output)
     records = [*(folder / MANIFEST for folder in sorted(shard_paths(output))), output / RECORD]
-    found = [path for path in records if path.is_file()]
-    if not found:
+    existing = [path for path in records if path.is_file()]
+    if not existing:
         raise FileNotFoundError(f"{output}: no shards beside it; write them with: agra collect --shard I/N")
-    settings = read_json(found[0])
+    settings = read_json(existing[0])
     chosen = {name: settings[name] for name in ("episodes", "per_task", "tasks", "seed")}
     return collect(
         settings["simulator"],

@@ -147,7 +147,7 @@ class TokenContext(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Contexts:
-    """What each cross-attention block reads."""
+    """Context of each cross-attention block."""
 
     tokens: tuple[Float[Tensor, "B N G"], ...]
     masks: tuple[Bool[Tensor, "B N"] | None, ...]

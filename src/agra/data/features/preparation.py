@@ -54,7 +54,7 @@ class Preparation:
 
     @property
     def missing(self) -> bool:
-        """Whether training with these settings needs features that are not cached."""
+        """True where training with these settings needs features that are not cached."""
         try:
             open_features(self.method, self.data, self.sources)
             open_instructions(self.method, self.data, self.sources)

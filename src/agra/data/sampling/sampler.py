@@ -168,7 +168,7 @@ class WindowSampler:
         return fields
 
     def _has_targets(self, source: int, episode: int, start: int) -> bool:
-        """Whether a window starts within `target_steps` and, for `targets_inside`, its target frames in the episode."""
+        """True where a window starts within `target_steps` and, for `targets_inside`, its target frames in the episode."""
         windows, limit = self.windows_of[source], self.config.target_steps
         last = start + max(self.needs.targets, default=0) * windows.stride
         inside = not self.needs.targets_inside or last < windows.lengths[episode]
