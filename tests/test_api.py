@@ -23,7 +23,7 @@ SIGNATURES = {
     "prepare": "(config, *, device='cpu')",
     "read_config": "(checkpoint)",
     "report": "(policies, *, output, studies=())",
-    "train": "(config, *, output, init_from=None, head=None, head_rows=(24,), device='cpu', parallel=None, loggers=None)",
+    "train": "(config, *, output, init_from=None, head=None, head_rows=(24,), device='cpu', parallel=None, loggers=None, prepare_missing=None)",
 }
 CLASSES = {
     "ActionChunk": {"actions", "timings", "imagined"},

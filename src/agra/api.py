@@ -98,11 +98,13 @@ def train(
     device: str = "cpu",
     parallel: ParallelConfig | None = None,
     loggers: Sequence[str] | None = None,
+    prepare_missing: Callable[[Preparation], object] | None = None,
 ) -> bool:
     """Train one stage into `output`, or resume the run there. Returns False if SIGTERM stopped it early.
 
     A new run starts from `init_from` (see `load_initial_weights`), and its action head from the GR00T-N1.5 model
     `head`. `loggers` are names of `agra.training.loggers.LOGGERS`, by default TensorBoard where it is installed.
+    `prepare_missing` is called where features are not cached, in a run of one process. Without it they are an error.
     Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not
     divide over processes and micro-batches.
     """
@@ -132,7 +134,7 @@ def train(
         if fresh and context.is_main:
             output.mkdir(parents=True, exist_ok=True)
             record_origin(output, init_from)
-        return _train(config, output, initialize if fresh else None, parallel, context, loggers)
+        return _train(config, output, initialize if fresh else None, parallel, context, loggers, prepare_missing)
 
 
 def _load_head(method: Method, head: str, rows: Sequence[int]) -> None:
@@ -151,8 +153,12 @@ def _train(
     parallel: ParallelConfig,
     context: DistributedContext,
     loggers: Sequence[str] | None,
+    prepare_missing: Callable[[Preparation], object] | None,
 ) -> bool:
     sources = open_sources(config.data)
+    features = Preparation(config.method, config.data, sources, device=context.device)
+    if prepare_missing is not None and context.world_size == 1 and features.missing:
+        prepare_missing(features)
     stats, tokens = embodiment_stats(sources), open_instructions(config.method, config.data, sources)
     online = OnlineEncoder.open(config.method, config.data, sources, device=context.device)
     sampler = make_sampler(config, sources, stats, tokens, online, context)

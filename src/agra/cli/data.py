@@ -211,6 +211,12 @@ def prepare(arguments: list[str]) -> None:
             print(folder)
 
 
+def prepare_missing(features: "Preparation") -> None:
+    """Print the cost of the missing features, then compute them."""
+    print_cost(features)
+    features.run()
+
+
 def print_cost(features: "Preparation") -> None:
     """Print the size and time of the missing features. Raises ValueError where they do not fit on the disk."""
     for source, expected in features.estimate():

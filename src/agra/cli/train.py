@@ -1,17 +1,15 @@
 """`agra train`, `plan` and `recipes`."""
 
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agra.cli.arguments import recipe_arguments, use_threads, with_data
-from agra.cli.data import print_cost
+from agra.cli.data import prepare_missing
 
 
 def train(arguments: list[str]) -> None:
     """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
-    from agra.api import preparation
     from agra.api import train as run
     from agra.training.parallelize import ParallelConfig
     from agra.wam.groot import GR1_ROW
@@ -52,11 +50,6 @@ def train(arguments: list[str]) -> None:
 
         config = replace(config, data=replace(config.data, augment=AugmentConfig()))
     use_threads(options.threads)
-    if options.prepare and os.environ.get("WORLD_SIZE", "1") == "1":
-        features = preparation(config, device=options.device)
-        if features.missing:
-            print_cost(features)
-            features.run()
     finished = run(
         config,
         output=options.output,
@@ -66,6 +59,7 @@ def train(arguments: list[str]) -> None:
         device=options.device,
         parallel=options.parallel,
         loggers=options.log if options.log is None else [n for text in options.log for n in text.split(",") if n],
+        prepare_missing=prepare_missing if options.prepare else None,
     )
     if not finished:
         print(f"stopped by SIGTERM; run the same command again to resume from {options.output}", file=sys.stderr)
