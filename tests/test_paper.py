@@ -99,11 +99,13 @@ def test_default_recipe_is_c1_and_c3():
 
 PAPER_RECIPES = {name: recipe for name, recipe in RECIPES.items() if recipe(Stage.JOINT).method.kind == "wam"}
 """Rows of the paper. Tests of the other methods are in tests/methods."""
+SMALL = ("tiny", "metaworld")
+"""Prefixes of recipes that are not at the paper's scale."""
 
 
 def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
     for name, recipe in PAPER_RECIPES.items():
-        if name.startswith("tiny"):
+        if name.startswith(SMALL):
             continue
         config = recipe(Stage.JOINT)
         assert not config.method.model.video_dit.learned_positions, name
@@ -114,6 +116,7 @@ def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
         assert not config.method.model.action_dit.self_attention_first, name
         assert not config.method.model.action_dit.time_grows_with_noise, name
         assert config.data.early_window_fraction == 0, name
+        assert config.data.shift == 0, name
         assert config.stage.ema_decay is None, name
         assert (config.method.objective.action_draws, config.method.objective.video_batch_fraction) == (1, 1.0), name
 
@@ -134,7 +137,7 @@ def test_every_recipe_builds_on_the_meta_device():
         for stage in Stage:
             assert recipe(stage).stage.name is stage
             assert compose(name, stage) == recipe(stage), name
-        if not name.startswith("tiny"):
+        if not name.startswith(SMALL):
             model = _on_meta(recipe(Stage.JOINT).method.model)
             assert _count(model.video_dit) == 2_059_174_912, name
             assert _count(model.bridge, model.action_dit) == 763_300_896 - 32 * 1536, name

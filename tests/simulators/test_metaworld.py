@@ -49,6 +49,17 @@ def test_difficulties_cover_the_tasks():
     assert sorted(task for tasks in groups.values() for task in tasks) == sorted(INSTRUCTIONS)
 
 
+def test_the_recipes_fit_the_rows():
+    pytest.importorskip("torch")
+    from agra.recipes import metaworld
+
+    simulator, config = make("metaworld_20hz", render=False), metaworld()
+    assert (simulator.embodiment.name,) == config.data.embodiments
+    assert (config.data.crop_rows, config.data.crop_columns, simulator.frame_size) == ((48, 272), (96, 320), (320, 320))
+    assert len(simulator.embodiment.action_names) == config.method.shapes.action_dim
+    assert len(simulator.embodiment.state_names) == config.method.shapes.state_dim
+
+
 def test_trials():
     listed = trials()
     assert len(INSTRUCTIONS) == 50

@@ -151,6 +151,7 @@ class DataConfig(SourceConfig):
     early_window_steps: int = 10  # control steps that count as early
     target_steps: int | None = None  # windows from the first N control steps have teacher targets. Not in the paper
     augment: AugmentConfig | None = None  # of clips that are decoded while training
+    shift: int = 0  # largest random shift of training frames, in pixels of the method's frame. Not in the paper
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +170,13 @@ class DataConfig(SourceConfig):
         if self.augment is not None and self.cached:
             raise ValueError(
                 f"data.augment: cached features are not augmented; set data.cached to an empty list, got {self.cached}"
+            )
+        if self.shift < 0:
+            raise ValueError(f"data.shift: expected at least 0, got {self.shift}")
+        if self.shift and (fixed := [name for name in self.cached if name != "frames"]):
+            raise ValueError(
+                f"data.shift: cached {fixed[0]} are not shifted; set data.cached to frames, from which everything else is "
+                "computed while training"
             )
         unnamed = [source.path for source in self.mixture if not source.embodiment]
         if unnamed:

@@ -156,8 +156,8 @@ def collect(
     """Collect successful demonstrations into the LeRobot dataset `output`: `episodes`, or `per_task` of each of
     `tasks`.
 
-    The settings (simulator, episodes, tasks, seed, noise) alone decide the dataset: it holds the first successes in the
-    order of the trial list, for any number of `workers`. Without `tasks`, `per_task` applies to all tasks of the
+    The settings (simulator, episodes, tasks, seed, noise) alone decide the dataset: it holds the first successes of the
+    trial list, with `per_task` the first of every task, then the second of every task, for any number of `workers`. Without `tasks`, `per_task` applies to all tasks of the
     simulator. Failed attempts are dropped, counted, and replaced from `spare` times as many further trials.
 
     Attempts are kept in `<output>.staging` until the end, so that the same call resumes a killed collection. If
@@ -208,7 +208,7 @@ def collect(
             with _progress_bar(progress) as bar:
                 attempts = _attempt(trials, quotas, staging, play, make_player, workers, bar)
                 if not output.exists():
-                    _write(output, sorted(i for quota in quotas for i in quota.successes), staging, reference, bar)
+                    _write(output, _in_rounds(quotas), staging, reference, bar)
             write_json(output / RECORD, {**settings, "attempts": attempts})
         # A refused second process may have created its lock file there in the meantime.
         shutil.rmtree(staging_path, ignore_errors=True)
@@ -341,6 +341,14 @@ def _attempt(
             quota.finish_round(staging)
     _check_quotas(quotas)
     return dict(Counter(trials[index].task for quota in quotas for index in quota.indices[: quota.attempts]))
+
+
+def _in_rounds(quotas: Sequence[_Quota]) -> list[int]:
+    """The successes in the order of the dataset: the first of every task, the second of every task, and so on.
+
+    The last episodes, which training holds out, then have as many of each task, however often its expert fails.
+    """
+    return [index for together in zip(*(quota.successes for quota in quotas), strict=True) for index in together]
 
 
 def _collect_shard(

@@ -20,6 +20,7 @@ from agra.recipes.flare import (
     tiny_flare_policy_only,
 )
 from agra.recipes.lda import lda_scratch, lda_scratch_vae, tiny_lda_scratch, tiny_lda_scratch_vae
+from agra.recipes.metaworld import metaworld, metaworld_diffusion_policy, metaworld_wam
 from agra.recipes.paper import (
     PAPER,
     agra_bridge_l8,
@@ -79,6 +80,9 @@ __all__ = [
     "lda_scratch",
     "lda_scratch_vae",
     "literal_head",
+    "metaworld",
+    "metaworld_diffusion_policy",
+    "metaworld_wam",
     "real_world",
     "tiny",
     "tiny_diffusion_policy",
@@ -123,6 +127,9 @@ RECIPES: dict[str, Recipe] = {
         lda_scratch_vae,
         tiny_lda_scratch,
         tiny_lda_scratch_vae,
+        metaworld,
+        metaworld_wam,
+        metaworld_diffusion_policy,
     )
 }
 PRESETS: dict[str, Preset] = {

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agra.data.sampling.augment import AugmentConfig, augment
+from agra.data.sampling.augment import AugmentConfig, augment, shift
 from agra.data.sampling.sampler import DataConfig
 
 NOTHING = AugmentConfig(crop=1.0, brightness=0, contrast=0, saturation=0, hue=0)
@@ -72,3 +72,37 @@ def test_settings_are_checked_and_caches_are_not_augmented():
     ):
         DataConfig(cached=("targets",), augment=AugmentConfig())
     assert DataConfig(cached=(), augment=AugmentConfig()).augment == AugmentConfig()
+
+
+def shifted(clip, down, right):
+    """Loops: a pixel comes from `down` rows above and `right` columns to the left, or from the edge."""
+    result = np.empty_like(clip)
+    for index in np.ndindex(clip.shape[:3]):
+        t, y, x = index
+        result[index] = clip[t, min(max(y - down, 0), clip.shape[1] - 1), min(max(x - right, 0), clip.shape[2] - 1)]
+    return result
+
+
+def test_a_shift_moves_all_frames_by_one_offset_and_repeats_the_edge():
+    clip = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
+    seen = set()
+    for seed in range(60):
+        down, right = np.random.default_rng(seed).integers(-1, 2, size=2).tolist()
+        seen.add((down, right))
+        ours = shift(clip, 1, (6, 8), np.random.default_rng(seed))
+        np.testing.assert_array_equal(ours, shifted(clip, down, right))
+        # The offset counts at the method's size: frames of twice its height and four times its width move further.
+        larger = shift(clip, 1, (3, 2), np.random.default_rng(seed))
+        np.testing.assert_array_equal(larger, shifted(clip, 2 * down, 4 * right))
+    assert len(seen) == 9
+
+
+def test_what_a_shift_changes_is_not_cached():
+    with pytest.raises(ValueError, match=r"data\.shift: cached latents are not shifted; set data\.cached to frames"):
+        DataConfig(shift=4)
+    with pytest.raises(ValueError, match=r"data\.shift: cached targets are not shifted"):
+        DataConfig(shift=4, cached=("frames", "targets"))
+    with pytest.raises(ValueError, match=r"data\.shift: expected at least 0, got -1"):
+        DataConfig(shift=-1)
+    assert DataConfig(shift=4, cached=("frames",)).shift == 4
+    assert DataConfig().shift == 0

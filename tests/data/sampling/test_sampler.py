@@ -320,3 +320,49 @@ def test_only_windows_from_the_first_steps_have_targets(parts):
     assert not batch.targets[others].any()
     with pytest.raises(ValueError, match=r"data\.target_steps: expected at least 1 or None, got 0"):
         replace(CONFIG, target_steps=0)
+
+
+class Pixels:
+    """Random frames of the method's size, as a cached feature."""
+
+    name, key = "frames", {}
+
+    def compute(self, episode: Episode) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(len(episode))
+        return {"frames": rng.integers(0, 256, (len(episode), 16, 16, 3), dtype=np.uint8)}
+
+
+class PixelsAsFeatures:
+    """An encoder that returns the frames that it is given."""
+
+    def latents(self, clips) -> Tensor:
+        return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+
+    def teacher_grids(self, windows) -> Tensor:
+        return torch.from_numpy(np.stack(windows)).float()
+
+
+def test_latents_and_targets_come_from_frames_with_the_same_shift(parts, tmp_path):
+    config, (source,), _, stats, tokens = parts
+    cache_features(source.dataset, [Pixels()], tmp_path, progress=False)
+    frames = CachedFeature.open(feature_folder(source.dataset, Pixels(), tmp_path))
+    config = replace(config, shift=3, cached=("frames",))
+    sampler = make((config, (source,), [{"frames": frames}], stats, tokens), online=PixelsAsFeatures())
+    assert np.array_equal(sampler.windows(1), make(parts).windows(1))
+    batch, again, checked = sampler.batch(1), sampler.batch(1), sampler.validation_batch()
+    assert same(batch, again)
+    assert batch.targets is not None
+    seeds, offsets = np.random.SeedSequence([3, 1, 2]).spawn(8), set()
+    for row, (_, episode, start) in enumerate(sampler.windows(1)):
+        down, right = np.random.default_rng(seeds[row]).integers(-3, 4, size=2).tolist()
+        offsets.add((down, right))
+        steps = np.minimum(start + STRIDE * np.arange(FRAMES), LENGTHS[episode] - 1)
+        padded = np.pad(frames.read(episode), [(0, 0), (3, 3), (3, 3), (0, 0)], mode="edge")
+        moved = padded[:, 3 - down : 19 - down, 3 - right : 19 - right]
+        np.testing.assert_array_equal(batch.latents[row].permute(1, 2, 3, 0).numpy(), moved[steps])
+        np.testing.assert_array_equal(batch.targets[row].numpy(), moved[steps[list(REFERENCES)]])
+    assert len(offsets) > 4
+    whole = {
+        frames.read(episode)[start].tobytes() for episode in source.validation for start in range(LENGTHS[episode])
+    }
+    assert all(clip[:, 0].permute(1, 2, 0).numpy().astype(np.uint8).tobytes() in whole for clip in checked.latents)

@@ -123,6 +123,7 @@ def needed_features(method: MethodConfig, data: DataConfig) -> tuple[str, ...]:
         "targets": bool(needs.targets or needs.features),
         "frames": bool(needs.frames),
     }
+    read["frames"] = read["frames"] or (data.shift > 0 and any(read.values()))
     return tuple(name for name, needed in read.items() if needed and name in data.cached)
 
 

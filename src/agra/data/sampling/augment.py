@@ -1,8 +1,8 @@
-"""GR00T's image augmentation: one random crop and one colour change for all frames of a clip.
+"""Image augmentation: GR00T's random crop and colour change, and random shifts. All frames of a clip change alike.
 
-Source: NVIDIA/Isaac-GR00T, `gr00t/experiment/data_config.py`: crop of 95 %, brightness .3, contrast .4, saturation .5,
-hue .08, each drawn uniformly as in torchvision's ColorJitter. Latents and teacher targets both come from the augmented
-clip, so it applies to decoded clips only.
+Source of the former: NVIDIA/Isaac-GR00T, `gr00t/experiment/data_config.py`: crop of 95 %, brightness .3, contrast .4,
+saturation .5, hue .08, each drawn uniformly as in torchvision's ColorJitter. Latents and teacher targets both come from
+the changed clip, so neither can be cached.
 """
 
 import numpy as np
@@ -16,6 +16,18 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 def augment(clip: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """Augment a clip (T, H, W, 3) uint8. The same state of `rng` gives the same clip."""
     return _jitter(_crop(clip, config.crop, rng), config, rng)
+
+
+def shift(clip: np.ndarray, most: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Shift a clip (T, H, W, 3) by a random offset of up to `most` pixels in each direction, counted at `size` (h, w).
+
+    The pixels of the edge repeat, as in DrQ (Kostrikov et al., arXiv 2004.13649).
+    """
+    height, width = clip.shape[1:3]
+    down, right = np.rint(rng.integers(-most, most + 1, size=2) * np.array([height, width]) / size).astype(np.int64)
+    rows = np.clip(np.arange(height) - down, 0, height - 1)
+    columns = np.clip(np.arange(width) - right, 0, width - 1)
+    return clip[:, rows[:, None], columns]
 
 
 def _crop(clip: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

@@ -17,7 +17,7 @@ from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.jobs import resize
 from agra.data.features.online import OnlineEncoder
 from agra.data.normalization.normalize import NormStats
-from agra.data.sampling.augment import augment
+from agra.data.sampling.augment import augment, shift
 from agra.data.sampling.windows import Numbers, Windows
 from agra.data.source import Source
 from agra.methods.method import MethodConfig
@@ -55,6 +55,8 @@ class WindowSampler:
             )
         self.config, self.method, self.needs = config, method, method.needs()
         self.sources, self.instructions, self.online = tuple(sources), instructions, online
+        # With a shift, cached frames are the pixels of which everything is made.
+        self.read_from_cache = () if config.shift else config.cached
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.windows_of = [
             Windows(source, cached, stats[source.dataset.embodiment], method)
@@ -177,11 +179,11 @@ class WindowSampler:
     def _decode(
         self, triples: Sequence[Window], seeds: Sequence[np.random.SeedSequence] | None, targeted: Sequence[int]
     ) -> "dict[int, _Decoded]":
-        """Decode the frames of uncached features, by row. `seeds` augment them where the config has an augmentation.
+        """Decode the frames of uncached features, by row. `seeds` augment and shift them where the config does.
 
         Where only targets are uncached, only the rows in `targeted` are decoded.
         """
-        needs, cached = self.needs, self.config.cached
+        needs, cached = self.needs, self.read_from_cache
         all_rows = {
             *(range(needs.clip) if "latents" not in cached else ()),
             *(needs.frame_latents if "frame_latents" not in cached else ()),
@@ -195,15 +197,25 @@ class WindowSampler:
         rows = range(len(triples)) if all_rows else (targeted or [0])  # at least one, for the shape
         decoded = {}
         for row in rows:
-            source, episode, start = triples[row]
-            clip = self.windows_of[source].clip(episode, start, frames)
-            if self.config.augment is not None and seeds is not None:
-                clip = augment(clip, self.config.augment, np.random.default_rng(seeds[row]))
+            clip = self._pixels(*triples[row], frames)
+            if seeds is not None:
+                rng = np.random.default_rng(seeds[row])
+                if self.config.augment is not None:
+                    clip = augment(clip, self.config.augment, rng)
+                if self.config.shift:
+                    clip = shift(clip, self.config.shift, self.method.shapes.frame_size, rng)
             decoded[row] = _Decoded(frames, clip)
         return decoded
 
+    def _pixels(self, source: int, episode: int, start: int, frames: Sequence[int]) -> np.ndarray:
+        """Return a window's `frames` (F, H, W, 3) uint8: resized ones of the cache where it serves shifts, else decoded."""
+        windows = self.windows_of[source]
+        if self.config.shift and "frames" in self.config.cached:
+            return windows.features["frames"].read(episode, rows=windows.frame_steps(episode, start, frames))
+        return windows.clip(episode, start, frames)
+
     def _latents(self, triples: Sequence[Window], decoded: "Mapping[int, _Decoded]") -> Tensor:
-        if "latents" in self.config.cached:
+        if "latents" in self.read_from_cache:
             read = [self._cached(k, "latents").read(e, rows=[s])[0] for k, e, s in triples]
             return torch.from_numpy(np.stack(read))
         assert self.online is not None
@@ -213,7 +225,7 @@ class WindowSampler:
         self, name: str, triples: Sequence[Window], frames: Sequence[int], decoded: "Mapping[int, _Decoded]"
     ) -> Tensor:
         """Return a feature (B, F, ...) of `frames` of every window."""
-        if name in self.config.cached:
+        if name in self.read_from_cache:
             read = [
                 self._cached(k, name).read(e, rows=self.windows_of[k].frame_steps(e, s, frames)) for k, e, s in triples
             ]
@@ -227,7 +239,7 @@ class WindowSampler:
     def _targets(self, triples: Sequence[Window], targeted: Sequence[int], decoded: "Mapping[int, _Decoded]") -> Tensor:
         """Return the teacher's grids of the windows in `targeted`, and zeros for the others."""
         frames = self.needs.targets
-        if "targets" in self.config.cached:
+        if "targets" in self.read_from_cache:
             grids = np.zeros((len(triples), len(frames), *self._cached(0, "targets").shape), np.float32)
             for row in targeted:
                 source, episode, start = triples[row]
