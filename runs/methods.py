@@ -1,9 +1,8 @@
-"""Steps of runs/methods.sh that are no commands of agra: learning rates, finished rows, the table.
+"""Steps of runs/methods.sh that are no commands of agra: learning rates, finished rows, the table. runs/metaworld.py shares them.
 
 python runs/methods.py rates RECIPE          the three learning rates of the grid
 python runs/methods.py choose GRID           the rate with the lowest held-out action loss, of runs GRID/RATE
 python runs/methods.py chosen ROW            the rate of a finished row, nothing without one
-python runs/methods.py timed FILE COMMAND .. run a command and add its seconds of CPU time to FILE
 python runs/methods.py record RUN ROW ...    write a finished row: row.json and the two results files
 python runs/methods.py table                 write the table of all finished rows into docs/methods.md
 """
@@ -36,9 +35,11 @@ from agra.evaluation.measured import MeasuredRow, measured
 from agra.evaluation.results import compare, read_results, summarise
 from agra.evaluation.tables import REFERENCES
 from agra.policies.load import load_policy
+from agra.policies.policy import MethodPolicy
 from agra.recipes import RECIPES
 from agra.simulation import make_simulator
 from agra.stages import Stage
+from agra.types import Observation
 
 ROOT = Path(__file__).parent.parent
 STEPS = (1 / 3, 1, 3)
@@ -85,13 +86,23 @@ def record(
     data: Path | None = None,
 ) -> None:
     """Write a finished row. A policy that was trained before has no `data`."""
+    content = trained(run, row, recipe=recipe, data=data) | {
+        "cpu_ms_per_answer": cpu_milliseconds(load_policy(run), _first_observation()),
+        "visual_reliance": _visual_reliance(run),
+        "grounding": _grounding(run),
+    }
+    write_row(row, content, {"random": run / "results.jsonl", "zero": run / "zero.jsonl"})
+
+
+def trained(run: Path, row: Path, *, recipe: str, data: Path | None) -> dict[str, Any]:
+    """Describe the training of a finished run for its row: config, checksums, parameters, speed, losses."""
     _check_finished(run)
     stages = lineage(run)
     config = _portable(stages[-1].config)
     name = row.name.rpartition("_")[0]
     grid = row.with_name(f"{name}_0") / GRID
     log = [] if stages[-1].metrics is None else _lines(stages[-1].metrics)
-    content = {
+    return {
         "name": name,
         "seed": config.stage.seed,
         "kind": config.method.kind,
@@ -110,37 +121,46 @@ def record(
         "grid": json.loads(grid.read_text()) if grid.is_file() else None,
         "training": {
             "windows_per_second": float(np.median([line["samples_per_second"] for line in _having(log, "loss")])),
-            "cpu_seconds": _cpu_seconds(run.with_name(run.name + ".seconds")),
+            "cpu_seconds": cpu_seconds(run.with_name(run.name + ".seconds")),
             "losses": [[line["step"], round(line["loss"], 5)] for line in _having(log, "loss")[9::10]],
             "held_out": [
                 {"step": line["step"]} | {name: round(line[name], 5) for name in CURVE if name in line}
                 for line in _having(log, CHOSEN_BY)
             ],
         },
-        "cpu_ms_per_answer": _cpu_milliseconds(run),
-        "visual_reliance": _visual_reliance(run),
-        "grounding": _grounding(run),
     }
+
+
+def write_row(row: Path, content: Mapping[str, Any], results: Mapping[str, Path]) -> None:
+    """Write a row: the complete results file of each kind of noise, and last row.json, which marks the row as finished."""
     row.mkdir(parents=True, exist_ok=True)
-    for source, target in (("results.jsonl", "random.jsonl"), ("zero.jsonl", "zero.jsonl")):
-        read_results(run / source)  # complete
-        shutil.copyfile(run / source, row / target)
+    for noise, source in results.items():
+        read_results(source)  # complete
+        shutil.copyfile(source, row / f"{noise}.jsonl")
     files.write_text(row / "row.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(row)
 
 
 def table() -> None:
     """Write the table into docs/methods.md, between its two marks."""
-    page = ROOT / "docs" / "methods.md"
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    files.write_text(page, before + BEGIN + "\n\n" + markdown(measured("tabletop")) + "\n" + END + after)
+    replace_between(ROOT / "docs" / "methods.md", BEGIN, END, markdown(measured("tabletop")))
+
+
+def replace_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, rest = page.read_text().split(begin)
+    _, after = rest.split(end)
+    files.write_text(page, f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
+def in_markdown(tables: Iterable[Sequence[Sequence[str]]]) -> str:
+    """Write tables, each a list of lines of cells."""
+    return "\n".join("".join(f"| {' | '.join(line)} |\n" for line in table) for table in tables)
 
 
 def markdown(rows: Sequence[MeasuredRow]) -> str:
     """The rows as three tables: training and visual reliance, success, and tests against the references."""
-    tables = [_training_table(rows), _success_table(rows), _tests_table(rows)]
-    return "\n".join("".join(f"| {' | '.join(line)} |\n" for line in table) for table in tables)
+    return in_markdown([_training_table(rows), _success_table(rows), _tests_table(rows)])
 
 
 def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
@@ -171,7 +191,7 @@ def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
             if tried
             else f"{info['learning_rate']:.3g}, chosen before",
             f"{info['training']['held_out'][-1][CHOSEN_BY]:.3f}",
-            *(_windows_per_second(info), f"{info['cpu_ms_per_answer']:.0f}"),
+            *(windows_per_second(info), f"{info['cpu_ms_per_answer']:.0f}"),
             f"{100 * reliance['error']:.1f} / {100 * reliance['constant_error']:.1f}",
             "yes" if reliance["error_minus_constant"][2] >= 0 else "no",
             f"{100 * reliance['image_swap_shift']:.1f}",
@@ -263,23 +283,27 @@ def _pre_training(config: RunConfig) -> str:
     return ", ".join(used) or "none"
 
 
-def _cpu_seconds(file: Path) -> float | None:
+def cpu_seconds(file: Path) -> float | None:
     """The sum over all starts of a run. None where a start was killed before its time was written."""
     lines = file.read_text().splitlines() if file.is_file() else []
     seconds = [sum(map(float, line.split())) for line in lines if line != "start"]
     return round(sum(seconds), 1) if seconds and len(seconds) == lines.count("start") else None
 
 
-def _cpu_milliseconds(run: Path, *, answers: int = 20) -> float:
+def _first_observation() -> Observation:
+    """The first observation of the tabletop's first trial."""
+    env = make_simulator("tabletop")
+    try:
+        return env.reset(env.trials("in_distribution")[0])
+    finally:
+        env.close()
+
+
+def cpu_milliseconds(policy: MethodPolicy, observation: Observation, *, answers: int = 20) -> float:
     """The median CPU time of an answer on one thread, which other processes of the machine lengthen less than its wall
     time.
     """
     torch.set_num_threads(1)
-    policy, env = load_policy(run), make_simulator("tabletop")
-    try:
-        observation = env.reset(env.trials("in_distribution")[0])
-    finally:
-        env.close()
     policy.reset(0)
     times = []
     for _ in range(answers + 3):
@@ -289,7 +313,7 @@ def _cpu_milliseconds(run: Path, *, answers: int = 20) -> float:
     return round(float(np.median(times[3:])), 1)
 
 
-def _windows_per_second(info: Mapping[str, Any]) -> str:
+def windows_per_second(info: Mapping[str, Any]) -> str:
     """Windows of the joint stage in a second of CPU time, or of wall time where that was not recorded."""
     training, stage = info["training"], info["config"]["stage"]
     if training["cpu_seconds"] is None:

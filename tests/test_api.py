@@ -13,7 +13,7 @@ import agra
 DOCS = Path(__file__).parent.parent / "docs"
 SIGNATURES = {
     "diagnose": "(run, *, simulator, samples, seed=0, device='cpu', config=None, teacher='own', probes=None, masks=None)",
-    "evaluate": "(policy, simulator='tabletop', *, output=None, name=None, regimes=None, limit=None, protocol=None, videos=0,"
+    "evaluate": "(policy, simulator='tabletop', *, output=None, name=None, regimes=None, tasks=None, limit=None, protocol=None, videos=0,"
     " workers=1, simulator_options=None, key_mapping=None, device='cpu', threads=None, action_noise='random', shard=None,"
     " progress=True)",
     "export": "(source, output, *, ema=False, half=False)",

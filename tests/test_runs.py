@@ -257,8 +257,8 @@ def test_the_documented_table_is_that_of_the_rows():
 
 def test_the_cpu_time_of_a_run_is_known_if_every_start_has_an_end(tmp_path):
     file = tmp_path / "run.seconds"
-    assert methods._cpu_seconds(file) is None
+    assert methods.cpu_seconds(file) is None
     file.write_text("start\n10.5 2.0\nstart\n1.0 0.5\n")
-    assert methods._cpu_seconds(file) == 14.0
+    assert methods.cpu_seconds(file) == 14.0
     file.write_text("start\nstart\n1.0 0.5\n")  # the first one was killed
-    assert methods._cpu_seconds(file) is None
+    assert methods.cpu_seconds(file) is None

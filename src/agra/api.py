@@ -262,12 +262,10 @@ def _visual_reliance_monitor(
     """Make the monitor of visual reliance on the initial observations of the first dataset's held-out episodes."""
     source = sampler.sources[0]
     statistics = stats[source.dataset.embodiment]
-    dimensions, step = reliance.select(source.dataset.action_names), reliance.step
 
     def targets(actions: Tensor) -> np.ndarray:
         narrow = actions[..., : statistics.width("action")].float().cpu().numpy()
-        values = statistics.unnormalize("action", narrow)
-        return values[:, min(step, values.shape[1] - 1), dimensions]
+        return reliance.target(statistics.unnormalize("action", narrow), source.dataset.action_names)
 
     batch = sampler.first_batch()
     instructions = [source.dataset.instruction(episode) for episode in source.validation]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cattrs
+import numpy as np
 from cattrs.preconf.json import make_converter
 
 from agra.data.config import DataConfig, SourceConfig
@@ -27,10 +28,18 @@ class VisualRelianceConfig:
     `*_y`, in metres on the tabletop, or the whole action of an embodiment without such names."""
     step: int = 7
     """Step of the chunk, from 0. The default is about where the hand reaches the object."""
+    displacement_unit: float | None = None
+    """Metres that an action of 1 moves, for actions that are displacements. The target is then their sum up to `step`, with
+    one component for each pattern of `dimensions`."""
 
     def __post_init__(self) -> None:
         if self.step < 0:
             raise ValueError(f"visual_reliance.step: expected at least 0, got {self.step}")
+        if self.displacement_unit is not None and not (self.displacement_unit > 0 and self.dimensions):
+            raise ValueError(
+                "visual_reliance.displacement_unit: expected a positive number and patterns in dimensions, got "
+                f"{self.displacement_unit} and {self.dimensions}"
+            )
 
     def select(self, action_names: Sequence[str]) -> list[int]:
         """Select the action dimensions. Raises ValueError where no name matches `dimensions`."""
@@ -42,6 +51,18 @@ class VisualRelianceConfig:
                 f"{tuple(action_names)}"
             )
         return matching or list(range(len(action_names)))
+
+    def target(self, actions: np.ndarray, action_names: Sequence[str]) -> np.ndarray:
+        """Return the targets (..., d) float64 of chunks or episodes (..., N, D) in the robot's units.
+
+        After the end of an episode the target is that of its last action. Raises ValueError as `select` does.
+        """
+        selected, end = self.select(action_names), min(self.step, actions.shape[-2] - 1)
+        if self.displacement_unit is None:
+            return actions[..., end, selected].astype(np.float64)
+        moved = actions[..., : end + 1, :].astype(np.float64).sum(axis=-2) * self.displacement_unit
+        by_pattern = [[fnmatch.fnmatch(name, p) for name in action_names] for p in self.dimensions]
+        return np.stack([moved[..., matching].sum(axis=-1) for matching in by_pattern], axis=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,7 @@ def evaluate(
     output: str | Path | None = None,
     name: str | None = None,
     regimes: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
     limit: int | None = None,
     protocol: Protocol | None = None,
     videos: int = 0,
@@ -88,7 +89,7 @@ def evaluate(
     """Play a benchmark's trials and write the results file `output`. The same call resumes an interrupted evaluation.
 
     `policy` and `simulator` are objects or names (see `open_policy` and `make_simulator`, which receives
-    `simulator_options`). `regimes` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By
+    `simulator_options`). `regimes`, `tasks` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By
     default, `output` is results.jsonl in the folder of the policy's run, `name` (of the policy, in the results) is the
     name of that folder, and the protocol is the simulator's usual one, with a single executed action for the expert.
     `action_noise` is that of `agra.policies.policy.MethodPolicy`. For a server it is only recorded in the results.
@@ -140,7 +141,7 @@ def evaluate(
         return evaluate_trials(
             opened,
             env,
-            regime_trials(env, regimes, limit=limit),
+            regime_trials(env, regimes, tasks=tasks, limit=limit),
             output=output,
             protocol=protocol or usual_protocol(policy, env.name),
             videos=videos,

@@ -158,3 +158,23 @@ def test_the_target_is_planar_where_it_can_be_and_else_the_whole_action():
     assert VisualRelianceConfig().select(("left_x", "left_y", "left_z", "grip")) == [0, 1]
     assert VisualRelianceConfig().select(("dx", "dy", "grip")) == [0, 1, 2]
     assert VisualRelianceConfig(dimensions=("d?",)).select(("dx", "dy", "grip")) == [0, 1]
+
+
+def test_targets_of_displacements_are_their_sums():
+    names = ("dx_0", "dy_0", "grip_0", "dx_1", "dy_1", "grip_1")
+    actions = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    config = VisualRelianceConfig(dimensions=("dx_*", "dy_*"), displacement_unit=0.01, step=2)
+    ours = config.target(actions, names)
+    assert ours.shape == (2, 2)
+    for row in range(2):
+        for axis in range(2):
+            asked = sum(float(actions[row, step, axis + 3 * part]) for step in range(3) for part in range(2))
+            assert ours[row, axis] == pytest.approx(asked / 100, abs=1e-9)
+    short = config.target(actions[0, :2], names)  # an episode that ends before the step
+    assert short[0] == pytest.approx(float(actions[0, :2, [0, 3]].sum()) / 100, abs=1e-6)
+    assert VisualRelianceConfig(step=2).target(actions, names) == pytest.approx(actions[:, 2])
+    assert VisualRelianceConfig(dimensions=("dx_*",), step=9).target(actions, names) == pytest.approx(
+        actions[:, 4, [0, 3]]
+    )
+    with pytest.raises(ValueError, match="displacement_unit: expected a positive number and patterns in dimensions"):
+        VisualRelianceConfig(displacement_unit=0.01)

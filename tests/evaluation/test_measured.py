@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from scipy.stats import binomtest
 
+from agra.cli.main import main
 from agra.evaluation.measured import FOLDER, measured
 from agra.evaluation.results import summarise
 from agra.evaluation.tables import methods_tables
@@ -61,6 +63,31 @@ def test_an_unfinished_row_is_an_error(folder):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match="interrupted after 7 of 8 trials"):
         measured("point", folder)
+
+
+def test_a_row_with_one_kind_of_noise(folder):
+    row = folder / "point" / "wam_0"
+    (row / "random.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"random\.jsonl: no results file"):
+        measured("point", folder)
+    (row / "row.json").write_text(json.dumps({"name": "wam", "seed": 0, "noises": ["zero"]}))
+    assert set(measured("point", folder)[1].results) == {"zero"}
+
+
+def test_measured_rows_stand_among_published_ones(monkeypatch, tmp_path, capsys):
+    outcomes = {"in_distribution": "1" * 30 + "0" * 70}
+    row = tmp_path / "metaworld" / "wam_0"
+    row.mkdir(parents=True)
+    (row / "row.json").write_text(json.dumps({"name": "wam", "seed": 0, "noises": ["zero"]}))
+    made = make_results("wam_0", outcomes, simulator="metaworld", policy_settings={"action_noise": "zero"})
+    made.header["protocol"].update(termination="step")
+    write(row / "zero.jsonl", made)
+    monkeypatch.setattr("agra.evaluation.measured.measured", partial(measured, folder=tmp_path))
+    main(["leaderboard", "--benchmark", "metaworld"])
+    printed = capsys.readouterr().out
+    assert "* wam_0" in printed
+    assert "zero action noise" in " ".join(printed.replace("│", " ").split())
+    assert "SmolVLA 2.25B" in printed
 
 
 def test_a_benchmark_without_rows(tmp_path):

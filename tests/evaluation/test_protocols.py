@@ -21,6 +21,24 @@ def test_a_limit_is_spread_evenly_and_always_the_same():
     assert len(regime_trials(PointWorld(), ["semantic"], limit=1000)) == 40
 
 
+class TwoTasks(PointWorld):
+    """Every third trial is of the task `odd`."""
+
+    def trials(self, regime):
+        return [replace(t, task="odd" if i % 3 == 2 else "even") for i, t in enumerate(super().trials(regime))]
+
+
+def test_tasks_are_chosen_before_the_limit():
+    trials = regime_trials(TwoTasks(), ["in_distribution"], tasks=["odd"])
+    assert [trial.name[-2:] for trial in trials] == [f"{number:02d}" for number in range(2, 50, 3)]
+    limited = regime_trials(TwoTasks(), ["in_distribution"], tasks=["odd"], limit=4)
+    assert limited == trials[::4]
+    both = regime_trials(TwoTasks(), ["in_distribution"], tasks=["odd", "even"])
+    assert both == regime_trials(TwoTasks(), ["in_distribution"])
+    with pytest.raises(ValueError, match="unknown task 'add' of regime 'in_distribution'; available: even, odd"):
+        regime_trials(TwoTasks(), ["in_distribution"], tasks=["add"])
+
+
 def test_errors():
     with pytest.raises(ValueError, match="unknown regime 'unseen'; available: in_distribution, semantic"):
         regime_trials(PointWorld(), ["unseen"])

@@ -1,5 +1,7 @@
 """MethodPolicy in batches: the chunks of single requests, on the fast path and the plain one, and continuations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,10 +51,10 @@ def make_policy(small_config):
 
     stats = {name: NormStats.of([Rows()], "min_max") for name in small_config.data.embodiments}
 
-    def make(**options):
+    def make(config=small_config, **options):
         instructions = Instructions(Text)
         parts = {"codec": Codec(), "instructions": instructions, "stats": stats}
-        return MethodPolicy(name="small", config=small_config, method=method, **parts, **options)
+        return MethodPolicy(name="small", config=config, method=method, **parts, **options)
 
     return make
 
@@ -175,3 +177,12 @@ def test_imagining_changes_no_action_and_starts_from_the_observation(make_policy
     policy.imagines = False
     assert policy.act_and_imagine(see(policy)).imagined is None
     assert not policy.spec.imagines
+
+
+def test_a_cropped_policy_warms_up(make_policy, small_config):
+    """The blank frame is large enough for the crop, which ends beyond the method's 32 x 48 pixels."""
+    data = replace(small_config.data, crop_rows=(20, 70), crop_columns=(10, 90))
+    policy = make_policy(replace(small_config, data=data))
+    assert policy.blank_observation().frame.shape == (70, 90, 3)
+    policy.warm_up(1)
+    assert make_policy().blank_observation().frame.shape == (32, 48, 3)

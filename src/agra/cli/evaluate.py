@@ -12,6 +12,7 @@ def evaluate(
     policy: Annotated[str, tyro.conf.Positional],
     simulator: str = "tabletop",
     regimes: tuple[str, ...] | None = None,
+    tasks: tuple[str, ...] | None = None,
     output: Path | None = None,
     execute_steps: int | None = None,
     max_steps: int | None = None,
@@ -36,6 +37,7 @@ def evaluate(
             for GR00T's protocol), or `expert` for the simulator's scripted expert.
         simulator: a registered simulator.
         regimes: the trial lists to play. By default all.
+        tasks: play the trials of these tasks only.
         output: results file. By default results.jsonl in the run's folder, outputs/NAME for a bundled policy.
         execute_steps: executed actions of each chunk before the next one is requested. By default 8, on robocasa_gr1
             16, and 1 for the expert.
@@ -76,6 +78,7 @@ def evaluate(
         settings: dict[str, Any] = {
             "simulator": simulator,
             "regimes": regimes,
+            "tasks": tasks,
             "output": output,
             "name": name,
             "limit": limit,
@@ -95,6 +98,7 @@ def evaluate(
         output=output,
         name=name,
         regimes=regimes,
+        tasks=tasks,
         limit=limit,
         protocol=protocol,
         videos=videos,
@@ -180,20 +184,26 @@ def compare(a: Annotated[Path, tyro.conf.Positional], b: Annotated[Path, tyro.co
 def leaderboard(
     results: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), benchmark: str = "robocasa_gr1"
 ) -> None:
-    """Show results and published averages on a benchmark, with their protocols.
+    """Show results, measured rows and published averages on a benchmark, with their protocols.
 
-    On the tabletop, where nothing is published, show the compared methods that come with agra (docs/methods.md).
+    On the tabletop, where nothing is published, compare the methods that come with agra (docs/methods.md).
 
     Args:
         results: results files of that benchmark.
         benchmark: the simulator's name.
     """
     from agra.evaluation.measured import measured
+    from agra.evaluation.published import PUBLISHED
     from agra.evaluation.results import read_results
     from agra.evaluation.tables import leaderboard_table, methods_tables, print_table
 
     own, methods = [read_results(path) for path in results], measured(benchmark)
-    for table in methods_tables(methods, own) if methods else [leaderboard_table(own, benchmark)]:
+    if methods and benchmark not in {row.benchmark for row in PUBLISHED}:
+        tables = methods_tables(methods, own)
+    else:
+        of_rows = [played for row in methods for played in row.results.values()]
+        tables = [leaderboard_table([*of_rows, *own], benchmark)]
+    for table in tables:
         print_table(table)
 
 

@@ -120,7 +120,6 @@ def measure_visual_reliance(
     """
     if not initial:
         raise ValueError("visual reliance: no initial observations")
-    dimensions = config.select(action_names)
     groups = [start.group for start in initial]
     swaps = Swaps.of(groups, [start.observation.instruction for start in initial], rivals(initial))
     targets: dict[InputVariant, np.ndarray] = {}
@@ -130,9 +129,9 @@ def measure_visual_reliance(
         rows = []
         for observation in changed:
             policy.reset(seed)
-            rows.append(_target(policy.act(observation).actions, dimensions, config.step))
+            rows.append(config.target(policy.act(observation).actions, action_names))
         targets[variant] = np.stack(rows)
-    demonstrated = np.stack([_target(start.actions, dimensions, config.step) for start in initial])
+    demonstrated = np.stack([config.target(start.actions, action_names) for start in initial])
     return VisualReliance.of(targets, demonstrated, swaps, trials=[start.trial for start in initial], groups=groups)
 
 
@@ -222,11 +221,6 @@ def blank(frame: np.ndarray) -> np.ndarray:
     """The frame (H, W, 3) uint8 with its mean colour everywhere."""
     colour = frame.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
     return np.broadcast_to(colour, frame.shape).copy()
-
-
-def _target(actions: np.ndarray, dimensions: Sequence[int], step: int) -> np.ndarray:
-    """The target of a chunk or episode. After the end it is that of the last action."""
-    return actions[min(step, len(actions) - 1), list(dimensions)].astype(np.float64)
 
 
 def _constant(targets: np.ndarray, groups: Sequence[str]) -> np.ndarray:

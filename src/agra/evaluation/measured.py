@@ -1,7 +1,7 @@
-"""Results of the compared methods on the tabletop, measured with runs/methods.sh and kept with the package.
+"""Results of trained methods on a benchmark, measured with runs/methods.sh or runs/metaworld.sh and kept with the package.
 
 Every row is a folder NAME_SEED: row.json describes the training, random.jsonl and zero.jsonl are results files of all
-trials with random and with zero action noise.
+trials with random and with zero action noise. A row whose `noises` name one of them has that file alone.
 """
 
 import json
@@ -33,6 +33,7 @@ def measured(benchmark: str, folder: Path = FOLDER) -> Sequence[MeasuredRow]:
     rows = []
     for path in sorted((folder / benchmark).glob("*/row.json")):
         info = json.loads(path.read_text())
-        results: dict[ActionNoise, Results] = {noise: read_results(path.parent / f"{noise}.jsonl") for noise in NOISES}
+        noises = info.get("noises", NOISES)
+        results: dict[ActionNoise, Results] = {noise: read_results(path.parent / f"{noise}.jsonl") for noise in noises}
         rows.append(MeasuredRow(name=info["name"], seed=info["seed"], info=info, results=results))
     return rows

@@ -51,13 +51,17 @@ def default_protocol(simulator: str) -> Protocol:
 
 
 def regime_trials(
-    simulator: Simulator, regimes: Sequence[str] | None = None, *, limit: int | None = None
+    simulator: Simulator,
+    regimes: Sequence[str] | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
 ) -> tuple[Trial, ...]:
     """The trials of `regimes`, by default of all regimes of the simulator, in order.
 
-    `limit` takes that many trials of each regime, evenly spread over its list. The subset depends on the list and
-    `limit` alone, and the results' header records both counts. Raises ValueError for an unknown regime, an empty list,
-    a repeated name, or a limit below 1.
+    `tasks` keeps the trials of these tasks. `limit` takes that many trials of each regime, evenly spread over what is
+    then its list. The subset depends on the list, `tasks` and `limit` alone, and the results' header records both
+    counts. Raises ValueError for an unknown regime or task, an empty list, a repeated name, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1 trial per regime, got {limit}")
@@ -68,6 +72,11 @@ def regime_trials(
         full = simulator.trials(regime)
         if not full:
             raise ValueError(f"{simulator.embodiment.name}: the simulator has no trials of regime {regime!r}")
+        if tasks is not None:
+            known = dict.fromkeys(trial.task for trial in full)
+            if unknown := [task for task in tasks if task not in known]:
+                raise ValueError(f"unknown task {unknown[0]!r} of regime {regime!r}; available: {', '.join(known)}")
+            full = [trial for trial in full if trial.task in tasks]
         count = len(full) if limit is None else min(limit, len(full))
         chosen += [full[index * len(full) // count] for index in range(count)]
     repeated = [name for name, number in Counter(trial.name for trial in chosen).items() if number > 1]

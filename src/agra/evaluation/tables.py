@@ -185,6 +185,7 @@ def _measured_row(results: Results, summary: Summary) -> tuple[str, str, str, st
         f"{protocol['execute_steps']} actions executed of each chunk",
         f"at most {header['max_steps']} steps",
         f"success checked after each {protocol['termination']}",
+        f"{header.get('policy_settings', {}).get('action_noise', 'random')} action noise",
         *(f"{key.replace('_', ' ')} {value}" for key, value in header.get("settings", {}).items()),
     ]
     if summary.groups:

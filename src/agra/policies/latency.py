@@ -124,8 +124,8 @@ def timed(policy: MethodPolicy, batch: int) -> Call:
     """Warm up a policy, and return a call that computes the chunks of `batch` robots and returns its stages' times."""
     policy.warm_up(batch)
     blank = policy.blank_observation()
-    height, width = policy.frame_size
-    frames = np.random.default_rng(0).integers(0, 256, (batch, 2 * height, 2 * width, 3), dtype=np.uint8)
+    height, width = np.maximum(2 * np.array(policy.frame_size), blank.frame.shape[:2])  # large enough for a crop
+    frames = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
     requests = [
         PolicyRequest(observation=replace(blank, frame=frame), episode=policy.episode(index))
         for index, frame in enumerate(frames)

@@ -102,11 +102,16 @@ class MethodPolicy:
         self._warm_graphs = self._compiled_graphs()
 
     def blank_observation(self) -> Observation:
-        """Make an observation of a black frame, the mean state of the first embodiment, and a known instruction."""
+        """Make an observation of a black frame, the mean state of the first embodiment, and a known instruction.
+
+        The frame has the method's size, or is large enough for the crop of the embodiment's source.
+        """
         embodiment, stats = next(iter(self.stats.items()))
+        source, (height, width) = self.config.data.source(embodiment), self.frame_size
+        rows, columns = source.crop_rows or (0, height), source.crop_columns or (0, width)
         texts = () if self.instructions is None else self.instructions.known
         return Observation(
-            frame=np.zeros((*self.frame_size, 3), np.uint8),
+            frame=np.zeros((rows[1], columns[1], 3), np.uint8),
             state=np.asarray(stats.state["mean"], np.float32),
             instruction=next(iter(texts), "warm up"),
             embodiment=embodiment,

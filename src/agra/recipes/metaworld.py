@@ -101,8 +101,9 @@ def metaworld(stage: Stage = Stage.JOINT) -> RunConfig:
         save_every=500,
     )
     method = WAMMethodConfig(model=model, alignment=alignment, objective=objective)
-    config = RunConfig(method=method, data=data, stage=training, visual_reliance=VisualRelianceConfig())
-    return at_stage(config, stage)
+    # An action of 1 asks for a centimetre. The target is the displacement that a whole chunk asks for.
+    reliance = VisualRelianceConfig(dimensions=("hand_dx_*", "hand_dy_*", "hand_dz_*"), displacement_unit=0.01)
+    return at_stage(RunConfig(method=method, data=data, stage=training, visual_reliance=reliance), stage)
 
 
 def metaworld_wam(stage: Stage = Stage.JOINT) -> RunConfig:
