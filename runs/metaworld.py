@@ -6,6 +6,7 @@ python -m runs.metaworld table [FOLDER]        write the tables of the finished 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,17 @@ def _success(rows: Sequence[MeasuredRow]) -> Table:
 def _differences(rows: Sequence[MeasuredRow]) -> Table:
     """AGRA against WAM, and both against Diffusion Policy, on the same trials."""
     table = _head("difference of success, points", "seed", "noise", "difference", "solved by one alone", "p")
-    found = {(row.name, row.seed): row for row in rows}
+    by_name = {(row.name, row.seed): row for row in rows}
     for row in rows:
-        for name in (row.name.replace("agra", "wam"), "diffusion_policy" if row.name in ("agra", "wam") else row.name):
-            other = found.get((name, row.seed))
-            for noise in () if name == row.name or other is None else row.results:
-                if noise not in other.results:
-                    continue
-                pair = compare(row.results[noise], other.results[noise]).pairs[-1]
-                alone = f"{pair.test.only_a} and {pair.test.only_b} of {pair.a.trials}"
-                label = f"{row.name} minus {other.name}"
-                cells = [_average(pair.difference, sign="+"), alone, f"{pair.test.p_value:.3f}"]
-                table.append([label, f"{row.seed}", noise, *cells])
+        names = [row.name.replace("agra", "wam"), *(["diffusion_policy"] if row.name in ("agra", "wam") else [])]
+        others = [by_name[name, row.seed] for name in names if name != row.name and (name, row.seed) in by_name]
+        for other, (_, noise, results) in product(others, _played([row])):
+            if noise not in other.results:
+                continue
+            pair = compare(results, other.results[noise]).pairs[-1]
+            alone = f"{pair.test.only_a} and {pair.test.only_b} of {pair.a.trials}"
+            cells = [_average(pair.difference, sign="+"), alone, f"{pair.test.p_value:.3f}"]
+            table.append([f"{row.name} minus {other.name}", f"{row.seed}", noise, *cells])
     return table
 
 

@@ -7,7 +7,7 @@
 #   DEVICE=cuda  device of preparation, training and the policy's answers
 #   ROWS="wam_0 agra_0"  only these rows
 #   TASKS="reach-v3 push-v3"  only these tasks, for experiments. Data and rows then go to outputs/metaworld-tasks
-#   PER_TASK=50 HELD_OUT=5  demonstrations of each task to train on, and to validate on
+#   PER_TASK=50 HELD_OUT=8  demonstrations of each task to train on, and to validate on
 #   STEPS=12000 SHORT_STEPS=3000  steps of 32 windows
 #   TRIALS=10 EXECUTE=4 NOISES="zero random"  trials of each task, executed rows of each chunk of 8, action noise
 #   FLAGS="--stage.learning-rate 5e-4"  further flags of every preparation and training. Give such runs another OUT
@@ -23,7 +23,7 @@ if [ -n "$TASKS" ]; then rows_folder=$OUT/rows; else rows_folder=src/agra/evalua
 MEASURED=${MEASURED:-$rows_folder}
 SIMULATOR=${SIMULATOR:-.venv-metaworld/bin/python}
 LANES=${LANES:-2} DEVICE=${DEVICE:-cpu} FLAGS=${FLAGS:-}
-PER_TASK=${PER_TASK:-50} HELD_OUT=${HELD_OUT:-5} STEPS=${STEPS:-12000} SHORT_STEPS=${SHORT_STEPS:-3000}
+PER_TASK=${PER_TASK:-50} HELD_OUT=${HELD_OUT:-8} STEPS=${STEPS:-12000} SHORT_STEPS=${SHORT_STEPS:-3000}
 TRIALS=${TRIALS:-10} EXECUTE=${EXECUTE:-4} NOISES=${NOISES:-zero random}
 TIMEFORMAT="%U %S" # seconds of CPU time, user and system
 export TASKS BASE OUT MEASURED SIMULATOR DEVICE FLAGS PER_TASK HELD_OUT TRIALS EXECUTE NOISES TIMEFORMAT

@@ -112,7 +112,7 @@ def test_the_script_goes_on_after_a_failure_and_skips_finished_rows(play):
     prepared, trained, finished, exported, zero, random, recorded, table, leaderboard = said  # the set is there
     assert prepared.startswith("agra prepare metaworld_wam --data.path outputs/metaworld/clean")
     assert "--output outputs/metaworld/runs/wam_0 --stage.steps 12000 --stage.seed 0 " in trained
-    assert "--device cuda --data.validation-fraction 0.090909" in trained  # 5 of 55
+    assert "--device cuda --data.validation-fraction 0.137931" in trained  # 8 of 58
     assert finished == "python runs/methods.py finished outputs/metaworld/runs/wam_0"
     assert exported.endswith("--output outputs/metaworld/runs/wam_0/average --ema")
     assert "--limit 500 --execute-steps 4 --action-noise zero " in zero

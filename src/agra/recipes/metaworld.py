@@ -97,7 +97,7 @@ def metaworld(stage: Stage = Stage.JOINT) -> RunConfig:
         ema_decay=0.999,
         ema_power=0.75,
         precision="float32",
-        validate_every=500,
+        validate_every=1_000,
         save_every=500,
     )
     method = WAMMethodConfig(model=model, alignment=alignment, objective=objective)
