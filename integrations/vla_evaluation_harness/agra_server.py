@@ -7,7 +7,7 @@
 # ///
 """A model server of vla-evaluation-harness (`vla-eval`) that answers with an agra policy.
 
-The policy is a checkpoint or a bundled policy in this process (needs agra[train]), or the address of `agra serve`, which
+The policy is a checkpoint or a bundled policy in this process (needs agra[policy]), or the address of `agra serve`, which
 needs no torch. The harness asks once per control step. The first `execute_steps` actions of a chunk are answered one by one,
 then the policy computes the next chunk. README.md has the commands.
 """

@@ -12,24 +12,47 @@ import numpy as np
 from lerobot.scripts.lerobot_eval import eval_main
 from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot_env_agra.environment import LeRobotTabletop
-from lerobot_policy_agra.modeling_agra import AgraPolicy
+from lerobot_policy_agra import modeling_agra
 
 from agra.evaluation.rollout import RecordedPolicy
-from agra.types import Episode
+from agra.types import Episode, PolicyRequest
+
+
+class Single:
+    """One episode at a time of a `BatchPolicy`, as a `Policy`."""
+
+    def __init__(self, policy):
+        self.policy, self.episode = policy, None
+
+    def reset(self, seed):
+        self.episode = self.policy.episode(seed)
+
+    def act(self, observation):
+        return self.policy.act_batch([PolicyRequest(observation=observation, episode=self.episode)])[0]
+
+
+class Recorded:
+    """A `BatchPolicy` whose only episode is recorded. It stands in for what the plugin opens."""
+
+    def __init__(self, policy):
+        self.spec, self.recorder = policy.spec, RecordedPolicy(Single(policy))
+
+    def episode(self, seed):
+        self.recorder.reset(seed)
+
+    def act_batch(self, requests):
+        (request,) = requests
+        assert request.continuation is None
+        return [self.recorder.act(request.observation)]
 
 
 def main(target, flags):
-    played = []
-    connect, reset, step = AgraPolicy._connect, LeRobotTabletop.reset, LeRobotTabletop.step
-    recorders = []
+    played, opened = [], []
+    reset, step, plain = LeRobotTabletop.reset, LeRobotTabletop.step, modeling_agra._open
 
-    def recorded_connect(self):
-        client = connect(self)
-        recorder = RecordedPolicy(client)
-        recorder.spec = client.spec
-        recorder.act = _with_continuation(recorder.act)
-        recorders.append(recorder)
-        return recorder
+    def recorded(config):
+        opened.append(Recorded(plain(config)))
+        return opened[-1]
 
     def recorded_reset(self, **options):
         result = reset(self, **options)
@@ -50,22 +73,14 @@ def main(target, flags):
                 embodiment=self.simulator.name,
                 fps=10,
             )
-            played.append((info["trial"], bool(success), recorders[0].digest(episode)))
+            played.append((info["trial"], bool(success), opened[0].recorder.digest(episode)))
         return result
 
-    AgraPolicy._connect, LeRobotTabletop.reset, LeRobotTabletop.step = recorded_connect, recorded_reset, recorded_step
+    modeling_agra._open, LeRobotTabletop.reset, LeRobotTabletop.step = recorded, recorded_reset, recorded_step
     sys.argv = ["lerobot-eval", *flags]
     register_third_party_plugins()
     eval_main()
     Path(target).write_text(json.dumps(played))
-
-
-def _with_continuation(act):
-    def without(observation, continuation):
-        assert continuation is None
-        return act(observation)
-
-    return without
 
 
 if __name__ == "__main__":

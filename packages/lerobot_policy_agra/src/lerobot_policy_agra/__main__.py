@@ -1,6 +1,6 @@
 """Write the folder that `lerobot-rollout --policy.path` and `lerobot-eval --policy.path` take.
 
-Usage: python -m lerobot_policy_agra FOLDER --server=ws://HOST:PORT [--camera=NAME] [--embodiment=NAME] ...
+Usage: python -m lerobot_policy_agra FOLDER --server=ws://HOST:PORT|--checkpoint=FOLDER [--camera=NAME] [--embodiment=NAME] ...
 """
 
 import sys
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     config.save_pretrained(folder)
     for pipeline in make_agra_pre_post_processors(config):
         pipeline.save_pretrained(folder)
-    print(f"{folder}: config and processors of a policy at {config.server}")
+    print(f"{folder}: config and processors of a policy at {config.source}")
 
 
 if __name__ == "__main__":

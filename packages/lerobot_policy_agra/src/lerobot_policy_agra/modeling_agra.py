@@ -1,10 +1,9 @@
-"""The policy `agra`: asks a policy server for chunks, one connection for each row of a batch."""
+"""The policy `agra`: chunks from a policy server, or from a checkpoint in this process."""
 
 import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,8 +15,9 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 from PIL import Image
 from torch import Tensor
 
+from agra.serving.batch_client import BatchClient
 from agra.serving.client import PolicyClient
-from agra.types import Continuation, EmbodimentSpec, Observation, with_past
+from agra.types import BatchPolicy, Continuation, EmbodimentSpec, Observation, PolicyRequest, with_past
 from lerobot_policy_agra.configuration_agra import AgraConfig
 from lerobot_policy_agra.continuation import remaining
 
@@ -29,33 +29,31 @@ SEED_BASE = 2**24
 
 
 class AgraPolicy(PreTrainedPolicy):
-    """Client of `agra serve`. It has no parameters.
+    """Client of `agra serve`, or a checkpoint of agra in this process. LeRobot sees no parameters.
 
-    Row i of a batch is an episode of its own on connection i, and the server batches the rows. One lock guards reset
-    and inference, because real-time chunking predicts in a thread of its own. Raises `agra.serving.client.ServerLost`
-    for an unreachable server and ValueError for dimensions that differ from the server's.
+    Every row of a batch is an episode of its own, and one forward pass computes all rows. One lock guards reset and
+    inference, because real-time chunking predicts in a thread of its own. Raises `agra.serving.client.ServerLost` for
+    an unreachable server, ImportError for a checkpoint without agra's training parts, and ValueError for dimensions
+    that differ from the policy's.
     """
 
     config_class = AgraConfig
     name = "agra"
 
     def __init__(self, config: AgraConfig, **_: Any) -> None:
-        """Connect, read the server's description and compare it with the features of `config`."""
+        """Connect or load, and compare the policy's description with the features of `config`."""
         super().__init__(config)
         self._lock = threading.Lock()
-        self._clients = [self._connect()]
-        self._spec = self._clients[0].spec
+        self._policy = _open(config)
+        self._spec = self._policy.spec
         self._embodiment = _only(config.embodiment, self._spec.embodiments, "embodiment", f"policy {self._spec.name}")
         self._check_features(self._spec.embodiments[self._embodiment])
         self._next_seed, self._rows = config.seed, 0
+        self._episodes: list[Any] = []
         self._forget()
 
-    def _connect(self) -> PolicyClient:
-        key = os.environ.get("AGRA_API_KEY")
-        return PolicyClient(self.config.server, api_key=key, timeout=self.config.timeout)
-
     def _check_features(self, robot: EmbodimentSpec) -> None:
-        """Compare the widths with the server's. Without features, as in lerobot-rollout, take the server's."""
+        """Compare the widths with the policy's. Without features, as in lerobot-rollout, take the policy's."""
         features = {
             OBS_STATE: (self.config.robot_state_feature, FeatureType.STATE, robot.state_dim),
             ACTION: (self.config.action_feature, FeatureType.ACTION, robot.action_dim),
@@ -67,11 +65,15 @@ class AgraPolicy(PreTrainedPolicy):
                     group[name] = PolicyFeature(type=kind, shape=(size,))
             elif tuple(feature.shape) != (size,):
                 raise ValueError(
-                    f"{name}: {self._spec.name} at {self.config.server} has {size} dimensions for {self._embodiment}, "
+                    f"{name}: {self._spec.name} at {self.config.source} has {size} dimensions for {self._embodiment}, "
                     f"but here there are {tuple(feature.shape)}"
                 )
 
     def _forget(self) -> None:
+        for episode in self._episodes:
+            if isinstance(episode, PolicyClient):
+                episode.close()
+        self._episodes = []
         self._rows, self._step = 0, 0
         self._chunks: np.ndarray | None = None  # (B, K, D), the latest
         self._earlier: list[list[Observation]] = []
@@ -124,9 +126,9 @@ class AgraPolicy(PreTrainedPolicy):
         return not self._spec.past
 
     def init_rtc_processor(self) -> None:
-        """Say which settings of real-time chunking the server does not take."""
+        """Say which settings of real-time chunking the policy does not take."""
         log.warning(
-            "the server guides a chunk by its own schedule: "
+            "the policy guides a chunk by its own schedule: "
             "prefix_attention_schedule, max_guidance_weight and execution_horizon have no effect"
         )
 
@@ -150,13 +152,11 @@ class AgraPolicy(PreTrainedPolicy):
         if self._rows:
             raise ValueError(f"batch: expected {self._rows} rows until the next reset, got {rows}")
         self._rows, self._earlier = rows, [[] for _ in range(rows)]
-        self._clients += [self._connect() for _ in range(rows - len(self._clients))]
         given = batch.get(TRIAL_SEED)
         seeds = [self._next_seed + row for row in range(rows)]
         if given is not None:
             seeds = [int(high) * SEED_BASE + int(low) for high, low in given.tolist()]
-        for client, seed in zip(self._clients, seeds, strict=False):
-            client.reset(seed)
+        self._episodes = [self._policy.episode(seed) for seed in seeds]
 
     def _observations(self, batch: Mapping[str, Any]) -> list[Observation]:
         views = [batch[key] for key in self._cameras(batch)]
@@ -180,17 +180,18 @@ class AgraPolicy(PreTrainedPolicy):
 
     def _request(self, observations: Sequence[Observation], continuation: Continuation | None = None) -> np.ndarray:
         """Request a chunk for every row at once, and keep them."""
-
-        def act(row: int) -> np.ndarray:
-            observation = with_past(observations[row], self._earlier[row], self._spec.past)
-            return self._clients[row].act(observation, continuation=continuation).actions
-
-        with ThreadPoolExecutor(self._rows) as pool:
-            self._chunks = np.stack(list(pool.map(act, range(self._rows)))).astype(np.float32)
+        requests = [
+            PolicyRequest(
+                observation=with_past(observation, earlier, self._spec.past), episode=episode, continuation=continuation
+            )
+            for observation, earlier, episode in zip(observations, self._earlier, self._episodes, strict=True)
+        ]
+        chunks = self._policy.act_batch(requests)
+        self._chunks = np.stack([chunk.actions for chunk in chunks]).astype(np.float32)
         self._step = 0
         return self._chunks
 
-    # --- methods of LeRobot's policies that a client has no use for ---------------------------------------------------
+    # --- methods of LeRobot's policies that have no use here ----------------------------------------------------------
 
     def forward(self, batch: dict[str, Any]) -> NoReturn:
         """Refuse training."""
@@ -204,7 +205,7 @@ class AgraPolicy(PreTrainedPolicy):
     def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
     ) -> "AgraPolicy":
-        """Read the config, which is JSON, and connect. There are no weights."""
+        """Read the config, which is JSON, and open its policy. The folder holds no weights."""
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith("dataset_")}
         kwargs.pop("strict", None)
         read = config or PreTrainedConfig.from_pretrained(pretrained_name_or_path, **kwargs)
@@ -212,6 +213,19 @@ class AgraPolicy(PreTrainedPolicy):
 
     def _save_pretrained(self, save_directory: Path, state_dict: Any = None) -> None:
         self.config._save_pretrained(save_directory)
+
+
+def _open(config: AgraConfig) -> BatchPolicy:
+    if config.checkpoint is None:
+        return BatchClient(config.server, api_key=os.environ.get("AGRA_API_KEY"), timeout=config.timeout)
+    # Imported here: it loads diffusers and transformers, which a client does not need.
+    try:
+        from agra.policies.load import load_policy
+    except ImportError as error:
+        raise ImportError(
+            f"--policy.checkpoint: {error}; install it with: pip install 'lerobot_policy_agra[checkpoint]'"
+        ) from error
+    return load_policy(config.checkpoint, device=config.device or "cpu")
 
 
 def _only(name: str | None, available: Mapping[str, Any], what: str, owner: str) -> str:
