@@ -18,7 +18,7 @@ from agra.alignment.teacher import load_teacher
 from agra.checkpoints.folder import artifact_dir, newest, resolve
 from agra.checkpoints.lineage import describe, lineage, record_origin
 from agra.config import RunConfig, VisualRelianceConfig
-from agra.data.features.encoders import codec_file
+from agra.data.features.encoders import codec_file, open_codec
 from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.online import OnlineEncoder
 from agra.data.features.preparation import (
@@ -33,7 +33,7 @@ from agra.data.sampling.sampler import WindowSampler
 from agra.data.source import Source, embodiment_stats, open_sources
 from agra.diagnostics.diagnosis import diagnose as run_diagnosis
 from agra.diagnostics.measurement import DiagnosisConfig
-from agra.diagnostics.monitors import GroundingMonitor, VisualRelianceMonitor
+from agra.diagnostics.monitors import GroundingMonitor, PredictionMonitor, VisualRelianceMonitor, require_video
 from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.report.page import PolicyEntry, build_report
 from agra.diagnostics.report.rerun_export import write_recording
@@ -244,10 +244,17 @@ def _monitors(
     tokens: InstructionTokens | None,
     context: DistributedContext,
 ) -> dict[str, Monitor]:
-    """Make the monitors of validation. Stages without an action loss have none."""
-    if not config.method.trains_actions:
-        return {}
+    """Make the monitors of validation. Those of actions need a stage with an action loss."""
     monitors: dict[str, Monitor] = {}
+    if config.monitor.predictions and sampler.validation:
+        require_video(config.method)
+        codec = open_codec(config.method, config.data, sampler.sources, device=context.device)
+        count = min(config.monitor.predictions, len(sampler.validation))
+        monitors["prediction"] = PredictionMonitor(
+            sampler.first_batch(), count, config.method, codec, seed=config.stage.seed
+        )
+    if not config.method.trains_actions:
+        return monitors
     if config.monitor.probes:
         probes = probe_inputs(config, sampler.sources, stats, tokens, context)
         monitors["grounding"] = GroundingMonitor(probes, config.monitor, seed=config.stage.seed)

@@ -75,8 +75,13 @@ class MonitorConfig:
     """Number of samples whose sensitivity ratio is measured, the costly part of the monitor."""
     background_sets: int = 2
     """Background sets for each of these samples."""
+    predictions: int = 0
+    """Number of held-out windows whose predicted video is logged beside the recorded one, with its PSNR. 0 turns it
+    off. The frozen codec stays in memory for it."""
 
     def __post_init__(self) -> None:
+        if self.predictions < 0:
+            raise ValueError(f"monitor.predictions: expected at least 0, got {self.predictions}")
         if self.sensitivity_samples < 0 or self.background_sets < 1:
             raise ValueError(
                 f"monitor: expected sensitivity_samples >= 0 and background_sets >= 1, got {self.sensitivity_samples}"

@@ -2,13 +2,22 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from agra.batch import PolicyInputs
 from agra.diagnostics import monitors
-from agra.diagnostics.monitors import GroundingMonitor, MonitorConfig, ProbeInputs, VisualRelianceMonitor
+from agra.diagnostics.monitors import (
+    GroundingMonitor,
+    MonitorConfig,
+    PredictionMonitor,
+    ProbeInputs,
+    VisualRelianceMonitor,
+    require_video,
+)
 from agra.methods.method import observation_inputs
+from agra.recipes.vla import tiny_vla
 
 
 @pytest.fixture
@@ -102,6 +111,49 @@ def test_figures_do_not_depend_on_the_chunk(wam, probes, small_config, make_batc
 def test_a_method_without_token_grids_has_no_grounding(plain_policy, probes):
     with pytest.raises(ValueError, match=r"monitor\.probes: not applicable to the method plain"):
         GroundingMonitor(probes, MonitorConfig())(plain_policy.method)
+
+
+class Repeat:
+    """A codec of one pixel for each latent value: 4 frames a latent frame, but for the first, which is one."""
+
+    def decode(self, latents):
+        first, rest = latents[:, :3, :1], latents[:, :3, 1:].repeat_interleave(4, dim=2)
+        return torch.cat([first, rest], dim=2)
+
+
+def test_predictions_are_compared_with_the_recording(wam, small_config, make_batch):
+    batch = make_batch(small_config, 5)
+    batch = replace(batch, latents=batch.latents.clamp(-0.9, 0.9))
+    monitor = PredictionMonitor(batch, 3, small_config.method, Repeat())
+    height, width = batch.latents.shape[-2:]
+    wam.imagine = lambda inputs, noise, steps: batch.latents[: len(inputs)] + torch.tensor([0, 0.1])[:, None, None]
+    figures = monitor(wam)
+    assert set(figures) == {"psnr", "video"}
+    assert figures["psnr"] == pytest.approx(20 * np.log10(255 / 12.75), abs=0.3)
+    video = figures["video"].astype(int)  # (F, 2H, B W, 3)
+    assert video.shape == (5, 2 * height, 3 * width, 3)
+    expected = (127.5 * (batch.latents[2, :3, 1].permute(1, 2, 0).numpy() + 1)).round()
+    assert np.array_equal(video[4, :height, 2 * width :], expected)  # the recording above
+    assert np.array_equal(video[0, :height], video[0, height:])  # the observation in both
+    assert np.abs(video[1:, height:] - video[1:, :height] - 12.75).max() <= 1
+
+
+def test_predictions_of_an_untrained_model_repeat(wam, small_config, make_batch):
+    monitor = PredictionMonitor(make_batch(small_config, 3), 2, small_config.method, Repeat())
+    before = torch.get_rng_state()
+    first, second = monitor(wam), monitor(wam)
+    assert first["psnr"] == second["psnr"] < 20
+    assert np.array_equal(first["video"], second["video"])
+    assert torch.equal(before, torch.get_rng_state())
+    assert wam.training
+
+
+def test_a_method_without_video_has_no_predictions(small_config):
+    require_video(small_config.method)
+    with pytest.raises(ValueError, match=r"monitor\.predictions: not applicable to the method vla"):
+        require_video(tiny_vla().method)
+    with pytest.raises(ValueError, match=r"monitor\.predictions: expected at least 0, got -1"):
+        MonitorConfig(predictions=-1)
 
 
 def test_a_method_without_visible_attention_has_sensitivity_alone(token_policy, make_sample):

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agra.data.lerobot.video import decode_frames
 from agra.recipes import tiny
 from agra.training.loggers import check_loggers, open_loggers
 
 PICTURE = np.zeros((8, 12, 3), np.uint8)
+VIDEO = np.arange(5 * 16 * 24 * 3, dtype=np.uint32).reshape(5, 16, 24, 3).astype(np.uint8)
 
 
 def log(names, folder, *, first, last):
@@ -21,7 +23,7 @@ def log(names, folder, *, first, last):
     with open_loggers(names, folder, first - 1, tiny()) as write:
         for step in range(first, last + 1):
             write({"step": step, "loss": 1 / step})
-        write({"step": last, "validation/loss": 0.5}, {"grounding/attention": PICTURE})
+        write({"step": last, "validation/loss": 0.5}, {"grounding/attention": PICTURE, "prediction/video": VIDEO})
 
 
 def test_unknown_and_missing_loggers(monkeypatch):
@@ -48,6 +50,8 @@ def test_tensorboard_holds_figures_and_pictures(tmp_path):
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3]
     (image,) = board.Images("grounding/attention")
     assert (image.height, image.width) == PICTURE.shape[:2]
+    (frames,) = board.Images("prediction/video")
+    assert (frames.height, frames.width) == (5 * 16, 24)
 
 
 def in_a_process(names, folder, **environment):
@@ -71,6 +75,8 @@ def test_wandb_offline(tmp_path):
     assert all(next(path.glob("run-*.wandb")).stat().st_size > 1_000 for path in runs)
     pictures = [picture for path in runs for picture in path.glob("files/media/images/grounding/*.png")]
     assert len(pictures) == 2
+    videos = [video for path in runs for video in path.glob("files/media/videos/prediction/*.mp4")]
+    assert len(videos) == 2
 
 
 def test_trackio_on_this_machine(tmp_path):
@@ -82,3 +88,6 @@ def test_trackio_on_this_machine(tmp_path):
     assert {name for name, _, _ in rows} == {"run"}
     losses = {step: json.loads(metrics)["loss"] for _, step, metrics in rows if "loss" in json.loads(metrics)}
     assert losses == {step: 1 / step for step in (1, 2, 3, 4)}
+    (video,) = (tmp_path / "run" / "videos").glob("prediction-video-000004.mp4")
+    assert decode_frames(video, np.arange(5) / 2, fps=2).shape == VIDEO.shape
+    assert [*(tmp_path / "trackio").rglob("*.mp4")]

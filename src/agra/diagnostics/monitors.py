@@ -1,8 +1,9 @@
 """Measures of a method during training, logged like a loss at every validation (4.2.1, B.2.2).
 
 `GroundingMonitor` measures attention and sensitivity on a folder of probe samples. `VisualRelianceMonitor` measures the
-use of the image on held-out episodes. Both read cached features, so no frozen network is in memory, and hold the noise
-fixed. The trainer calls them in the precision of the training. Figures that a method cannot offer are not logged.
+use of the image on held-out episodes. Both read cached features, so no frozen network is in memory. `PredictionMonitor`
+predicts the video of held-out windows and decodes it with the codec. All hold the noise fixed. The trainer calls them in
+the precision of the training. Figures that a method cannot offer are not logged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +16,21 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from agra.batch import PolicyInputs
+from agra.batch import Batch, PolicyInputs
 from agra.config import MonitorConfig
 from agra.diagnostics.instruments.attention import action_attention
 from agra.diagnostics.instruments.intervention import InterventionInputs, SetDeviation, set_deviation
 from agra.diagnostics.metrics import attention_in_mask_ratio, centroid_error, matched_sensitivity_ratio
 from agra.diagnostics.visual_reliance import InputVariant, Swaps, VisualReliance, groups_by_instruction
-from agra.methods.method import Attends, Method, ReadsTokens
+from agra.methods.method import Attends, Imagines, Method, MethodConfig, ReadsTokens, observation_inputs
+from agra.wam.codec import Codec, decode_frames
 
 PICTURED = 4
 """Samples in a picture of the attention."""
 CHUNK = 16
 """Samples that are measured together. Memory does not grow with their number."""
+PREDICTION_STEPS = 6
+"""Denoising steps of a predicted video, as in a policy."""
 _IMAGES = ("latents", "frame_latents", "frames", "features")
 """The fields of `PolicyInputs` that come from the camera."""
 
@@ -66,6 +70,17 @@ def require_token_grids(method: Method) -> None:
         raise ValueError(
             f"monitor.probes: not applicable to the method {method.config.kind}, whose action head reads no token "
             "grids; leave monitor.probes empty"
+        )
+
+
+def require_video(config: MethodConfig) -> None:
+    """Raise ValueError for a method that predicts no video."""
+    with torch.device("meta"):
+        method = config.build()
+    if not isinstance(method, Imagines):
+        raise ValueError(
+            f"monitor.predictions: not applicable to the method {config.kind}, which predicts no video; "
+            "leave monitor.predictions 0"
         )
 
 
@@ -211,6 +226,37 @@ class VisualRelianceMonitor:
             drawn = {name: value[rows].to(device) for name, value in noise.items()}
             chunks.append(method.act(inputs.rows(rows).to(device), drawn))
         return self.targets(torch.cat(chunks))
+
+
+class PredictionMonitor:
+    """Predicts the video of the first `count` windows of `batch` and compares it with the recorded one.
+
+    Both are decoded by the codec, so its own error is in neither.
+    """
+
+    def __init__(self, batch: Batch, count: int, config: MethodConfig, codec: Codec, *, seed: int = 0) -> None:
+        self.inputs, self.codec, self.seed = observation_inputs(batch, config).rows(range(count)), codec, seed
+        self.clip = bool(config.needs().clip)
+        recorded = batch.latents if self.clip else batch.frame_latents
+        assert recorded is not None
+        self.recorded = recorded[:count] if self.clip else recorded[:count].transpose(1, 2)
+
+    @torch.no_grad()
+    def __call__(self, method: Method) -> dict[str, float | np.ndarray]:
+        """Return `psnr` in dB over the predicted frames, and `video` (F, 2H, B W, 3) uint8: the recording above, the
+        prediction below, windows side by side.
+        """
+        assert isinstance(method, Imagines)  # require_video
+        device = next(method.parameters()).device
+        noise = {name: value.to(device) for name, value in draw_noise(method, len(self.inputs), self.seed).items()}
+        with _evaluating(method):
+            latents = method.imagine(self.inputs.to(device), noise, steps=PREDICTION_STEPS)
+        predicted = decode_frames(self.codec, latents, clip=self.clip)
+        recorded = decode_frames(self.codec, self.recorded[:, :, : latents.shape[2]].to(latents), clip=self.clip)
+        future = slice(1 if self.clip else 0, None)  # a clip begins with the observation, which both share
+        error = np.mean((predicted[:, future].astype(np.float64) - recorded[:, future]) ** 2)
+        rows = [np.concatenate([*videos], axis=2) for videos in (recorded, predicted)]
+        return {"psnr": float(10 * np.log10(255**2 / max(error, 1e-9))), "video": np.concatenate(rows, axis=1)}
 
 
 def _mean(images: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from agra.types import (
     PolicyRequest,
     PolicySpec,
 )
-from agra.wam.codec import Codec, to_frames
+from agra.wam.codec import Codec, decode_frames
 
 _IMAGINE_STEPS = 6
 
@@ -252,11 +252,11 @@ class MethodPolicy:
         if not isinstance(self.method, Imagines) or self.observations.codec is None:
             raise ValueError(f"{self.name}: the method {self.config.method.kind} predicts no video")
         latents, codec = self.method.imagine(inputs, noise, steps=steps), self.observations.codec
-        if self.config.method.needs().clip:
-            return to_frames(codec.decode(latents))
+        clip = bool(self.config.method.needs().clip)
+        predicted = decode_frames(codec, latents, clip=clip)
+        if clip:
+            return predicted
         assert inputs.frames is not None  # frames that are predicted one by one, after the observation's picture
-        alone = to_frames(codec.decode(latents.transpose(1, 2).flatten(0, 1)[:, :, None]))
-        predicted = alone.reshape(len(latents), -1, *alone.shape[2:])
         return np.concatenate([inputs.frames[:, -1:].cpu().numpy(), predicted], axis=1)
 
     # --- instruments --------------------------------------------------------------------------------------------------

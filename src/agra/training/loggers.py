@@ -21,15 +21,17 @@ LOGGERS = ("jsonl", "tensorboard", "wandb", "trackio")
 PROJECT = "agra"
 """Project of Weights & Biases and Trackio. Their own environment variables choose another."""
 Pictures = Mapping[str, np.ndarray]
-"""Pictures (H, W, 3) uint8 by name."""
+"""Pictures (H, W, 3) and videos (F, H, W, 3) uint8 by name."""
+VIDEO_FPS = 2
+"""Frames per second of a logged video. A predicted video has few frames."""
 _NONE: Pictures = MappingProxyType({})
 
 
 class Log(Protocol):
-    """Writes a row of figures, with its step under "step", and pictures where the logger shows them."""
+    """Writes a row of figures, with its step under "step", and pictures and videos where the logger shows them."""
 
     def __call__(self, row: Mapping[str, float], pictures: Pictures = _NONE) -> None:
-        """Write the row and the pictures."""
+        """Write the row, the pictures and the videos."""
         ...
 
 
@@ -98,12 +100,24 @@ def _tensorboard(folder: Path, step: int) -> Iterator[Log]:
             if name != "step":
                 board.add_scalar(name, value, int(row["step"]))
         for name, picture in pictures.items():
-            board.add_image(name, picture, int(row["step"]), dataformats="HWC")
+            # TensorBoard's own videos need another library. The frames of a video stand below each other.
+            board.add_image(name, picture.reshape(-1, *picture.shape[-2:]), int(row["step"]), dataformats="HWC")
 
     try:
         yield log
     finally:
         board.close()
+
+
+def _write_video(folder: Path, name: str, step: int, video: np.ndarray) -> str:
+    """Write videos/NAME-STEP.mp4 into the folder of the run. Return its path."""
+    # Imported here: it needs PyAV.
+    from agra.data.lerobot.video import write_video
+
+    path = folder / "videos" / f"{name.replace('/', '-')}-{step:06d}.mp4"
+    path.parent.mkdir(exist_ok=True)
+    write_video(path, video, fps=VIDEO_FPS)
+    return str(path)
 
 
 @contextmanager
@@ -127,7 +141,12 @@ def _tracker(name: str, folder: Path, config: RunConfig) -> Iterator[Log]:
         run.define_metric("*", step_metric="step")
 
     def log(row: Mapping[str, float], pictures: Pictures = _NONE) -> None:
-        content = dict(row) | {key: module.Image(picture) for key, picture in pictures.items()}
+        content = dict(row)
+        for key, picture in pictures.items():
+            if picture.ndim == 3:
+                content[key] = module.Image(picture)
+            else:
+                content[key] = module.Video(_write_video(folder, key, int(row["step"]), picture), format="mp4")
         step = {} if name == "wandb" else {"step": int(content.pop("step"))}
         run.log(content, **step)
 

@@ -39,7 +39,7 @@ from agra.weights import write_tensors
 MicroBatch = tuple[Batch, LossDenominators | None]
 """Samples, and the denominators of their losses where a step has several micro-batches or processes."""
 Monitor = Callable[[Method], Mapping[str, float | np.ndarray]]
-"""Figures and pictures (H, W, 3) uint8 of a method at the moment of validation, by name."""
+"""Figures, pictures (H, W, 3) and videos (F, H, W, 3) uint8 of a method at the moment of validation, by name."""
 _VALIDATION_STEP = 2**31
 """The step number of validation's random numbers, which are the same at every step."""
 

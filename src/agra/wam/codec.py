@@ -131,6 +131,14 @@ def to_frames(video: Float[Tensor, "B 3 T H W"]) -> np.ndarray:
     return frames.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 
 
+def decode_frames(codec: Codec, latents: Float[Tensor, "B C T h w"], *, clip: bool) -> np.ndarray:
+    """Decode latents to uint8 frames (B, F, H, W, 3). Without `clip` each latent is a frame that was encoded alone."""
+    if clip:
+        return to_frames(codec.decode(latents))
+    alone = to_frames(codec.decode(latents.transpose(1, 2).flatten(0, 1)[:, :, None]))
+    return alone.reshape(len(latents), -1, *alone.shape[2:])
+
+
 class WanCodec(nn.Module):
     """Wan 2.1's causal VAE from diffusers, with the latent normalisation of Cosmos-Predict2.5.
 
