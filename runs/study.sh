@@ -84,9 +84,9 @@ row() {
   flock "$adapt.lock" agra train tiny_wam --stage adapt --output "$adapt" --stage.steps 500 $flags
   agra train "$recipe" --stage joint --init-from "$adapt" --output "$run" --stage.steps "$steps" --stage.validate-every 400 $flags "$@"
   python runs/methods.py finished "$run"
-  agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/results.jsonl"
+  agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/results.jsonl" --action-noise random
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/zero.jsonl" --action-noise zero
-  [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40 --device "$DEVICE"
+  [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40 --device "$DEVICE" --action-noise random
   python runs/methods.py record "$run" "$MEASURED/${name}_$seed" --recipe "$recipe"
 }
 export -f row data
@@ -113,3 +113,4 @@ JSON
   echo "$todo" | xargs -P "${LANES:-2}" -I{} bash -euc "row {}"
 fi
 python runs/study.py
+python -m runs.action_noise tabletop-agra tabletop-wam

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,10 +18,12 @@ from agra.cli.main import COMMANDS
 from agra.cli.renamed import _CONFIG, _FLAGS
 from agra.evaluation.measured import measured
 from agra.methods.wam import Pass
+from agra.policies.load import load_policy
 from agra.recipes import RECIPES
+from agra.simulation import make_simulator
 from agra.stages import Stage
 from agra.training.parallelize import ParallelConfig
-from runs import methods
+from runs import action_noise, methods
 
 RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir() if path.is_file())
 
@@ -30,7 +33,8 @@ def test_a_script_parses_and_names_what_exists(path):
     text = path.read_text()
     if path.suffix == ".py":
         compile(text, path, "exec")
-        assert path.name in path.with_suffix(".sh").read_text()
+        scripts = "".join(script.read_text() for script in RUNS if script.suffix == ".sh")
+        assert path.name in scripts or f"-m runs.{path.stem}" in scripts
         return
     if path.suffix == ".yaml":
         kinds = [document["kind"] for document in yaml.safe_load_all(text)]
@@ -262,3 +266,23 @@ def test_the_cpu_time_of_a_run_is_known_if_every_start_has_an_end(tmp_path):
     assert methods.cpu_seconds(file) == 14.0
     file.write_text("start\nstart\n1.0 0.5\n")  # the first one was killed
     assert methods.cpu_seconds(file) is None
+
+
+def test_answers_differ_in_the_action_noise_alone():
+    """The last answer is the policy's own from zero noise, for the video noise of the seed."""
+    simulator = make_simulator("tabletop")
+    trial = action_noise.scenes(simulator)[0]
+    left, right, both = action_noise.variants(trial)
+    assert [len(scene.scene["distractors"]) for scene in (left, right, both)] == [0, 0, 1]
+    observation = simulator.reset(both)
+    name = trial.scene["target"]["name"]
+    sides = [simulator.scene.position(item)[0] for item in (name, action_noise.TWIN)]
+    assert sides == pytest.approx([-0.1, 0.1], abs=0.01)
+    policy, names = load_policy("tabletop-agra"), simulator.embodiment.action_names
+    rows = action_noise.answers(policy, observation, names, draws=3, seed=5)
+    simulator.close()
+    assert rows.shape == (4, 4)
+    assert len(np.unique(rows.round(6), axis=0)) == 4
+    policy.reset(5)
+    chunk = policy.act(observation).actions
+    assert np.allclose(rows[-1], chunk[7, [0, 1, 5, 6]], atol=1e-5)

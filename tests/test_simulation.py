@@ -9,6 +9,7 @@ import agra
 from agra import files
 from agra.cli.main import main
 from agra.evaluation.protocols import Protocol
+from agra.evaluation.remote import served
 from agra.evaluation.results import read_results
 from agra.simulation import open_policy, results_file, usual_protocol
 from agra.types import Policy, SimulatorFailed
@@ -67,6 +68,28 @@ def test_names_are_evaluated(tmp_path):
         main([*arguments, "--output", str(tmp_path / "cli.jsonl")])
     (trial,) = read_results(tmp_path / "cli.jsonl").trials
     assert trial.same_outcome() == results.trials[0].same_outcome()
+
+
+def test_results_name_where_the_answers_start(tmp_path):
+    """The recipe's choice, another one, and a server's, which an evaluation cannot change."""
+
+    def settings(policy, name, **options):
+        chosen = {"regimes": ["in_distribution"], "limit": 1, "protocol": Protocol(execute_steps=1, max_steps=1)}
+        output = tmp_path / f"{name}.jsonl"
+        results = agra.evaluate(policy, output=output, name=name, progress=False, **chosen, **options)
+        return results.header["policy_settings"]
+
+    zero = {"action_noise": "zero"}
+    assert settings("tabletop-agra", "recipe") == zero
+    assert settings("tabletop-agra", "random", action_noise="random") == {}
+    assert settings(agra.load_policy("tabletop-agra"), "object") == zero
+    assert settings(agra.load_policy("tabletop-agra", action_noise="random"), "random_object") == {}
+    with served("tabletop-agra") as address:
+        assert settings(address, "server") == zero
+        with pytest.raises(ValueError, match=r"ws://.* starts from zero noise; choose random where it is loaded"):
+            settings(address, "other", action_noise="random")
+    with pytest.raises(ValueError, match="action_noise: the expert has none, got zero"):
+        settings("expert", "expert", action_noise="zero")
 
 
 def test_usual_protocols():

@@ -17,6 +17,7 @@ from agra.methods.method import MethodConfig
 from agra.methods.table import METHODS
 from agra.methods.wam import WAMMethodConfig
 from agra.stages import StageConfig
+from agra.types import ActionNoise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,9 @@ class RunConfig:
     visual_reliance: VisualRelianceConfig | None = None
     """Settings of visual reliance, which is measured in diagnosis and during training. None turns it off."""
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    action_noise: ActionNoise = "random"
+    """Noise from which a policy of this run denoises its chunks, unless it is loaded with another one: random as in the
+    paper, or zero (docs/experiments.md). Training does not use it."""
 
     def __post_init__(self) -> None:
         self.method.check(self.stage.name, self.stage.frozen)

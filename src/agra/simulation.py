@@ -36,7 +36,7 @@ def open_policy(
     key_mapping: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
-    action_noise: ActionNoise = "random",
+    action_noise: ActionNoise | None = None,
     timeout: float = 10.0,
 ) -> Policy:
     """Open a policy: a checkpoint or run folder, a bundled policy, a server's address, or `expert`.
@@ -82,7 +82,7 @@ def evaluate(
     key_mapping: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
-    action_noise: ActionNoise = "random",
+    action_noise: ActionNoise | None = None,
     shard: Shard | None = None,
     progress: bool = True,
 ) -> Results:
@@ -92,7 +92,8 @@ def evaluate(
     `simulator_options`). `regimes`, `tasks` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By
     default, `output` is results.jsonl in the folder of the policy's run, `name` (of the policy, in the results) is the
     name of that folder, and the protocol is the simulator's usual one, with a single executed action for the expert.
-    `action_noise` is that of `agra.policies.policy.MethodPolicy`. For a server it is only recorded in the results.
+    `action_noise` is that of `agra.policies.policy.MethodPolicy`. A server has chosen its own, which must agree. For a
+    server of another package it is only recorded in the results.
     `videos` trials of each regime are saved as mp4. A `shard` plays its part of the trials
     (`agra.evaluation.protocols`).
 
@@ -101,11 +102,8 @@ def evaluate(
     """
     output, name = results_file(policy, output, name, key_mapping)
     policy_settings = {"key_mapping": key_mapping} if key_mapping else {}
+    action_noise = _action_noise(policy, action_noise, key_mapping)
     if action_noise != "random":
-        if isinstance(policy, Policy) or policy == EXPERT:
-            raise ValueError(
-                f"action_noise: {action_noise} is set where a policy is loaded, and {policy} is loaded already"
-            )
         policy_settings["action_noise"] = action_noise
     options = dict(simulator_options or {})
     make_player = None
@@ -186,6 +184,31 @@ def results_file(
 
         output = artifact_dir(str(policy)) / "results.jsonl"
     return Path(output), name
+
+
+def _action_noise(policy: Policy | str | Path, requested: ActionNoise | None, key_mapping: str | None) -> ActionNoise:
+    """Where the policy's chunks start. Raises ValueError where `requested` differs from what a policy has chosen."""
+    address = None if isinstance(policy, Policy) else str(policy)
+    if address is not None and (address == EXPERT or "://" not in address or key_mapping is not None):
+        if address == EXPERT and requested is not None:
+            raise ValueError(f"action_noise: the expert has none, got {requested}")
+        if address == EXPERT or key_mapping is not None or requested is not None:
+            return requested or "random"
+        from agra.checkpoints.folder import resolve
+        from agra.checkpoints.read import read_config
+
+        return read_config(resolve(address)).action_noise
+    if isinstance(policy, Policy):
+        chosen = getattr(getattr(policy, "spec", None), "action_noise", "random")
+    else:
+        from agra.serving.client import PolicyClient
+
+        client = PolicyClient(str(address), api_key=os.environ.get("AGRA_API_KEY"))
+        chosen = client.spec.action_noise
+        client.close()
+    if requested not in (None, chosen):
+        raise ValueError(f"action_noise: {policy} starts from {chosen} noise; choose {requested} where it is loaded")
+    return chosen
 
 
 def _open_player(

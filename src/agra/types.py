@@ -109,7 +109,8 @@ class PolicySpec:
     """Inputs and outputs of a policy.
 
     `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can
-    predict video. `past` are earlier control steps whose observations it also reads, such as (-1,).
+    predict video. `past` are earlier control steps whose observations it also reads, such as (-1,). `action_noise` is where it
+    starts to denoise a chunk.
     """
 
     name: str
@@ -118,6 +119,7 @@ class PolicySpec:
     embodiments: Mapping[str, EmbodimentSpec]
     imagines: bool = False
     past: tuple[int, ...] = ()
+    action_noise: ActionNoise = "random"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -79,7 +79,8 @@ def make_trainer(config, output, make_batch, *, stop_at=None):
 @pytest.fixture
 def config(small_config):
     """The settings of `earlier_layout/config.json` in the present layout."""
-    return replace(small_config, stage=replace(small_config.stage, ema_decay=0.5))
+    stage = replace(small_config.stage, ema_decay=0.5)
+    return replace(small_config, stage=stage, action_noise="random")
 
 
 @pytest.mark.parametrize("stored", NAMES)

@@ -56,7 +56,7 @@ def test_pooling_belongs_to_the_fast_path_and_moves_an_answer_little():
         load_policy("tabletop-agra", fast=False, pool_future=2)
     answers = []
     for pool_future in (1, 2):
-        policy = load_policy("tabletop-agra", pool_future=pool_future)
+        policy = load_policy("tabletop-agra", pool_future=pool_future, action_noise="random")
         embodiment = next(iter(policy.stats))
         policy.reset(0)
         observation = Observation(

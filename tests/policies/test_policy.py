@@ -137,7 +137,7 @@ def test_an_invalid_observation_draws_no_noise(make_policy):
 
 def test_from_zero_noise_the_answer_does_not_depend_on_the_seed_of_the_action(make_policy):
     """The other noise is drawn as before: a WAM's predicted video stays random."""
-    random, zero = make_policy(), make_policy(action_noise="zero")
+    random, zero = make_policy(action_noise="random"), make_policy(action_noise="zero")
     observation = see(random)
     drawn = random._draw(1, random.episode(0))
     from_zero = drawn | {"action": torch.zeros_like(drawn["action"])}
@@ -147,6 +147,8 @@ def test_from_zero_noise_the_answer_does_not_depend_on_the_seed_of_the_action(ma
     np.testing.assert_array_equal(zero.act(observation).actions, expected)
     random.reset(0)
     assert not np.allclose(random.act(observation).actions, expected)
+    default = make_policy()  # the recipe's
+    assert [policy.spec.action_noise for policy in (default, random, zero)] == ["zero", "random", "zero"]
     with pytest.raises(ValueError, match="action_noise: expected random or zero, got 'one'"):
         make_policy(action_noise="one")
 

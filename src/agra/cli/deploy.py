@@ -20,7 +20,7 @@ def serve(
     pool_future: int = 1,
     imagine: bool = False,
     known_instructions: bool = False,
-    action_noise: ActionNoise = "random",
+    action_noise: ActionNoise | None = None,
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -40,7 +40,7 @@ def serve(
         known_instructions: load no text encoder, and answer only the training instructions, whose tokens are in the
             checkpoint.
         action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
-            answer.
+            answer. By default the one of the policy's recipe.
         device: the policy's device.
         threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
     """
@@ -83,7 +83,7 @@ def control(
     max_step: float | None = None,
     dry_run: bool = False,
     record: Path | None = None,
-    action_noise: ActionNoise = "random",
+    action_noise: ActionNoise | None = None,
     device: str = "cpu",
 ) -> None:
     """Control the simulated robot in real time: the simulation does not wait for the policy.

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from agra.cli.arguments import recipe_arguments, with_data
+from agra.types import ActionNoise
 
 
 def diagnose(
@@ -22,6 +23,7 @@ def diagnose(
     probes: Path | None = None,
     masks: Path | None = None,
     seed: int = 0,
+    action_noise: ActionNoise | None = None,
     device: str = "cpu",
 ) -> None:
     """Diagnose policies by attention, interventions and PCA. Results go to the folder `diagnosis` of each run.
@@ -44,6 +46,8 @@ def diagnose(
         probes: a folder of samples instead of the simulator.
         masks: annotations of the samples' frames: COCO, CVAT or labelme.
         seed: seed of the noise and the background sets.
+        action_noise: where the denoising of a chunk starts in visual reliance, see `agra evaluate`. Interventions
+            compare answers from the same random noise.
         device: the policies' device.
     """
     from agra.api import diagnose as run
@@ -67,6 +71,7 @@ def diagnose(
             teacher=teacher,
             probes=probes,
             masks=masks,
+            action_noise=action_noise,
         )
 
 

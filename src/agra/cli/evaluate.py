@@ -17,7 +17,7 @@ def evaluate(
     execute_steps: int | None = None,
     max_steps: int | None = None,
     termination: Literal["step", "chunk"] | None = None,
-    action_noise: ActionNoise = "random",
+    action_noise: ActionNoise | None = None,
     limit: int | None = None,
     workers: int = 1,
     videos: int = 1,
@@ -45,7 +45,7 @@ def evaluate(
         termination: check for success after each step, or only after each chunk as GR00T N1.5's evaluation does. By
             default after each step, on robocasa_gr1 after each chunk.
         action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
-            answer. For a server's address it is only recorded.
+            answer. By default the one of the policy's recipe or server.
         limit: play only this many trials of each regime, evenly spread.
         workers: parallel processes, each with a simulator and a policy. The episodes are the same for any number.
         videos: trials of each regime to record as mp4 beside the results, with the policy's predicted video.

@@ -54,13 +54,13 @@ class MethodPolicy:
         device: torch.device | str = "cpu",
         precision: Precision | None = None,
         imagines: bool = True,
-        action_noise: ActionNoise = "random",
+        action_noise: ActionNoise | None = None,
         **options: Any,
     ) -> None:
         """Move, cast and freeze `method`, in place. `precision` is the training's by default.
 
-        `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero
-        (docs/experiments.md).
+        `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero. By default
+        it is the config's.
 
         `options` are those of `Method.actor`: for a WAM `action_steps`, `fast`, `compiled` and `pool_future`. Raises
         ValueError for options that the method does not have.
@@ -72,9 +72,9 @@ class MethodPolicy:
         dtype = compute_dtype(self.device, precision or config.stage.precision)
         self.method = method.to(self.device, dtype).eval().requires_grad_(False)
         self.imagines = imagines and isinstance(method, Imagines)
-        if action_noise not in ("random", "zero"):
+        if action_noise not in ("random", "zero", None):
             raise ValueError(f"action_noise: expected random or zero, got {action_noise!r}")
-        self.action_noise = action_noise
+        self.action_noise: ActionNoise = action_noise or config.action_noise
         self.options = options
         self._actor = self.method.actor(**options)
         self._prepared = lru_cache(maxsize=8)(self._prepare_instruction)
@@ -174,6 +174,7 @@ class MethodPolicy:
             embodiments=embodiments,
             imagines=self.imagines,
             past=self.past,
+            action_noise=self.action_noise,
         )
 
     @property

@@ -30,7 +30,7 @@ def metaworld(stage: Stage = Stage.JOINT) -> RunConfig:
 
     A chunk spans 32 control steps of the suite. The latent frames are the observation and the four frames at every
     second row after it, so both end at the same time. The losses' weights are tiny's. The averaged weights are meant to
-    act (`agra export --ema`), from zero noise (`agra evaluate --action-noise zero`).
+    act (`agra export --ema`).
     """
     model = WAMConfig(
         frame_size=(112, 112),
@@ -103,7 +103,8 @@ def metaworld(stage: Stage = Stage.JOINT) -> RunConfig:
     method = WAMMethodConfig(model=model, alignment=alignment, objective=objective)
     # An action of 1 asks for a centimetre. The target is the displacement that a whole chunk asks for.
     reliance = VisualRelianceConfig(dimensions=("hand_dx_*", "hand_dy_*", "hand_dz_*"), displacement_unit=0.01)
-    return at_stage(RunConfig(method=method, data=data, stage=training, visual_reliance=reliance), stage)
+    config = RunConfig(method=method, data=data, stage=training, visual_reliance=reliance, action_noise="zero")
+    return at_stage(config, stage)
 
 
 def metaworld_wam(stage: Stage = Stage.JOINT) -> RunConfig:

@@ -20,7 +20,8 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
 
     It shows the mechanism, not the paper's numbers. Besides its size it differs from the paper where a model trained
     from scratch within an hour needs it: positions on the guidance, state dropout, early windows, other weights of the
-    losses (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch.
+    losses (docs/experiments.md 7), four action draws, a denoising pass on a quarter of the batch, answers from zero
+    noise (docs/methods.md).
     """
     layers = bridged_layers(6, 4)
     model = WAMConfig(
@@ -83,7 +84,8 @@ def tiny(stage: Stage = Stage.JOINT) -> RunConfig:
     )
     method = WAMMethodConfig(model=model, alignment=alignment, objective=objective)
     reliance = VisualRelianceConfig()
-    return at_stage(RunConfig(method=method, data=data, stage=training, visual_reliance=reliance), stage)
+    config = RunConfig(method=method, data=data, stage=training, visual_reliance=reliance, action_noise="zero")
+    return at_stage(config, stage)
 
 
 def tiny_wam(stage: Stage = Stage.JOINT) -> RunConfig:

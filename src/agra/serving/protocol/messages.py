@@ -84,6 +84,7 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
         "optional_keys": {key: OPTIONAL[key] for key in _optional(spec) if spec.imagines or key != "imagine"},
         "imagines": spec.imagines,
         "past": list(spec.past),
+        "action_noise": spec.action_noise,
         "roles": {"image": keys.image, "state": list(keys.state), "prompt": keys.prompt},
     }
 
@@ -107,6 +108,7 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
             embodiments=embodiments,
             imagines=bool(message.get("imagines", False)),
             past=tuple(int(step) for step in message.get("past", ())),
+            action_noise="zero" if message.get("action_noise") == "zero" else "random",
         )
         keys = WireKeys(image=roles["image"], state=tuple(roles["state"]), prompt=roles["prompt"])
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:

@@ -1,0 +1,137 @@
+"""What random and zero action noise do to a policy's first chunk on the tabletop (docs/study.md).
+
+python -m runs.action_noise POLICY ... [--draws 16]
+
+A target is where the hands are asked to be at the eighth step of the first chunk, in the plane, as in visual reliance. All
+answers to an observation share their video noise.
+
+1. First observations of the in-distribution and semantic trials: the error of a random answer, of the mean of the random
+   answers and of the answer from zero noise, and the spread of the random answers.
+2. Two equal candidates: the object on one side and a copy of it on the other. A policy's answers to the scenes with one of
+   the two are the ends of a line. An answer to both chooses a candidate where it lies in an outer third of the line, else it
+   is between them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
+from agra.diagnostics.samples.sources import initial_observations
+from agra.policies.load import load_policy
+from agra.policies.policy import MethodPolicy
+from agra.simulation import make_simulator
+from agra.simulators.tabletop.models.catalogue import ITEMS
+from agra.types import Observation, Simulator, Trial
+
+TWIN = "twin"
+PLACES = ((-0.1, -0.05), (0.1, -0.05))
+"""The candidates' positions, metres: one for each hand."""
+
+
+def answers(
+    policy: MethodPolicy, observation: Observation, action_names: Sequence[str], *, draws: int, seed: int
+) -> np.ndarray:
+    """Targets (draws + 1, d) in metres: from `draws` random action noises, and from zero in the last row."""
+    reliance = policy.config.visual_reliance
+    assert reliance is not None
+    noise = {name: value.repeat(draws + 1, *[1] * (value.ndim - 1)) for name, value in policy.noise(1, seed).items()}
+    drawn = policy.noise(draws, seed + 1)["action"]
+    noise["action"] = torch.cat([drawn, torch.zeros_like(drawn[:1])])
+    inputs = policy.encode([observation]).rows([0] * (draws + 1))
+    with torch.inference_mode():
+        chunks = policy.unnormalize(policy.method.act(inputs, noise), observation.embodiment)
+    return chunks[:, reliance.step, reliance.select(action_names)]
+
+
+def first_observations(policy: MethodPolicy, simulator: Simulator, *, draws: int) -> dict[str, IntervalEstimate]:
+    """Means over observations, in metres."""
+    reliance = policy.config.visual_reliance
+    assert reliance is not None
+    names, columns = simulator.embodiment.action_names, dict[str, list[float]]()
+    for seed, initial in enumerate(initial_observations(simulator, reliance.step + 1)):
+        *random, zero = answers(policy, initial.observation, names, draws=draws, seed=seed)
+        mean = np.mean(random, axis=0)
+        asked = initial.actions[min(reliance.step, len(initial.actions) - 1), reliance.select(names)]
+        for name, value in {
+            "error of a random answer": np.linalg.norm(random - asked, axis=1).mean(),
+            "error of the mean": np.linalg.norm(mean - asked),
+            "error from zero": np.linalg.norm(zero - asked),
+            "spread": np.sqrt(((random - mean) ** 2).sum(axis=1).mean()),
+            "zero to the mean": np.linalg.norm(zero - mean),
+        }.items():
+            columns.setdefault(name, []).append(float(value))
+    found = {name: bootstrap_interval(np.array(values)) for name, values in columns.items()}
+    gain = paired_difference(np.array(columns["error of a random answer"]), np.array(columns["error from zero"]))
+    return found | {"random minus zero": gain}
+
+
+def two_candidates(policy: MethodPolicy, simulator: Simulator, *, draws: int) -> dict[str, float]:
+    """Fractions of the answers that choose a candidate, and of those between the two."""
+    random, zero = [], []
+    for seed, trial in enumerate(scenes(simulator)):
+        one, other, both = (
+            answers(policy, simulator.reset(variant), simulator.embodiment.action_names, draws=draws, seed=seed)
+            for variant in variants(trial)
+        )
+        axis = other[-1] - one[-1]
+        along = (both - one[-1]) @ axis / (axis @ axis)
+        random += [*along[:-1]]
+        zero.append(along[-1])
+    table = {"scenes": float(len(zero))}
+    for name, values in (("random", np.array(random)), ("zero", np.array(zero))):
+        between = (values > 1 / 3) & (values < 2 / 3)
+        table[f"{name}: between"] = float(between.mean())
+        table[f"{name}: the right candidate"] = float((values >= 2 / 3).mean())
+    scenes_of = np.array(random).reshape(len(zero), draws)
+    table["scenes in which random answers choose both"] = float(
+        ((scenes_of <= 1 / 3).any(axis=1) & (scenes_of >= 2 / 3).any(axis=1)).mean()
+    )
+    return table
+
+
+def scenes(simulator: Simulator) -> Sequence[Trial]:
+    """The in-distribution trials without another object, one for each object and container."""
+    kinds = {}
+    for trial in simulator.trials("in_distribution"):
+        if not trial.scene["distractors"]:
+            kinds.setdefault((trial.scene["target"]["name"], trial.scene["goal"]), trial)
+    return [*kinds.values()]
+
+
+def variants(trial: Trial) -> list[Trial]:
+    """The trial with its object on the left, on the right, and with a copy of it, so that there is one on each side."""
+    target = dict(trial.scene["target"])
+    ITEMS[TWIN] = replace(ITEMS[target["name"]], name=TWIN)
+    left, right = (target | {"position": list(place)} for place in PLACES)
+    scenes = [
+        {"target": left, "distractors": []},
+        {"target": right, "distractors": []},
+        {"target": left, "distractors": [right | {"name": TWIN}]},
+    ]
+    return [replace(trial, scene={**trial.scene, **scene}) for scene in scenes]
+
+
+def main(policies: Annotated[tuple[str, ...], tyro.conf.Positional], draws: int = 16) -> None:
+    """Print both comparisons of each policy."""
+    simulator = make_simulator("tabletop")
+    try:
+        for name in policies:
+            policy = load_policy(name)
+            print(name)
+            for label, found in first_observations(policy, simulator, draws=draws).items():
+                print(
+                    f"  {label}: {100 * found.value:.2f} cm [{100 * found.low:.2f}, {100 * found.high:.2f}], {found.count}"
+                )
+            for label, value in two_candidates(policy, simulator, draws=draws).items():
+                print(f"  {label}: {value:.2f}")
+    finally:
+        simulator.close()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
