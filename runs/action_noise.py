@@ -121,7 +121,7 @@ def main(policies: Annotated[tuple[str, ...], tyro.conf.Positional], draws: int 
     simulator = make_simulator("tabletop")
     try:
         for name in policies:
-            policy = load_policy(name)
+            policy = load_policy(name, action_noise="random")
             print(name)
             for label, found in first_observations(policy, simulator, draws=draws).items():
                 print(

@@ -278,11 +278,12 @@ def test_answers_differ_in_the_action_noise_alone():
     name = trial.scene["target"]["name"]
     sides = [simulator.scene.position(item)[0] for item in (name, action_noise.TWIN)]
     assert sides == pytest.approx([-0.1, 0.1], abs=0.01)
-    policy, names = load_policy("tabletop-agra"), simulator.embodiment.action_names
+    policy, names = load_policy("tabletop-agra", action_noise="random"), simulator.embodiment.action_names
     rows = action_noise.answers(policy, observation, names, draws=3, seed=5)
     simulator.close()
     assert rows.shape == (4, 4)
     assert len(np.unique(rows.round(6), axis=0)) == 4
-    policy.reset(5)
-    chunk = policy.act(observation).actions
+    zero = load_policy("tabletop-agra", action_noise="zero")
+    zero.reset(5)
+    chunk = zero.act(observation).actions
     assert np.allclose(rows[-1], chunk[7, [0, 1, 5, 6]], atol=1e-5)

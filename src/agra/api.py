@@ -297,8 +297,7 @@ def diagnose(
     """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
 
     The samples come from the simulator, or from `probes`, a folder of `agra probes`. `masks` are annotations of their
-    frames (`agra.diagnostics.samples.masks`). `action_noise` is that of `agra.policies.policy.MethodPolicy`, for visual
-    reliance. Interventions compare answers from the same random noise.
+    frames (`agra.diagnostics.samples.masks`). `action_noise` is that of `agra.policies.policy.MethodPolicy`.
     """
     policy = load_policy(run, device=device, action_noise=action_noise)
     settings = comparison_teacher(policy.config, teacher) if isinstance(policy.method, ReadsTokens) else None

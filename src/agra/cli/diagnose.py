@@ -46,8 +46,7 @@ def diagnose(
         probes: a folder of samples instead of the simulator.
         masks: annotations of the samples' frames: COCO, CVAT or labelme.
         seed: seed of the noise and the background sets.
-        action_noise: where the denoising of a chunk starts in visual reliance, see `agra evaluate`. Interventions
-            compare answers from the same random noise.
+        action_noise: where the denoising of a chunk starts, see `agra evaluate`.
         device: the policies' device.
     """
     from agra.api import diagnose as run

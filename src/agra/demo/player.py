@@ -82,7 +82,7 @@ class Player:
             self.policy.reset(trial.seed)
         self._earlier: list[Observation] = []
         self.steps, self.judged, self.success = 0, judged, False
-        self.limit = self.simulator.max_steps_for(trial)
+        self.limit = self.simulator.max_steps
         self.ask(mask)
 
     def instruct(self, trial: Trial, mask: np.ndarray | None, *, judged: bool) -> None:
@@ -94,7 +94,7 @@ class Player:
     def look(self, mask: np.ndarray | None) -> None:
         """Observe the scene after a change from outside, and go on with as many control steps as a new episode has."""
         self.observation, self.success = self.simulator.observe(), False
-        self.limit = self.steps + self.simulator.max_steps_for(self.simulator.trial)
+        self.limit = self.steps + self.simulator.max_steps
         self.ask(mask)
 
     def ask(self, mask: np.ndarray | None) -> None:

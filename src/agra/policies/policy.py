@@ -219,8 +219,6 @@ class MethodPolicy:
         watch.lap("codec")
         rows = [self._draw(1, request.episode) for request in requests]
         noise = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        if self.action_noise == "zero" and "action" in noise:  # drawn all the same, so that other noise does not change
-            noise["action"] = torch.zeros_like(noise["action"])
         prepared = [
             None if self.instructions is None else self._prepared(request.observation.instruction)
             for request in requests
@@ -282,7 +280,10 @@ class MethodPolicy:
         return self.observations.encode(observations)
 
     def noise(self, count: int, seed: int | torch.Generator) -> dict[str, Tensor]:
-        """Draw the starting noise of `count` chunks, for diagnostics that keep it fixed, from a seed or an `episode`."""
+        """Make the starting noise of `count` chunks, for diagnostics that keep it fixed, from a seed or an `episode`.
+
+        It is the noise of `act`: that of the action is zero where the policy starts at zero.
+        """
         return self._draw(count, seed if isinstance(seed, torch.Generator) else self.episode(seed))
 
     def unnormalize(self, actions: Float[Tensor, "B K D"], embodiment: str) -> np.ndarray:
@@ -302,6 +303,8 @@ class MethodPolicy:
     def _draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         shapes = self.method.noise_shapes().items()
         drawn = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes}
+        if self.action_noise == "zero" and "action" in drawn:  # drawn all the same, so that other noise does not change
+            drawn["action"] = torch.zeros_like(drawn["action"])
         return {name: value.to(self.device) for name, value in drawn.items()}
 
     def _prepare_instruction(self, instruction: str) -> Any:

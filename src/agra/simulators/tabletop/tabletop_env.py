@@ -95,10 +95,6 @@ class Tabletop:
         """The fixed trials of a regime (C.2.2)."""
         return regime_trials(regime, simulator=self.embodiment.name)
 
-    def max_steps_for(self, trial: Trial) -> int:
-        """Control steps of an episode of this trial."""
-        return MAX_STEPS[trial.task]
-
     def close(self) -> None:
         """Free the renderer. The next reset makes a new one."""
         if self._renderer is not None:
