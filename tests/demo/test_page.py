@@ -96,7 +96,7 @@ def test_two_experts_follow_an_instruction_and_objects_move(visit):
     say(page, "#message", "Instruction: put the banana in the box.")
     page.get_by_role("button", name="Play").click()
     for index in range(2):
-        say(page, f"#player-{index} h3", "success after")
+        say(page, f"#player-{index} h3", ": success after")
     say(page, "#rate", "control steps a second")
 
 
@@ -133,8 +133,8 @@ def test_both_bundled_policies_act_and_a_mask_changes_their_plans(visit):
     visitor.wait_for_selector(".camera >> nth=1")
     assert "wave" not in visitor.locator("#message").inner_text()
     visitor.close()
-    page.get_by_label("Scene").fill("semantic/place-lemon-plate-or-basket/basket-swapped")
+    page.get_by_label("Scene").fill("semantic/pick-cup-or-lemon/lemon-swapped")
     page.get_by_label("Scene").press("Enter")
-    say(page, "#message", "put the lemon in the basket")
+    say(page, "#message", "put the lemon in the bowl")
     page.get_by_role("button", name="Play").click()
-    say(page, "#player-1 h3", "success after")
+    say(page, "#player-1 h3", "tabletop-agra: success after")

@@ -17,7 +17,7 @@ from agra.demo.session import Session, Tool, all_trials
 from agra.diagnostics.report.figures import photo_uri
 from agra.simulators.tabletop.tabletop_env import Tabletop
 
-FIRST_TRIAL = "semantic/pick-bread-or-can/bread-designed"
+FIRST_TRIAL = "semantic/pick-bread-or-can/can-designed"
 """Both bundled policies succeed in this trial of their evaluation."""
 TOOLS: dict[str, Tool] = {"move objects": "move", "mask a patch": "mask"}
 INTRODUCTION = """# Policies on a tabletop
