@@ -199,7 +199,7 @@ def _action_noise(policy: Policy | str | Path, requested: ActionNoise | None, ke
 
         return read_config(resolve(address)).action_noise
     if isinstance(policy, Policy):
-        chosen = getattr(getattr(policy, "spec", None), "action_noise", "random")
+        chosen: ActionNoise = getattr(getattr(policy, "spec", None), "action_noise", "random")
     else:
         from agra.serving.client import PolicyClient
 
