@@ -44,7 +44,7 @@ def test_every_supported_python_is_tested():
 
 @pytest.mark.parametrize("library", ["torch", "diffusers", "transformers"])
 def test_the_oldest_supported_networks_are_tested(library):
-    assert _oldest_pins("tests", "test")[library].startswith(_lower_bounds("train")[library])
+    assert _oldest_pins("tests", "test")[library].startswith(_lower_bounds("policy")[library])
 
 
 def test_the_oldest_supported_libraries_without_torch_are_tested():
