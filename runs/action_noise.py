@@ -1,4 +1,4 @@
-"""What random and zero action noise do to a policy's first chunk on the tabletop (docs/study.md).
+"""Effect of random and zero action noise on a policy's first chunk on the tabletop (docs/study.md).
 
 python -m runs.action_noise POLICY ... [--draws 16]
 
@@ -45,7 +45,7 @@ def answers(
     inputs = policy.encode([observation]).rows([0] * (draws + 1))
     with torch.inference_mode():
         chunks = policy.unnormalize(policy.method.act(inputs, noise), observation.embodiment)
-    return chunks[:, reliance.step, reliance.select(action_names)]
+    return reliance.target(chunks, action_names)
 
 
 def first_observations(policy: MethodPolicy, simulator: Simulator, *, draws: int) -> dict[str, IntervalEstimate]:
@@ -56,7 +56,7 @@ def first_observations(policy: MethodPolicy, simulator: Simulator, *, draws: int
     for seed, initial in enumerate(initial_observations(simulator, reliance.step + 1)):
         *random, zero = answers(policy, initial.observation, names, draws=draws, seed=seed)
         mean = np.mean(random, axis=0)
-        asked = initial.actions[min(reliance.step, len(initial.actions) - 1), reliance.select(names)]
+        asked = reliance.target(initial.actions, names)
         for name, value in {
             "error of a random answer": np.linalg.norm(random - asked, axis=1).mean(),
             "error of the mean": np.linalg.norm(mean - asked),
@@ -65,9 +65,9 @@ def first_observations(policy: MethodPolicy, simulator: Simulator, *, draws: int
             "zero to the mean": np.linalg.norm(zero - mean),
         }.items():
             columns.setdefault(name, []).append(float(value))
-    found = {name: bootstrap_interval(np.array(values)) for name, values in columns.items()}
+    estimates = {name: bootstrap_interval(np.array(values)) for name, values in columns.items()}
     gain = paired_difference(np.array(columns["error of a random answer"]), np.array(columns["error from zero"]))
-    return found | {"random minus zero": gain}
+    return estimates | {"random minus zero": gain}
 
 
 def two_candidates(policy: MethodPolicy, simulator: Simulator, *, draws: int) -> dict[str, float]:
@@ -123,9 +123,9 @@ def main(policies: Annotated[tuple[str, ...], tyro.conf.Positional], draws: int 
         for name in policies:
             policy = load_policy(name, action_noise="random")
             print(name)
-            for label, found in first_observations(policy, simulator, draws=draws).items():
+            for label, estimate in first_observations(policy, simulator, draws=draws).items():
                 print(
-                    f"  {label}: {100 * found.value:.2f} cm [{100 * found.low:.2f}, {100 * found.high:.2f}], {found.count}"
+                    f"  {label}: {100 * estimate.value:.2f} cm [{100 * estimate.low:.2f}, {100 * estimate.high:.2f}], {estimate.count}"
                 )
             for label, value in two_candidates(policy, simulator, draws=draws).items():
                 print(f"  {label}: {value:.2f}")

@@ -228,12 +228,12 @@ def test_first_looks_by_instruction():
         name: np.full(3, np.nan) for name in ("image_mask_shift", "instruction_swap_shift", "follows_instruction")
     }
     swaps = {"image_swap_shift": np.array([0.5, 1.5, np.nan])}
-    found = page.by_instruction(
+    looks = page.by_instruction(
         VisualReliance(trials=("0", "1", "2"), groups=("a", "a", "b"), values=values | nothing | swaps)
     )
-    assert found["all"] == {"scenes": 3, "error": 3.0, "constant_error": 2.0, "image_swap_shift": 1.0}
-    assert found["a"] == {"scenes": 2, "error": 2.0, "constant_error": 2.0, "image_swap_shift": 1.0}
-    assert found["b"] == {"scenes": 1, "error": 5.0}
+    assert looks["all"] == {"scenes": 3, "error": 3.0, "constant_error": 2.0, "image_swap_shift": 1.0}
+    assert looks["a"] == {"scenes": 2, "error": 2.0, "constant_error": 2.0, "image_swap_shift": 1.0}
+    assert looks["b"] == {"scenes": 1, "error": 5.0}
 
 
 def test_the_page_holds_the_tables_of_the_rows():

@@ -89,8 +89,8 @@ def evaluate(
     """Play a benchmark's trials and write the results file `output`. The same call resumes an interrupted evaluation.
 
     `policy` and `simulator` are objects or names (see `open_policy` and `make_simulator`, which receives
-    `simulator_options`). `regimes`, `tasks` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`). By
-    default, `output` is results.jsonl in the folder of the policy's run, `name` (of the policy, in the results) is the
+    `simulator_options`). `regimes`, `tasks` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`).
+    By default, `output` is results.jsonl in the folder of the policy's run, `name` (of the policy, in the results) is the
     name of that folder, and the protocol is the simulator's usual one, with a single executed action for the expert.
     `action_noise` is that of `agra.policies.policy.MethodPolicy`. A server has chosen its own, which must agree. For a
     server of another package it is only recorded in the results.
@@ -188,24 +188,27 @@ def results_file(
 
 def _action_noise(policy: Policy | str | Path, requested: ActionNoise | None, key_mapping: str | None) -> ActionNoise:
     """Where the policy's chunks start. Raises ValueError where `requested` differs from what a policy has chosen."""
-    address = None if isinstance(policy, Policy) else str(policy)
-    if address is not None and (address == EXPERT or "://" not in address or key_mapping is not None):
-        if address == EXPERT and requested is not None:
+    if isinstance(policy, Policy):
+        chosen: ActionNoise = getattr(getattr(policy, "spec", None), "action_noise", "random")
+    elif policy == EXPERT:
+        if requested is not None:
             raise ValueError(f"action_noise: the expert has none, got {requested}")
-        if address == EXPERT or key_mapping is not None or requested is not None:
-            return requested or "random"
+        return "random"
+    elif key_mapping is not None:
+        return requested or "random"
+    elif "://" in str(policy):
+        from agra.serving.client import PolicyClient
+
+        client = PolicyClient(str(policy), api_key=os.environ.get("AGRA_API_KEY"))
+        chosen = client.spec.action_noise
+        client.close()
+    elif requested is not None:
+        return requested
+    else:
         from agra.checkpoints.folder import resolve
         from agra.checkpoints.read import read_config
 
-        return read_config(resolve(address)).action_noise
-    if isinstance(policy, Policy):
-        chosen: ActionNoise = getattr(getattr(policy, "spec", None), "action_noise", "random")
-    else:
-        from agra.serving.client import PolicyClient
-
-        client = PolicyClient(str(address), api_key=os.environ.get("AGRA_API_KEY"))
-        chosen = client.spec.action_noise
-        client.close()
+        return read_config(resolve(policy)).action_noise
     if requested not in (None, chosen):
         raise ValueError(f"action_noise: {policy} starts from {chosen} noise; choose {requested} where it is loaded")
     return chosen

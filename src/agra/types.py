@@ -109,8 +109,8 @@ class PolicySpec:
     """Inputs and outputs of a policy.
 
     `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can
-    predict video. `past` are earlier control steps whose observations it also reads, such as (-1,). `action_noise` is where it
-    starts to denoise a chunk.
+    predict video. `past` are earlier control steps whose observations it also reads, such as (-1,). `action_noise` is
+    where it starts to denoise a chunk.
     """
 
     name: str

@@ -240,6 +240,7 @@ class PredictionMonitor:
         recorded = batch.latents if self.clip else batch.frame_latents
         assert recorded is not None
         self.recorded = recorded[:count] if self.clip else recorded[:count].transpose(1, 2)
+        self._recorded_frames: np.ndarray | None = None  # decoded once
 
     @torch.no_grad()
     def __call__(self, method: Method) -> dict[str, float | np.ndarray]:
@@ -252,7 +253,10 @@ class PredictionMonitor:
         with _evaluating(method):
             latents = method.imagine(self.inputs.to(device), noise, steps=PREDICTION_STEPS)
         predicted = decode_frames(self.codec, latents, clip=self.clip)
-        recorded = decode_frames(self.codec, self.recorded[:, :, : latents.shape[2]].to(latents), clip=self.clip)
+        if self._recorded_frames is None:
+            same_frames = self.recorded[:, :, : latents.shape[2]].to(latents)
+            self._recorded_frames = decode_frames(self.codec, same_frames, clip=self.clip)
+        recorded = self._recorded_frames
         future = slice(1 if self.clip else 0, None)  # a clip begins with the observation, which both share
         error = np.mean((predicted[:, future].astype(np.float64) - recorded[:, future]) ** 2)
         rows = [np.concatenate([*videos], axis=2) for videos in (recorded, predicted)]

@@ -1,6 +1,6 @@
 """Write the folder that `lerobot-rollout --policy.path` and `lerobot-eval --policy.path` take.
 
-Usage: python -m lerobot_policy_agra FOLDER --server=ws://HOST:PORT|--checkpoint=FOLDER [--camera=NAME] [--embodiment=NAME] ...
+Usage: python -m lerobot_policy_agra FOLDER --server=ws://HOST:PORT|--checkpoint=FOLDER [--camera=NAME] ...
 """
 
 import sys

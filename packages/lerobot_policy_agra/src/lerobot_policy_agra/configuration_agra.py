@@ -59,7 +59,8 @@ class AgraConfig(PreTrainedConfig):
         """Refuse training."""
         raise ValueError(
             "the policy agra is not trained by lerobot-train: "
-            "run agra train RECIPE --data.path DATASET, which reads the same dataset, then agra serve its output or --policy.checkpoint=OUTPUT"
+            "run agra train RECIPE --data.path DATASET, which reads the same dataset, "
+            "then agra serve its output or --policy.checkpoint=OUTPUT"
         )
 
     def get_scheduler_preset(self) -> None:
