@@ -113,4 +113,4 @@ JSON
   echo "$todo" | xargs -P "${LANES:-2}" -I{} bash -euc "row {}"
 fi
 python runs/study.py
-python -m runs.action_noise tabletop-agra tabletop-wam
+python -m runs.noise tabletop-agra tabletop-wam

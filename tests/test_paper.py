@@ -118,7 +118,7 @@ def test_options_that_are_not_in_the_paper_are_off_at_paper_scale():
         assert config.data.early_window_fraction == 0, name
         assert config.data.shift == 0, name
         assert config.stage.ema_decay is None, name
-        assert config.action_noise == "random", name
+        assert (config.action_noise, config.video_noise) == ("random", "random"), name
         assert (config.method.objective.action_draws, config.method.objective.video_batch_fraction) == (1, 1.0), name
 
 

@@ -23,7 +23,7 @@ from agra.recipes import RECIPES
 from agra.simulation import make_simulator
 from agra.stages import Stage
 from agra.training.parallelize import ParallelConfig
-from runs import action_noise, methods
+from runs import methods, noise
 
 RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir() if path.is_file())
 
@@ -271,15 +271,15 @@ def test_the_cpu_time_of_a_run_is_known_if_every_start_has_an_end(tmp_path):
 def test_answers_differ_in_the_action_noise_alone():
     """The last answer is the policy's own from zero noise, for the video noise of the seed."""
     simulator = make_simulator("tabletop")
-    trial = action_noise.scenes(simulator)[0]
-    left, right, both = action_noise.variants(trial)
+    trial = noise.scenes(simulator)[0]
+    left, right, both = noise.variants(trial)
     assert [len(scene.scene["distractors"]) for scene in (left, right, both)] == [0, 0, 1]
     observation = simulator.reset(both)
     name = trial.scene["target"]["name"]
-    sides = [simulator.scene.position(item)[0] for item in (name, action_noise.TWIN)]
+    sides = [simulator.scene.position(item)[0] for item in (name, noise.TWIN)]
     assert sides == pytest.approx([-0.1, 0.1], abs=0.01)
     policy, names = load_policy("tabletop-agra", action_noise="random"), simulator.embodiment.action_names
-    rows = action_noise.answers(policy, observation, names, draws=3, seed=5)
+    rows = noise.answers(policy, observation, names, draws=3, seed=5)
     simulator.close()
     assert rows.shape == (4, 4)
     assert len(np.unique(rows.round(6), axis=0)) == 4
@@ -287,3 +287,15 @@ def test_answers_differ_in_the_action_noise_alone():
     zero.reset(5)
     chunk = zero.act(observation).actions
     assert np.allclose(rows[-1], chunk[7, [0, 1, 5, 6]], atol=1e-5)
+
+
+def test_answers_differ_in_the_video_noise_alone():
+    """The one of zero video noise is the policy's own. With four draws, the mean of hidden states is another answer."""
+    simulator = make_simulator("tabletop")
+    observation, names = simulator.reset(noise.scenes(simulator)[0]), simulator.embodiment.action_names
+    simulator.close()
+    rows = noise.video_answers(load_policy("tabletop-agra", action_noise="random"), observation, names, draws=4, seed=5)
+    assert rows.shape == (6, 4)
+    assert len(np.unique(rows.round(6), axis=0)) == 6
+    zero = load_policy("tabletop-agra", action_noise="zero", video_noise="zero")
+    assert np.allclose(rows[4], zero.act(observation).actions[7, [0, 1, 5, 6]], atol=1e-5)

@@ -82,12 +82,15 @@ def test_results_name_where_the_answers_start(tmp_path):
     zero = {"action_noise": "zero"}
     assert settings("tabletop-agra", "recipe") == zero
     assert settings("tabletop-agra", "random", action_noise="random") == {}
+    assert settings("tabletop-agra", "fixed", video_noise="fixed") == zero | {"video_noise": "fixed"}
     assert settings(agra.load_policy("tabletop-agra"), "object") == zero
     assert settings(agra.load_policy("tabletop-agra", action_noise="random"), "random_object") == {}
     with served("tabletop-agra") as address:
         assert settings(address, "server") == zero
-        with pytest.raises(ValueError, match=r"ws://.* starts from zero noise; choose random where it is loaded"):
+        with pytest.raises(ValueError, match=r"action_noise: ws://.* has zero noise; choose random where it is loaded"):
             settings(address, "other", action_noise="random")
+    with served("tabletop-agra", ["--video-noise", "zero"]) as address:
+        assert settings(address, "both") == zero | {"video_noise": "zero"}
     with pytest.raises(ValueError, match="action_noise: the expert has none, got zero"):
         settings("expert", "expert", action_noise="zero")
 

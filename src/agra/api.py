@@ -68,7 +68,7 @@ from agra.training.metrics import ThroughputMeter
 from agra.training.parallelize import ParallelConfig, build, check_batch_size
 from agra.training.plan import peak_flops
 from agra.training.trainer import Monitor, Trainer
-from agra.types import ActionNoise
+from agra.types import ActionNoise, VideoNoise
 from agra.wam.action_dit import ActionDiT
 from agra.wam.bridge import Bridge
 from agra.wam.groot import GR1_ROW, load_groot_head
@@ -293,13 +293,15 @@ def diagnose(
     probes: Path | None = None,
     masks: Path | None = None,
     action_noise: ActionNoise | None = None,
+    video_noise: VideoNoise | None = None,
 ) -> Path:
     """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
 
     The samples come from the simulator, or from `probes`, a folder of `agra probes`. `masks` are annotations of their
-    frames (`agra.diagnostics.samples.masks`). `action_noise` is that of `agra.policies.policy.MethodPolicy`.
+    frames (`agra.diagnostics.samples.masks`). `action_noise` and `video_noise` are those of
+    `agra.policies.policy.MethodPolicy`.
     """
-    policy = load_policy(run, device=device, action_noise=action_noise)
+    policy = load_policy(run, device=device, action_noise=action_noise, video_noise=video_noise)
     settings = comparison_teacher(policy.config, teacher) if isinstance(policy.method, ReadsTokens) else None
     network = None if settings is None else load_teacher(settings).to(policy.device)
     projectors = trained_projectors(run) if network is not None and teacher == "own" else None

@@ -17,7 +17,7 @@ from agra.methods.method import MethodConfig
 from agra.methods.table import METHODS
 from agra.methods.wam import WAMMethodConfig
 from agra.stages import StageConfig
-from agra.types import ActionNoise
+from agra.types import ActionNoise, VideoNoise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,10 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     action_noise: ActionNoise = "random"
     """Noise from which a policy of this run denoises its chunks, unless it is loaded with another one: random as in the
-    paper, or zero (docs/experiments.md). Training does not use it."""
+    paper, or zero (docs/study.md). Training does not use it."""
+    video_noise: VideoNoise = "random"
+    """Noise of the predicted frames in a world action model's conditioning pass: random as in the paper, the same for
+    every answer, or zero (docs/study.md). Training does not use it."""
 
     def __post_init__(self) -> None:
         self.method.check(self.stage.name, self.stage.frozen)

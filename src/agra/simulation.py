@@ -14,7 +14,7 @@ from agra.evaluation.protocols import Protocol, Shard, default_protocol, regime_
 from agra.evaluation.results import Results
 from agra.evaluation.rollout import evaluate as evaluate_trials
 from agra.simulators.registry import expert, make
-from agra.types import ActionNoise, Policy, Simulator
+from agra.types import ActionNoise, Policy, Simulator, VideoNoise
 
 EXPERT = "expert"
 """The name under which a simulator's scripted expert is opened."""
@@ -37,13 +37,15 @@ def open_policy(
     device: str = "cpu",
     threads: int | None = None,
     action_noise: ActionNoise | None = None,
+    video_noise: VideoNoise | None = None,
     timeout: float = 10.0,
 ) -> Policy:
     """Open a policy: a checkpoint or run folder, a bundled policy, a server's address, or `expert`.
 
     Servers are ws://HOST:PORT, or with a `key_mapping` (`agra.serving.remote_policies`) those of other packages. They
     receive the key in the variable AGRA_API_KEY and have `timeout` seconds for an answer. `name`, `device`, `threads`
-    (of torch, for the whole process) and `action_noise` (`agra.policies.policy.MethodPolicy`) apply to checkpoints.
+    (of torch, for the whole process), `action_noise` and `video_noise` (`agra.policies.policy.MethodPolicy`) apply to
+    checkpoints.
     """
     address = str(policy)
     if address == EXPERT:
@@ -63,7 +65,7 @@ def open_policy(
         torch.set_num_threads(threads)
     from agra.policies.load import load_policy
 
-    return load_policy(policy, name=name, device=device, action_noise=action_noise)
+    return load_policy(policy, name=name, device=device, action_noise=action_noise, video_noise=video_noise)
 
 
 def evaluate(
@@ -83,6 +85,7 @@ def evaluate(
     device: str = "cpu",
     threads: int | None = None,
     action_noise: ActionNoise | None = None,
+    video_noise: VideoNoise | None = None,
     shard: Shard | None = None,
     progress: bool = True,
 ) -> Results:
@@ -92,8 +95,8 @@ def evaluate(
     `simulator_options`). `regimes`, `tasks` and `limit` choose the trials (`agra.evaluation.protocols.regime_trials`).
     By default, `output` is results.jsonl in the folder of the policy's run, `name` (of the policy, in the results) is the
     name of that folder, and the protocol is the simulator's usual one, with a single executed action for the expert.
-    `action_noise` is that of `agra.policies.policy.MethodPolicy`. A server has chosen its own, which must agree. For a
-    server of another package it is only recorded in the results.
+    `action_noise` and `video_noise` are those of `agra.policies.policy.MethodPolicy`. A server has chosen its own, which
+    must agree. For a server of another package they are only recorded in the results.
     `videos` trials of each regime are saved as mp4. A `shard` plays its part of the trials
     (`agra.evaluation.protocols`).
 
@@ -102,9 +105,8 @@ def evaluate(
     """
     output, name = results_file(policy, output, name, key_mapping)
     policy_settings = {"key_mapping": key_mapping} if key_mapping else {}
-    action_noise = _action_noise(policy, action_noise, key_mapping)
-    if action_noise != "random":
-        policy_settings["action_noise"] = action_noise
+    noise = _noise(policy, {"action_noise": action_noise, "video_noise": video_noise}, key_mapping)
+    policy_settings |= {name: kind for name, kind in noise.items() if kind != "random"}
     options = dict(simulator_options or {})
     make_player = None
     if not isinstance(policy, Policy) and isinstance(simulator, str):
@@ -113,8 +115,8 @@ def evaluate(
             "key_mapping": key_mapping,
             "device": device,
             "threads": threads,
-            "action_noise": action_noise,
             "timeout": 120.0,
+            **noise,
         }
         make_player = partial(_open_player, policy, simulator, options, settings)
     elif workers > 1:
@@ -132,8 +134,8 @@ def evaluate(
                 key_mapping=key_mapping,
                 device=device,
                 threads=threads,
-                action_noise=action_noise,
                 timeout=120.0,
+                **noise,
             )
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         return evaluate_trials(
@@ -186,32 +188,37 @@ def results_file(
     return Path(output), name
 
 
-def _action_noise(policy: Policy | str | Path, requested: ActionNoise | None, key_mapping: str | None) -> ActionNoise:
-    """Where the policy's chunks start. Raises ValueError where `requested` differs from what a policy has chosen."""
+def _noise(policy: Policy | str | Path, requested: Mapping[str, str | None], key_mapping: str | None) -> dict[str, Any]:
+    """Return the kinds of noise of a policy's answers, by setting: the `requested` ones, by default its own.
+
+    Raises ValueError where a request differs from what a policy object, a server or the expert has.
+    """
+    served = key_mapping is None and "://" in str(policy)
+    own: Any = None
     if isinstance(policy, Policy):
-        chosen: ActionNoise = getattr(getattr(policy, "spec", None), "action_noise", "random")
-    elif policy == EXPERT:
-        if requested is not None:
-            raise ValueError(f"action_noise: the expert has none, got {requested}")
-        return "random"
-    elif key_mapping is not None:
-        return requested or "random"
-    elif "://" in str(policy):
+        own = getattr(policy, "spec", None)
+    elif served:
         from agra.serving.client import PolicyClient
 
         client = PolicyClient(str(policy), api_key=os.environ.get("AGRA_API_KEY"))
-        chosen = client.spec.action_noise
+        own = client.spec
         client.close()
-    elif requested is not None:
-        return requested
-    else:
+    elif policy != EXPERT and key_mapping is None:
         from agra.checkpoints.folder import resolve
         from agra.checkpoints.read import read_config
 
-        return read_config(resolve(policy)).action_noise
-    if requested not in (None, chosen):
-        raise ValueError(f"action_noise: {policy} starts from {chosen} noise; choose {requested} where it is loaded")
-    return chosen
+        own = read_config(resolve(policy))
+    noise = {}
+    for setting, kind in requested.items():
+        noise[setting] = getattr(own, setting, "random")
+        if kind is None or kind == noise[setting]:
+            continue
+        if policy == EXPERT:
+            raise ValueError(f"{setting}: the expert has none, got {kind}")
+        if isinstance(policy, Policy) or served:
+            raise ValueError(f"{setting}: {policy} has {noise[setting]} noise; choose {kind} where it is loaded")
+        noise[setting] = kind
+    return noise
 
 
 def _open_player(

@@ -13,6 +13,7 @@ import numpy as np
 REGIMES = ("in_distribution", "semantic", "instance", "attribute")
 """The four evaluation regimes of the paper (C.2.2)."""
 ActionNoise = Literal["random", "zero"]
+VideoNoise = Literal["random", "fixed", "zero"]
 """Where the denoising of a chunk starts. The paper's is random."""
 
 
@@ -110,7 +111,7 @@ class PolicySpec:
 
     `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can
     predict video. `past` are earlier control steps whose observations it also reads, such as (-1,). `action_noise` is
-    where it starts to denoise a chunk.
+    where it starts to denoise a chunk, `video_noise` the noise of a world action model's conditioning pass.
     """
 
     name: str
@@ -120,6 +121,7 @@ class PolicySpec:
     imagines: bool = False
     past: tuple[int, ...] = ()
     action_noise: ActionNoise = "random"
+    video_noise: VideoNoise = "random"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

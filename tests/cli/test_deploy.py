@@ -54,7 +54,7 @@ def test_every_flag_of_serve_reaches_its_field(monkeypatch):
     assert api_key == "key"
     assert load.keywords == {
         "device": "meta", "fast": False, "compiled": False, "pool_future": 2, "imagines": True, "known_instructions": True,
-            "action_noise": None,
+            "action_noise": None, "video_noise": None,
     }  # fmt: skip
 
 

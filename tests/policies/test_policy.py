@@ -153,6 +153,29 @@ def test_from_zero_noise_the_answer_does_not_depend_on_the_seed_of_the_action(ma
         make_policy(action_noise="one")
 
 
+@pytest.mark.parametrize("kind", ["fixed", "zero"])
+def test_without_random_noise_an_answer_depends_on_the_observation_alone(make_policy, kind):
+    """In every episode and batch. The setting leaves the noise of the action as it was."""
+    policy = make_policy(action_noise="zero", video_noise=kind)
+    observation = see(policy)
+    first, again = (policy.act(observation) for _ in range(2))  # of one episode
+    np.testing.assert_array_equal(first.actions, again.actions)
+    alone, other = (PolicyRequest(observation=observation, episode=policy.episode(seed)) for seed in (2, 3))
+    for chunk in policy.act_batch([alone, other]):
+        np.testing.assert_allclose(chunk.actions, first.actions, atol=1e-5)
+    drawn = make_policy(video_noise=kind, action_noise="random")._draw(2, policy.episode(4))
+    random = make_policy(video_noise="random", action_noise="random")._draw(2, policy.episode(4))
+    assert torch.equal(drawn["action"], random["action"])
+    assert torch.equal(drawn["video"][0], drawn["video"][1])
+    assert drawn["video"].std() == (0 if kind == "zero" else pytest.approx(1, abs=0.1))
+    assert policy.spec.video_noise == kind
+
+
+def test_invalid_video_noise(make_policy):
+    with pytest.raises(ValueError, match="video_noise: expected random, fixed or zero, got 'one'"):
+        make_policy(video_noise="one")
+
+
 def test_the_spec_describes_the_checkpoint(make_policy):
     spec = make_policy().spec
     robot = next(iter(spec.embodiments.values()))

@@ -9,7 +9,7 @@ import tyro
 
 from agra.cli.arguments import use_threads
 from agra.serving.server.config import ServeConfig
-from agra.types import ActionNoise
+from agra.types import ActionNoise, VideoNoise
 
 
 def serve(
@@ -21,6 +21,7 @@ def serve(
     imagine: bool = False,
     known_instructions: bool = False,
     action_noise: ActionNoise | None = None,
+    video_noise: VideoNoise | None = None,
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
@@ -41,6 +42,8 @@ def serve(
             checkpoint.
         action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
             answer. By default the one of the policy's recipe.
+        video_noise: noise of a world action model's conditioning pass. random is the paper's, fixed is the same noise for
+            every answer. By default the one of the policy's recipe.
         device: the policy's device.
         threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
     """
@@ -65,6 +68,7 @@ def serve(
         imagines=imagine,
         known_instructions=known_instructions,
         action_noise=action_noise,
+        video_noise=video_noise,
     )
     source = PolicySource(load=load, stamp=partial(resolve, policy))
     asyncio.run(run(config, source, api_key=os.environ.get("AGRA_API_KEY")))
@@ -84,6 +88,7 @@ def control(
     dry_run: bool = False,
     record: Path | None = None,
     action_noise: ActionNoise | None = None,
+    video_noise: VideoNoise | None = None,
     device: str = "cpu",
 ) -> None:
     """Control the simulated robot in real time: the simulation does not wait for the policy.
@@ -102,6 +107,7 @@ def control(
         dry_run: decide, but send no command.
         record: record the episode as a LeRobot dataset here.
         action_noise: where the denoising of a chunk starts, see `agra serve`.
+        video_noise: noise of a world action model's conditioning pass, see `agra serve`.
         device: the policy's device.
     """
     import math
@@ -119,7 +125,7 @@ def control(
         trials = env.trials("in_distribution")
         if not 0 <= trial < len(trials):
             raise ValueError(f"--trial {trial}: expected 0 to {len(trials) - 1}")
-        opened = open_policy(policy, env, device=device, action_noise=action_noise)
+        opened = open_policy(policy, env, device=device, action_noise=action_noise, video_noise=video_noise)
         delayed = None if latency is None else math.ceil(latency * env.fps)
         inference = ThreadedInference(opened) if delayed is None else DelayedInference(opened, delayed)
         robot = SimulatedRobot(env, trials[trial])

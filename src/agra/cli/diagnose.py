@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from agra.cli.arguments import recipe_arguments, with_data
-from agra.types import ActionNoise
+from agra.types import ActionNoise, VideoNoise
 
 
 def diagnose(
@@ -24,6 +24,7 @@ def diagnose(
     masks: Path | None = None,
     seed: int = 0,
     action_noise: ActionNoise | None = None,
+    video_noise: VideoNoise | None = None,
     device: str = "cpu",
 ) -> None:
     """Diagnose policies by attention, interventions and PCA. Results go to the folder `diagnosis` of each run.
@@ -47,6 +48,7 @@ def diagnose(
         masks: annotations of the samples' frames: COCO, CVAT or labelme.
         seed: seed of the noise and the background sets.
         action_noise: where the denoising of a chunk starts, see `agra evaluate`.
+        video_noise: noise of a world action model's conditioning pass, see `agra evaluate`.
         device: the policies' device.
     """
     from agra.api import diagnose as run
@@ -71,6 +73,7 @@ def diagnose(
             probes=probes,
             masks=masks,
             action_noise=action_noise,
+            video_noise=video_noise,
         )
 
 

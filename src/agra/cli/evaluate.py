@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from agra.types import ActionNoise
+from agra.types import ActionNoise, VideoNoise
 
 
 def evaluate(
@@ -18,6 +18,7 @@ def evaluate(
     max_steps: int | None = None,
     termination: Literal["step", "chunk"] | None = None,
     action_noise: ActionNoise | None = None,
+    video_noise: VideoNoise | None = None,
     limit: int | None = None,
     workers: int = 1,
     videos: int = 1,
@@ -46,6 +47,8 @@ def evaluate(
             default after each step, on robocasa_gr1 after each chunk.
         action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
             answer. By default the one of the policy's recipe or server.
+        video_noise: noise of a world action model's conditioning pass. random is the paper's, fixed is the same noise for
+            every answer. By default the one of the policy's recipe or server.
         limit: play only this many trials of each regime, evenly spread.
         workers: parallel processes, each with a simulator and a policy. The episodes are the same for any number.
         videos: trials of each regime to record as mp4 beside the results, with the policy's predicted video.
@@ -75,6 +78,7 @@ def evaluate(
         protocol = replace(protocol, execute_steps=execute_steps)
     if simulator_python is not None:
         output, name = results_file(policy, output, name, key_mapping)
+        noise = {"action_noise": action_noise, "video_noise": video_noise}
         settings: dict[str, Any] = {
             "simulator": simulator,
             "regimes": regimes,
@@ -86,10 +90,10 @@ def evaluate(
             "videos": videos,
             "by_task": by_task,
             "shard": shard,
-            "action_noise": action_noise,
+            **noise,
             **vars(protocol),
         }
-        serving = {"device": device, "threads": threads, "imagine": videos > 0, "action_noise": action_noise}
+        serving = {"device": device, "threads": threads, "imagine": videos > 0, **noise}
         _evaluate_in_subprocess(policy, simulator_python, settings, serving)
         return
     results = run(
@@ -108,6 +112,7 @@ def evaluate(
         device=device,
         threads=threads,
         action_noise=action_noise,
+        video_noise=video_noise,
         shard=None if shard is None else parse_shard(shard),
     )
     print_table(summary_table(results))

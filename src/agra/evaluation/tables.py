@@ -186,6 +186,7 @@ def _measured_row(results: Results, summary: Summary) -> tuple[str, str, str, st
         f"at most {header['max_steps']} steps",
         f"success checked after each {protocol['termination']}",
         f"{header.get('policy_settings', {}).get('action_noise', 'random')} action noise",
+        *(f"{kind} video noise" for kind in [header.get("policy_settings", {}).get("video_noise")] if kind),
         *(f"{key.replace('_', ' ')} {value}" for key, value in header.get("settings", {}).items()),
     ]
     if summary.groups:

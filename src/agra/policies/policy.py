@@ -28,6 +28,7 @@ from agra.types import (
     Observation,
     PolicyRequest,
     PolicySpec,
+    VideoNoise,
 )
 from agra.wam.codec import Codec, decode_frames
 
@@ -55,15 +56,18 @@ class MethodPolicy:
         precision: Precision | None = None,
         imagines: bool = True,
         action_noise: ActionNoise | None = None,
+        video_noise: VideoNoise | None = None,
         **options: Any,
     ) -> None:
         """Move, cast and freeze `method`, in place. `precision` is the training's by default.
 
-        `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero. By default
-        it is the config's.
+        `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero.
+        `video_noise` is the noise of the conditioning pass and of a predicted video: random as in the paper, fixed (the
+        same for every answer) or zero. By default they are the config's. With neither random, a WAM's answer depends on
+        the observation alone.
 
         `options` are those of `Method.actor`: for a WAM `action_steps`, `fast`, `compiled` and `pool_future`. Raises
-        ValueError for options that the method does not have.
+        ValueError for options and noise that the method does not have.
         """
         self.name, self.config, self.stats = name, config, stats
         self.device = local_device(device)
@@ -74,7 +78,12 @@ class MethodPolicy:
         self.imagines = imagines and isinstance(method, Imagines)
         if action_noise not in ("random", "zero", None):
             raise ValueError(f"action_noise: expected random or zero, got {action_noise!r}")
+        if video_noise not in ("random", "fixed", "zero", None):
+            raise ValueError(f"video_noise: expected random, fixed or zero, got {video_noise!r}")
         self.action_noise: ActionNoise = action_noise or config.action_noise
+        self.video_noise: VideoNoise = video_noise or config.video_noise
+        if self.video_noise != "random" and "video" not in method.noise_shapes():
+            raise ValueError(f"video_noise: {config.method.kind} has no video noise, got {self.video_noise}")
         self.options = options
         self._actor = self.method.actor(**options)
         self._prepared = lru_cache(maxsize=8)(self._prepare_instruction)
@@ -151,7 +160,7 @@ class MethodPolicy:
         self._actor.update(other.method)
         self._prepared.cache_clear()
         self.name, self.config, self.stats, self.imagines = other.name, other.config, other.stats, other.imagines
-        self.action_noise = other.action_noise
+        self.action_noise, self.video_noise = other.action_noise, other.video_noise
         self.observations = other.observations
         return True
 
@@ -175,6 +184,7 @@ class MethodPolicy:
             imagines=self.imagines,
             past=self.past,
             action_noise=self.action_noise,
+            video_noise=self.video_noise,
         )
 
     @property
@@ -282,7 +292,7 @@ class MethodPolicy:
     def noise(self, count: int, seed: int | torch.Generator) -> dict[str, Tensor]:
         """Make the starting noise of `count` chunks, for diagnostics that keep it fixed, from a seed or an `episode`.
 
-        It is the noise of `act`: that of the action is zero where the policy starts at zero.
+        It is the noise of `act`, fixed or zero where the policy's is.
         """
         return self._draw(count, seed if isinstance(seed, torch.Generator) else self.episode(seed))
 
@@ -303,8 +313,13 @@ class MethodPolicy:
     def _draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         shapes = self.method.noise_shapes().items()
         drawn = {name: torch.randn(count, *shape, generator=generator) for name, shape in shapes}
-        if self.action_noise == "zero" and "action" in drawn:  # drawn all the same, so that other noise does not change
+        # All noise is drawn, so that one setting does not change the other's noise.
+        if self.action_noise == "zero" and "action" in drawn:
             drawn["action"] = torch.zeros_like(drawn["action"])
+        if self.video_noise == "zero":
+            drawn["video"] = torch.zeros_like(drawn["video"])
+        elif self.video_noise == "fixed":
+            drawn["video"] = torch.randn(drawn["video"].shape[1:], generator=self.episode(0)).expand_as(drawn["video"])
         return {name: value.to(self.device) for name, value in drawn.items()}
 
     def _prepare_instruction(self, instruction: str) -> Any:

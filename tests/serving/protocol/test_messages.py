@@ -43,7 +43,7 @@ def test_a_request_round_trips():
 
 
 def test_past_observations_round_trip():
-    two = replace(spec(), past=(-5, -1), action_noise="zero")
+    two = replace(spec(), past=(-5, -1), action_noise="zero", video_noise="fixed")
     asked = InferRequest(observation=replace(observation(3), past=(observation(1), observation(2))))
     sent = unpack(pack(encode_request(asked, KEYS, two)))
     parsed = parse_request(sent, two, KEYS)

@@ -6,11 +6,11 @@ already talks to an openpi server keeps its own. Shared by server and client. Im
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from agra.types import ActionChunk, Continuation, EmbodimentSpec, Observation, PolicySpec
+from agra.types import ActionChunk, ActionNoise, Continuation, EmbodimentSpec, Observation, PolicySpec, VideoNoise
 
 WIRE_VERSION = 1
 FRAME_SIDES = (16, 4096)
@@ -85,6 +85,7 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
         "imagines": spec.imagines,
         "past": list(spec.past),
         "action_noise": spec.action_noise,
+        "video_noise": spec.video_noise,
         "roles": {"image": keys.image, "state": list(keys.state), "prompt": keys.prompt},
     }
 
@@ -108,7 +109,8 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
             embodiments=embodiments,
             imagines=bool(message.get("imagines", False)),
             past=tuple(int(step) for step in message.get("past", ())),
-            action_noise="zero" if message.get("action_noise") == "zero" else "random",
+            action_noise=_choice(message, "action_noise", get_args(ActionNoise)),
+            video_noise=_choice(message, "video_noise", get_args(VideoNoise)),
         )
         keys = WireKeys(image=roles["image"], state=tuple(roles["state"]), prompt=roles["prompt"])
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -161,6 +163,14 @@ def encode_response(chunk: ActionChunk, request: InferRequest, timing: Mapping[s
     if request.ignored:
         message["ignored"] = list(request.ignored)
     return message
+
+
+def _choice(message: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> Any:
+    """Return one of the `choices`: the first one where an earlier version's message leaves the key out."""
+    chosen = message.get(key, choices[0])
+    if chosen not in choices:
+        raise ValueError(f"{key} {chosen!r} is none of {choices}")
+    return chosen
 
 
 def _optional(spec: PolicySpec) -> list[str]:

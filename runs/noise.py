@@ -1,13 +1,15 @@
-"""Effect of random and zero action noise on a policy's first chunk on the tabletop (docs/study.md).
+"""Effect of a policy's action noise and video noise on its first chunk on the tabletop (docs/study.md).
 
-python -m runs.action_noise POLICY ... [--draws 16]
+python -m runs.noise POLICY ... [--draws 16]
 
-A target is where the hands are asked to be at the eighth step of the first chunk, in the plane, as in visual reliance. All
-answers to an observation share their video noise.
+A target is where the hands are asked to be at the eighth step of the first chunk, in the plane, as in visual reliance.
 
 1. First observations of the in-distribution and semantic trials: the error of a random answer, of the mean of the random
-   answers and of the answer from zero noise, and the spread of the random answers.
-2. Two equal candidates: the object on one side and a copy of it on the other. A policy's answers to the scenes with one of
+   answers and of the answer from zero noise, and the spread of the random answers. All answers to an observation share
+   their video noise.
+2. The same observations and errors for random and zero video noise of the conditioning pass, and for the mean of the
+   hidden states of four video noises. All answers start from zero action noise.
+3. Two equal candidates: the object on one side and a copy of it on the other. A policy's answers to the scenes with one of
    the two are the ends of a line. An answer to both chooses a candidate where it lies in an outer third of the line, else it
    is between them.
 """
@@ -22,6 +24,7 @@ import tyro
 
 from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
 from agra.diagnostics.samples.sources import initial_observations
+from agra.methods.method import ReadsTokens
 from agra.policies.load import load_policy
 from agra.policies.policy import MethodPolicy
 from agra.simulation import make_simulator
@@ -48,26 +51,59 @@ def answers(
     return reliance.target(chunks, action_names)
 
 
+def video_answers(
+    policy: MethodPolicy, observation: Observation, action_names: Sequence[str], *, draws: int, seed: int
+) -> np.ndarray:
+    """Targets (draws + 2, d) in metres from zero action noise: of `draws` random video noises, of zero video noise, and of
+    the mean of the hidden states of the first four.
+    """
+    reliance, method = policy.config.visual_reliance, policy.method
+    assert reliance is not None
+    assert isinstance(method, ReadsTokens)
+    noise = policy.noise(draws + 1, seed)
+    noise["action"] = torch.zeros_like(noise["action"])
+    noise["video"][-1] = 0
+    inputs = policy.encode([observation])
+    with torch.inference_mode():
+        hidden = method.hidden(inputs.rows([0] * (draws + 1)), noise)
+        hidden = {layer: torch.cat([rows, rows[:4].mean(dim=0, keepdim=True)]) for layer, rows in hidden.items()}
+        count = draws + 2
+        start = {"action": noise["action"][:1].expand(count, -1, -1)}
+        actions = method.act_on(hidden, inputs.rows([0] * count), start, steps=None)
+        return reliance.target(policy.unnormalize(actions, observation.embodiment), action_names)
+
+
 def first_observations(policy: MethodPolicy, simulator: Simulator, *, draws: int) -> dict[str, IntervalEstimate]:
     """Means over observations, in metres."""
     reliance = policy.config.visual_reliance
     assert reliance is not None
     names, columns = simulator.embodiment.action_names, dict[str, list[float]]()
     for seed, initial in enumerate(initial_observations(simulator, reliance.step + 1)):
-        *random, zero = answers(policy, initial.observation, names, draws=draws, seed=seed)
-        mean = np.mean(random, axis=0)
         asked = reliance.target(initial.actions, names)
-        for name, value in {
-            "error of a random answer": np.linalg.norm(random - asked, axis=1).mean(),
-            "error of the mean": np.linalg.norm(mean - asked),
-            "error from zero": np.linalg.norm(zero - asked),
-            "spread": np.sqrt(((random - mean) ** 2).sum(axis=1).mean()),
-            "zero to the mean": np.linalg.norm(zero - mean),
-        }.items():
-            columns.setdefault(name, []).append(float(value))
+        *random, zero = answers(policy, initial.observation, names, draws=draws, seed=seed)
+        values = {f"action noise: {name}": value for name, value in _errors(np.array(random), zero, asked).items()}
+        if isinstance(policy.method, ReadsTokens) and "video" in policy.method.noise_shapes():
+            *random, zero, mean = video_answers(policy, initial.observation, names, draws=draws, seed=seed)
+            values |= {f"video noise: {name}": value for name, value in _errors(np.array(random), zero, asked).items()}
+            values["video noise: error of the mean of four hidden states"] = float(np.linalg.norm(mean - asked))
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
     estimates = {name: bootstrap_interval(np.array(values)) for name, values in columns.items()}
-    gain = paired_difference(np.array(columns["error of a random answer"]), np.array(columns["error from zero"]))
-    return estimates | {"random minus zero": gain}
+    for kind in sorted({name.split(":")[0] for name in columns}):
+        random, zero = (np.array(columns[f"{kind}: error of {name}"]) for name in ("a random answer", "zero"))
+        estimates[f"{kind}: random minus zero"] = paired_difference(random, zero)
+    return estimates
+
+
+def _errors(random: np.ndarray, zero: np.ndarray, asked: np.ndarray) -> dict[str, float]:
+    mean = random.mean(axis=0)
+    return {
+        "error of a random answer": float(np.linalg.norm(random - asked, axis=1).mean()),
+        "error of the mean": float(np.linalg.norm(mean - asked)),
+        "error of zero": float(np.linalg.norm(zero - asked)),
+        "spread": float(np.sqrt(((random - mean) ** 2).sum(axis=1).mean())),
+        "zero to the mean": float(np.linalg.norm(zero - mean)),
+    }
 
 
 def two_candidates(policy: MethodPolicy, simulator: Simulator, *, draws: int) -> dict[str, float]:
@@ -121,7 +157,7 @@ def main(policies: Annotated[tuple[str, ...], tyro.conf.Positional], draws: int 
     simulator = make_simulator("tabletop")
     try:
         for name in policies:
-            policy = load_policy(name, action_noise="random")
+            policy = load_policy(name, action_noise="random", video_noise="random")
             print(name)
             for label, estimate in first_observations(policy, simulator, draws=draws).items():
                 print(
