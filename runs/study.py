@@ -13,12 +13,12 @@ import numpy as np
 
 from agra import files
 from agra.evaluation.measured import MeasuredRow, measured
+from agra.evaluation.statistics import nested_bootstrap
 from agra.types import REGIMES
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "study.md"
 BEGIN, END = "<!-- rows of the study: python runs/study.py -->", "<!-- end of the rows -->"
-RESAMPLES = 10_000
 REFERENCES = (("agra", "wam"), ("_short_no_video_loss", "_short"), ("_both", "_few"))
 """An arm's reference is the arm whose name has the second part instead of the first."""
 Outcomes = dict[tuple[int, str], float]
@@ -62,15 +62,11 @@ def outcomes(rows: Sequence[MeasuredRow], noise: str, regime: str | None = None,
     }
 
 
-def clustered_interval(values: Outcomes, *, resamples: int = RESAMPLES) -> tuple[float, float, float]:
+def clustered_interval(values: Outcomes) -> tuple[float, float, float]:
     """Return the mean and its interval, with seeds and the trials within them drawn again."""
     seeds = sorted({seed for seed, _ in values})
-    grouped = [np.array([value for (s, _), value in values.items() if s == seed]) for seed in seeds]
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(seeds), size=(resamples, len(seeds)))
-    means = np.array([[g[rng.integers(len(g), size=len(g))].mean() for g in grouped] for _ in range(resamples)])
-    low, high = np.percentile(np.take_along_axis(means, drawn, axis=1).mean(axis=1), [2.5, 97.5])
-    return float(np.mean([g.mean() for g in grouped])), float(low), float(high)
+    average = nested_bootstrap([[v for (s, _), v in values.items() if s == seed] for seed in seeds])
+    return average.value, average.low, average.high
 
 
 def markdown(arms: Mapping[str, Sequence[MeasuredRow]]) -> str:

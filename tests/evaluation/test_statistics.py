@@ -8,6 +8,7 @@ from agra.evaluation.statistics import (
     clustered_bootstrap,
     mcnemar,
     minimum_detectable_effect,
+    nested_bootstrap,
     paired_bootstrap,
     paired_minimum_detectable_effect,
     stratified_average,
@@ -177,3 +178,15 @@ def test_paired_minimum_detectable_effect_is_seen_in_four_of_five():
     assert paired_minimum_detectable_effect(10, 0.1) == math.inf
     with pytest.raises(ValueError, match=r"discordant: expected a fraction in \[0, 1\]"):
         paired_minimum_detectable_effect(10, 1.2)
+
+
+def test_the_nested_bootstrap_draws_groups_and_their_values():
+    rng = np.random.default_rng(0)
+    one = [float(rng.random() < 0.5) for _ in range(200)]
+    mean, low, high, count = nested_bootstrap([one])
+    assert (mean, count) == (pytest.approx(np.mean(one)), 1)
+    assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(mean * (1 - mean) / 200), rel=0.1)
+    apart = [[float(seed)] * 200 for seed in (0, 1)]  # all variation is between groups
+    assert nested_bootstrap(apart)[:3] == (0.5, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"expected groups of at least one value, got \[2, 0\]"):
+        nested_bootstrap([[0.0, 1.0], []])

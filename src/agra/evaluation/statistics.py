@@ -54,7 +54,7 @@ def expanded_percentile_interval(
     seed: int = 0,
     vectorized: bool = True,
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of a statistic over independent units, the only one of the package.
+    """Bootstrap interval (low, high) of a statistic over independent units. Two levels need `nested_bootstrap`.
 
     `statistic` takes the numbers, 0 to `units` - 1, of the resampled units. If it is `vectorized`, it takes many
     resamples at once and reduces the last axis. The percentile bootstrap of few units is too narrow, because it uses a
@@ -110,6 +110,24 @@ def clustered_bootstrap(
         lambda numbers: means[numbers].mean(axis=-1), count, confidence=confidence, resamples=resamples, seed=seed
     )
     return Average(float(means.mean()), low, high, count)
+
+
+def nested_bootstrap(
+    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Average:
+    """The mean of the groups' means, such as those of training seeds, with an interval that resamples groups, and the
+    values within each.
+
+    With one group it covers its values alone. With few groups it is too narrow. Raises ValueError for an empty group.
+    """
+    if not groups or not all(len(group) for group in groups):
+        raise ValueError(f"nested_bootstrap: expected groups of at least one value, got {list(map(len, groups))}")
+    rng, arrays = np.random.default_rng(seed), [np.asarray(group, dtype=np.float64) for group in groups]
+    drawn = rng.integers(len(arrays), size=(resamples, len(arrays)))
+    means = np.array([[a[rng.integers(len(a), size=len(a))].mean() for a in arrays] for _ in range(resamples)])
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(np.take_along_axis(means, drawn, axis=1).mean(axis=1), [tail, 100 - tail])
+    return Average(float(np.mean([a.mean() for a in arrays])), float(low), float(high), len(arrays))
 
 
 def stratified_average(

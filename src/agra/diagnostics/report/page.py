@@ -28,6 +28,7 @@ from agra.diagnostics.report.figures import swatch
 from agra.diagnostics.report.gallery_section import RAMP, gallery_section
 from agra.diagnostics.report.grounding_section import grounding_section
 from agra.diagnostics.report.layers_section import imagination_section, layers_section
+from agra.diagnostics.report.seeds_section import seeds_section
 from agra.diagnostics.report.study_section import study_sections
 from agra.diagnostics.report.training_section import training_section
 from agra.diagnostics.report.visual_reliance_section import read_visual_reliance, visual_reliance_section
@@ -83,6 +84,7 @@ def build_report(
         summary=_summary(evaluation, reliance, grounding),
         training=training_section(policies),
         evaluation=evaluation,
+        seeds=seeds_section(results, configs),
         visual_reliance=reliance,
         grounding=grounding,
         layers=layers_section(columns),

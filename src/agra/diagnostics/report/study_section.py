@@ -58,7 +58,7 @@ def _section(folder: Path) -> dict[str, Any]:
         "else is equal. There is one seed for each row, so differences of a few trials are no evidence.",
         "chart": interval_chart(evaluated, title=title, limits=(0.0, 1.0), percent=True) if evaluated else None,
         "columns": COLUMNS,
-        "variants": variants,
+        "rows": [(variant.name, variant.cells) for variant in variants],
     }
 
 
