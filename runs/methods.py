@@ -2,6 +2,7 @@
 
 python runs/methods.py rates RECIPE          the three learning rates of the grid
 python runs/methods.py choose GRID           the rate with the lowest held-out action loss, of runs GRID/RATE
+python runs/methods.py steps RECIPE          the steps in which a method has the FLOPs of the WAM's 2,900 steps
 python runs/methods.py chosen ROW            the rate of a finished row, nothing without one
 python runs/methods.py record RUN ROW ...    write a finished row: row.json and the two results files
 python runs/methods.py table                 write the table of all finished rows into docs/methods.md
@@ -39,9 +40,13 @@ from agra.policies.policy import MethodPolicy
 from agra.recipes import RECIPES
 from agra.simulation import make_simulator
 from agra.stages import Stage
+from agra.training.memory_estimate import flops_per_sample
 from agra.types import Observation
 
 ROOT = Path(__file__).parent.parent
+WAM_STEPS = 2900
+COMPUTE = "_compute"
+"""End of the name of a row with the WAM's FLOPs instead of its windows."""
 STEPS = (1 / 3, 1, 3)
 """Multiples of the recipe's learning rate."""
 CHOSEN_BY = "validation/action_loss"
@@ -58,6 +63,15 @@ def rates(recipe: tyro.conf.Positional[str]) -> None:
     if stage.learning_rate_by_part:
         raise SystemExit(f"{recipe}: has rates by part, and the grid scales one rate alone")
     print(*(f"{step * stage.learning_rate:.3g}" for step in STEPS))
+
+
+def steps(recipe: tyro.conf.Positional[str]) -> None:
+    """Print the steps that have the FLOPs of `WAM_STEPS` of tiny_wam, forward and backward, of both as in the joint stage.
+
+    The features of frozen networks come from the cache and do not count.
+    """
+    wam, other = (flops_per_sample(RECIPES[name](Stage.JOINT)) for name in ("tiny_wam", recipe))
+    print(round(WAM_STEPS * wam / other))
 
 
 def choose(grid: tyro.conf.Positional[Path], row: tyro.conf.Positional[Path]) -> None:
@@ -100,7 +114,7 @@ def trained(run: Path, row: Path, *, recipe: str, data: Path | None) -> dict[str
     stages = lineage(run)
     config = _portable(stages[-1].config)
     name = row.name.rpartition("_")[0]
-    grid = row.with_name(f"{name}_0") / GRID
+    grid = row.with_name(f"{name.removesuffix(COMPUTE)}_0") / GRID
     log = [] if stages[-1].metrics is None else _lines(stages[-1].metrics)
     return {
         "name": name,
@@ -159,8 +173,17 @@ def in_markdown(tables: Iterable[Sequence[Sequence[str]]]) -> str:
 
 
 def markdown(rows: Sequence[MeasuredRow]) -> str:
-    """The rows as three tables: training and visual reliance, success, and tests against the references."""
-    return in_markdown([_training_table(rows), _success_table(rows), _tests_table(rows)])
+    """The rows of equal windows as three tables: training and visual reliance, success, and tests against the references.
+
+    Then those of equal compute, where there are some.
+    """
+    equal = [row for row in rows if not row.name.endswith(COMPUTE)]
+    text = in_markdown([_training_table(equal), _success_table(equal), _tests_table(equal)])
+    if compute := [row for row in rows if row.name.endswith(COMPUTE)]:
+        shown = [*(row for row in rows if row.name in REFERENCES), *compute]
+        tables = [_training_table(shown), _success_table(shown), _tests_table(shown)]
+        text += f"\nWith the WAM's FLOPs of training instead of its windows:\n\n{in_markdown(tables)}"
+    return text
 
 
 def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
@@ -169,6 +192,7 @@ def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
         "seed",
         "pre-training",
         "parameters",
+        "windows",
         "rates: held-out action loss of the grid",
         "held-out action loss",
     ]
@@ -187,6 +211,7 @@ def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
         ratio = info["grounding"]["summary"]["sensitivity_mean"]["ratio"]
         cells = [
             *(row.name, f"{row.seed}", info["pre_training"], f"{sum(info['parameters'].values()):,}"),
+            f"{info['windows']:,}",
             f"{', '.join(tried)}. Chosen: {info['learning_rate']:.3g}"
             if tried
             else f"{info['learning_rate']:.3g}, chosen before",
@@ -356,5 +381,5 @@ def _commit() -> str:
 
 if __name__ == "__main__":
     tyro.extras.subcommand_cli_from_dict(
-        {function.__name__: function for function in (rates, choose, chosen, finished, record, table)}
+        {function.__name__: function for function in (rates, steps, choose, chosen, finished, record, table)}
     )

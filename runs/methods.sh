@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every method on the tabletop under one protocol (docs/methods.md): the demonstrations of runs/tabletop.sh, 92,800 windows,
 # a grid of three learning rates, 180 trials with random and with zero noise. A row takes one to two hours on one core.
+# Rows NAME_compute have the WAM's FLOPs of training instead of its windows, and the rate of row NAME.
 # After an interruption the script continues. Finished rows go to src/agra/evaluation/measured/tabletop, and so do finished grids.
 # What is there already is skipped, so the table can grow over several days or machines. Checkpoints and logs go to outputs/methods.
 #   LANES=1     rows side by side, by default 2
@@ -19,8 +20,8 @@ DATA="--data.path $BASE/demonstrations --data.cache $BASE/cache"
 export DATA
 mkdir -p "$OUT"
 
-# NAME SEED RECIPE START. START is `adapt` for a method with an adapt stage, which takes 500 steps of its budget, `scratch` for
-# the others, or a bundled policy that has had the same budget.
+# NAME SEED RECIPE START. START is `adapt` for a method with an adapt stage, which takes 5/29 of its steps, `scratch` for the
+# others, or a bundled policy that has had the same budget. AGRA and UWM have the WAM's FLOPs within 4 %.
 rows() {
   cat <<'ROWS'
 wam 0 tiny_wam tabletop-wam
@@ -35,6 +36,15 @@ uwm 0 tiny_uwm scratch
 vla 0 tiny_vla scratch
 lda_scratch 0 tiny_lda_scratch scratch
 lda_scratch_vae 0 tiny_lda_scratch_vae scratch
+diffusion_policy_compute 0 tiny_diffusion_policy scratch
+dit4dit_compute 0 tiny_dit4dit adapt
+dit4dit_attached_compute 0 tiny_dit4dit_attached adapt
+flare_compute 0 tiny_flare adapt
+flare_frozen_compute 0 tiny_flare_frozen scratch
+flare_policy_only_compute 0 tiny_flare_policy_only scratch
+vla_compute 0 tiny_vla scratch
+lda_scratch_compute 0 tiny_lda_scratch scratch
+lda_scratch_vae_compute 0 tiny_lda_scratch_vae scratch
 ROWS
 }
 
@@ -48,17 +58,25 @@ open_rows() {
 
 row() {
   local name=$1 seed=$2 recipe=$3 start=$4
-  local run="$OUT/${name}_$seed" grid="$OUT/${name}_grid" init=() steps=2900 made=() rate
+  local run="$OUT/${name}_$seed" grid="$OUT/${name}_grid" init=() steps=2900 made=() rate adapt
+  rate=$(python runs/methods.py chosen "$MEASURED/${name%_compute}_0")
+  if [[ "$name" = *_compute ]]; then
+    if [ -z "$rate" ]; then
+      echo "${name}_$seed: the learning rate is that of row ${name%_compute}_0, which is not finished" >&2
+      exit 1
+    fi
+    steps=$(python runs/methods.py steps "$recipe")
+  fi
   case "$start" in
     adapt)
-      agra train "$recipe" --stage adapt --output "$OUT/${name}_adapt" --stage.steps 500 --device "$DEVICE" $DATA
+      adapt=$((steps * 5 / 29))
+      agra train "$recipe" --stage adapt --output "$OUT/${name}_adapt" --stage.steps "$adapt" --device "$DEVICE" $DATA
       python runs/methods.py finished "$OUT/${name}_adapt"
-      init=(--init-from "$OUT/${name}_adapt") steps=2400 ;;
+      init=(--init-from "$OUT/${name}_adapt") steps=$((steps - adapt)) ;;
     scratch) ;;
     *) agra export "$start" --output "$run" ;;
   esac
   if [ "$start" = adapt ] || [ "$start" = scratch ]; then
-    rate=$(python runs/methods.py chosen "$MEASURED/${name}_0")
     if [ -z "$rate" ]; then
       for rate in $(python runs/methods.py rates "$recipe"); do
         agra train "$recipe" --stage joint "${init[@]}" --output "$grid/$rate" --stage.steps 300 --stage.learning-rate "$rate" \
@@ -87,7 +105,9 @@ if [ -n "$todo" ]; then
   echo "$todo" | while read -r _ _ recipe start; do
     case "$start" in adapt | scratch) agra prepare "$recipe" --device "$DEVICE" $DATA ;; esac
   done
-  echo "$todo" | xargs -P "${LANES:-2}" -I{} bash -euc "row {}"
+  play() { xargs -r -P "${LANES:-2}" -I{} bash -euc "row {}"; }
+  sed /_compute/d <<<"$todo" | play
+  sed -n /_compute/p <<<"$todo" | play # their rates come from the others
 fi
 python runs/methods.py table
 agra leaderboard --benchmark tabletop

@@ -155,6 +155,7 @@ shift
 echo "$*" >> "$CALLS"
 case "$1" in
   rates) echo 0.1 0.3 0.9 ;;
+  steps) echo 5800 ;;
   choose) echo 0.3 ;;
   chosen) if [ -f "$2/row.json" ]; then echo 0.9; fi ;; # a row has its grid
   record) mkdir -p "$3" && touch "$3/row.json" ;;
@@ -162,8 +163,9 @@ esac
 """
 
 
-def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_rows(tmp_path):
-    """With stand-ins for `agra` and the helper script."""
+@pytest.fixture
+def play(tmp_path):
+    """Run methods.sh with stand-ins for `agra` and the helper script. Returns its exit status, their calls and its errors."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "outputs/tabletop/demonstrations").mkdir(parents=True)
     shutil.copy(RUNS[0].parent / "methods.sh", tmp_path / "runs")
@@ -172,20 +174,25 @@ def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_ro
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
         path.chmod(0o755)
-    calls, measured = tmp_path / "calls", tmp_path / "src/agra/evaluation/measured/tabletop"
+    calls = tmp_path / "calls"
 
     def play(**options):
         calls.write_text("")
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "CALLS": str(calls), "FAIL": "", "LANES": "1", **options}
-        script = tmp_path / "runs" / "methods.sh"
-        done = subprocess.run(["bash", str(script)], env=environment, check=False, capture_output=True)
-        return done.returncode, calls.read_text().splitlines()
+        command = ["bash", str(tmp_path / "runs" / "methods.sh")]
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        return done.returncode, calls.read_text().splitlines(), done.stderr
 
-    code, said = play(ROWS="diffusion_policy_0", FAIL="evaluate")
+    return play
+
+
+def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_rows(play, tmp_path):
+    measured = tmp_path / "src/agra/evaluation/measured/tabletop"
+    code, said, _ = play(ROWS="diffusion_policy_0", FAIL="evaluate")
     assert code != 0
     assert said[-1].startswith("evaluate outputs/methods/diffusion_policy_0")
-    code, said = play(ROWS="diffusion_policy_0", DEVICE="cuda")
+    code, said, _ = play(ROWS="diffusion_policy_0", DEVICE="cuda")
     assert code == 0
     trainings = [line for line in said if line.startswith("train tiny_diffusion_policy")]
     rates = [line.split("--stage.learning-rate ")[1].split()[0] for line in trainings]
@@ -203,15 +210,36 @@ def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_ro
     assert [path.parent.name for path in measured.glob("*/row.json")] == ["diffusion_policy_0"]
     assert play(ROWS="diffusion_policy_0")[1] == ["table", "leaderboard --benchmark tabletop"]
 
-    code, said = play()  # all rows that are left
+    code, said, _ = play()  # all rows that are left
     assert code == 0
-    assert not [line for line in said if "diffusion_policy" in line]
+    assert not [line for line in said if "outputs/methods/diffusion_policy_0" in line]
     adapted = [line for line in said if line.startswith("train tiny_dit4dit ")]
     assert "--stage adapt" in adapted[0]
-    assert all("--init-from outputs/methods/dit4dit_adapt" in line for line in adapted[1:])
-    assert "--stage.steps 2400 " in adapted[-1]
+    equal, compute = [[line for line in adapted if ("_compute" in line) == kind] for kind in (False, True)]
+    assert "--stage.steps 500 " in equal[0]
+    assert all("--init-from outputs/methods/dit4dit_adapt" in line for line in equal[1:])
+    assert "--stage.steps 2400 " in equal[-1]
+    assert adapted == equal + compute  # the rates are those of the first ones, without a grid of their own
+    assert [line.split("--stage.steps ")[1].split()[0] for line in compute] == ["1000", "4800"]
+    assert "--stage.learning-rate 0.9 " in compute[-1]
     assert "export tabletop-wam --output outputs/methods/wam_0" in said
     assert not [line for line in said if line.startswith("train tiny ")]  # the bundled pair is not trained again
+
+
+def test_a_row_of_equal_compute_needs_the_rate_of_its_method(play):
+    code, said, errors = play(ROWS="flare_compute_0")
+    assert code != 0
+    assert "flare_compute_0: the learning rate is that of row flare_0, which is not finished" in errors
+    assert not [line for line in said if line.startswith("train")]
+
+
+def test_equal_compute(capsys):
+    """A head that is read alone costs less than the WAM, so it has more steps."""
+    for recipe in ("tiny_wam", "tiny_vla"):
+        methods.steps(recipe)
+    wam, vla = map(int, capsys.readouterr().out.split())
+    assert wam == methods.WAM_STEPS
+    assert 2 < vla / wam < 3
 
 
 def test_every_row_of_the_comparison_names_a_recipe_and_a_start():
