@@ -56,6 +56,7 @@ def record(
         "demonstrations": {"set": data.name, "episodes": dataset.num_episodes, "held_out": len(initial)},
         "cpu_ms_per_answer": methods.cpu_milliseconds(policy, initial[0].observation),
         "first_looks": by_instruction(reliance),
+        "grounding": methods.grounding(run / "average"),
         "cpu_seconds": {
             "collection": methods.cpu_seconds(data.with_name(f"{data.name}.collect.seconds")),
             "preparation": methods.cpu_seconds(data.with_name(f"{data.name}.prepare.seconds")),
@@ -109,10 +110,12 @@ def table(folder: tyro.conf.Positional[Path] = FOLDER / "metaworld") -> None:
 
 
 def markdown(rows: Sequence[MeasuredRow]) -> str:
-    """Success by group, paired differences, training and cost, first looks, and success by task."""
+    """Success by group, paired differences, training and cost, first looks, grounding, and success by task."""
     if not rows:
         return "No row is measured yet.\n"
-    return methods.in_markdown([_success(rows), _differences(rows), _training(rows), _first_looks(rows), _tasks(rows)])
+    return methods.in_markdown(
+        [_success(rows), _differences(rows), _training(rows), _first_looks(rows), _grounding(rows), _tasks(rows)]
+    )
 
 
 def _success(rows: Sequence[MeasuredRow]) -> Table:
@@ -173,6 +176,23 @@ def _training(rows: Sequence[MeasuredRow]) -> Table:
                 *("unknown" if value is None else f"{value / 3600:.2f}" for value in hours),
             ]
         )
+    return table
+
+
+def _grounding(rows: Sequence[MeasuredRow]) -> Table:
+    """Attention and sensitivity on the masks of the experts' moments, medians with their 95 % intervals."""
+    kinds = ("mean", "zero", "shuffle", "swap")
+    table = _head("grounding", "seed", "attention in mask, %", "centroid error", *(f"ratio, {kind}" for kind in kinds))
+    for row in rows:
+        if (grounding := row.info.get("grounding")) is None:
+            continue
+        found, cells = grounding["summary"], []
+        shown = [(found["in_mask_ratio"], 100), (found["centroid_error"], 1)]
+        shown += [(found[f"sensitivity_{kind}"]["ratio"], 1) for kind in kinds]
+        for estimate, scale in shown:
+            value, low, high = (f"{scale * estimate[part]:.3g}" for part in ("value", "low", "high"))
+            cells.append(f"{value} [{low}, {high}]" if estimate["count"] else "-")
+        table.append([row.name, f"{row.seed}", *cells])
     return table
 
 

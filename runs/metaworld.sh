@@ -79,6 +79,9 @@ row() {
   timed "$run" agra train "$recipe" --stage joint --output "$run" --stage.steps "$steps" --stage.seed "$seed" $(data "$set") "$@"
   python runs/methods.py finished "$run"
   agra export "$run" --output "$run/average" --ema
+  if [ "$recipe" != metaworld_diffusion_policy ] && [ ! -f "$run/average/diagnosis/diagnosis.json" ]; then
+    agra diagnose "$run/average" --probes "$BASE/probes" --action-noise random --device "$DEVICE"
+  fi
   tasks=$(wc -w <<<"$TASKS")
   for noise in $NOISES; do
     timed "$run/$noise" agra evaluate "$run/average" --simulator metaworld_20hz --simulator-python "$SIMULATOR" --name "${name}_$seed" \
@@ -98,6 +101,12 @@ if [ -n "$todo" ]; then
   echo "$todo" | cut -d ' ' -f 4- | sort -u | while read -r set recipe flags; do
     timed "$BASE/$set.prepare" agra prepare "$recipe" $(data "$set") $flags </dev/null
   done
+  # Two moments of each task with masks, for the diagnosis.
+  if [ ! -f "$BASE/probes/samples.json" ]; then
+    tasks=$(wc -w <<<"$TASKS")
+    timed "$BASE/probes" agra probes metaworld_wam --data.path "$BASE/$set" --simulator metaworld_20hz \
+      --simulator-python "$SIMULATOR" ${TASKS:+--tasks $TASKS} --samples $((2 * (tasks ? tasks : 50))) --output "$BASE/probes"
+  fi
   echo "$todo" | xargs -P "$LANES" -I{} bash -euc "row {}"
 fi
 python -m runs.metaworld table "$MEASURED"

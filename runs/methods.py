@@ -103,7 +103,7 @@ def record(
     content = trained(run, row, recipe=recipe, data=data) | {
         "cpu_ms_per_answer": cpu_milliseconds(load_policy(run), _first_observation()),
         "visual_reliance": _visual_reliance(run),
-        "grounding": _grounding(run),
+        "grounding": grounding(run),
     }
     write_row(row, content, {"random": run / "results.jsonl", "zero": run / "zero.jsonl"})
 
@@ -364,9 +364,12 @@ def _difference(ours: np.ndarray, theirs: np.ndarray, trials: Sequence[str]) -> 
     return [round(value, 5) for value in (estimate.value, estimate.low, estimate.high)]
 
 
-def _grounding(run: Path) -> dict[str, Any]:
-    """The summary of the diagnosis, and the instruments that do not apply."""
-    header = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
+def grounding(run: Path) -> dict[str, Any] | None:
+    """The summary of a run's diagnosis and the instruments that do not apply. None without a diagnosis."""
+    file = run / "diagnosis" / "diagnosis.json"
+    if not file.is_file():
+        return None
+    header = json.loads(file.read_text())
     return {name: header[name] for name in ("not_applicable", "summary")}
 
 

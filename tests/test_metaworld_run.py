@@ -68,6 +68,8 @@ while [ $# -gt 0 ]; do
   case "$1" in
     collect) set="$4"; mkdir -p "$set" && touch "$set/collection.json" ;;
     export) mkdir -p "$4" ;;
+    probes) probes=1 ;;
+    --output) if [ -n "${probes:-}" ]; then mkdir -p "$2" && touch "$2/samples.json"; fi ;;
     record) mkdir -p "$3" && touch "$3/row.json" ;;
   esac
   shift
@@ -107,14 +109,19 @@ def test_the_script_goes_on_after_a_failure_and_skips_finished_rows(play):
     code, said = play(ROWS="wam_0", FAIL="evaluate")
     assert code != 0
     assert said[-1].startswith("agra evaluate outputs/metaworld/runs/wam_0/average")
+    (probed,) = [line for line in said if line.startswith("agra probes")]
+    assert "--simulator metaworld_20hz " in probed
+    assert probed.endswith("--samples 100 --output outputs/metaworld/probes")
     code, said = play(ROWS="wam_0", DEVICE="cuda")
     assert code == 0
-    prepared, trained, finished, exported, zero, random, recorded, table, leaderboard = said  # the set is there
+    # The set and the samples of the diagnosis are there.
+    prepared, trained, finished, exported, diagnosed, zero, random, recorded, table, leaderboard = said
     assert prepared.startswith("agra prepare metaworld_wam --data.path outputs/metaworld/clean")
     assert "--output outputs/metaworld/runs/wam_0 --stage.steps 12000 --stage.seed 0 " in trained
     assert "--device cuda --data.validation-fraction 0.137931" in trained  # 8 of 58
     assert finished == "python runs/methods.py finished outputs/metaworld/runs/wam_0"
     assert exported.endswith("--output outputs/metaworld/runs/wam_0/average --ema")
+    assert diagnosed.startswith("agra diagnose outputs/metaworld/runs/wam_0/average --probes outputs/metaworld/probes ")
     assert "--limit 500 --execute-steps 4 --action-noise zero " in zero
     assert zero.endswith("--output outputs/metaworld/runs/wam_0/zero.jsonl")
     assert "--action-noise random" in random
@@ -140,6 +147,10 @@ def test_a_few_tasks_have_data_and_rows_of_their_own(play):
     assert noisy.endswith("--noise hand_d* 0.25")
     flags = "--data.validation-fraction 0.250000 --data.shift 2"
     assert all(flags in line for line in said if line.startswith(("agra prepare", "agra train")))
+    (probed,) = [line for line in said if line.startswith("agra probes")]
+    assert "--tasks reach-v3 push-v3 --samples 4 " in probed
+    diagnosed = [line for line in said if line.startswith("agra diagnose")]
+    assert len(diagnosed) == 1  # Diffusion Policy has no token grid
     evaluated = [line for line in said if line.startswith("agra evaluate")]
     assert all("--tasks reach-v3 push-v3 --limit 4 " in line for line in evaluated)
     assert len(evaluated) == 2
@@ -181,6 +192,19 @@ def results(policy, solved, **header):
     return replace(made, trials=tuple(replace(trial, task=task) for trial, task in named))
 
 
+def estimate(value, low, high):
+    return {"value": value, "low": low, "high": high, "count": 40}
+
+
+GROUNDING = {
+    "summary": {
+        "in_mask_ratio": estimate(0.25, 0.2, 0.3),
+        "centroid_error": estimate(0.8, 0.7, 0.9),
+        **{f"sensitivity_{kind}": {"ratio": estimate(2.0, 1.5, 2.5)} for kind in ("mean", "zero", "shuffle", "swap")},
+    }
+}
+
+
 @pytest.fixture
 def rows(tmp_path):
     easy = {task: 2 for task, group in task_groups("metaworld").items() if group == "easy"}
@@ -199,6 +223,7 @@ def rows(tmp_path):
             "demonstrations": {"set": "clean", "episodes": 2750, "held_out": 250},
             "cpu_ms_per_answer": 28.4,
             "first_looks": {"all": {"scenes": 5, "error": 0.02, "constant_error": 0.05, "image_swap_shift": 0.03}},
+            "grounding": GROUNDING if name == "agra" else None,
             "cpu_seconds": {"collection": 3600.0, "preparation": None, "evaluation": {"zero": 1800.0}},
         }
         (folder / "row.json").write_text(json.dumps(info))
@@ -208,7 +233,7 @@ def rows(tmp_path):
 
 def test_the_tables(rows):
     """56 of 100 trials: 28 of 50 tasks, one of four groups."""
-    success, difference, training, looks, tasks = page.markdown(rows).split("\n\n")
+    success, difference, training, looks, grounding, tasks = page.markdown(rows).split("\n\n")
     wam = success.splitlines()[3].split(" | ")
     assert wam[:4] == ["| wam", "0", "zero", "100 [100, 100]"]
     assert wam[7].startswith("25 [25, 25]")
@@ -218,6 +243,7 @@ def test_the_tables(rows):
     assert "| 1 and 0 of 100 | 1.000 |" in difference
     assert "| clean: 2,500 | text | 1,500 | 64 | 4 | 0.500 | 28 | 1.00 | unknown | 0.00 | 0.50 |" in training
     assert "| all | 2.0 / 5.0, swap 3.0 | 2.0 / 5.0, swap 3.0 |" in looks
+    assert grounding.splitlines()[2:] == ["| agra | 0 | 25 [20, 30] | 0.8 [0.7, 0.9] |" + " 2 [1.5, 2.5] |" * 4]
     assert "| push | hard | 1 of 2 [9, 91] | 0 of 2 [0, 66] |" in tasks
     assert len(tasks.strip().splitlines()) == 2 + 50
 

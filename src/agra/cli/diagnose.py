@@ -111,22 +111,37 @@ class ProbesOptions:
     without masks."""
     samples: int = 24
     """Number of samples."""
+    tasks: tuple[str, ...] | None = None
+    """Tasks of the simulator to play. By default all."""
+    simulator_python: Path | None = None
+    """Interpreter of the simulator's own environment, in which the expert plays."""
 
 
 def probes(arguments: list[str]) -> None:
     """Write probe samples, and their frames as pictures to annotate: agra probes RECIPE --output DIR [--data.path ...]"""
     options, config = recipe_arguments("probes", arguments, ProbesOptions)
     config = with_data(config, arguments, None)
+    from agra.diagnostics.samples.expert_samples import in_environment
     from agra.diagnostics.samples.probe_sample import save_samples
-    from agra.diagnostics.samples.sources import dataset_samples, probe_samples, write_pictures
+    from agra.diagnostics.samples.sources import dataset_samples, probe_samples, sample_steps, write_pictures
     from agra.simulators.registry import make
 
     if options.simulator is None:
         samples = dataset_samples(config, options.samples)
+    elif options.simulator_python is not None:
+        steps = sample_steps(config, config.data.embodiments)
+        samples = in_environment(
+            options.simulator_python,
+            options.simulator,
+            options.samples,
+            steps,
+            options.output,
+            tasks=options.tasks,
+        )
     else:
         env = make(options.simulator)
         try:
-            samples = probe_samples(env, options.samples, config)
+            samples = probe_samples(env, options.samples, config, tasks=options.tasks)
         finally:
             env.close()
     save_samples(samples, options.output)

@@ -27,6 +27,7 @@ from agra.data.normalization.normalize import NormStats
 from agra.data.source import Source, open_sources
 from agra.diagnostics.metrics import mask_to_grid
 from agra.diagnostics.monitors import PICTURED, ProbeInputs, require_token_grids
+from agra.diagnostics.samples.expert_samples import SampleSteps, expert_samples
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, samples_from_episode
 from agra.diagnostics.visual_reliance import InitialObservation
 from agra.evaluation.protocols import regime_trials
@@ -36,40 +37,26 @@ from agra.policies.instructions import Instructions
 from agra.policies.observations import ObservationEncoder
 from agra.simulators.registry import expert
 from agra.training.distributed import DistributedContext
-from agra.types import REGIMES, LocatesTarget, Simulator, Trial
+from agra.types import Simulator
 
 TeacherKind = Literal["own", "packaged_dinov2_small", "dinov2", "siglip", "none"]
-LATEST_MOMENT = 0.45
-"""Fraction of an expert episode up to which probe samples are taken: from the first observation to about the grasp."""
 INITIAL_REGIMES = ("in_distribution", "semantic")
 """Regimes of the initial observations: the same task, objects at many places, two candidates."""
-_GOLDEN = 0.6180339887498949
 _SIGLIP = "google/siglip-base-patch16-384"
 
 
-def probe_samples(simulator: Simulator, count: int, config: RunConfig) -> list[ProbeSample]:
-    """Moments of the scripted expert's episodes on evaluation trials, one for each trial, with masks.
-
-    They are evenly spread over the regimes and over the first part of an episode, and hold the frames of the window
-    that the method of `config` predicts.
+def probe_samples(
+    simulator: Simulator, count: int, config: RunConfig, *, tasks: Sequence[str] | None = None
+) -> list[ProbeSample]:
+    """Moments of the scripted expert's episodes (`expert_samples`), with the frames of the window that the method of `config`
+    predicts.
     """
-    demonstrator = expert(simulator)
-    stride, past = config.data.source(simulator.embodiment.name).frame_stride, _past_steps(config)
-    samples: list[ProbeSample] = []
-    for trial in regime_trials(simulator, limit=-(-count // len(REGIMES))):
-        episode = run_episode(demonstrator, simulator, trial, execute_steps=1, masks=True)
-        step = int(LATEST_MOMENT * (len(samples) * _GOLDEN % 1) * len(episode))
-        samples += samples_from_episode(
-            episode,
-            [step],
-            _grid_steps(config.method, stride),
-            trial=trial.name,
-            regime=trial.regime,
-            window_offsets=_window_steps(config.method, stride),
-            past_offsets=past,
-            position=_position(simulator, trial),
-        )
-    return samples
+    return expert_samples(simulator, count, sample_steps(config, [simulator.embodiment.name]), tasks=tasks)
+
+
+def sample_steps(config: RunConfig, embodiments: Sequence[str]) -> dict[str, SampleSteps]:
+    """Return the control steps from a sample's observation to the frames of the method of `config`, by embodiment."""
+    return {name: _sample_steps(config, config.data.source(name).frame_stride) for name in embodiments}
 
 
 def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
@@ -81,7 +68,7 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
     source = open_sources(config.data)[0]
     uncropped = LeRobotDataset.of(replace(source.config, crop_rows=None, crop_columns=None), config.data.root)
     episodes = (source.validation or source.training)[:count]
-    stride, past = source.config.frame_stride, _past_steps(config)
+    steps = _sample_steps(config, source.config.frame_stride)
     samples: list[ProbeSample] = []
     for place, episode in enumerate(episodes):
         recorded = uncropped.episode(episode)
@@ -89,11 +76,11 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
         samples += samples_from_episode(
             recorded,
             np.unique(np.linspace(0, len(recorded) - 1, moments + 1).astype(int)[:moments]).tolist(),
-            _grid_steps(config.method, stride),
+            steps.grid,
             trial=f"episode{episode:06d}",
             regime="in_distribution",
-            window_offsets=_window_steps(config.method, stride),
-            past_offsets=past,
+            window_offsets=steps.window,
+            past_offsets=steps.past,
         )
     return samples
 
@@ -220,28 +207,9 @@ def _instructions(
     return Instructions(None, {text: torch.from_numpy(tokens.read(text)) for text in texts})
 
 
-def _grid_steps(method: MethodConfig, stride: int) -> list[int]:
-    """Control steps from the observation to the frame of each time position of the token grid."""
-    return [frame * stride for frame in method.grid_frames]
-
-
-def _window_steps(method: MethodConfig, stride: int) -> list[int]:
-    """Control steps from the observation to the frames of the predicted video."""
-    return [frame * stride for frame in method.imagined_frames]
-
-
-def _past_steps(config: RunConfig) -> tuple[int, ...]:
-    """Control steps before the observation that the policy of a config also reads."""
-    return ObservationEncoder(config, None, None, {}).past
-
-
-def _position(simulator: Simulator, trial: Trial) -> np.ndarray | None:
-    """Row and column of the target object's centre, as fractions of the frame.
-
-    None if the simulator does not give it.
-    """
-    if not isinstance(simulator, LocatesTarget):
-        return None
-    simulator.reset(trial)
-    mask = simulator.target_mask()
-    return (np.argwhere(mask).mean(axis=0) + 0.5) / mask.shape if mask.any() else None
+def _sample_steps(config: RunConfig, stride: int) -> SampleSteps:
+    return SampleSteps(
+        grid=tuple(frame * stride for frame in config.method.grid_frames),
+        window=tuple(frame * stride for frame in config.method.imagined_frames),
+        past=ObservationEncoder(config, None, None, {}).past,
+    )
