@@ -15,6 +15,7 @@ import tyro
 
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.source import held_out
+from agra.diagnostics.record import estimate
 from agra.diagnostics.visual_reliance import InitialObservation, VisualReliance, measure_visual_reliance
 from agra.evaluation.measured import FOLDER, MeasuredRow, measured
 from agra.evaluation.results import Results, Summary, compare, summarise
@@ -56,7 +57,7 @@ def record(
         "demonstrations": {"set": data.name, "episodes": dataset.num_episodes, "held_out": len(initial)},
         "cpu_ms_per_answer": methods.cpu_milliseconds(policy, initial[0].observation),
         "first_looks": by_instruction(reliance),
-        "grounding": methods.grounding(run / "average"),
+        "grounding": methods.grounding(run / "average") if (run / "average" / "diagnosis").is_dir() else None,
         "cpu_seconds": {
             "collection": methods.cpu_seconds(data.with_name(f"{data.name}.collect.seconds")),
             "preparation": methods.cpu_seconds(data.with_name(f"{data.name}.prepare.seconds")),
@@ -180,18 +181,19 @@ def _training(rows: Sequence[MeasuredRow]) -> Table:
 
 
 def _grounding(rows: Sequence[MeasuredRow]) -> Table:
-    """Attention and sensitivity on the masks of the experts' moments, medians with their 95 % intervals."""
+    """Attention (means) and sensitivity ratios (medians) on the masks of the experts' moments, with 95 % intervals."""
     kinds = ("mean", "zero", "shuffle", "swap")
     table = _head("grounding", "seed", "attention in mask, %", "centroid error", *(f"ratio, {kind}" for kind in kinds))
     for row in rows:
         if (grounding := row.info.get("grounding")) is None:
             continue
-        found, cells = grounding["summary"], []
+        found = grounding["summary"]
         shown = [(found["in_mask_ratio"], 100), (found["centroid_error"], 1)]
         shown += [(found[f"sensitivity_{kind}"]["ratio"], 1) for kind in kinds]
-        for estimate, scale in shown:
-            value, low, high = (f"{scale * estimate[part]:.3g}" for part in ("value", "low", "high"))
-            cells.append(f"{value} [{low}, {high}]" if estimate["count"] else "-")
+        cells = [
+            f"{scale * e.value:.3g} [{scale * e.low:.3g}, {scale * e.high:.3g}]" if e.count else "-"
+            for e, scale in ((estimate(summary), scale) for summary, scale in shown)
+        ]
         table.append([row.name, f"{row.seed}", *cells])
     return table
 

@@ -2,7 +2,7 @@
 
 python runs/methods.py rates RECIPE          the three learning rates of the grid
 python runs/methods.py choose GRID           the rate with the lowest held-out action loss, of runs GRID/RATE
-python runs/methods.py steps RECIPE          the steps in which a method has the FLOPs of the WAM's 2,900 steps
+python runs/methods.py steps RECIPE START    the steps in which a method has the FLOPs of the WAM's training
 python runs/methods.py chosen ROW            the rate of a finished row, nothing without one
 python runs/methods.py record RUN ROW ...    write a finished row: row.json and the two results files
 python runs/methods.py table                 write the table of all finished rows into docs/methods.md
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -44,10 +44,13 @@ from agra.training.memory_estimate import flops_per_sample
 from agra.types import Observation
 
 ROOT = Path(__file__).parent.parent
-WAM_STEPS = 2900
+WAM_STEPS = {Stage.ADAPT: 500, Stage.JOINT: 2400}
+"""Training steps of the row `wam`."""
+ADAPT_SHARE = 5 / 29
+"""Share of the adapt stage in the steps of a method that has one."""
 COMPUTE = "_compute"
 """End of the name of a row with the WAM's FLOPs instead of its windows."""
-STEPS = (1 / 3, 1, 3)
+RATE_MULTIPLES = (1 / 3, 1, 3)
 """Multiples of the recipe's learning rate."""
 CHOSEN_BY = "validation/action_loss"
 """Figure that chooses the rate: the loss of the actions on the held-out demonstrations, in every method's own terms."""
@@ -62,16 +65,19 @@ def rates(recipe: tyro.conf.Positional[str]) -> None:
     stage = RECIPES[recipe](Stage.JOINT).stage
     if stage.learning_rate_by_part:
         raise SystemExit(f"{recipe}: has rates by part, and the grid scales one rate alone")
-    print(*(f"{step * stage.learning_rate:.3g}" for step in STEPS))
+    print(*(f"{multiple * stage.learning_rate:.3g}" for multiple in RATE_MULTIPLES))
 
 
-def steps(recipe: tyro.conf.Positional[str]) -> None:
-    """Print the steps that have the FLOPs of `WAM_STEPS` of tiny_wam, forward and backward, of both as in the joint stage.
+def steps(recipe: tyro.conf.Positional[str], start: tyro.conf.Positional[Literal["adapt", "scratch"]]) -> None:
+    """Print the steps in which a method has the FLOPs of the row `wam`, forward and backward, adapt stage included.
 
     The features of frozen networks come from the cache and do not count.
     """
-    wam, other = (flops_per_sample(RECIPES[name](Stage.JOINT)) for name in ("tiny_wam", recipe))
-    print(round(WAM_STEPS * wam / other))
+    budget = sum(count * flops_per_sample(RECIPES["tiny_wam"](stage)) for stage, count in WAM_STEPS.items())
+    step = flops_per_sample(RECIPES[recipe](Stage.JOINT))
+    if start == "adapt":
+        step = ADAPT_SHARE * flops_per_sample(RECIPES[recipe](Stage.ADAPT)) + (1 - ADAPT_SHARE) * step
+    print(round(budget / step))
 
 
 def choose(grid: tyro.conf.Positional[Path], row: tyro.conf.Positional[Path]) -> None:
@@ -364,12 +370,9 @@ def _difference(ours: np.ndarray, theirs: np.ndarray, trials: Sequence[str]) -> 
     return [round(value, 5) for value in (estimate.value, estimate.low, estimate.high)]
 
 
-def grounding(run: Path) -> dict[str, Any] | None:
-    """The summary of a run's diagnosis and the instruments that do not apply. None without a diagnosis."""
-    file = run / "diagnosis" / "diagnosis.json"
-    if not file.is_file():
-        return None
-    header = json.loads(file.read_text())
+def grounding(run: Path) -> dict[str, Any]:
+    """The summary of a run's diagnosis, and the instruments that do not apply."""
+    header = json.loads((run / "diagnosis" / "diagnosis.json").read_text())
     return {name: header[name] for name in ("not_applicable", "summary")}
 
 

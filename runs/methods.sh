@@ -21,7 +21,7 @@ export DATA
 mkdir -p "$OUT"
 
 # NAME SEED RECIPE START. START is `adapt` for a method with an adapt stage, which takes 5/29 of its steps, `scratch` for the
-# others, or a bundled policy that has had the same budget. AGRA and UWM have the WAM's FLOPs within 4 %.
+# others, or a bundled policy that has had the same budget. AGRA has the WAM's FLOPs within 4 %.
 rows() {
   cat <<'ROWS'
 wam 0 tiny_wam tabletop-wam
@@ -42,6 +42,7 @@ dit4dit_attached_compute 0 tiny_dit4dit_attached adapt
 flare_compute 0 tiny_flare adapt
 flare_frozen_compute 0 tiny_flare_frozen scratch
 flare_policy_only_compute 0 tiny_flare_policy_only scratch
+uwm_compute 0 tiny_uwm scratch
 vla_compute 0 tiny_vla scratch
 lda_scratch_compute 0 tiny_lda_scratch scratch
 lda_scratch_vae_compute 0 tiny_lda_scratch_vae scratch
@@ -62,10 +63,10 @@ row() {
   rate=$(python runs/methods.py chosen "$MEASURED/${name%_compute}_0")
   if [[ "$name" = *_compute ]]; then
     if [ -z "$rate" ]; then
-      echo "${name}_$seed: the learning rate is that of row ${name%_compute}_0, which is not finished" >&2
+      echo "${name}_$seed: its learning rate is that of row ${name%_compute}_0, whose grid of rates is not finished" >&2
       exit 1
     fi
-    steps=$(python runs/methods.py steps "$recipe")
+    steps=$(python runs/methods.py steps "$recipe" "$start")
   fi
   case "$start" in
     adapt)
@@ -106,8 +107,11 @@ if [ -n "$todo" ]; then
     case "$start" in adapt | scratch) agra prepare "$recipe" --device "$DEVICE" $DATA ;; esac
   done
   play() { xargs -r -P "${LANES:-2}" -I{} bash -euc "row {}"; }
-  sed /_compute/d <<<"$todo" | play
-  sed -n /_compute/p <<<"$todo" | play # their rates come from the others
+  # A row that fails does not stop the others. Rates of rows of equal compute come from the first ones.
+  failed=0
+  sed /_compute/d <<<"$todo" | play || failed=1
+  sed -n /_compute/p <<<"$todo" | play || failed=1
+  [ "$failed" = 0 ]
 fi
 python runs/methods.py table
 agra leaderboard --benchmark tabletop

@@ -60,6 +60,8 @@ def video_answers(
     reliance, method = policy.config.visual_reliance, policy.method
     assert reliance is not None
     assert isinstance(method, ReadsTokens)
+    if draws < 4:
+        raise ValueError(f"draws: expected at least 4, got {draws}")
     noise = policy.noise(draws + 1, seed)
     noise["action"] = torch.zeros_like(noise["action"])
     noise["video"][-1] = 0

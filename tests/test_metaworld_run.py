@@ -193,14 +193,15 @@ def results(policy, solved, **header):
 
 
 def estimate(value, low, high):
-    return {"value": value, "low": low, "high": high, "count": 40}
+    return {"value": value, "low": low, "high": high, "count": 0 if value is None else 40, "groups": 40}
 
 
 GROUNDING = {
     "summary": {
         "in_mask_ratio": estimate(0.25, 0.2, 0.3),
         "centroid_error": estimate(0.8, 0.7, 0.9),
-        **{f"sensitivity_{kind}": {"ratio": estimate(2.0, 1.5, 2.5)} for kind in ("mean", "zero", "shuffle", "swap")},
+        **{f"sensitivity_{kind}": {"ratio": estimate(2.0, 1.5, 2.5)} for kind in ("mean", "zero", "shuffle")},
+        "sensitivity_swap": {"ratio": estimate(None, None, None)},
     }
 }
 
@@ -243,7 +244,9 @@ def test_the_tables(rows):
     assert "| 1 and 0 of 100 | 1.000 |" in difference
     assert "| clean: 2,500 | text | 1,500 | 64 | 4 | 0.500 | 28 | 1.00 | unknown | 0.00 | 0.50 |" in training
     assert "| all | 2.0 / 5.0, swap 3.0 | 2.0 / 5.0, swap 3.0 |" in looks
-    assert grounding.splitlines()[2:] == ["| agra | 0 | 25 [20, 30] | 0.8 [0.7, 0.9] |" + " 2 [1.5, 2.5] |" * 4]
+    assert grounding.splitlines()[2:] == [
+        "| agra | 0 | 25 [20, 30] | 0.8 [0.7, 0.9] |" + " 2 [1.5, 2.5] |" * 3 + " - |"
+    ]
     assert "| push | hard | 1 of 2 [9, 91] | 0 of 2 [0, 66] |" in tasks
     assert len(tasks.strip().splitlines()) == 2 + 50
 

@@ -13,8 +13,9 @@ import numpy as np
 REGIMES = ("in_distribution", "semantic", "instance", "attribute")
 """The four evaluation regimes of the paper (C.2.2)."""
 ActionNoise = Literal["random", "zero"]
-VideoNoise = Literal["random", "fixed", "zero"]
 """Where the denoising of a chunk starts. The paper's is random."""
+VideoNoise = Literal["random", "fixed", "zero"]
+"""Noise of the predicted frames in a conditioning pass. The paper's is random. `fixed` is the same in every answer."""
 
 
 @dataclass(frozen=True, kw_only=True)

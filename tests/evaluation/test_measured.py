@@ -50,9 +50,13 @@ def test_rows_and_their_leaderboard(folder):
 
 def test_further_results_beside_the_rows(folder):
     rows = measured("point", folder)
-    own = make_results("own", {"semantic": "1111", "attribute": "1111"}, policy_settings={"action_noise": "zero"})
+    own = make_results(
+        "own",
+        {"semantic": "1111", "attribute": "1111"},
+        policy_settings={"action_noise": "zero", "video_noise": "fixed"},
+    )
     success, tests = (text(table) for table in methods_tables(rows, [own]))
-    assert "* own" in success
+    assert "* own, fixed video noise" in success
     assert f"5 / 0, p {binomtest(5, 5).pvalue:.3f}" in tests.split("* own")[1]
     with pytest.raises(ValueError, match="cannot compare own with wam: protocol differs"):
         methods_tables(rows, [replace(own, header={**own.header, "protocol": {"execute_steps": 16}})])

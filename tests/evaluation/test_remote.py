@@ -57,7 +57,7 @@ def test_a_killed_simulator_is_reported(tmp_path, monkeypatch):
     server, _ = script(tmp_path / "server", SERVER)
     simulator, _ = script(tmp_path / "simulator", CRASHES)
     monkeypatch.setattr(sys, "executable", str(server))
-    with pytest.raises(SimulatorFailed, match="the simulator's process was ended by SIGKILL; finished trials are kept"):
+    with pytest.raises(SimulatorFailed, match="the simulator's process was ended by SIGKILL; run the same command"):
         evaluate_in_subprocess("runs/mine", simulator, [])
 
 

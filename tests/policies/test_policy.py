@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agra.data.normalization.normalize import NormStats
+from agra.methods.wam import WAMMethod
 from agra.policies.instructions import Instructions
 from agra.policies.policy import MethodPolicy
 from agra.types import BatchPolicy, Continuation, ImaginingPolicy, Observation, PolicyRequest
@@ -160,6 +161,8 @@ def test_without_random_noise_an_answer_depends_on_the_observation_alone(make_po
     observation = see(policy)
     first, again = (policy.act(observation) for _ in range(2))  # of one episode
     np.testing.assert_array_equal(first.actions, again.actions)
+    random = make_policy(action_noise="zero", video_noise="random")
+    assert not np.allclose(random.act(observation).actions, random.act(observation).actions)
     alone, other = (PolicyRequest(observation=observation, episode=policy.episode(seed)) for seed in (2, 3))
     for chunk in policy.act_batch([alone, other]):
         np.testing.assert_allclose(chunk.actions, first.actions, atol=1e-5)
@@ -171,9 +174,13 @@ def test_without_random_noise_an_answer_depends_on_the_observation_alone(make_po
     assert policy.spec.video_noise == kind
 
 
-def test_invalid_video_noise(make_policy):
+def test_invalid_video_noise(make_policy, monkeypatch):
     with pytest.raises(ValueError, match="video_noise: expected random, fixed or zero, got 'one'"):
         make_policy(video_noise="one")
+    monkeypatch.setattr(WAMMethod, "noise_shapes", lambda _: {"action": (4, 3)})
+    with pytest.raises(ValueError, match="video_noise: wam has no video noise, got fixed"):
+        make_policy(video_noise="fixed")
+    assert make_policy(video_noise="random").video_noise == "random"
 
 
 def test_the_spec_describes_the_checkpoint(make_policy):

@@ -42,8 +42,8 @@ def serve(
             checkpoint.
         action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
             answer. By default the one of the policy's recipe.
-        video_noise: noise of a world action model's conditioning pass. random is the paper's, fixed is the same noise for
-            every answer. By default the one of the policy's recipe.
+        video_noise: noise of a world action model's conditioning pass. random is the paper's, fixed is the same in
+            every answer, zero is none. By default the one of the policy's recipe.
         device: the policy's device.
         threads: threads of torch. By default OMP_NUM_THREADS, or all cores.
     """

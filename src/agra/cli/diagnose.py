@@ -120,6 +120,8 @@ class ProbesOptions:
 def probes(arguments: list[str]) -> None:
     """Write probe samples, and their frames as pictures to annotate: agra probes RECIPE --output DIR [--data.path ...]"""
     options, config = recipe_arguments("probes", arguments, ProbesOptions)
+    if options.simulator is None and (options.tasks is not None or options.simulator_python is not None):
+        raise ValueError("--tasks and --simulator-python need --simulator NAME")
     config = with_data(config, arguments, None)
     from agra.diagnostics.samples.expert_samples import in_environment
     from agra.diagnostics.samples.probe_sample import save_samples
@@ -135,7 +137,6 @@ def probes(arguments: list[str]) -> None:
             options.simulator,
             options.samples,
             steps,
-            options.output,
             tasks=options.tasks,
         )
     else:
@@ -144,8 +145,8 @@ def probes(arguments: list[str]) -> None:
             samples = probe_samples(env, options.samples, config, tasks=options.tasks)
         finally:
             env.close()
-    save_samples(samples, options.output)
     write_pictures(samples, options.output / "pictures")
+    save_samples(samples, options.output)  # last: its file marks the folder as complete
     print(options.output)
 
 

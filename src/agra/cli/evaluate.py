@@ -47,8 +47,8 @@ def evaluate(
             default after each step, on robocasa_gr1 after each chunk.
         action_noise: where the denoising of a chunk starts. random is the paper's, zero gives the policy's central
             answer. By default the one of the policy's recipe or server.
-        video_noise: noise of a world action model's conditioning pass. random is the paper's, fixed is the same noise for
-            every answer. By default the one of the policy's recipe or server.
+        video_noise: noise of a world action model's conditioning pass. random is the paper's, fixed is the same in
+            every answer, zero is none. By default the one of the policy's recipe or server.
         limit: play only this many trials of each regime, evenly spread.
         workers: parallel processes, each with a simulator and a policy. The episodes are the same for any number.
         videos: trials of each regime to record as mp4 beside the results, with the policy's predicted video.

@@ -26,19 +26,31 @@ def evaluate_in_subprocess(
     `serve` holds further arguments of `agra serve`. Raises FileNotFoundError if the interpreter does not exist,
     ValueError if the server does not start, and SimulatorFailed if a signal ended the simulator's process.
     """
-    if not Path(python).is_file():
-        raise FileNotFoundError(f"{python}: no such interpreter; make env-NAME installs a simulator's environment")
+    _check_interpreter(python)
+    with served(policy, serve) as address:
+        return run_in_environment(python, ["-m", "agra.cli", "evaluate", address, *arguments])
+
+
+def run_in_environment(python: str | Path, arguments: Sequence[str]) -> int:
+    """Run a simulator's own interpreter with `arguments`. Returns its exit code.
+
+    Raises FileNotFoundError if the interpreter does not exist, and SimulatorFailed if a signal ended its process.
+    """
+    _check_interpreter(python)
     # Hashes of names decide scenes of RoboCasa GR1. The same seed in every process gives the same episodes.
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    with served(policy, serve) as address:
-        command = [str(python), "-m", "agra.cli", "evaluate", address, *arguments]
-        code = subprocess.run(command, check=False, env=environment).returncode
+    code = subprocess.run([str(python), *arguments], check=False, env=environment).returncode
     if code < 0:
         raise SimulatorFailed(
-            f"{python}: the simulator's process was ended by {signal.Signals(-code).name}; finished trials are kept, "
-            "run the same command again to continue"
+            f"{python}: the simulator's process was ended by {signal.Signals(-code).name}; run the same command again, "
+            "an evaluation continues after its finished trials"
         )
     return code
+
+
+def _check_interpreter(python: str | Path) -> None:
+    if not Path(python).is_file():
+        raise FileNotFoundError(f"{python}: no such interpreter; make env-NAME installs a simulator's environment")
 
 
 @contextmanager

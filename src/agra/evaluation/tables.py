@@ -139,9 +139,10 @@ def methods_tables(rows: Sequence[MeasuredRow], results: Sequence[Results] = ())
         for row in best_first
         for noise in NOISES
     ]
-    entries += [
-        (f"* {r.policy}", "", "", r.header["policy_settings"].get("action_noise", "random"), r) for r in results
-    ]
+    for added in results:
+        settings = added.header["policy_settings"]
+        video = f", {settings['video_noise']} video noise" if "video_noise" in settings else ""
+        entries.append((f"* {added.policy}{video}", "", "", settings.get("action_noise", "random"), added))
     regimes = [summary.regime for summary in summarise(entries[0][-1])]
     table = _table("success (95 %)", "method", "seed", "pre-training", "noise", *regimes)
     table.caption = (

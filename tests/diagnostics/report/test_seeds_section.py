@@ -29,20 +29,23 @@ def columns():
 
 
 CONFIGS = {name: one for name, (one, _) in ROWS.items()}
+DATA = {name: one["data"]["path"] for name, one in CONFIGS.items()}
 
 
 def test_an_arm_has_one_config_but_for_the_seed(columns):
-    arms = {arm.name: list(arm.results) for arm in find_arms(columns, CONFIGS)}
+    arms = {arm.name: list(arm.results) for arm in find_arms(columns, CONFIGS, DATA)}
     assert arms == {"wam": [0, 1], "agra": [0, 2], "elsewhere": [0]}
     zero = (5, "wam_0_zero", make_results("wam_0_zero", {"semantic": "1111"}, policy_settings={"action_noise": "zero"}))
-    started = find_arms([*columns, zero], CONFIGS | {"wam_0_zero": config(0, 0)})
+    started = find_arms([*columns, zero], CONFIGS | {"wam_0_zero": config(0, 0)}, DATA)
     assert {arm.name: list(arm.results) for arm in started} == arms | {"wam_0_zero": [0]}
+    longer = [(i, name, make_results(name, dict(ROWS[name][1]), max_steps=9 + i)) for i, name, _ in columns]
+    assert [len(arm.results) for arm in find_arms(longer, CONFIGS, DATA)] == [1] * 5  # other protocols
     twice = (5, "again", make_results("again", {"semantic": "1111"}))
-    assert "wam" not in {arm.name for arm in find_arms([*columns, twice], CONFIGS | {"again": config(0, 0)})}
+    assert "wam" not in {arm.name for arm in find_arms([*columns, twice], CONFIGS | {"again": config(0, 0)}, DATA)}
 
 
 def test_success_has_the_seeds_spread_beside_its_interval(columns):
-    section = seeds_section(columns, CONFIGS)
+    section = seeds_section(columns, CONFIGS, DATA)
     assert section["columns"] == ["seeds", "semantic", "attribute", "all regimes"]
     (name, cells), *_ = section["success"]
     assert (name, cells[0].text) == ("wam", "0, 1")
@@ -55,7 +58,7 @@ def test_success_has_the_seeds_spread_beside_its_interval(columns):
 
 def test_differences_pair_common_seeds_on_the_same_demonstrations(columns):
     """Arm agra has seeds 0 and 2, the reference 0 and 1: only seed 0 counts. An arm with data of its own stands against the first."""
-    rows = dict(seeds_section(columns, CONFIGS)["differences"])
+    rows = dict(seeds_section(columns, CONFIGS, DATA)["differences"])
     assert list(rows) == ["agra minus wam", "elsewhere minus wam"]
     seeds, semantic, attribute, _ = rows["agra minus wam"]
     assert seeds.text == "0"
@@ -65,10 +68,10 @@ def test_differences_pair_common_seeds_on_the_same_demonstrations(columns):
     other = [
         (i, name, make_results(name, dict(ROWS[name][1]), max_steps=9)) for i, name in ((2, "agra_0"), (3, "agra_2"))
     ]
-    mixed = dict(seeds_section([*columns[:2], *other], CONFIGS)["differences"])
+    mixed = dict(seeds_section([*columns[:2], *other], CONFIGS, DATA)["differences"])
     assert mixed["agra minus wam"][1].text.startswith("not comparable")
     apart = [*columns[:2], columns[3]]
-    assert dict(seeds_section(apart, CONFIGS)["differences"])["agra_2 minus wam"][0].text == "no common seed"
+    assert dict(seeds_section(apart, CONFIGS, DATA)["differences"])["agra_2 minus wam"][0].text == "no common seed"
 
 
 def test_a_clear_difference_over_three_seeds():
@@ -78,14 +81,14 @@ def test_a_clear_difference_over_three_seeds():
         for i, (n, s) in enumerate(rows)
     ]
     configs = {f"{n}{s}": config(s, n) for n, s in rows}
-    ((_, (_, cell)),) = seeds_section(columns, configs)["differences"]
+    ((_, (_, cell)),) = seeds_section(columns, configs, {})["differences"]
     assert cell.text == "+50 points"
     assert cell.range.endswith("by seed +50, +50, +50")
     assert cell.clear
 
 
 def test_one_seed_each_has_no_section(columns):
-    assert seeds_section([columns[0], columns[2]], CONFIGS) is None
+    assert seeds_section([columns[0], columns[2]], CONFIGS, DATA) is None
 
 
 def test_the_page_shows_the_arms(write_policy, tmp_path):

@@ -49,11 +49,18 @@ def test_the_samples_are_spread_over_the_regimes_that_a_simulator_has(tabletop):
         expert_samples(tabletop, 3, steps, tasks=["fold_towel"])
 
 
+@pytest.mark.parametrize("flags", [["--tasks", "pick_and_place"], ["--simulator-python", sys.executable]])
+def test_flags_of_a_simulator_need_one(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["probes", "tiny", *flags, "--output", str(tmp_path)])
+    assert "--tasks and --simulator-python need --simulator NAME" in capsys.readouterr().err
+
+
 def test_invalid_requests(tabletop, tmp_path):
     steps = {"gr1": SampleSteps(grid=(0,), window=(0,))}
     with pytest.raises(ValueError, match="tabletop: its embodiment tabletop is none of the config's, gr1"):
         expert_samples(tabletop, 1, steps)
     with pytest.raises(FileNotFoundError, match=r"python: no such interpreter; make env-NAME installs"):
-        in_environment(tmp_path / "python", "tabletop", 1, steps, tmp_path / "probes")
+        in_environment(tmp_path / "python", "tabletop", 1, steps)
     with pytest.raises(SimulatorFailed, match="its process ended with status 1; the reason is above"):
-        in_environment(Path(sys.executable), "no_such_simulator", 1, steps, tmp_path / "probes")
+        in_environment(Path(sys.executable), "no_such_simulator", 1, steps)

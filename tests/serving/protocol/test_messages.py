@@ -56,6 +56,10 @@ def test_past_observations_round_trip():
     assert {"past_image", "past_state"} <= set(describe(two, KEYS)["optional_keys"])
     assert not {"past_image", "past_state"} & set(describe(spec(), KEYS)["optional_keys"])
     assert read_description(unpack(pack(describe(two, KEYS)))) == (two, KEYS)
+    earlier = {key: value for key, value in describe(two, KEYS).items() if not key.endswith("_noise")}
+    assert read_description(earlier)[0] == replace(two, action_noise="random", video_noise="random")
+    with pytest.raises(ValueError, match=r"does not describe an agra policy .*video_noise 'half' is none of"):
+        read_description(describe(two, KEYS) | {"video_noise": "half"})
     invalid = {
         r"past_image: expected \(2, H, W, 3\) uint8, got \(1, 32, 48, 3\) uint8": {
             "past_image": sent["past_image"][:1]

@@ -36,22 +36,24 @@ def evaluation_section(columns: Sequence[ResultsColumn]) -> dict[str, Any] | Non
     groups = [*regimes, "all"] if len(regimes) > 1 else regimes
     scores = list(dict.fromkeys(score for _, _, r in evaluated for trial in r.trials for score in trial.progress))
     progress = [
-        _row(columns, regime, _reached(score), f"{_words(regime)}: {_words(score)}")
+        _row(columns, regime, _reached(score), f"{regime_words(regime)}: {regime_words(score)}")
         for regime in groups
         for score in scores
     ]
     return {
         "intro": _intro(evaluated),
-        "success": Table(corner="success", rows=[_row(columns, r, lambda t: t.success, _words(r)) for r in groups]),
+        "success": Table(
+            corner="success", rows=[_row(columns, r, lambda t: t.success, regime_words(r)) for r in groups]
+        ),
         "progress": Table(corner="partial score", rows=progress),
         "chart": interval_chart(
-            [(_words(regime), _dots(evaluated, regime, lambda t: t.success)) for regime in groups],
+            [(regime_words(regime), _dots(evaluated, regime, lambda t: t.success)) for regime in groups],
             title="Success by regime",
             limits=(0.0, 1.0),
             percent=True,
         ),
         "progress_chart": interval_chart(
-            [(_words(score), _dots(evaluated, "all", _reached(score))) for score in scores],
+            [(regime_words(score), _dots(evaluated, "all", _reached(score))) for score in scores],
             title="Partial scores",
             limits=(0.0, 1.0),
             percent=True,
@@ -62,7 +64,8 @@ def evaluation_section(columns: Sequence[ResultsColumn]) -> dict[str, Any] | Non
     }
 
 
-def _words(name: str) -> str:
+def regime_words(name: str) -> str:
+    """A regime's or a score's name in words. `all` stands for all regimes."""
     return "all regimes" if name == "all" else name.replace("_", " ")
 
 

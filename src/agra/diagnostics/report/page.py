@@ -71,6 +71,7 @@ def build_report(
     columns = [(i, p.name, d) for i, (p, d) in enumerate(zip(policies, diagnoses, strict=True))]
     results = [(i, p.name, None if p.results is None else read_results(p.results)) for i, p in enumerate(policies)]
     configs = {p.name: current_config(_read_json(p.config)) for p in policies if p.config is not None}
+    demonstrations = {p.name: _demonstrations(configs.get(p.name)) for p in policies}
     evaluation, grounding = evaluation_section(results), grounding_section(columns)
     reliance = visual_reliance_section([(i, p.name, read_visual_reliance(p.diagnosis)) for i, p in enumerate(policies)])
 
@@ -80,11 +81,11 @@ def build_report(
         lede=_lede(policies, results, diagnoses),
         policies=[{"name": p.name, "description": p.description, "swatch": swatch(i)} for i, p in enumerate(policies)],
         substitutes=[*notes, *_substitutes(configs)],
-        pairs=against_first_of([_demonstrations(configs.get(p.name)) for p in policies]),
+        pairs=against_first_of([*demonstrations.values()]),
         summary=_summary(evaluation, reliance, grounding),
         training=training_section(policies),
         evaluation=evaluation,
-        seeds=seeds_section(results, configs),
+        seeds=seeds_section(results, configs, demonstrations),
         visual_reliance=reliance,
         grounding=grounding,
         layers=layers_section(columns),

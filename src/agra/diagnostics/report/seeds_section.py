@@ -4,12 +4,12 @@ An arm is a set of policies whose configs differ in the seed alone.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agra.diagnostics.report.comparison_table import Cell, against_first_of, between, percent
-from agra.diagnostics.report.evaluation_section import SHARED_HEADER, ResultsColumn
+from agra.diagnostics.report.comparison_table import MISSING, Cell, against_first_of, between, percent
+from agra.diagnostics.report.evaluation_section import SHARED_HEADER, ResultsColumn, regime_words
 from agra.evaluation.results import Results
 from agra.evaluation.statistics import nested_bootstrap
 
@@ -22,7 +22,7 @@ class Arm:
     """Policies whose configs differ in the seed alone."""
 
     name: str
-    data: tuple[str, ...]
+    demonstrations: Hashable
     results: Mapping[int, Results]  # by seed
 
     def outcomes(self, regime: str) -> dict[int, dict[str, float]]:
@@ -36,10 +36,15 @@ class Arm:
         }
 
 
-def find_arms(columns: Sequence[ResultsColumn], configs: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
+def find_arms(
+    columns: Sequence[ResultsColumn],
+    configs: Mapping[str, Mapping[str, Any]],
+    demonstrations: Mapping[str, Hashable],
+) -> list[Arm]:
     """Group the evaluated policies by their configs without the seed, in the order of the policies.
 
-    A group in which a seed occurs twice is left out: its policies differ in something that no config holds.
+    Policies on other trials, under another protocol or with another start of their answers are other arms. A group in
+    which a seed occurs twice is left out: its policies differ in something that no config holds.
     """
     groups: dict[str, list[tuple[str, int, Results]]] = {}
     for _, name, results in columns:
@@ -47,40 +52,43 @@ def find_arms(columns: Sequence[ResultsColumn], configs: Mapping[str, Mapping[st
         seed = config.get("stage", {}).pop("seed", None)
         if results is None or seed is None:
             continue
-        # Policies with another start of an answer are another arm.
-        key = json.dumps([config, results.header.get("policy_settings", {})], sort_keys=True)
+        played = [results.header.get(name) for name in (*SHARED_HEADER, "policy_settings")]
+        key = json.dumps([config, played], sort_keys=True)
         groups.setdefault(key, []).append((name, seed, results))
     arms = []
-    for key, members in groups.items():
+    for members in groups.values():
         names, seeds, results = zip(*members, strict=True)
         if len(set(seeds)) == len(seeds):
             stems = {name.rstrip("0123456789").rstrip("_-. ") for name in names}
             shared = stems.pop() if len(names) > 1 and len(stems) == 1 else ""
             name = shared or " and ".join(names)
-            data = json.loads(key)[0]["data"]
-            paths = (str(data.get("path")), *(str(source.get("path")) for source in data.get("mixture", ())))
-            arms.append(Arm(name=name, data=paths, results=dict(sorted(zip(seeds, results, strict=True)))))
+            by_seed = dict(sorted(zip(seeds, results, strict=True)))
+            arms.append(Arm(name=name, demonstrations=demonstrations.get(names[0]), results=by_seed))
     return arms
 
 
-def seeds_section(columns: Sequence[ResultsColumn], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def seeds_section(
+    columns: Sequence[ResultsColumn],
+    configs: Mapping[str, Mapping[str, Any]],
+    demonstrations: Mapping[str, Hashable],
+) -> dict[str, Any] | None:
     """Success of each arm, and its difference to the first arm on the same demonstrations, paired by seed and trial.
 
-    None if no arm has several seeds.
+    `configs` and `demonstrations` are those of each policy, by name. None if no arm has several seeds.
     """
-    arms = find_arms(columns, configs)
+    arms = find_arms(columns, configs, demonstrations)
     if not any(len(arm.results) > 1 for arm in arms):
         return None
     regimes = list(dict.fromkeys(r for arm in arms for results in arm.results.values() for r in results.regimes))
     groups = [*regimes, "all"] if len(regimes) > 1 else regimes
     return {
-        "columns": ["seeds", *("all regimes" if group == "all" else group.replace("_", " ") for group in groups)],
+        "columns": ["seeds", *map(regime_words, groups)],
         "success": [
             (arm.name, [_seeds(arm.results), *(_success(arm.outcomes(group)) for group in groups)]) for arm in arms
         ],
         "differences": [
             _difference(arms[place], arms[reference], groups)
-            for place, reference in against_first_of([arm.data for arm in arms])
+            for place, reference in against_first_of([arm.demonstrations for arm in arms])
         ],
     }
 
@@ -92,7 +100,7 @@ def _seeds(seeds: Iterable[int]) -> Cell:
 def _success(outcomes: Outcomes) -> Cell:
     groups = [list(trials.values()) for trials in outcomes.values() if trials]
     if not groups:
-        return Cell(text="–")
+        return MISSING
     average = nested_bootstrap(groups)
     rates = [sum(group) / len(group) for group in groups]
     spread = f"; seeds {percent(min(rates))} to {percent(max(rates))}" if len(rates) > 1 else ""
@@ -103,7 +111,7 @@ def _difference(arm: Arm, reference: Arm, groups: Sequence[str]) -> tuple[str, l
     label = f"{arm.name} minus {reference.name}"
     common = [seed for seed in arm.results if seed in reference.results]
     if not common:
-        return label, [Cell(text="no common seed"), *(Cell(text="–") for _ in groups)]
+        return label, [Cell(text="no common seed"), *(MISSING for _ in groups)]
     headers = [
         [result.header.get(key) for key in SHARED_HEADER]
         for seed in common
@@ -118,7 +126,7 @@ def _paired(ours: Outcomes, theirs: Outcomes, seeds: Sequence[int]) -> Cell:
     pairs = [[ours[s][trial] - theirs[s][trial] for trial in ours[s] if trial in theirs[s]] for s in seeds]
     pairs = [group for group in pairs if group]
     if not pairs:
-        return Cell(text="–")
+        return MISSING
     average = nested_bootstrap(pairs)
     by_seed = ", ".join(_points(sum(group) / len(group)) for group in pairs)
     return Cell(

@@ -5,9 +5,8 @@ The module needs no torch, which simulators' own environments lack. There it run
 """
 
 import json
-import os
-import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, samples_from_episode, save_samples
 from agra.evaluation.protocols import regime_trials
+from agra.evaluation.remote import run_in_environment
 from agra.evaluation.rollout import run_episode
 from agra.simulators.registry import expert, make
 from agra.types import LocatesTarget, Simulator, SimulatorFailed, Trial
@@ -71,24 +71,20 @@ def in_environment(
     simulator: str,
     count: int,
     steps: Mapping[str, SampleSteps],
-    output: Path,
     *,
     tasks: Sequence[str] | None = None,
 ) -> list[ProbeSample]:
-    """Write the `expert_samples` of a simulator whose environment's interpreter is `python` to `output`, and return them.
+    """Make the `expert_samples` of a simulator whose environment's interpreter is `python`.
 
     Raises FileNotFoundError if the interpreter does not exist, SimulatorFailed if its process fails.
     """
-    if not python.is_file():
-        raise FileNotFoundError(f"{python}: no such interpreter; make env-NAME installs a simulator's environment")
-    request = {"simulator": simulator, "count": count, "tasks": tasks, "output": str(output)}
-    request["steps"] = {name: asdict(of_robot) for name, of_robot in steps.items()}
-    # Hashes of names decide scenes of RoboCasa GR1.
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    done = subprocess.run([str(python), "-m", __name__, json.dumps(request)], check=False, env=environment)
-    if done.returncode:
-        raise SimulatorFailed(f"{python}: its process ended with status {done.returncode}; the reason is above")
-    return load_samples(output)
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"simulator": simulator, "count": count, "tasks": tasks, "output": folder}
+        request["steps"] = {name: asdict(of_robot) for name, of_robot in steps.items()}
+        code = run_in_environment(python, ["-m", __name__, json.dumps(request)])
+        if code:
+            raise SimulatorFailed(f"{python}: its process ended with status {code}; the reason is above")
+        return load_samples(Path(folder))
 
 
 def _position(simulator: Simulator, trial: Trial) -> np.ndarray | None:
