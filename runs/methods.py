@@ -30,6 +30,7 @@ from agra.checkpoints.lineage import lineage
 from agra.checkpoints.read import read_config
 from agra.config import RunConfig
 from agra.data.lerobot.checksums import Seal
+from agra.data.lerobot.dataset import LeRobotDataset
 from agra.diagnostics.metrics import paired_difference
 from agra.diagnostics.visual_reliance import VisualReliance
 from agra.evaluation.measured import MeasuredRow, measured
@@ -131,6 +132,7 @@ def trained(run: Path, row: Path, *, recipe: str, data: Path | None) -> dict[str
         "commit": _commit(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "demonstrations_sha256": None if data is None else Seal(data).fingerprint(),
+        "numbers_sha256": None if data is None else numbers_sha256(config, data),
         "config_sha256": hashlib.sha256(config.to_json().encode()).hexdigest(),
         "config": json.loads(config.to_json()),
         "pre_training": _pre_training(config),
@@ -149,6 +151,20 @@ def trained(run: Path, row: Path, *, recipe: str, data: Path | None) -> dict[str
             ],
         },
     }
+
+
+def numbers_sha256(config: RunConfig, data: Path) -> str:
+    """The checksum of all instructions, states and actions of the demonstrations in the folder `data`.
+
+    It does not depend on the machine that collected them. Their frames do, by rounding of the renderer, and with them the
+    checksum of the files.
+    """
+    dataset, digest = LeRobotDataset.of(replace(config.data, path=str(data))), hashlib.sha256()
+    for episode in range(dataset.num_episodes):
+        digest.update(dataset.instruction(episode).encode())
+        for values in (dataset.states(episode), dataset.actions(episode)):
+            digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
+    return digest.hexdigest()
 
 
 def write_row(row: Path, content: Mapping[str, Any], results: Mapping[str, Path]) -> None:
@@ -306,11 +322,9 @@ def _pre_training(config: RunConfig) -> str:
     """The pre-trained networks that the training used. All of them are frozen, and all trained weights start fresh."""
     needs, text, teacher = config.method.needs(), config.method.text, config.method.teacher
     used = [f"{text.kind} (instruction)"] if needs.instruction and text is not None else []
-    used += (
-        [f"{teacher.kind.replace('_', ' ')} (teacher)"]
-        if teacher is not None and (needs.targets or needs.features)
-        else []
-    )
+    if teacher is not None and (needs.targets or needs.features):
+        role = "image features" if needs.features else "teacher"
+        used.append(f"{teacher.kind.replace('_', ' ')} ({role})")
     return ", ".join(used) or "none"
 
 

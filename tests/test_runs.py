@@ -16,6 +16,8 @@ from agra.checkpoints.folder import BUNDLED
 from agra.cli.arguments import recipe_arguments
 from agra.cli.main import COMMANDS
 from agra.cli.renamed import _CONFIG, _FLAGS
+from agra.data.lerobot.checksums import Seal
+from agra.data.lerobot.writer import write_dataset
 from agra.evaluation.measured import measured
 from agra.methods.wam import Pass
 from agra.policies.load import load_policy
@@ -24,6 +26,7 @@ from agra.simulation import make_simulator
 from agra.stages import Stage
 from agra.training.memory_estimate import flops_per_sample
 from agra.training.parallelize import ParallelConfig
+from agra.types import Embodiment, Episode
 from runs import methods, noise
 
 RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir() if path.is_file())
@@ -295,6 +298,27 @@ def test_the_grid_of_rates(tmp_path, capsys):
         methods.choose(tmp_path / "grid", row)
     methods.rates("tiny_wam")
     assert capsys.readouterr().out.split() == ["0.0005", "0.0015", "0.0045"]
+
+
+def test_the_checksum_of_numbers_ignores_the_pixels(tmp_path):
+    robot = Embodiment(name="tabletop", state_names=("s",), action_names=("a",))
+
+    def checksums(name, brightness, action):
+        episode = Episode(
+            frames=np.full((3, 32, 48, 3), brightness, np.uint8),
+            states=np.zeros((3, 1), np.float32),
+            actions=np.full((3, 1), action, np.float32),
+            instruction="go",
+            embodiment="tabletop",
+            fps=10,
+        )
+        write_dataset(tmp_path / name, [episode], embodiment=robot, fps=10)
+        config = RECIPES["tiny_vla"](Stage.JOINT)
+        return methods.numbers_sha256(config, tmp_path / name), Seal(tmp_path / name).fingerprint()
+
+    dark, bright, moved = checksums("dark", 10, 0.0), checksums("bright", 200, 0.0), checksums("moved", 10, 0.5)
+    assert dark[0] == bright[0] != moved[0]
+    assert dark[1] != bright[1]
 
 
 def test_the_documented_table_is_that_of_the_rows():

@@ -108,5 +108,8 @@ def test_the_rows_of_the_package_follow_one_protocol():
         assert row.results["zero"].header["policy_settings"] == {"action_noise": "zero"}
         assert row.results["random"].header["policy_settings"] == {}
         assert summarise(row.results["random"])[-1].trials == 180
-        assert row.info["windows"] == 92_800
-    assert len({row.info["demonstrations_sha256"] for row in rows} - {None}) <= 1
+        assert row.info["windows"] == 92_800 or row.name.endswith("_compute")
+    # Another machine renders the same demonstrations with other roundings. Rows before `numbers_sha256` share one collection.
+    assert len({row.info["numbers_sha256"] for row in rows if "numbers_sha256" in row.info} - {None}) <= 1
+    earlier = [row for row in rows if "numbers_sha256" not in row.info]
+    assert len({row.info["demonstrations_sha256"] for row in earlier} - {None}) <= 1
