@@ -74,6 +74,14 @@ def test_the_report_holds_everything_and_loads_nothing(write_policy, tmp_path):
     assert not list(output.parent.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("field", ["vision_encoder", "visual_encoder"])
+def test_the_image_features_of_a_policy_without_a_video_model_are_named(write_policy, tmp_path, field):
+    entry = write_policy("features")
+    entry.config.write_text(json.dumps({"method": {"kind": "vla", field: {"kind": "packaged_dinov2_small"}}}))
+    page = Page(build_report([entry], tmp_path / "report.html").read_text())
+    assert "Image features: a packaged DINOv2-S/14" in page.words
+
+
 def test_verdicts_in_the_report(write_policy, tmp_path):
     words = Page(
         build_report([write_policy("baseline"), write_policy("aligned", wins=8)], tmp_path / "r.html").read_text()

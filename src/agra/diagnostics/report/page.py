@@ -201,6 +201,9 @@ def _substitutes(configs: Mapping[str, dict[str, Any]]) -> list[str]:
             lines.append("Instructions: a packaged MiniLM sentence encoder, not Cosmos-Reason1.")
         if fields.get("method.alignment.teacher.kind") == "packaged_dinov2_small":
             lines.append("Teacher: a packaged DINOv2-S/14 that was fine-tuned for saliency, not DINOv2-B.")
+        encoders = [fields.get(f"method.{name}.kind") for name in ("vision_encoder", "visual_encoder")]
+        if "packaged_dinov2_small" in encoders:
+            lines.append("Image features: a packaged DINOv2-S/14 that was fine-tuned for saliency.")
         layers = fields.get("method.model.video_dit.num_layers")
         heads, width = fields.get("method.model.video_dit.num_heads"), fields.get("method.model.video_dit.head_dim")
         if layers and heads and width and layers < 28:
