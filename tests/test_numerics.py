@@ -60,7 +60,7 @@ def test_a_training_step_in_bfloat16(pair, small_config, make_batch):
         batch = make_batch(small_config, seed=seed)
         _, exact = losses_and_gradients(pair[1], batch)
         ours, stock = (distance(losses_and_gradients(method, batch, half=True)[1], exact) for method in pair)
-        assert 0 < stock < 0.1
+        assert 0 < stock < 0.2  # bfloat16 is at work, and how far it is off depends on the processor
         ratios.append(ours / stock)
     assert statistics.median(ratios) < 1.25
 
