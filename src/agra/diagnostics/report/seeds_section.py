@@ -63,7 +63,7 @@ def find_arms(
             shared = stems.pop() if len(names) > 1 and len(stems) == 1 else ""
             name = shared or " and ".join(names)
             by_seed = dict(sorted(zip(seeds, results, strict=True)))
-            arms.append(Arm(name=name, demonstrations=demonstrations.get(names[0]), results=by_seed))
+            arms.append(Arm(name=name, demonstrations=demonstrations.get(members[0][0]), results=by_seed))
     return arms
 
 
