@@ -187,12 +187,12 @@ def _grounding(rows: Sequence[MeasuredRow]) -> Table:
     for row in rows:
         if (grounding := row.info.get("grounding")) is None:
             continue
-        found = grounding["summary"]
-        shown = [(found["in_mask_ratio"], 100), (found["centroid_error"], 1)]
-        shown += [(found[f"sensitivity_{kind}"]["ratio"], 1) for kind in kinds]
+        summary = grounding["summary"]
+        shown = [(summary["in_mask_ratio"], 100), (summary["centroid_error"], 1)]
+        shown += [(summary[f"sensitivity_{kind}"]["ratio"], 1) for kind in kinds]
         cells = [
             f"{scale * e.value:.3g} [{scale * e.low:.3g}, {scale * e.high:.3g}]" if e.count else "-"
-            for e, scale in ((estimate(summary), scale) for summary, scale in shown)
+            for e, scale in ((estimate(entry), scale) for entry, scale in shown)
         ]
         table.append([row.name, f"{row.seed}", *cells])
     return table

@@ -47,7 +47,7 @@ from agra.types import Observation
 ROOT = Path(__file__).parent.parent
 WAM_STEPS = {Stage.ADAPT: 500, Stage.JOINT: 2400}
 """Training steps of the row `wam`."""
-ADAPT_SHARE = 5 / 29
+ADAPT_SHARE = WAM_STEPS[Stage.ADAPT] / sum(WAM_STEPS.values())
 """Share of the adapt stage in the steps of a method that has one."""
 COMPUTE = "_compute"
 """End of the name of a row with the WAM's FLOPs instead of its windows."""

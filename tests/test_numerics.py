@@ -55,13 +55,15 @@ def test_a_training_step_in_float32(pair, small_config, make_batch, checkpointed
 
 
 def test_a_training_step_in_bfloat16(pair, small_config, make_batch):
-    ratios = []
-    for seed in range(12):  # the median, because single gradients of a small model jump when a ReLU switches
+    ratios, distances = [], []
+    for seed in range(12):  # the medians, because single gradients of a small model jump when a ReLU switches
         batch = make_batch(small_config, seed=seed)
         _, exact = losses_and_gradients(pair[1], batch)
         ours, stock = (distance(losses_and_gradients(method, batch, half=True)[1], exact) for method in pair)
-        assert 0 < stock < 0.2  # bfloat16 is at work, and how far it is off depends on the processor
+        assert stock > 0
+        distances.append(stock)
         ratios.append(ours / stock)
+    assert statistics.median(distances) < 0.1
     assert statistics.median(ratios) < 1.25
 
 

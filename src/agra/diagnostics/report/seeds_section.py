@@ -48,12 +48,13 @@ def find_arms(
     """
     groups: dict[str, list[tuple[str, int, Results]]] = {}
     for _, name, results in columns:
-        config = json.loads(json.dumps(configs.get(name, {})))
-        seed = config.get("stage", {}).pop("seed", None)
+        config = configs.get(name, {})
+        stage = dict(config.get("stage", {}))
+        seed = stage.pop("seed", None)
         if results is None or seed is None:
             continue
         played = [results.header.get(name) for name in (*SHARED_HEADER, "policy_settings")]
-        key = json.dumps([config, played], sort_keys=True)
+        key = json.dumps([{**config, "stage": stage}, played], sort_keys=True)
         groups.setdefault(key, []).append((name, seed, results))
     arms = []
     for members in groups.values():
