@@ -112,7 +112,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install -q $(PIP_CONSTRAINTS) -e '.[demo,dev]' '$(TORCH)' $(patsubst %,'%',$(PINS))
 	@touch $@
 
-# Suites pin versions that contradict each other, so each has an environment; agra evaluate --python uses it.
+# Suites pin versions that contradict each other, so each has an environment. agra evaluate --simulator-python uses it.
 env-metaworld env-libero env-robocasa: env-%: system .venv-%/.installed
 
 # robosuite imports the whole of OpenCV, which even without a screen is linked against these two.

@@ -16,6 +16,7 @@ run_arm() {
   shift 3
   agra train "$recipe" --stage joint --init-from "$BASE/adapt" --output "$run" --stage.steps 1000 --stage.seed "$seed" \
     --data.path "$BASE/demonstrations" --data.cache "$BASE/cache" "$@"
+  python runs/methods.py finished "$run"
   agra evaluate "$run" --limit 20 --videos 0
   [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40
 }

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -329,9 +330,12 @@ def _pre_training(config: RunConfig) -> str:
 
 
 def cpu_seconds(file: Path) -> float | None:
-    """The sum over all starts of a run. None where a start was killed before its time was written."""
+    """The sum over all starts of a run. None where a start was killed before its time was written.
+
+    A line with a shell's message, such as `Killed`, is no time.
+    """
     lines = file.read_text().splitlines() if file.is_file() else []
-    seconds = [sum(map(float, line.split())) for line in lines if line != "start"]
+    seconds = [sum(map(float, line.split())) for line in lines if re.fullmatch(r"[\d.]+ [\d.]+", line)]
     return round(sum(seconds), 1) if seconds and len(seconds) == lines.count("start") else None
 
 

@@ -15,7 +15,8 @@ OUT=${OUT:-outputs/methods}
 MEASURED=${MEASURED:-src/agra/evaluation/measured/tabletop}
 DEVICE=${DEVICE:-cpu}
 TIMEFORMAT="%U %S" # seconds of CPU time, user and system
-export BASE OUT MEASURED DEVICE TIMEFORMAT OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+LC_ALL=C.UTF-8     # with a decimal point
+export BASE OUT MEASURED DEVICE TIMEFORMAT LC_ALL OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 DATA="--data.path $BASE/demonstrations --data.cache $BASE/cache"
 export DATA
 mkdir -p "$OUT"

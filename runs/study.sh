@@ -71,7 +71,7 @@ data() {
   case "$1" in
     robot) echo "--data.path $BASE/demonstrations --data.cache $BASE/cache" ;;
     few) echo "--data.path $BASE/demonstrations --data.cache $BASE/cache --data.training-episodes 300" ;;
-    both) echo "--mixture $OUT/both.json --data.path $(realpath "$BASE") --data.cache $BASE/cache" ;;
+    both) echo "--mixture $OUT/both.json --data.path $BASE --data.cache $BASE/cache" ;;
   esac
 }
 
@@ -82,6 +82,7 @@ row() {
   flags="$(data "$data") --device $DEVICE --stage.seed $seed"
   # Rows side by side share an adapt stage: the second one waits and finds it finished.
   flock "$adapt.lock" agra train tiny_wam --stage adapt --output "$adapt" --stage.steps 500 $flags
+  python runs/methods.py finished "$adapt"
   agra train "$recipe" --stage joint --init-from "$adapt" --output "$run" --stage.steps "$steps" --stage.validate-every 400 $flags "$@"
   python runs/methods.py finished "$run"
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/results.jsonl" --action-noise random

@@ -20,8 +20,14 @@ agra collect tabletop --output "$OUT/demonstrations" --episodes 3000 --seed 1 --
 OMP_NUM_THREADS=2 agra prepare tiny $DATA
 
 # One adapt stage for both. The joint stage ends with the policies.
+# After SIGTERM a training ends with success. The next step checks that it has finished.
+finished() { python runs/methods.py finished "$1"; }
 OMP_NUM_THREADS=2 agra train tiny --stage adapt --output "$OUT/adapt" --stage.steps 500 $DATA
-joint() { agra train "$2" --stage joint --init-from "$OUT/adapt" --output "$OUT/$1" --stage.steps 2400 $DATA; }
+finished "$OUT/adapt"
+joint() {
+  agra train "$2" --stage joint --init-from "$OUT/adapt" --output "$OUT/$1" --stage.steps 2400 $DATA
+  finished "$OUT/$1"
+}
 both joint
 
 export_half() { [ -d "$OUT/tabletop-$1" ] || agra export "$OUT/$1" --output "$OUT/tabletop-$1" --half; }

@@ -119,15 +119,31 @@ esac
 """
 
 
+HELPER = """#!/usr/bin/env bash
+# Stands in for python runs/methods.py.
+shift
+echo "$*" >> "$CALLS"
+if [ -n "$FAIL" ] && [[ "$*" = "$FAIL"* ]]; then exit 1; fi
+case "$1" in
+  rates) echo 0.1 0.3 0.9 ;;
+  steps) echo 5800 ;;
+  choose) echo 0.3 ;;
+  chosen) if [ -f "$2/row.json" ]; then echo 0.9; fi ;; # a row has its grid
+  record) mkdir -p "$3" && touch "$3/row.json" ;;
+esac
+"""
+
+
 @pytest.mark.parametrize("script", ["quickstart.sh", "tabletop.sh"])
 def test_a_script_goes_on_after_a_failure_and_repeats_nothing_costly_when_finished(script, tmp_path):
     """With a stand-in for `agra`. Its commands resume by themselves. The script must let them."""
     (tmp_path / "runs").mkdir()
     shutil.copy(RUNS[0].parent / script, tmp_path / "runs" / script)
-    command = tmp_path / "bin" / "agra"
-    command.parent.mkdir()
-    command.write_text(STAND_IN)
-    command.chmod(0o755)
+    for name, content in (("agra", STAND_IN), ("python", HELPER)):
+        command = tmp_path / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(content)
+        command.chmod(0o755)
     calls = tmp_path / "calls"
 
     def play(fail=""):
@@ -141,7 +157,8 @@ def test_a_script_goes_on_after_a_failure_and_repeats_nothing_costly_when_finish
         done = subprocess.run(["bash", str(tmp_path / "runs" / script)], env=environment, check=False)
         return done.returncode, calls.read_text().splitlines()
 
-    for step in ("collect", "prepare", "train", "evaluate", "diagnose", "report"):
+    # `finished` fails after a training that SIGTERM stopped.
+    for step in ("collect", "prepare", "train", "finished", "evaluate", "diagnose", "report"):
         code, said = play(fail=step)
         assert code != 0
         assert said[-1].startswith(step)
@@ -151,20 +168,6 @@ def test_a_script_goes_on_after_a_failure_and_repeats_nothing_costly_when_finish
     assert again == 0
     assert not [line for line in repeated if line.startswith(("diagnose", "export"))]
     assert repeated[-1].startswith("report")
-
-
-HELPER = """#!/usr/bin/env bash
-# Stands in for python runs/methods.py.
-shift
-echo "$*" >> "$CALLS"
-case "$1" in
-  rates) echo 0.1 0.3 0.9 ;;
-  steps) echo 5800 ;;
-  choose) echo 0.3 ;;
-  chosen) if [ -f "$2/row.json" ]; then echo 0.9; fi ;; # a row has its grid
-  record) mkdir -p "$3" && touch "$3/row.json" ;;
-esac
-"""
 
 
 @pytest.fixture
@@ -330,6 +333,8 @@ def test_the_cpu_time_of_a_run_is_known_if_every_start_has_an_end(tmp_path):
     file = tmp_path / "run.seconds"
     assert methods.cpu_seconds(file) is None
     file.write_text("start\n10.5 2.0\nstart\n1.0 0.5\n")
+    assert methods.cpu_seconds(file) == 14.0
+    file.write_text("start\nenvironment: line 1: 32578 Killed  agra train\n10.5 2.0\nstart\n1.0 0.5\n")
     assert methods.cpu_seconds(file) == 14.0
     file.write_text("start\nstart\n1.0 0.5\n")  # the first one was killed
     assert methods.cpu_seconds(file) is None

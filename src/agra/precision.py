@@ -8,7 +8,7 @@ from threading import Event, Thread
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import is_autocast_available
 
 Precision = Literal["auto", "bfloat16", "float32"]
@@ -53,6 +53,12 @@ def autocast(device: torch.device, precision: Precision, *, cache: bool = True) 
         return nullcontext()
     half = compute_dtype(device, precision) is torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=cache)
+
+
+def autocast_to_weights(module: nn.Module) -> AbstractContextManager:
+    """Return autocast where the weights of `module` are bfloat16, so that it accepts float32 inputs."""
+    weight = next(module.parameters())
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype is torch.bfloat16)
 
 
 def without_autocast(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from agra import api
+from agra.diagnostics.diagnosis import diagnose
 from agra.diagnostics.measurement import DiagnosisConfig
-from agra.diagnostics.samples.probe_sample import save_samples
+from agra.diagnostics.samples.probe_sample import ProbeSample, save_samples
 from agra.diagnostics.samples.sources import dataset_samples
+from agra.policies.latency import random_policy
 from agra.policies.load import load_policy
 from agra.precision import autocast, compute_dtype
+from agra.recipes import RECIPES
 from agra.wam.fast import FastWAM
 from agra.wam.model import WAM
 
@@ -104,3 +107,39 @@ def test_monitors_and_diagnosis_run_in_the_training_s_precision(prepared, traine
     settings = DiagnosisConfig(noise_samples=1, background_sets=1, gallery=1, map_kinds=(), imagination_steps=1)
     api.diagnose(trained, simulator="none", samples=0, probes=tmp_path / "probes", teacher="own", config=settings)
     assert {dtype for _, dtype in seen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["tiny", "tiny_dit4dit", "tiny_diffusion_policy", "tiny_flare", "tiny_uwm", "tiny_vla", "tiny_lda_scratch"],
+)
+def test_every_method_acts_and_is_diagnosed_with_half_weights(recipe, tmp_path):
+    """Policies on a GPU have bfloat16 weights. Codec, teacher and inputs stay in float32."""
+    policy = random_policy(RECIPES[recipe](), precision="bfloat16")
+    assert {parameter.dtype for parameter in policy.method.parameters()} == {torch.bfloat16}
+    blank = policy.blank_observation()
+    past, clip = len(policy.past), policy.config.method.needs().clip
+    grid = getattr(policy.method, "token_grid", (1,))
+    generator = np.random.default_rng(0)
+    frames = generator.integers(0, 256, (grid[0], *blank.frame.shape), dtype=np.uint8)
+    masks = np.zeros(frames.shape[:-1], np.bool_)
+    masks[:, : frames.shape[1] // 3, : frames.shape[2] // 3] = True
+    sample = ProbeSample(
+        trial="random",
+        step=0,
+        regime="in_distribution",
+        instruction=blank.instruction,
+        embodiment=blank.embodiment,
+        state=blank.state,
+        frames=frames,
+        masks=masks,
+        video=generator.integers(0, 256, (clip, *blank.frame.shape), dtype=np.uint8) if clip else None,
+        actions=np.zeros((4, policy.config.method.shapes.action_dim), np.float32),
+        past_frames=np.repeat(frames[:1], past, axis=0) if past else None,
+        past_states=np.repeat(blank.state[None], past, axis=0) if past else None,
+    )
+    settings = DiagnosisConfig(noise_samples=1, background_sets=1, gallery=0, imagination_steps=1)
+    (row,) = diagnose(policy, [sample], tmp_path, config=settings, progress=False).rows
+    assert np.isfinite(row["action_error"])
+    policy.reset(0)
+    assert np.isfinite(policy.act_and_imagine(blank).actions).all()

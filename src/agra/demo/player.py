@@ -12,6 +12,7 @@ from agra.diagnostics.metrics import attention_in_mask_ratio, mask_to_grid
 from agra.diagnostics.visual_reliance import blank
 from agra.methods.method import Attends, ReadsTokens
 from agra.policies.policy import MethodPolicy
+from agra.precision import autocast_to_weights
 from agra.simulators.tabletop.hands import SIDES
 from agra.simulators.tabletop.tabletop_env import Tabletop
 from agra.types import (
@@ -163,7 +164,8 @@ class Player:
         if not (isinstance(method, ReadsTokens) and isinstance(method, Attends)):
             return None
         inputs, noise = policy.encode([seen]), policy.noise(1, _generator(start))
-        hidden = method.hidden(inputs, noise)
+        with autocast_to_weights(method):
+            hidden = method.hidden(inputs, noise)
         steps = policy.options.get("action_steps")
         maps = action_attention(method, hidden, inputs, noise, method.token_grid, steps=steps)
         grid = maps[0].mean(dim=0)[0].float().cpu().numpy()

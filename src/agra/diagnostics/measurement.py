@@ -32,6 +32,7 @@ from agra.diagnostics.metrics import attention_in_mask_ratio, centroid_error, ma
 from agra.diagnostics.samples.probe_sample import ProbeSample
 from agra.methods.method import Attends, AttendsToText, Imagines, Method, ReadsTokens
 from agra.policies.policy import MethodPolicy
+from agra.precision import autocast_to_weights
 from agra.wam.codec import to_frames, to_video
 
 TeacherFeatures = Callable[[np.ndarray], np.ndarray]
@@ -123,7 +124,8 @@ class SampleMeasurement:
         self.masks = policy.crop(sample.masks[..., None], sample.embodiment)[..., 0]
         if self.tokens is None:
             return
-        self.hidden: dict[int, Tensor] = self.tokens.hidden(self.repeated, self.noise, layers=self.layers)
+        with autocast_to_weights(self.method):
+            self.hidden: dict[int, Tensor] = self.tokens.hidden(self.repeated, self.noise, layers=self.layers)
         self.noise_samples = [
             InterventionInputs(
                 hidden={layer: states[row] for layer, states in self.hidden.items()}, inputs=self.inputs, noise=noise
@@ -282,10 +284,11 @@ class SampleMeasurement:
         if self.sample.actions is None:
             return None
         demonstrated = torch.from_numpy(self.policy.normalize(self.sample.actions, self.sample.embodiment))
-        if self.tokens is None:
-            chunk = self.method.act(self.repeated, self.noise, steps=self.steps)
-        else:
-            chunk = self.tokens.act_on(self.hidden, self.repeated, self.noise, steps=self.steps)
+        with autocast_to_weights(self.method):
+            if self.tokens is None:
+                chunk = self.method.act(self.repeated, self.noise, steps=self.steps)
+            else:
+                chunk = self.tokens.act_on(self.hidden, self.repeated, self.noise, steps=self.steps)
         length, width = min(len(demonstrated), chunk.shape[1]), demonstrated.shape[-1]
         error = chunk[:, :length, :width].float().cpu() - demonstrated[:length]
         return float(error.square().mean(dim=(1, 2)).sqrt().mean())
@@ -337,7 +340,8 @@ class SampleMeasurement:
             return None
         pairs = self.policy.instructions.encoder.words(self.sample.instruction)
         words = [(word, tokens) for word, tokens in pairs if tokens]
-        weights = self.method.text_attention(self.inputs, self.noise_samples[0].noise, layers=self.layers)
+        with autocast_to_weights(self.method):
+            weights = self.method.text_attention(self.inputs, self.noise_samples[0].noise, layers=self.layers)
         maps = [[weights[layer][0][..., list(tokens)].sum(dim=-1) for _, tokens in words] for layer in self.layers]
         stacked = torch.stack([torch.stack(row) for row in maps])
         return [word for word, _ in words], stacked.float().cpu().numpy().astype(np.float16)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from agra.alignment.teacher import TeacherConfig
 from agra.batch import Batch, PolicyInputs
+from agra.precision import autocast_to_weights
 from agra.stages import Stage
 from agra.wam.codec import CodecConfig
 from agra.wam.text import TextConfig
@@ -45,11 +46,6 @@ class Needs:
     """Leave out the targets of windows whose last target frame lies past the episode's end (`Batch.target_rows`)."""
     instruction: bool = True
     """Instruction tokens: `Batch.instruction`."""
-
-    @property
-    def first_frame(self) -> int:
-        """The earliest frame, 0 or below."""
-        return min((0, *self.frame_latents, *self.frames, *self.features, *self.targets))
 
     @property
     def last_frame(self) -> int:
@@ -364,8 +360,7 @@ class PlainActor:
         lap: Lap = lambda stage: None,
     ) -> Float[Tensor, "B K D"]:
         """Run `Method.act`, under autocast where the weights are bfloat16."""
-        weight = next(self.method.parameters())
-        with torch.autocast(weight.device.type, weight.dtype, enabled=weight.dtype is torch.bfloat16):
+        with autocast_to_weights(self.method):
             actions = self.method.act(inputs, noise, steps=self.steps, continuation=continuation)
         lap("action")
         return actions

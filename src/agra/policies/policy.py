@@ -18,7 +18,7 @@ from agra.flow import continuation_weights
 from agra.methods.method import Imagines, Method, Noise
 from agra.policies.instructions import Instructions
 from agra.policies.observations import ObservationEncoder
-from agra.precision import Precision, allow_tensor_cores, compute_dtype, local_device
+from agra.precision import Precision, allow_tensor_cores, autocast_to_weights, compute_dtype, local_device
 from agra.types import (
     ActionChunk,
     ActionNoise,
@@ -260,7 +260,9 @@ class MethodPolicy:
         """
         if not isinstance(self.method, Imagines) or self.observations.codec is None:
             raise ValueError(f"{self.name}: the method {self.config.method.kind} predicts no video")
-        latents, codec = self.method.imagine(inputs, noise, steps=steps), self.observations.codec
+        codec = self.observations.codec
+        with autocast_to_weights(self.method):
+            latents = self.method.imagine(inputs, noise, steps=steps)
         clip = bool(self.config.method.needs().clip)
         predicted = decode_frames(codec, latents, clip=clip)
         if clip:

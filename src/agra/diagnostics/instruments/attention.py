@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agra.batch import PolicyInputs
 from agra.methods.method import Attends, Method, Noise
+from agra.precision import autocast_to_weights
 
 Hidden = Mapping[int, Float[Tensor, "B T H W E"]]
 
@@ -47,9 +48,10 @@ def capture_attention(
 ) -> CapturedAttention:
     """The weights of every denoising step, block, head and query token. They are large: pass few samples at a time."""
     weights: list[Tensor] = []
-    actions = _attending(method).visit_attention(
-        hidden, inputs, noise, lambda blocks: weights.append(torch.stack(list(blocks), dim=1)), steps=steps
-    )
+    with autocast_to_weights(method):
+        actions = _attending(method).visit_attention(
+            hidden, inputs, noise, lambda blocks: weights.append(torch.stack(list(blocks), dim=1)), steps=steps
+        )
     return CapturedAttention(actions=actions, weights=torch.stack(weights, dim=1))
 
 
@@ -106,7 +108,8 @@ def action_attention(
         nonlocal total
         total = total + torch.stack([average_queries(block, horizon) for block in blocks], dim=1)
 
-    _attending(method).visit_attention(hidden, inputs, noise, add, steps=steps)
+    with autocast_to_weights(method):
+        _attending(method).visit_attention(hidden, inputs, noise, add, steps=steps)
     if total.shape[-1] != grid[0] * grid[1] * grid[2]:
         raise ValueError(f"attention over {total.shape[-1]} tokens does not fit the grid {grid}")
     return (total / total.sum(dim=-1, keepdim=True)).unflatten(-1, grid)

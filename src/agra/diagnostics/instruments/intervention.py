@@ -26,6 +26,7 @@ from torch import Tensor
 from agra.batch import PolicyInputs
 from agra.diagnostics.instruments.attention import require_eval
 from agra.methods.method import Method, Noise, ReadsTokens
+from agra.precision import autocast_to_weights
 
 InterventionKind = Literal["zero", "mean", "shuffle", "swap"]
 INTERVENTION_KINDS: tuple[InterventionKind, ...] = get_args(InterventionKind)
@@ -154,7 +155,8 @@ def action_deviation(
             for layer in read
         }
         noise = {name: value.expand(len(tables), *value.shape[1:]) for name, value in sample.noise.items()}
-        return method.act_on(hidden, sample.inputs.expand(len(tables)), noise, steps=steps).float()
+        with autocast_to_weights(method):
+            return method.act_on(hidden, sample.inputs.expand(len(tables)), noise, steps=steps).float()
 
     if not len(table):
         return torch.zeros(0)
