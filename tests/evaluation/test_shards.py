@@ -84,6 +84,19 @@ def test_incomplete_or_different_shards_are_not_merged(tmp_path):
     assert len(shard_paths(output)) == 4
 
 
+def test_shards_of_different_checkpoints_are_not_merged(tmp_path):
+    output = tmp_path / "r.jsonl"
+    for shard, checkpoint in zip(FOUR, ("abc", "abc", "abc", "def"), strict=True):
+        play(output, shard=shard, checkpoint_sha256=checkpoint)
+    with pytest.raises(
+        ValueError, match=r"shard-3-of-4.jsonl: checkpoint_sha256 is 'def', but 'abc' in r.shard-0-of-4"
+    ):
+        merge_results(output)
+    FOUR[3].path(output).unlink()
+    play(output, shard=FOUR[3], checkpoint_sha256="abc")
+    assert merge_results(output).header["checkpoint_sha256"] == "abc"
+
+
 def test_an_interrupted_shard_goes_on(tmp_path):
     output, shard = tmp_path / "r.jsonl", FOUR[1]
     whole = play(output, shard=shard)

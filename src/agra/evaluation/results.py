@@ -27,6 +27,11 @@ from agra.evaluation.statistics import (
 )
 from agra.evaluation.task_groups import task_groups
 
+CHECKPOINT = "checkpoint_sha256"
+"""Key of a header: the sha256 of the manifest of the evaluated checkpoint. Absent for a policy without a checkpoint, such as
+a server's, and in files of earlier versions.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
@@ -115,7 +120,7 @@ def merge_results(output: str | Path) -> Results:
     """Write the results file `output` from its shards beside it. It equals that of a single evaluation but for its times.
 
     Videos are in the folder of `output` already. The shards stay. Raises FileNotFoundError without shards, and ValueError
-    for shards with different headers, a trial in two of them, or missing trials.
+    for shards with different headers (of different checkpoints too), a trial in two of them, or missing trials.
     """
     output = Path(output)
     paths = sorted(shard_paths(output))
@@ -126,10 +131,10 @@ def merge_results(output: str | Path) -> Results:
         parts = {path: read_results(path, partial=True) for path in (*paths, *earlier)}
         header = parts[paths[0]].header
         for path, part in parts.items():
-            for key in header:
-                if part.header.get(key) != header[key]:
+            for key in dict.fromkeys((*header, CHECKPOINT)):
+                if part.header.get(key) != header.get(key):
                     raise ValueError(
-                        f"{path}: {key} is {part.header.get(key)!r}, but {header[key]!r} in {paths[0].name}; "
+                        f"{path}: {key} is {part.header.get(key)!r}, but {header.get(key)!r} in {paths[0].name}; "
                         "remove the shards of another evaluation"
                     )
         trials = [trial for path in paths for trial in parts[path].trials]
