@@ -268,7 +268,7 @@ class Pair:
     a: Summary
     b: Summary
     test: McNemar
-    difference: Average  # success rate of A minus that of B
+    difference: Average  # success rate of A minus that of B, over trials
 
 
 @dataclass(frozen=True, kw_only=True)

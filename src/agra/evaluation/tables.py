@@ -89,7 +89,7 @@ def comparison_table(comparison: Comparison) -> Table:
         )
     unit = "tasks" if comparison.pairs[-1].difference.clusters == comparison.pairs[-1].a.tasks else "trials"
     table.caption = (
-        f"A - B: points, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
+        f"A - B: points over all trials, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
         "McNemar's exact test; detectable: smallest difference that these pairs show with 80 % power"
     )
     return table
