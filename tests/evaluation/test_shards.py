@@ -11,6 +11,7 @@ from agra.evaluation.collect import ActionNoise, collect, merge_collection
 from agra.evaluation.protocols import Protocol, Shard, parse_shard, regime_trials, shard_paths
 from agra.evaluation.results import merge_results
 from agra.evaluation.rollout import evaluate
+from agra.evaluation.tables import summary_table, task_table
 from tests.support.point_world import PointWorld, Wanderer, demonstrator, training_trials
 
 FOUR = [Shard(index=index, count=4) for index in range(4)]
@@ -95,6 +96,22 @@ def test_shards_of_different_checkpoints_are_not_merged(tmp_path):
     FOUR[3].path(output).unlink()
     play(output, shard=FOUR[3], checkpoint_sha256="abc")
     assert merge_results(output).header["checkpoint_sha256"] == "abc"
+
+
+def test_a_shard_without_trials(tmp_path):
+    """Five shards of four trials."""
+    output, env = tmp_path / "r.jsonl", PointWorld()
+    parts = [Shard(index=index, count=5) for index in range(5)]
+    results = [
+        evaluate(Wanderer(env), env, regime_trials(env, limit=1), policy_name="wanderer", protocol=Protocol(), output=output,
+                 shard=shard, progress=False)
+        for shard in parts
+    ]  # fmt: skip
+    assert [len(result.trials) for result in results] == [1, 1, 1, 1, 0]
+    table = summary_table(results[-1])
+    assert (table.row_count, table.caption) == (0, "no trials: there are more shards than trials")
+    assert task_table(results[-1]).row_count == 0
+    assert len(merge_results(output).trials) == 4
 
 
 def test_an_interrupted_shard_goes_on(tmp_path):
