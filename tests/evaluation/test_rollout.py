@@ -15,6 +15,7 @@ from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import RecordedPolicy, evaluate, run_episode, side_by_side
 from agra.types import ActionChunk, Policy, SimulatorFailed
+from tests.support.outcomes import reproducible
 from tests.support.point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
 
 ROOT = str(Path(__file__).parents[2])
@@ -234,7 +235,7 @@ def play(output, *, env=None, limit=6, **changes):
 
 
 def outcomes(path):
-    return [trial.same_outcome() for trial in read_results(path).trials]
+    return [reproducible(trial) for trial in read_results(path).trials]
 
 
 def test_evaluation_writes_header_lines_and_videos(tmp_path):

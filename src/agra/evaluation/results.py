@@ -59,10 +59,6 @@ class TrialResult:
     def __post_init__(self) -> None:
         object.__setattr__(self, "failures", tuple(self.failures))
 
-    def same_outcome(self) -> dict[str, Any]:
-        """The reproducible fields: all but times, video and the simulator's failures."""
-        return {k: v for k, v in asdict(self).items() if k not in ("wall_s", "policy_ms", "video", "failures")}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
@@ -280,13 +276,13 @@ class Comparison:
     pairs: tuple[Pair, ...]
 
 
-def compare(results_a: Results, results_b: Results, *, across_protocols: bool = False) -> Comparison:
+def compare(results_a: Results, results_b: Results) -> Comparison:
     """Pair two policies' trials by name, regime by regime.
 
-    Raises ValueError for different simulators or trial lists and, unless `across_protocols`, for different protocols.
+    Raises ValueError for different simulators, trial lists or protocols.
     """
     names = f"cannot compare {results_a.policy} with {results_b.policy}"
-    for key in ("simulator", "trials_sha256", *(() if across_protocols else ("protocol", "max_steps", "settings"))):
+    for key in ("simulator", "trials_sha256", "protocol", "max_steps", "settings"):
         value_a, value_b = results_a.header.get(key), results_b.header.get(key)
         if value_a != value_b:
             raise ValueError(f"{names}: {key} differs, {value_a!r} and {value_b!r}")
