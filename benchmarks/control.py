@@ -27,6 +27,7 @@ from agra.simulators.registry import make
 from agra.types import Simulator, Trial
 from benchmarks.side_by_side import finish
 
+COMPARED: tuple[str, ...] = ("asynchronous", "rtc")
 COMPARED_AT = 200  # ms
 
 
@@ -129,8 +130,13 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.quick:
-        options.trials, options.latencies, options.executors = 1, [COMPARED_AT], ["asynchronous", "rtc"]
+        options.trials, options.latencies, options.executors = 1, [COMPARED_AT], list(COMPARED)
         options.output = options.output.with_name(f"{options.output.name}_quick")
+    if not set(COMPARED) <= set(options.executors) or COMPARED_AT not in options.latencies:
+        parser.error(
+            f"the result compares {' and '.join(COMPARED)} at {COMPARED_AT} ms, got --executors "
+            f"{' '.join(options.executors)} --latencies {' '.join(map(str, options.latencies))}; add the missing ones"
+        )
     policy, env = load_policy(options.checkpoint), make("tabletop")
     trials = regime_trials(env, ("in_distribution",), limit=options.trials)
     steps = {latency: math.ceil(latency * env.fps / 1000) for latency in options.latencies}

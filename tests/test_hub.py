@@ -3,14 +3,14 @@ import json
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agra.alignment import dinov2_onnx
 from agra.alignment.teacher import TeacherConfig, load_teacher
-from agra.hub import loading, package_folder, weight_files
+from agra.hub import dataset_folder, download_model, loading, package_folder, upload_model, weight_files
 from agra.wam import text
 from agra.wam.codec import CodecConfig, load_codec
 from agra.weights import read_into, weights_digest
@@ -51,6 +51,24 @@ def test_errors_become_one_line(problem):
         raise problem
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is problem
+
+
+class NetworkLost(HfHubHTTPError.__bases__[0]):
+    """An error of the hub's HTTP library during a transfer, such as httpx.ConnectError, which is no OSError."""
+
+
+def test_a_broken_network_is_one_line(tmp_path, monkeypatch):
+    def lost(*args, **options):
+        raise NetworkLost("connection reset\nby peer")
+
+    monkeypatch.setattr("agra.hub.snapshot_download", lost)
+    monkeypatch.setattr("agra.hub.HfApi.create_repo", lost)
+    with pytest.raises(FileNotFoundError, match=r"no dataset of that id on the hub \(connection reset\);"):
+        dataset_folder("owner/name")
+    with pytest.raises(FileNotFoundError, match="policy: cannot load owner/name: connection reset;"):
+        download_model("owner/name", tmp_path / "model")
+    with pytest.raises(OSError, match=r"owner/name: upload failed \(connection reset by peer\); run"):
+        upload_model(tmp_path, "owner/name", private=True)
 
 
 def test_a_path_that_is_no_folder_is_called_that():

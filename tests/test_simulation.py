@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +8,14 @@ import pytest
 
 import agra
 from agra import files
+from agra.checkpoints.folder import BUNDLED
 from agra.cli.main import main
 from agra.evaluation.protocols import Protocol
 from agra.evaluation.remote import served
 from agra.evaluation.results import read_results
 from agra.simulation import open_policy, results_file, usual_protocol
 from agra.types import Policy, SimulatorFailed
+from tests.support.outcomes import reproducible
 from tests.support.point_world import Expert, PointWorld
 
 
@@ -67,7 +70,7 @@ def test_names_are_evaluated(tmp_path):
     for _ in range(2):
         main([*arguments, "--output", str(tmp_path / "cli.jsonl")])
     (trial,) = read_results(tmp_path / "cli.jsonl").trials
-    assert trial.same_outcome() == results.trials[0].same_outcome()
+    assert reproducible(trial) == reproducible(results.trials[0])
 
 
 def test_results_name_where_the_answers_start(tmp_path):
@@ -93,6 +96,47 @@ def test_results_name_where_the_answers_start(tmp_path):
         assert settings(address, "both") == zero | {"video_noise": "zero"}
     with pytest.raises(ValueError, match="action_noise: the expert has none, got zero"):
         settings("expert", "expert", action_noise="zero")
+
+
+def test_results_belong_to_one_checkpoint(tmp_path):
+    """A run that trained on between two calls: the second one is refused, and a file of its own names the other one."""
+
+    def evaluate(output):
+        chosen = {"regimes": ["in_distribution"], "limit": 1, "protocol": Protocol(execute_steps=1, max_steps=1)}
+        return agra.evaluate(run, output=tmp_path / output, progress=False, **chosen)
+
+    run = tmp_path / "run"
+    shutil.copytree(BUNDLED / "tabletop-agra", run / "step_000001")
+    first = evaluate("r.jsonl")
+    assert first.policy == "run"
+    assert first.header["checkpoint_sha256"] == files.sha256(run / "step_000001" / "manifest.json")
+    assert evaluate("r.jsonl") == first
+    shutil.copytree(run / "step_000001", run / "step_000002")
+    with (run / "step_000002" / "manifest.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(
+        ValueError, match=r"r\.jsonl: holds results with checkpoint_sha256 .* choose another --output or"
+    ):
+        evaluate("r.jsonl")
+    assert read_results(tmp_path / "r.jsonl") == first
+    assert evaluate("other.jsonl").header["checkpoint_sha256"] != first.header["checkpoint_sha256"]
+
+
+def test_a_checkpoint_is_resolved_once(tmp_path, monkeypatch):
+    """A checkpoint that training adds after the start is not opened."""
+    run, opened = tmp_path / "run", []
+    shutil.copytree(BUNDLED / "tabletop-agra", run / "step_000001")
+
+    def open_later(policy, simulator, **settings):
+        shutil.copytree(run / "step_000001", run / "step_000002")
+        opened.append(policy)
+        return open_policy(policy, simulator, **settings)
+
+    monkeypatch.setattr("agra.simulation.open_policy", open_later)
+    chosen = {"regimes": ["in_distribution"], "limit": 1, "protocol": Protocol(execute_steps=1, max_steps=1)}
+    results = agra.evaluate(run, progress=False, **chosen)
+    assert opened == [run / "step_000001"]
+    assert (results.policy, (run / "results.jsonl").is_file()) == ("run", True)
 
 
 def test_usual_protocols():

@@ -51,8 +51,6 @@ from agra.diagnostics.samples.sources import (
 from agra.diagnostics.study import StudyTopic
 from agra.diagnostics.study import study as run_study
 from agra.diagnostics.visual_reliance import measure_visual_reliance
-from agra.evaluation.protocols import Protocol, regime_trials
-from agra.evaluation.rollout import evaluate as run_evaluation
 from agra.methods.method import Method, ReadsTokens, observation_inputs
 from agra.policies.instructions import FILE as INSTRUCTIONS
 from agra.policies.load import load_policy
@@ -353,25 +351,15 @@ def study(
     """Train, evaluate and diagnose a variant for every layer (`agra.diagnostics.study`). Returns `output`/study.json.
 
     Every variant starts from `init_from`, a checkpoint of the adapt or the joint stage. Projectors of layers that were
-    not aligned there start fresh. `limit` trials of each regime are run, by default all, and `samples` are diagnosed.
+    not aligned there start fresh. `limit` trials of each regime are run, by default all, as by `agra evaluate`, and
+    `samples` are diagnosed.
     Without a `simulator` only the losses are compared.
     """
 
     def judge(run: Path, name: str) -> None:
         if simulator is None:
             return
-        env = make_simulator(simulator)
-        try:
-            run_evaluation(
-                load_policy(run, name=name, device=device),
-                env,
-                regime_trials(env, limit=limit),
-                output=run / "results.jsonl",
-                protocol=Protocol(),
-                policy_name=name,
-            )
-        finally:
-            env.close()
+        evaluate(run, simulator, output=run / "results.jsonl", name=name, limit=limit, device=device)
         if samples and not (run / "diagnosis" / "diagnosis.json").is_file():
             settings = DiagnosisConfig(gallery=0)
             diagnose(run, simulator=simulator, samples=samples, device=device, config=settings)

@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 
 from agra.files import sha256
 
+_NETWORK_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""The base of all errors of the hub's HTTP library, which depends on the version of huggingface_hub."""
 _DATASET_ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w.-]+)(/(?P<folder>[\w./-]+))?")
 
 
@@ -74,6 +76,7 @@ def dataset_folder(path: str, revision: str | None = None) -> Path:
         root = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except (
         OSError,
+        _NETWORK_ERROR,
         EntryNotFoundError,
         RepositoryNotFoundError,
         HFValidationError,
@@ -97,7 +100,7 @@ def upload_model(folder: Path, name: str, *, private: bool) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Checkpoint of agra")
     except HFValidationError as error:
         raise ValueError(f"{name}: not a valid hub id; expected owner/model") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (_NETWORK_ERROR, OSError) as error:
         raise OSError(
             f"{name}: upload failed ({' '.join(str(error).split())}); run `hf auth login` with a token that has write "
             "access"
@@ -144,7 +147,7 @@ def loading(what: str, *, source: str, revision: str | None, subfolder: str = ""
     address = f"{source}/{subfolder}".rstrip("/") + (f" (revision {revision})" if revision and not local else "")
     try:
         yield
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
+    except (OSError, _NETWORK_ERROR, EntryNotFoundError, HFValidationError) as error:
         if local:
             remedy = f"the folder must hold {subfolder or 'the model'} as saved by save_pretrained"
         elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agra import files
 from agra.evaluation.protocols import Protocol, Shard, default_protocol, regime_trials
 from agra.evaluation.results import Results
 from agra.evaluation.rollout import evaluate as evaluate_trials
@@ -98,12 +99,15 @@ def evaluate(
     `action_noise` and `video_noise` are those of `agra.policies.policy.MethodPolicy`. A server has chosen its own, which
     must agree. For a server of another package they are only recorded in the results.
     `videos` trials of each regime are saved as mp4. A `shard` plays its part of the trials
-    (`agra.evaluation.protocols`).
+    (`agra.evaluation.protocols`). A run folder means its newest checkpoint at the time of the call, and the results name
+    that checkpoint (`agra.evaluation.results.CHECKPOINT`). Results of another one are not continued.
 
     With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the
     same for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
     """
     output, name = results_file(policy, output, name, key_mapping)
+    checkpoint = _checkpoint(policy, key_mapping)
+    policy = policy if checkpoint is None else checkpoint  # the same one for all workers, whatever a training run adds
     policy_settings = {"key_mapping": key_mapping} if key_mapping else {}
     noise = _noise(policy, {"action_noise": action_noise, "video_noise": video_noise}, key_mapping)
     policy_settings |= {name: kind for name, kind in noise.items() if kind != "random"}
@@ -149,6 +153,7 @@ def evaluate(
             make_player=make_player,
             policy_name=name,
             policy_settings=policy_settings,
+            checkpoint_sha256=None if checkpoint is None else files.sha256(checkpoint / "manifest.json"),
             shard=shard,
             progress=progress,
         )
@@ -186,6 +191,15 @@ def results_file(
 
         output = artifact_dir(str(policy)) / "results.jsonl"
     return Path(output), name
+
+
+def _checkpoint(policy: Policy | str | Path, key_mapping: str | None) -> Path | None:
+    """The checkpoint folder of a policy given by a folder or a bundled policy's name. None for any other policy."""
+    if isinstance(policy, Policy) or policy == EXPERT or key_mapping is not None or "://" in str(policy):
+        return None
+    from agra.checkpoints.folder import resolve
+
+    return resolve(policy)
 
 
 def _noise(policy: Policy | str | Path, requested: Mapping[str, str | None], key_mapping: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Layer studies, and probe samples of a dataset, on a world without a renderer."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,13 +9,15 @@ import pytest
 from PIL import Image
 
 from agra import api
-from agra.checkpoints.folder import best, resolve
+from agra.checkpoints.folder import BUNDLED, best, resolve
 from agra.checkpoints.read import read_config
 from agra.cli.main import main
 from agra.diagnostics.samples.probe_sample import load_samples, save_samples
 from agra.diagnostics.samples.sources import dataset_samples, write_pictures
 from agra.diagnostics.study import variants
 from agra.evaluation.collect import collect
+from agra.evaluation.protocols import default_protocol
+from agra.evaluation.results import read_results
 from agra.recipes import agra_dino_l8, tiny
 from agra.wam.bridge import bridged_layers
 from tests.support.point_world import demonstrator
@@ -90,6 +93,21 @@ def test_a_study_trains_every_variant_and_reaches_the_report(config, tmp_path):
     assert "layer 0" in text
     with pytest.raises(FileNotFoundError, match="that `agra study` wrote"):
         api.report([folder / "layer_2"], output=tmp_path / "r.html", studies=[tmp_path])
+
+
+def test_a_study_evaluates_as_agra_evaluate_does(tmp_path, monkeypatch):
+    """The simulator's usual protocol, and the noise of the policy's recipe in the results."""
+
+    def trained(config, *, output, **options):
+        shutil.copytree(BUNDLED / "tabletop-agra", output / "step_000001")
+        return True
+
+    monkeypatch.setattr(api, "train", trained)
+    monkeypatch.setattr("agra.simulation.default_protocol", lambda name: replace(default_protocol(name), max_steps=1))
+    api.study(tiny(), over="alignment", output=tmp_path, layers=(1,), limit=1, samples=0)
+    header = read_results(tmp_path / "layer_1" / "results.jsonl").header
+    assert (header["policy"], header["protocol"]["execute_steps"]) == ("layer_1", 8)
+    assert header["policy_settings"] == {"action_noise": "zero"}
 
 
 def test_dataset_samples_are_annotated_and_monitored_in_training(config, tmp_path, capsys):

@@ -1,7 +1,11 @@
 import os
+import signal
+import subprocess
 import sys
 import textwrap
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +27,15 @@ SIMULATOR = """
     import os, sys
     open({log!r}, "w").write(" ".join([os.environ.get("PYTHONHASHSEED", "random"), *sys.argv[1:]]))
     sys.exit(3)
+"""
+WAITS = """
+    #!{python}
+    import os, time
+    from agra.evaluation.remote import watch_parent
+    watch_parent()
+    open({log!r} + ".part", "w").write(str(os.getpid()))
+    os.rename({log!r} + ".part", {log!r})
+    time.sleep(60)
 """
 CRASHES = """
     #!{python}
@@ -59,6 +72,41 @@ def test_a_killed_simulator_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(server))
     with pytest.raises(SimulatorFailed, match="the simulator's process was ended by SIGKILL; run the same command"):
         evaluate_in_subprocess("runs/mine", simulator, [])
+
+
+def lives(pid):
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_server_and_simulator_end_with_a_killed_evaluation(tmp_path, number, code):
+    source = SERVER.replace(
+        "    open(", "    from agra.evaluation.remote import watch_parent\n    watch_parent()\n    open(", 1
+    )
+    server, server_log = script(tmp_path / "server", source)
+    simulator, simulator_log = script(tmp_path / "simulator", WAITS)
+    call = f"""
+        import sys
+        from agra.evaluation.remote import evaluate_in_subprocess
+        sys.executable = {str(server)!r}
+        evaluate_in_subprocess("runs/mine", {str(simulator)!r}, [])
+    """
+    evaluation = subprocess.Popen([sys.executable, "-c", textwrap.dedent(call)])
+    while not simulator_log.is_file():
+        assert evaluation.poll() is None
+        time.sleep(0.05)
+    pids = [int(log.read_text().split()[0]) for log in (server_log, simulator_log)]
+    assert all(map(lives, pids))
+    evaluation.send_signal(number)
+    assert evaluation.wait(20) == code
+    for _ in range(200):
+        if not any(map(lives, pids)):
+            return
+        time.sleep(0.05)
+    pytest.fail("the server or the simulator outlives the evaluation")
 
 
 def test_the_server_ends_with_an_error(tmp_path, monkeypatch):

@@ -81,7 +81,6 @@ def test_compare_refuses_what_is_not_comparable():
         other = replace(B, header={**B.header, key: value})
         with pytest.raises(ValueError, match=f"cannot compare a with b: {key} differs"):
             compare(A, other)
-    compare(A, replace(B, header={**B.header, "protocol": {"execute_steps": 8}}), across_protocols=True)
     with pytest.raises(ValueError, match="their finished trials differ"):
         compare(A, replace(B, trials=B.trials[1:]))
 
@@ -107,6 +106,20 @@ def test_compare_gives_the_difference():
     assert pair.difference.clusters == 10  # one task only, so trials are drawn
     single = make_results("a", {"semantic": "1"})
     assert compare(single, single).pairs[0].difference == (0, -1, 1, 1)
+
+
+def test_the_difference_is_that_of_the_columns():
+    """One task has two trials, four have one."""
+    a, b = (make_results(name, {"semantic": outcomes}) for name, outcomes in (("a", "110000"), ("b", "000000")))
+    a, b = (
+        replace(r, trials=tuple(replace(t, task=k) for t, k in zip(r.trials, "xxyzuv", strict=True))) for r in (a, b)
+    )
+    pair = compare(a, b).pairs[0]
+    assert pair.difference.value == pytest.approx(pair.a.rate - pair.b.rate)
+    shown = text(comparison_table(compare(a, b)))
+    assert "33% (10-70)" in shown
+    assert "+33 (" in shown
+    assert "points over all trials, paired bootstrap over tasks" in " ".join(shown.split())
 
 
 def test_leaderboard():

@@ -15,6 +15,7 @@ from agra.evaluation.protocols import Protocol, regime_trials
 from agra.evaluation.results import read_results
 from agra.evaluation.rollout import RecordedPolicy, evaluate, run_episode, side_by_side
 from agra.types import ActionChunk, Policy, SimulatorFailed
+from tests.support.outcomes import reproducible
 from tests.support.point_world import Expert, PointWorld, Wanderer, make_trial, wanderer
 
 ROOT = str(Path(__file__).parents[2])
@@ -234,7 +235,7 @@ def play(output, *, env=None, limit=6, **changes):
 
 
 def outcomes(path):
-    return [trial.same_outcome() for trial in read_results(path).trials]
+    return [reproducible(trial) for trial in read_results(path).trials]
 
 
 def test_evaluation_writes_header_lines_and_videos(tmp_path):
@@ -400,6 +401,27 @@ def test_another_header_is_refused(tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match="expected trials of one simulator, got no trials"):
         play(tmp_path / "none.jsonl", trials=[])
+
+
+def test_results_name_their_checkpoint(tmp_path):
+    """Another checkpoint is refused, also that of a server, which is unknown. A file of an earlier version goes on as it is."""
+    path = tmp_path / "r.jsonl"
+    whole = play(path, checkpoint_sha256="abc")
+    assert whole.header["checkpoint_sha256"] == "abc"
+    for other in ("def", None):
+        with pytest.raises(
+            ValueError, match=rf"holds results with checkpoint_sha256 'abc' instead of {other!r}; choose"
+        ):
+            play(path, checkpoint_sha256=other)
+    assert read_results(path) == whole
+    earlier = tmp_path / "earlier.jsonl"
+    assert "checkpoint_sha256" not in play(earlier).header
+    lines = earlier.read_text().splitlines(keepends=True)
+    earlier.write_text("".join(lines[:-2]))
+    again = play(earlier, checkpoint_sha256="abc")
+    assert len(again.trials) == len(whole.trials)
+    assert again == read_results(earlier)
+    assert "checkpoint_sha256" not in again.header
 
 
 def test_expert_is_a_policy(tmp_path):

@@ -11,6 +11,8 @@ from agra.evaluation.collect import ActionNoise, collect, merge_collection
 from agra.evaluation.protocols import Protocol, Shard, parse_shard, regime_trials, shard_paths
 from agra.evaluation.results import merge_results
 from agra.evaluation.rollout import evaluate
+from agra.evaluation.tables import summary_table, task_table
+from tests.support.outcomes import reproducible
 from tests.support.point_world import PointWorld, Wanderer, demonstrator, training_trials
 
 FOUR = [Shard(index=index, count=4) for index in range(4)]
@@ -84,6 +86,35 @@ def test_incomplete_or_different_shards_are_not_merged(tmp_path):
     assert len(shard_paths(output)) == 4
 
 
+def test_shards_of_different_checkpoints_are_not_merged(tmp_path):
+    output = tmp_path / "r.jsonl"
+    for shard, checkpoint in zip(FOUR, ("abc", "abc", "abc", "def"), strict=True):
+        play(output, shard=shard, checkpoint_sha256=checkpoint)
+    with pytest.raises(
+        ValueError, match=r"shard-3-of-4.jsonl: checkpoint_sha256 is 'def', but 'abc' in r.shard-0-of-4"
+    ):
+        merge_results(output)
+    FOUR[3].path(output).unlink()
+    play(output, shard=FOUR[3], checkpoint_sha256="abc")
+    assert merge_results(output).header["checkpoint_sha256"] == "abc"
+
+
+def test_a_shard_without_trials(tmp_path):
+    """Five shards of four trials."""
+    output, env = tmp_path / "r.jsonl", PointWorld()
+    parts = [Shard(index=index, count=5) for index in range(5)]
+    results = [
+        evaluate(Wanderer(env), env, regime_trials(env, limit=1), policy_name="wanderer", protocol=Protocol(), output=output,
+                 shard=shard, progress=False)
+        for shard in parts
+    ]  # fmt: skip
+    assert [len(result.trials) for result in results] == [1, 1, 1, 1, 0]
+    table = summary_table(results[-1])
+    assert (table.row_count, table.caption) == (0, "no trials: there are more shards than trials")
+    assert task_table(results[-1]).row_count == 0
+    assert len(merge_results(output).trials) == 4
+
+
 def test_an_interrupted_shard_goes_on(tmp_path):
     output, shard = tmp_path / "r.jsonl", FOUR[1]
     whole = play(output, shard=shard)
@@ -91,7 +122,7 @@ def test_an_interrupted_shard_goes_on(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + lines[4][:20])
     again = play(output, shard=shard)
-    assert [trial.same_outcome() for trial in again.trials] == [trial.same_outcome() for trial in whole.trials]
+    assert [reproducible(trial) for trial in again.trials] == [reproducible(trial) for trial in whole.trials]
 
 
 def test_a_merged_collection_equals_a_single_one_bit_for_bit(tmp_path):

@@ -156,6 +156,21 @@ def test_paired_bootstrap_covers(tasks):
     assert 0.91 <= np.mean(covered) <= 0.985
 
 
+def test_the_difference_is_that_of_the_rates_where_tasks_have_unequal_numbers_of_trials():
+    tasks, a, b = "aabcde", [1, 1, 0, 0, 0, 0], [0] * 6
+    difference = paired_bootstrap(a, b, tasks)
+    assert (difference.value, difference.clusters) == (pytest.approx(1 / 3), 5)
+    assert difference.low <= 0 < 1 / 3 < difference.high
+    assert paired_bootstrap([1] * 6, b, tasks) == (1, 1, 1, 5)
+
+
+def test_with_equal_numbers_of_trials_the_difference_is_the_mean_over_tasks():
+    rng = np.random.default_rng(6)
+    a, b, tasks = rng.random(60) < 0.6, rng.random(60) < 0.4, np.arange(60) % 6
+    average = clustered_bootstrap(a.astype(float) - b, tasks.tolist())
+    assert paired_bootstrap(a, b, tasks.tolist()) == pytest.approx(average)
+
+
 def test_minimum_detectable_effect_against_statsmodels():
     from statsmodels.stats.power import NormalIndPower
 

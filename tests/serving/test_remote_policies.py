@@ -248,6 +248,51 @@ def test_the_n16_client_and_our_server_of_gr00ts_protocol_agree():
         assert both.policy.seeds[-1] == 5
 
 
+def interrupted(timeout):
+    raise KeyboardInterrupt
+
+
+def moved():
+    """An observation with the red square in its last column, unlike `make_observation`'s."""
+    frame = np.full((32, 48, 3), 120, np.uint8)
+    frame[16, 47] = (200, 0, 0)
+    return replace(make_observation(), frame=frame)
+
+
+def test_an_interrupted_openpi_call_leaves_no_answer_behind(monkeypatch):
+    from websockets.sync.server import serve
+
+    with serve(openpi_handler, "127.0.0.1", 0, compression=None, max_size=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        policy = OpenpiPolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}", OPENPI)
+        first = policy.act(make_observation()).actions
+        monkeypatch.setattr(policy._connection, "recv", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            policy.act(make_observation())
+        monkeypatch.undo()
+        actions = policy.act(moved()).actions
+        server.shutdown()
+    np.testing.assert_allclose(actions, np.tile([47 / 48, 16 / 32], (3, 1)))
+    assert not np.allclose(actions, first)
+
+
+def test_an_interrupted_groot_call_leaves_a_usable_client(monkeypatch):
+    zmq = pytest.importorskip("zmq")
+    names = {"video": ["ego_view"], "state": ["x", "y"], "language": "annotation.human.task_description"}
+    with N16Server(n16_act, **names) as server, monkeypatch.context() as patch:
+        policy = GrootPolicy(f"tcp://127.0.0.1:{server.port}", N16)
+        patch.setattr(zmq.Socket, "poll", lambda socket, timeout: interrupted(timeout))
+        with pytest.raises(KeyboardInterrupt):
+            policy.act(make_observation())
+        patch.undo()
+        np.testing.assert_allclose(policy.act(moved()).actions, np.tile([47 / 48, 16 / 32], (3, 1)))
+
+
 def test_an_unreachable_server():
+    pytest.importorskip("zmq")
+    policy = GrootPolicy("tcp://127.0.0.1", GROOT, timeout=1)
+    for _ in range(2):
+        with pytest.raises(ServerLost, match=r"tcp://127\.0\.0\.1: no answer .* expected a server at tcp://HOST:PORT"):
+            policy.act(make_observation())
     with pytest.raises(ServerLost, match="no answer from the policy server"):
         OpenpiPolicy("ws://127.0.0.1:9", OPENPI, timeout=2).act(make_observation())

@@ -20,6 +20,7 @@ from agra.evaluation.task_groups import TASK_GROUPS
 from agra.simulators.metaworld.metaworld_tasks import EPISODES, INSTRUCTIONS, training_trials, trials
 from agra.simulators.registry import expert, make
 from agra.types import ActionChunk, Simulator
+from tests.support.outcomes import reproducible
 
 COMMAND = [sys.executable, "-m", "agra.cli", "evaluate"]
 INSTALLED = importlib.util.find_spec("metaworld") is not None
@@ -295,7 +296,7 @@ def evaluation(output, *, workers=1):
 
 
 def outcomes(path):
-    return [trial.same_outcome() for trial in read_results(path).trials]
+    return [reproducible(trial) for trial in read_results(path).trials]
 
 
 @needs_metaworld

@@ -13,9 +13,6 @@ from agra.types import Simulator, Trial
 
 Item = TypeVar("Item")
 
-TRIALS_PER_REGIME = {"in_distribution": 50, "semantic": 40, "instance": 50, "attribute": 40}
-"""The paper's counts (C.2.2)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:

@@ -27,6 +27,11 @@ from agra.evaluation.statistics import (
 )
 from agra.evaluation.task_groups import task_groups
 
+CHECKPOINT = "checkpoint_sha256"
+"""Key of a header: the sha256 of the manifest of the evaluated checkpoint. Absent for a policy without a checkpoint, such as
+a server's, and in files of earlier versions.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
@@ -53,10 +58,6 @@ class TrialResult:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "failures", tuple(self.failures))
-
-    def same_outcome(self) -> dict[str, Any]:
-        """The reproducible fields: all but times, video and the simulator's failures."""
-        return {k: v for k, v in asdict(self).items() if k not in ("wall_s", "policy_ms", "video", "failures")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def merge_results(output: str | Path) -> Results:
     """Write the results file `output` from its shards beside it. It equals that of a single evaluation but for its times.
 
     Videos are in the folder of `output` already. The shards stay. Raises FileNotFoundError without shards, and ValueError
-    for shards with different headers, a trial in two of them, or missing trials.
+    for shards with different headers (of different checkpoints too), a trial in two of them, or missing trials.
     """
     output = Path(output)
     paths = sorted(shard_paths(output))
@@ -126,10 +127,10 @@ def merge_results(output: str | Path) -> Results:
         parts = {path: read_results(path, partial=True) for path in (*paths, *earlier)}
         header = parts[paths[0]].header
         for path, part in parts.items():
-            for key in header:
-                if part.header.get(key) != header[key]:
+            for key in dict.fromkeys((*header, CHECKPOINT)):
+                if part.header.get(key) != header.get(key):
                     raise ValueError(
-                        f"{path}: {key} is {part.header.get(key)!r}, but {header[key]!r} in {paths[0].name}; "
+                        f"{path}: {key} is {part.header.get(key)!r}, but {header.get(key)!r} in {paths[0].name}; "
                         "remove the shards of another evaluation"
                     )
         trials = [trial for path in paths for trial in parts[path].trials]
@@ -263,7 +264,7 @@ class Pair:
     a: Summary
     b: Summary
     test: McNemar
-    difference: Average  # success rate of A minus that of B
+    difference: Average  # success rate of A minus that of B, over trials
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,13 +276,13 @@ class Comparison:
     pairs: tuple[Pair, ...]
 
 
-def compare(results_a: Results, results_b: Results, *, across_protocols: bool = False) -> Comparison:
+def compare(results_a: Results, results_b: Results) -> Comparison:
     """Pair two policies' trials by name, regime by regime.
 
-    Raises ValueError for different simulators or trial lists and, unless `across_protocols`, for different protocols.
+    Raises ValueError for different simulators, trial lists or protocols.
     """
     names = f"cannot compare {results_a.policy} with {results_b.policy}"
-    for key in ("simulator", "trials_sha256", *(() if across_protocols else ("protocol", "max_steps", "settings"))):
+    for key in ("simulator", "trials_sha256", "protocol", "max_steps", "settings"):
         value_a, value_b = results_a.header.get(key), results_b.header.get(key)
         if value_a != value_b:
             raise ValueError(f"{names}: {key} differs, {value_a!r} and {value_b!r}")

@@ -165,13 +165,20 @@ def stratified_average(
 
 def _cluster_means(values: Sequence[float] | np.ndarray, clusters: Sequence[object]) -> dict[object, float]:
     """The mean of each cluster's values (N,), in the order of their first occurrence."""
+    labels, sums, sizes = _cluster_sums(values, clusters)
+    return dict(zip(labels, (sums / sizes).tolist(), strict=True))
+
+
+def _cluster_sums(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[object]
+) -> tuple[list[object], np.ndarray, np.ndarray]:
+    """The clusters in the order of their first occurrence, the sum of each one's values (N,), and their number."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) != len(clusters):
         raise ValueError(f"{len(clusters)} cluster labels do not fit values of shape {array.shape}")
     labels = {label: number for number, label in enumerate(dict.fromkeys(clusters))}
     members = np.array([labels[label] for label in clusters])
-    means = np.bincount(members, weights=array) / np.bincount(members)
-    return dict(zip(labels, means.tolist(), strict=True))
+    return list(labels), np.bincount(members, weights=array), np.bincount(members)
 
 
 def paired_bootstrap(
@@ -186,13 +193,25 @@ def paired_bootstrap(
     """Success rate of A minus that of B on the same trials, with its interval. `tasks` labels each trial.
 
     Resamples whole tasks if there are at least `MIN_CLUSTERS`, else trials. `clusters` of the result is their number.
-    The interval of a single trial is [-1, 1].
+    A task weighs as much as it has trials, in the value and in every resample. If all tasks agree, the interval is a
+    point. That of a single trial is [-1, 1].
     """
     a, b = _pairs(paired_a, paired_b)
     if len(a) < 2:
         return Average(float(a.mean() - b.mean()), -1.0, 1.0, len(a))
     clusters = tasks if len(set(tasks)) >= MIN_CLUSTERS else range(len(a))
-    return clustered_bootstrap(a.astype(float) - b, clusters, confidence=confidence, resamples=resamples, seed=seed)
+    _, sums, sizes = _cluster_sums(a.astype(float) - b, clusters)
+    value, count = float(sums.sum() / sizes.sum()), len(sums)
+    if np.ptp(sums / sizes) == 0:
+        return Average(value, value, value, count)
+    low, high = expanded_percentile_interval(
+        lambda numbers: sums[numbers].sum(axis=-1) / sizes[numbers].sum(axis=-1),
+        count,
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+    return Average(value, low, high, count)
 
 
 def minimum_detectable_effect(trials: int, rate: float, *, power: float = 0.8, confidence: float = 0.95) -> float:

@@ -20,7 +20,10 @@ from agra.evaluation.statistics import (
 
 
 def summary_table(results: Results) -> Table:
-    """A policy's figures: success with Wilson's interval, and averages over tasks and over groups of tasks."""
+    """A policy's figures: success with Wilson's interval, and averages over tasks and over groups of tasks.
+
+    A shard without trials has a table without rows.
+    """
     summaries = summarise(results)
     scores = list(dict.fromkeys(name for summary in summaries for name in summary.progress))
     averaged = any(s.average for s in summaries)
@@ -41,6 +44,9 @@ def summary_table(results: Results) -> Table:
         group_average = [_average(s.group_average)] if grouped else []
         progress = [f"{s.progress[name]:.0%}" if name in s.progress else "" for name in scores]
         table.add_row(s.regime, trials, _rate(s), *average, *group_average, *progress, f"{s.median_policy_ms:.1f}")
+    if not summaries:
+        table.caption = "no trials: there are more shards than trials"
+        return table
     last = summaries[-1]
     effect = minimum_detectable_effect(last.trials, last.rate)
     detectable = "no improvement is" if math.isinf(effect) else f"an improvement of {_points(effect)} is"
@@ -89,7 +95,7 @@ def comparison_table(comparison: Comparison) -> Table:
         )
     unit = "tasks" if comparison.pairs[-1].difference.clusters == comparison.pairs[-1].a.tasks else "trials"
     table.caption = (
-        f"A - B: points, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
+        f"A - B: points over all trials, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
         "McNemar's exact test; detectable: smallest difference that these pairs show with 80 % power"
     )
     return table

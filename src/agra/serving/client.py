@@ -2,8 +2,8 @@
 
 import socket
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,18 @@ class ServerLost(ConnectionError):
 
 class ServerRefused(ValueError):
     """An error message of the server about a request."""
+
+
+@contextmanager
+def closing_on_error(close: Callable[[], object]) -> Iterator[None]:
+    """Call `close` where the block between a request and its answer raises anything, also if the user interrupts it.
+
+    Otherwise the next request would get the answer that was not read.
+    """
+    with ExitStack() as resources:
+        resources.callback(close)
+        yield
+        resources.pop_all()
 
 
 class PolicyClient:
@@ -84,26 +96,30 @@ class PolicyClient:
             request_id=self._request_id,
         )
         start = time.perf_counter()
-        try:
-            connection.send(pack(encode_request(request, self._keys, self.spec)))
-            data = connection.recv(timeout=self.timeout)
-        except TimeoutError as error:
-            self.close()
-            raise ServerLost(f"{self.address}: no answer within {self.timeout:g} s") from error
-        except (ConnectionClosed, OSError) as error:
-            self.close()
-            raise ServerLost(f"{self.address}: the connection was lost ({error})") from error
-        if isinstance(data, str):
-            raise ServerRefused(f"{self.address}: {data}")
-        message = self._decode_response(data)
+        message = pack(encode_request(request, self._keys, self.spec))
+        with closing_on_error(self.close):
+            response = self._exchange(connection, message)
+        if isinstance(response, str):
+            raise ServerRefused(f"{self.address}: {response}")
         self._in_episode = True
-        timing = message.get("server_timing", {})
+        timing = response.get("server_timing", {})
         timings = {k.removesuffix("_ms"): v / 1000 for k, v in timing.items() if k.endswith("_ms")}
         return ActionChunk(
-            actions=message["actions"],
+            actions=response["actions"],
             timings={**timings, "round_trip": time.perf_counter() - start},
-            imagined=message.get("imagined"),
+            imagined=response.get("imagined"),
         )
+
+    def _exchange(self, connection: ClientConnection, request: bytes) -> Mapping[str, Any] | str:
+        """Send a request. Returns the decoded response, or the text of the server's error message."""
+        try:
+            connection.send(request)
+            data = connection.recv(timeout=self.timeout)
+        except TimeoutError as error:
+            raise ServerLost(f"{self.address}: no answer within {self.timeout:g} s") from error
+        except (ConnectionClosed, OSError) as error:
+            raise ServerLost(f"{self.address}: the connection was lost ({error})") from error
+        return data if isinstance(data, str) else self._decode_response(data)
 
     def _decode_response(self, data: bytes) -> Mapping[str, Any]:
         message = unpack(data)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agra.serving.client import ServerLost, ServerRefused
+from agra.serving.client import ServerLost, ServerRefused, closing_on_error
 from agra.serving.protocol.wire import pack, pack_groot, unpack, unpack_groot
 from agra.types import ActionChunk, Observation
 
@@ -201,29 +201,33 @@ class OpenpiPolicy:
 
         start = time.perf_counter()
         try:
-            if self._connection is None:
-                self._connection = self._resources.enter_context(
-                    connect(
-                        self.address,
-                        additional_headers=self._headers,
-                        compression=None,
-                        max_size=None,
-                        open_timeout=self.timeout,
-                        close_timeout=1,
-                        proxy=None,
+            with closing_on_error(self.close):
+                if self._connection is None:
+                    self._connection = self._resources.enter_context(
+                        connect(
+                            self.address,
+                            additional_headers=self._headers,
+                            compression=None,
+                            max_size=None,
+                            open_timeout=self.timeout,
+                            close_timeout=1,
+                            proxy=None,
+                        )
                     )
-                )
-                self._connection.recv(timeout=self.timeout)  # the server's metadata
-            self._connection.send(pack(encode_observation(observation, self.mapping)))
-            data = self._connection.recv(timeout=self.timeout)
+                    self._connection.recv(timeout=self.timeout)  # the server's metadata
+                self._connection.send(pack(encode_observation(observation, self.mapping)))
+                data = self._connection.recv(timeout=self.timeout)
         except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
-            self._connection = None
-            self._resources.close()
             raise ServerLost(f"{self.address}: no answer from the policy server ({error!r})") from error
         if isinstance(data, str):  # openpi sends its traceback as text
             raise ServerRefused(f"{self.address}: {data.strip().splitlines()[-1] if data.strip() else 'refused'}")
         chunk = decode_actions(unpack(data), self.mapping)
         return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
+
+    def close(self) -> None:
+        """Close the connection. The next call connects again."""
+        self._connection = None
+        self._resources.close()
 
 
 class GrootPolicy:
@@ -255,20 +259,30 @@ class GrootPolicy:
         chunk = decode_actions(self._call("get_action", data), self.mapping)
         return ActionChunk(actions=chunk.actions, timings={"round_trip": time.perf_counter() - start})
 
+    def close(self) -> None:
+        """Close the connection. The next call connects again."""
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            socket.close()
+
     def _call(self, endpoint: str, data: Mapping[str, Any]) -> Any:
         import zmq
 
-        if self._socket is None:
-            self._socket = zmq.Context.instance().socket(zmq.REQ)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.connect(self.address)
         message = {"endpoint": endpoint, "data": dict(data)}
-        self._socket.send(pack_groot(message | ({"api_token": self.api_key} if self.api_key else {})))
-        if not self._socket.poll(1000 * self.timeout):
-            self._socket.close()
-            self._socket = None
-            raise ServerLost(f"{self.address}: no answer from the policy server within {self.timeout:g} s")
-        return unpack_groot(self._socket.recv())
+        try:
+            with closing_on_error(self.close):
+                if self._socket is None:
+                    self._socket = zmq.Context.instance().socket(zmq.REQ)
+                    self._socket.setsockopt(zmq.LINGER, 0)
+                    self._socket.connect(self.address)
+                self._socket.send(pack_groot(message | ({"api_token": self.api_key} if self.api_key else {})))
+                if not self._socket.poll(1000 * self.timeout):
+                    raise ServerLost(f"{self.address}: no answer from the policy server within {self.timeout:g} s")
+                return unpack_groot(self._socket.recv())
+        except zmq.ZMQError as error:
+            raise ServerLost(
+                f"{self.address}: no answer from the policy server ({error}); expected a server at tcp://HOST:PORT"
+            ) from error
 
 
 def connect_policy(address: str, mapping: KeyMapping, *, api_key: str | None = None) -> OpenpiPolicy | GrootPolicy:

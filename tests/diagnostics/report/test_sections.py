@@ -53,14 +53,13 @@ def teach(frames):
 
 def test_the_report_holds_everything_and_loads_nothing(write_policy, tmp_path):
     entries = [write_policy("baseline"), write_policy("aligned", wins=8, teacher=teach), write_policy("third")]
-    output = build_report(entries, tmp_path / "site" / "report.html", notes=["A note of the caller."])
+    output = build_report(entries, tmp_path / "site" / "report.html")
     text = output.read_text()
     page = Page(text)
     for name in ("baseline", "aligned", "third"):
         assert f"The arm {name} <b>" in page.words  # escaped, not markup
     for regime in REGIMES:
         assert regime.replace("_", " ") in page.words
-    assert "A note of the caller." in page.words
     assert "patch PCA" in page.words
     assert {"summary", "training", "evaluation", "grounding", "gallery", "settings"} <= page.ids
     assert all(source.startswith(("#", "data:image/jpeg;base64,")) for source in page.sources)

@@ -156,6 +156,17 @@ def test_invalid_settings_are_refused():
         control(Robot(), Synchronous(DelayedInference(Planned([[0] * 4]), 0), execute_steps=1), fps=0, steps=1)
 
 
+@pytest.mark.parametrize("options", [["--executors", "rtc"], ["--latencies", "0", "100"]])
+def test_the_benchmark_refuses_options_without_its_comparison(monkeypatch, capsys, options):
+    """Before an episode is played: the checkpoint of this name does not exist."""
+    from benchmarks import control as benchmark
+
+    monkeypatch.setattr("sys.argv", ["control", "no-such-checkpoint", *options])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "the result compares asynchronous and rtc at 200 ms, got --executors" in capsys.readouterr().err
+
+
 def test_episodes_are_recorded_as_a_dataset(tmp_path):
     robot = Robot()
     with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:

@@ -424,6 +424,30 @@ def test_a_late_response_is_not_taken_for_another():
         assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
 
 
+def test_an_interrupted_call_leaves_no_answer_behind(monkeypatch):
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    with running(Echo()) as server:
+        client = PolicyClient(server.address)
+        client.spec  # noqa: B018
+        monkeypatch.setattr(client._connection, "recv", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.act(observation(1))
+        monkeypatch.undo()
+        assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
+
+
+def test_a_response_to_another_request_ends_the_connection():
+    with running(Echo()) as server:
+        client = PolicyClient(server.address)
+        connection = client._connect()
+        connection.send(request(request_id=99))  # an answer that is never read
+        with pytest.raises(ServerLost, match="the message is not a response to request 1"):
+            client.act(observation(1))
+        assert np.array_equal(client.act(observation(2)).actions, expected(observation(2)))
+
+
 def test_invalid_settings_are_refused():
     for address in ("http://x", "127.0.0.1:8000"):
         with pytest.raises(ValueError, match="expected ws://"):

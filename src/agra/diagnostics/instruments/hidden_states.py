@@ -9,6 +9,7 @@ import numpy as np
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
+FOLDS = 10
 PENALTIES = tuple(10.0**exponent for exponent in range(-3, 5))
 
 
@@ -55,9 +56,7 @@ def mean_cosine(projected: np.ndarray, targets: np.ndarray, epsilon: float = 1e-
     return float(((projected * targets).sum(axis=-1) / (norms + epsilon)).mean())
 
 
-def probed_positions(
-    features: np.ndarray, positions: np.ndarray, groups: Sequence[object], *, folds: int = 10
-) -> np.ndarray:
+def probed_positions(features: np.ndarray, positions: np.ndarray, groups: Sequence[object]) -> np.ndarray:
     """Positions (n, 2) predicted from `features` (n, P) by a linear map that is fitted on the samples of other groups.
 
     Ridge regression on features divided by their overall standard deviation. The penalty is chosen by leave-one-out
@@ -70,7 +69,7 @@ def probed_positions(
     flat = (flat - flat.mean(axis=0)) / (flat.std() * np.sqrt(flat.shape[1]) or 1)
     labels = np.unique([str(group) for group in groups], return_inverse=True)[1]
     model = RidgeCV(alphas=PENALTIES)
-    return np.asarray(cross_val_predict(model, flat, positions, groups=labels, cv=GroupKFold(min(folds, distinct))))
+    return np.asarray(cross_val_predict(model, flat, positions, groups=labels, cv=GroupKFold(min(FOLDS, distinct))))
 
 
 def held_out_mean(positions: np.ndarray, groups: Sequence[object]) -> np.ndarray:

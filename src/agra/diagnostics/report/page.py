@@ -54,13 +54,12 @@ def build_report(
     output: Path,
     *,
     title: str = "Action grounding report",
-    notes: Sequence[str] = (),
     studies: Sequence[Path] = (),
 ) -> Path:
     """Write the report of `policies` to `output`. Each is compared with the first on the same demonstrations (`against_first_of`).
 
-    `studies` are folders of `agra study` (Figs. 10, 11). `notes` precede the list of substitutes for the paper's parts,
-    which is read from the configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid
+    `studies` are folders of `agra study` (Figs. 10, 11). The substitutes for the paper's parts are read from the
+    configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid
     one.
     """
     if not policies:
@@ -80,7 +79,7 @@ def build_report(
         title=title,
         lede=_lede(policies, results, diagnoses),
         policies=[{"name": p.name, "description": p.description, "swatch": swatch(i)} for i, p in enumerate(policies)],
-        substitutes=[*notes, *_substitutes(configs)],
+        substitutes=_substitutes(configs),
         pairs=against_first_of([*demonstrations.values()]),
         summary=_summary(evaluation, reliance, grounding),
         training=training_section(policies),

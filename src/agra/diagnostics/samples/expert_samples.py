@@ -16,7 +16,7 @@ import numpy as np
 
 from agra.diagnostics.samples.probe_sample import ProbeSample, load_samples, samples_from_episode, save_samples
 from agra.evaluation.protocols import regime_trials
-from agra.evaluation.remote import run_in_environment
+from agra.evaluation.remote import run_in_environment, watch_parent
 from agra.evaluation.rollout import run_episode
 from agra.simulators.registry import expert, make
 from agra.types import LocatesTarget, Simulator, SimulatorFailed, Trial
@@ -115,4 +115,5 @@ def main(request: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    watch_parent()
     main(json.loads(sys.argv[1]))

@@ -269,10 +269,8 @@ class RealTimeChunking(Asynchronous):
     The delay in a request is the longest of the last `delay_window` ones, as in the paper's algorithm 1.
     """
 
-    def __init__(
-        self, inference: Inference, *, execute_steps: int, first_delay: int = 1, delay_window: int = 10
-    ) -> None:
-        self._delays: deque[int] = deque([first_delay], maxlen=_positive("delay_window", delay_window))
+    def __init__(self, inference: Inference, *, execute_steps: int, delay_window: int = 10) -> None:
+        self._delays: deque[int] = deque([1], maxlen=_positive("delay_window", delay_window))
         self._last_counted = -1
         super().__init__(inference, execute_steps=execute_steps)
 

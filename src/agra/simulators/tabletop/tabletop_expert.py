@@ -61,11 +61,11 @@ def _open(hand: "Hand") -> np.ndarray:
     lid = scene.position(LID.name)
     put_down = np.linalg.norm(lid[:2] - spot) < 0.03 and scene.bottom(LID.name) < 0.012
     return hand.move(
-        LID.name, _knob(scene, hand.yaw), spot, floor=0.0, clear=STEAMER.rim + LIFTED + 0.012, arrived=bool(put_down)
+        LID.name, _knob(scene), spot, floor=0.0, clear=STEAMER.rim + LIFTED + 0.012, arrived=bool(put_down)
     )
 
 
-def _knob(scene: Scene, yaw: float) -> Grasp:
+def _knob(scene: Scene) -> Grasp:
     point = scene.position(LID.name) + scene.rotation(LID.name)[:, 2] * (LID_KNOB - 0.010)
     return Grasp(point=point, yaw=0.0, width=0.026)
 
@@ -116,7 +116,7 @@ class Hand:
         spot = self.scene.position(goal)[:2]
         inside = self.scene.within(name, goal) and self.scene.bottom(name) < container.floor + 0.02
         tops = [self.scene.top(other) for other in self.scene.items if other not in (name, LID.name)]
-        clear = max([container.rim + 0.012, *(top + 0.008 for top in tops), *self._walls(name)])
+        clear = max([container.rim + 0.012, *(top + 0.008 for top in tops), *self._walls()])
         return self.move(name, self.grasp(name), spot, floor=container.floor, clear=clear, arrived=inside)
 
     def move(
@@ -161,7 +161,7 @@ class Hand:
             return self.towards(np.array([*grasp.point[:2], grasp.point[2]]), grasp.yaw, 0.0)
         if centred and aligned and self.opening > ready - 0.012:
             return self.towards(grasp.point, grasp.yaw, ready)
-        travel = max([top + 0.012, *self._walls(name)])
+        travel = max([top + 0.012, *self._walls()])
         if distance > 0.06:
             travel = max([travel, *(self.scene.top(other) + 0.012 for other in self.scene.items if other != LID.name)])
         blocked = self.tips[2] < travel - 0.012 and distance > 0.02
@@ -189,7 +189,7 @@ class Hand:
         height = max(self.scene.bottom(name) + 0.007, centre[2] - 0.012)
         return Grasp(point=np.array([centre[0], centre[1], height]), yaw=float(yaw), width=width)
 
-    def _walls(self, name: str) -> list[float]:
+    def _walls(self) -> list[float]:
         """Lower bounds on the height of the tips: the rim of the steamer, if there is one."""
         if STEAMER.name not in self.scene.containers:
             return []

@@ -4,7 +4,8 @@ from agra.simulators.tabletop.models.colours import BAMBOO, BLACK, BLUE, BROWN, 
 from agra.simulators.tabletop.models.parts import Colour, Container, Part, block, disc, ring
 
 
-def _plate(rim: tuple[Colour, ...], face: Colour, *, radius: float = 0.064, lip: float = 0.007) -> tuple[Part, ...]:
+def _plate(rim: tuple[Colour, ...], face: Colour, *, radius: float = 0.064) -> tuple[Part, ...]:
+    lip = 0.007
     wall = ring(radius - 0.002, lip, 0.0035, rim, z=lip, count=20, lean=0.35)
     return (disc(radius - 0.002, 0.003, face, (0, 0, 0.003)), *wall)
 
