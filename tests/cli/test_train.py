@@ -281,3 +281,19 @@ def test_no_arguments_print_the_commands(capsys):
     printed = capsys.readouterr().out
     for command in ("collect", "prepare", "train", "evaluate", "compare", "diagnose", "report", "recipes"):
         assert command in printed
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "noted"),
+    [
+        ("agra_dino_l8", [], True),
+        ("agra_dino_l8", ["--init-from", "nvidia/Cosmos-Predict2.5-2B"], False),
+        ("tiny", [], False),
+    ],
+)
+def test_random_weights_in_place_of_public_ones_are_announced(
+    prepared, tmp_path, capsys, monkeypatch, recipe, flags, noted
+):
+    monkeypatch.setattr("agra.api.train", lambda config, **options: True)
+    main(["train", recipe, "--stage", "adapt", "--output", str(tmp_path / "run"), *data(prepared), *flags])
+    assert ("start random; --init-from nvidia/Cosmos-Predict2.5-2B" in capsys.readouterr().err) is noted

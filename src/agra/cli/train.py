@@ -1,5 +1,6 @@
 """`agra train`, `plan` and `recipes`."""
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from agra.cli.data import prepare_missing
 def train(arguments: list[str]) -> None:
     """Train a recipe's stage: agra train RECIPE --stage joint --output DIR --data.path DATASET [--stage.steps 10 ...]"""
     from agra.api import train as run
+    from agra.checkpoints.folder import newest
     from agra.training.parallelize import ParallelConfig
     from agra.wam.groot import GR1_ROW
 
@@ -50,6 +52,13 @@ def train(arguments: list[str]) -> None:
 
         config = replace(config, data=replace(config.data, augment=AugmentConfig()))
     use_threads(options.threads)
+    public, first_process = config.method.public_model, os.environ.get("RANK", "0") == "0"
+    if public is not None and options.init_from is None and first_process and newest(options.output) is None:
+        print(
+            f"all weights start random; --init-from {public} starts from the public video model, and --init-from RUN from"
+            " an earlier stage",
+            file=sys.stderr,
+        )
     finished = run(
         config,
         output=options.output,

@@ -98,6 +98,11 @@ class MethodConfig(ABC):
         """Content of an observation."""
 
     @property
+    def public_model(self) -> str | None:
+        """Hub id of the public model whose weights a first stage can take (`--init-from`)."""
+        return None
+
+    @property
     def codec(self) -> CodecConfig | None:
         """The frozen video codec whose latents it reads."""
         return None

@@ -159,6 +159,11 @@ class WAMMethodConfig(MethodConfig):
         return ("video_dit", *bridge, "action_dit", *(("projectors",) if self.aligns else ()))
 
     @property
+    def public_model(self) -> str | None:
+        """The video model of the codec, where that is Cosmos's."""
+        return self.codec.source if self.codec.kind == "wan" else None
+
+    @property
     def codec(self) -> CodecConfig:
         """The video codec."""
         return self.model.codec

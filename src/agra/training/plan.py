@@ -255,7 +255,7 @@ def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
         f"parameters     {total:,} ({parts}); {step_cost.trained:,} trained in the {config.stage.name} stage",
         f"work           {step_cost.flops_per_sample / 1e12:.3g} TFLOPs a sample, forward and backward"
         + _describe_encoding(result),
-        f"on {machines.gpus} GPUs of {machines.gpu_memory:g} GB, batch {config.stage.batch_size} "
+        f"on {machines.gpus} GPU{'s' * (machines.gpus > 1)} of {machines.gpu_memory:g} GB, batch {config.stage.batch_size} "
         f"({config.stage.batch_size // machines.gpus} a GPU), validation of as many windows included:",
     ]
     for layout in result.layouts:
