@@ -223,6 +223,14 @@ def test_validation_windows(parts):
         make(parts, {"validation_fraction": 0.0}).validation_batch()
 
 
+def test_first_windows(parts):
+    sampler = make(parts, {"validation_fraction": 0.75})
+    for count, episodes in ((None, [1, 2, 3]), (2, [1, 2])):
+        latents = sampler.first_batch(count=count).latents
+        assert latents[:, 0, 0, 0, 0].tolist() == episodes
+        assert (latents[:, 1] == 0).all()
+
+
 def test_held_out():
     assert list(held_out(40, 0.05)) == [38, 39]
     assert list(held_out(4, 0.05)) == [3]
