@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from agra.checkpoints.folder import artifact_dir, best, newest, resolve, verify
+from agra.checkpoints.lineage import lineage, record_origin
 from agra.config import RunConfig
 from agra.recipes import at_stage
 from agra.rng import seed_everything
@@ -226,6 +227,23 @@ def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
     assert resolve(tmp_path / "best") == tmp_path / "step_000002"
     assert artifact_dir(tmp_path / "best") == tmp_path
     assert resolve(tmp_path) == tmp_path / "step_000006"
+
+
+def test_a_stage_starts_from_the_best_checkpoint(small_config, make_batch, tmp_path):
+    """RUN/best has no folder of its own. The origin names the checkpoint that was the best."""
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/score"))
+    trainer = make_trainer(config, tmp_path / "run", make_batch)
+    trainer.monitors = {"probe": lambda method: {"score": float(trainer.step)}}
+    assert trainer.run()
+    later = make_trainer(small_config, tmp_path / "later", make_batch)
+    load_initial_weights(later.method, tmp_path / "run" / "best", small_config)
+    weights = load_file(tmp_path / "run" / "step_000002" / "bridge.safetensors")
+    for name, value in later.method.wam.bridge.state_dict().items():
+        assert torch.equal(value, weights[f"bridge.{name}"]), name
+    later.run()
+    record_origin(tmp_path / "later", tmp_path / "run" / "best")
+    assert json.loads((tmp_path / "later" / "origin.json").read_text()) == {"init": "../run/step_000002"}
+    assert [stage.config for stage in lineage(tmp_path / "later")] == [config, small_config]
 
 
 def test_min_keeps_the_least_value(small_config, make_batch, tmp_path):
