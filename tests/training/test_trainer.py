@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from agra.rng import seed_everything
 from agra.stages import Stage
 from agra.training.initialization import load_initial_weights
 from agra.training.trainer import Trainer
-from tests.support.small import with_model
+from tests.support.small import with_model, with_objective
 
 
 def make_trainer(config, output, make_batch, *, on_step=None, validation=True):
@@ -70,6 +71,28 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(small_config, make_batch, 
     assert started[0] == stop_before // small_config.stage.save_every * small_config.stage.save_every
     _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
     assert _rows(tmp_path / "whole") == _rows(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_shards_without_moments_of_a_parameter_without_gradient_are_resumed(
+    small_config, make_batch, tmp_path, ema_decay
+):
+    """Without a video loss the video DiT's output layers are trained and never have a gradient."""
+    config = with_objective(small_config, video_weight=0.0)
+    config = replace(config, stage=replace(config.stage, keep_checkpoints=3, ema_decay=ema_decay))
+    make_trainer(config, tmp_path / "whole", make_batch).run()
+    stored = load_file(tmp_path / "whole" / "step_000002" / "optimizer.safetensors")
+    assert "exp_avg/video_dit.norm_out.linear_1.weight" not in stored
+    sharded = tmp_path / "cut" / "step_000002"
+    shutil.copytree(tmp_path / "whole" / "step_000002", sharded)
+    (sharded / "sharded").mkdir()
+    manifest = json.loads((sharded / "manifest.json").read_text())
+    for path in list(sharded.glob("*.safetensors")):
+        path.rename(sharded / "sharded" / path.name)
+        manifest[f"sharded/{path.name}"] = manifest.pop(path.name)
+    (sharded / "manifest.json").write_text(json.dumps(manifest))
+    assert make_trainer(config, tmp_path / "cut", make_batch).run()
+    _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
 
 
 def test_sigterm_saves_and_the_rest_follows(small_config, make_batch, tmp_path):

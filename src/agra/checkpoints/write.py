@@ -3,7 +3,7 @@
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -86,3 +86,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, names: Mapping[
             raise ValueError(f"{path}: holds the optimiser state of {name!r}, which this stage does not train")
         parameter = by_name[name]
         optimizer.state[parameter][moment] = value.to(parameter.device)  # fused AdamW reads its step there too
+
+
+def make_optimizer_state(
+    optimizer: torch.optim.Optimizer, stored: Collection[str], names: Mapping[Tensor, str]
+) -> None:
+    """Make zeros for the moments that a checkpoint holds, to read them into.
+
+    `stored` are the names of its tensors. A parameter that never had a gradient has no moments.
+    """
+    held = set(stored)
+    for parameter, name in names.items():
+        state = {
+            moment: torch.zeros_like(parameter, requires_grad=False)
+            for moment in ("exp_avg", "exp_avg_sq", "ema")
+            if f"{moment}/{name}" in held
+        }
+        if f"step/{name}" in held:
+            state["step"] = torch.zeros((), device=parameter.device)  # fused AdamW reads it on the device
+        if state:
+            optimizer.state[parameter] = state

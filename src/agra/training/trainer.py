@@ -21,7 +21,7 @@ from agra import files
 from agra.batch import Batch
 from agra.checkpoints import distributed_checkpoint, write
 from agra.checkpoints.folder import ADAPTERS, OPTIMIZER, best, newest, note_best, verify
-from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards
+from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards, stored_names
 from agra.config import RunConfig, first_difference
 from agra.data.sampling.prefetch import on_device
 from agra.lora import is_adapter
@@ -176,13 +176,8 @@ class Trainer:
             load_parts(self.method.parts(), folder)
             write.load_optimizer(self.optimizer, folder / OPTIMIZER, self.names)
         else:
-            moments = ("exp_avg", "exp_avg_sq", *(() if self.stage.ema_decay is None else ("ema",)))
-            for parameter in self.names:
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),  # fused AdamW reads it on the device
-                    **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments},
-                }
             stored = folder / "sharded" if (folder / "sharded").is_dir() else folder
+            write.make_optimizer_state(self.optimizer, stored_names(stored), self.names)
             read_shards(self._tensors(), stored, self._saving)
         self.step = self.saved = json.loads((folder / "trainer.json").read_text())["step"]
 
