@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agra.checkpoints import write
 from agra.checkpoints.folder import artifact_dir, best, newest, resolve, verify
 from agra.checkpoints.lineage import lineage, record_origin
 from agra.config import RunConfig
@@ -250,6 +251,19 @@ def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
     assert resolve(tmp_path / "best") == tmp_path / "step_000002"
     assert artifact_dir(tmp_path / "best") == tmp_path
     assert resolve(tmp_path) == tmp_path / "step_000006"
+
+
+def test_a_best_checkpoint_is_written_once(small_config, make_batch, tmp_path, monkeypatch):
+    """Every second step is both saved and validated."""
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="max:probe/score"))
+    trainer, written = make_trainer(config, tmp_path, make_batch), []
+    save = write.save
+    monkeypatch.setattr(
+        write, "save", lambda run, step, *rest, **kw: written.append(step) or save(run, step, *rest, **kw)
+    )
+    trainer.monitors = {"probe": lambda method: {"score": float(trainer.step)}}
+    assert trainer.run()
+    assert written == [2, 4, 6]
 
 
 def test_a_stage_starts_from_the_best_checkpoint(small_config, make_batch, tmp_path):

@@ -20,8 +20,7 @@ Writers = Mapping[str, Callable[[Path], object]]
 
 def save(run: Path, step: int, writers: Writers, *, keep: int) -> Path:
     """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep` and the best."""
-    for stale in run.glob(f".step_{step:06d}*.writing"):
-        shutil.rmtree(stale, ignore_errors=True)
+    remove_unfinished(run)
     # A second writer gets another name. It can make this one fail, but never mix its files into this checkpoint.
     temporary = run / f".step_{step:06d}.{secrets.token_hex(4)}.writing"
     temporary.mkdir(parents=True)
@@ -40,6 +39,12 @@ def save(run: Path, step: int, writers: Writers, *, keep: int) -> Path:
 def unfinished(run: Path, step: int) -> Path:
     """Return the folder into which several processes write a step's checkpoint before it is renamed."""
     return run / f".step_{step:06d}.writing"
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what killed saves of any step left. A run has one writer, and at most one save runs at a time."""
+    for stale in run.glob(".step_*.writing"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def unwritten(run: Path, step: int, cause: BaseException) -> OSError:

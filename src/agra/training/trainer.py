@@ -111,8 +111,7 @@ class Trainer:
                     if self.step % self.stage.save_every == 0 and self.step < self.stage.steps:
                         self.save()
                     advance(self.step, row["loss"])
-            if self.saved != self.step:
-                self.save()
+            self.save()
         finally:
             self._finish_save()
         done = self.step >= self.stage.steps
@@ -123,7 +122,9 @@ class Trainer:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, with a mesh in the background."""
+        """Write a checkpoint of the present step if there is none yet, with a mesh in the background."""
+        if self.saved == self.step:
+            return
         self._finish_save()
         state = json.dumps({"step": self.step}) + "\n"  # evaluated now, since it may be written later
         writers: dict[str, Callable[[Path], object]] = {
@@ -320,8 +321,7 @@ class Trainer:
             earlier and (value >= earlier[1] if direction == "min" else value <= earlier[1])
         ):
             return
-        if self.saved != self.step:
-            self.save()
+        self.save()
         self._finish_save()
         if self.context.is_main:
             note_best(self.output, self.step, value)
