@@ -18,6 +18,7 @@ from agra.recipes import at_stage
 from agra.rng import seed_everything
 from agra.stages import Stage
 from agra.training.initialization import load_initial_weights
+from agra.training.optimization import clip_gradients
 from agra.training.trainer import Trainer
 from tests.support.small import with_model, with_objective
 
@@ -229,13 +230,26 @@ def test_a_revision_that_contradicts_the_condition_level_is_refused(small_config
         load_initial_weights(method, "nvidia/Cosmos-Predict2.5-2B", config)
 
 
-def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch, tmp_path):
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch, tmp_path, value):
     trainer = make_trainer(small_config, tmp_path, make_batch, validation=False)
-    handle = trainer.method.wam.bridge.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    handle = trainer.method.wam.bridge.norm.weight.register_hook(lambda gradient: gradient * value)
     with pytest.raises(ValueError, match=r"step 0: the gradient of bridge is not finite \(one of row 0, row 1"):
         trainer.run()
     handle.remove()
     assert newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 100.0])
+def test_clipping_gives_torch_s_bits(max_norm):
+    layers = [torch.nn.Linear(7, 5) for _ in range(2)]
+    for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
+        layer(torch.linspace(-1, 1, 21).reshape(3, 7)).square().sum().backward()
+    ours, theirs = (list(layer.parameters()) for layer in layers)
+    norm = clip_gradients(ours, max_norm)
+    assert norm == torch.nn.utils.clip_grad_norm_(theirs, max_norm).item()
+    assert all(torch.equal(mine.grad, other.grad) for mine, other in zip(ours, theirs, strict=True))
 
 
 def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
