@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -129,6 +130,23 @@ def test_missing_and_unfinished(dataset, tmp_path):
     (path / "episode-000001.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"episode-000001\.safetensors: prepared file is missing"):
         CachedFeature.open(feature_folder(dataset, feature, root))
+
+
+def test_a_start_reads_the_episode_list_a_few_times_whatever_its_length(dataset, tmp_path, monkeypatch):
+    read = []
+
+    class Counted(list):
+        def __iter__(self):
+            read.append(len(self))
+            return super().__iter__()
+
+    (path,) = cache_features(dataset, [Brightness()], tmp_path / "cache", progress=False)
+    manifest = json.loads((path / "manifest.json").read_text())
+    listed = {**manifest, "episodes": Counted(manifest["episodes"])}
+    monkeypatch.setattr("agra.data.features.cache.json.loads", lambda text: listed)
+    for episodes in ([0], [0, 1, 2] * 10):
+        CachedFeature.open(path, episodes=episodes)
+    assert len(read) == 8
 
 
 def test_a_kill_leaves_no_partial_file(dataset, tmp_path):

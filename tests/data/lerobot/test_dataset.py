@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,20 @@ def test_fingerprint_follows_the_contents(original, copy):
         file.seek(-1, 2)
         file.write(b"\x01")
     assert LeRobotDataset(copy).fingerprint != fingerprint
+
+
+def test_rows_are_counted_once(original):
+    """Reading a data file asks for the number of rows, and a large dataset has many files."""
+    layout, counted = LeRobotDataset(original).layout, []
+
+    class Counted(tuple):
+        def __iter__(self):
+            counted.append(len(self))
+            return super().__iter__()
+
+    counting = replace(layout, entries=Counted(layout.entries))
+    assert [counting.rows for _ in range(3)] == [layout.rows] * 3
+    assert len(counted) == 1
 
 
 def test_cameras_are_chosen_by_name(copy):
