@@ -43,7 +43,7 @@ def convert(
         raise ValueError(f"{output}: already exists; choose another output or remove it")
     path = dataset_folder(str(source))
     layout, checksums = DatasetLayout.read(path), Seal(path)
-    for name in dataset_files(path):
+    for name in checksums.names:
         checksums.verify(path / name)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

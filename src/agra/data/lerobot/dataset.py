@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from agra.data.config import SourceConfig
 from agra.data.lerobot.cameras import Cameras
-from agra.data.lerobot.checksums import Seal, dataset_files
+from agra.data.lerobot.checksums import Seal
 from agra.data.lerobot.json_parquet import REMEDY, integers, matrix, read_json, read_table
 from agra.data.lerobot.layout import INFO, STATS, DatasetLayout, EpisodeEntry
 from agra.data.lerobot.modality import ACTION, STATE, Key, Modality, size
@@ -49,7 +49,7 @@ class LeRobotDataset:
         self.source = source if source is not None else SourceConfig(camera=camera or "")
         self.path = dataset_folder(str(path), self.source.revision)
         self.seal = Seal(self.path)
-        for name in dataset_files(self.path):
+        for name in self.seal.names:
             if name.startswith("meta/"):
                 self.seal.verify(self.path / name)
         self.layout = DatasetLayout.read(self.path)
