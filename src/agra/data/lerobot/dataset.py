@@ -151,6 +151,11 @@ class LeRobotDataset:
         names = self.source.relative
         return np.concatenate([np.full(key.size, key.name in names or not key.absolute) for key in self.keys["action"]])
 
+    @cached_property
+    def no_movement(self) -> np.ndarray:
+        """(D,) float32. The action without movement, where all keys are relative."""
+        return np.concatenate([key.identity for key in self.keys["action"]])
+
     def states(self, episode: int) -> np.ndarray:
         """Return the states (N, S) float32 of an episode."""
         rows, where = self._locate(episode)
@@ -284,9 +289,9 @@ class LeRobotDataset:
         return values
 
     def _select(self, quantity: str, values: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-        """Concatenate the dimensions of the keys, with zeros for missing keys."""
+        """Concatenate the dimensions of the keys, with zeros (or rotations by 0) for missing keys."""
         pieces = [
-            values[key.column][:, key.start : key.end] if key.column else np.zeros((count, key.size), np.float32)
+            values[key.column][:, key.start : key.end] if key.column else np.tile(key.identity, (count, 1))
             for key in self.keys[quantity]
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
