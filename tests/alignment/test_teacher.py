@@ -18,7 +18,14 @@ from transformers import (
 import agra.hub
 import agra.precision
 from agra.alignment.dinov2_onnx import MODEL_FILE, PACKAGE
-from agra.alignment.teacher import Teacher, TeacherConfig, interpolate_grid, load_teacher, reference_frames
+from agra.alignment.teacher import (
+    Teacher,
+    TeacherConfig,
+    interpolate_grid,
+    load_teacher,
+    reference_frames,
+    teacher_shape,
+)
 from agra.hub import package_folder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -306,3 +313,19 @@ def test_missing_package_names_the_remedy(monkeypatch):
 def test_teacher_config_is_checked(fields):
     with pytest.raises(ValueError, match=f"TeacherConfig.{next(iter(fields))}"):
         TeacherConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "siglip", "source": "google/siglip-so400m-patch14-224"},
+        {"source": "facebook/dinov2-small"},
+        {"kind": "packaged_dinov2_small"},
+    ],
+)
+def test_untrained_teachers_have_the_shape_of_the_config(settings):
+    config = TeacherConfig(**settings, input_size=(28, 42), layer=1)
+    teacher, shape = Teacher.untrained(config), teacher_shape(config)
+    assert teacher.model.config.num_hidden_layers == shape.depth == 2
+    features = teacher(np.zeros((1, 30, 50, 3), np.uint8))
+    assert features.shape == (1, 2, 3, shape.width)

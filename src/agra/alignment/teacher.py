@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -148,6 +148,13 @@ def teacher_shape(config: TeacherConfig) -> TeacherShape:
 
     Raises FileNotFoundError with the remedy if that file cannot be read.
     """
+    width, depth, patch = _sizes(config)
+    tokens = (config.input_size[0] // patch) * (config.input_size[1] // patch)
+    return TeacherShape(width=width, depth=depth, tokens=tokens)
+
+
+def _sizes(config: TeacherConfig) -> tuple[int, int, int]:
+    """Return the teacher's width, number of blocks and patch size."""
     if config.kind == "packaged_dinov2_small":
         width, depth, patch = CONFIG["hidden_size"], CONFIG["num_hidden_layers"], CONFIG["patch_size"]
     elif config.source in _PUBLIC:
@@ -158,8 +165,7 @@ def teacher_shape(config: TeacherConfig) -> TeacherShape:
         settings = getattr(settings, "vision_config", settings)
         width, depth, patch = settings.hidden_size, settings.num_hidden_layers, settings.patch_size
     last_block = max(config.depths, default=config.layer)
-    tokens = (config.input_size[0] // patch) * (config.input_size[1] // patch)
-    return TeacherShape(width=width, depth=depth if last_block is None else last_block + 1, tokens=tokens)
+    return width, depth if last_block is None else last_block + 1, patch
 
 
 class Teacher(nn.Module):
@@ -179,6 +185,20 @@ class Teacher(nn.Module):
         mean, std = _HALF if config.kind == "siglip" else _IMAGENET
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    @classmethod
+    def untrained(cls, config: TeacherConfig) -> Self:
+        """Build an encoder of the width, depth and patch of `teacher_shape` with random weights, to time its calls.
+
+        Heads have 64 dimensions, and hidden layers of MLPs 4 widths, as in most public encoders. Raises
+        FileNotFoundError with the remedy for an encoder that is not public and whose config file cannot be read.
+        """
+        width, depth, patch = _sizes(config)
+        sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": max(1, width // 64)}
+        sizes |= {"patch_size": patch, "image_size": min(config.input_size)}
+        if config.kind == "siglip":
+            return cls(SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=4 * width)), config)
+        return cls(Dinov2Model(Dinov2Config(**sizes)), config)
 
     @property
     def grid_size(self) -> tuple[int, int]:
