@@ -108,14 +108,14 @@ def doctor(
 def view(
     dataset: Annotated[str, tyro.conf.Positional],
     output: Path | None = None,
-    episodes: tuple[int, ...] = (0, 1, 2),
+    episodes: tuple[int, ...] | None = None,
 ) -> None:
     """Write episodes of a dataset as a recording for the Rerun viewer: cameras, states, actions and instructions.
 
     Args:
         dataset: a LeRobot dataset of version 2.0, 2.1 or 3.0, a folder or a hub id.
         output: the .rrd file. By default NAME.rrd in the working directory.
-        episodes: numbers of the episodes.
+        episodes: numbers of the episodes. By default the first three.
     """
     from agra.data.view import write_recording
 
