@@ -107,12 +107,11 @@ def test_halving_is_the_mean_of_each_block():
     torch.testing.assert_close(interpolate_grid(grid, (4, 7)), expected)
 
 
-@pytest.mark.parametrize(("antialias", "unread"), [(False, [2, 5, 10, 13, 18, 21, 26, 29]), (True, [])])
-def test_which_rows_of_32_a_12_row_grid_reads(antialias, unread):
+def test_which_rows_of_32_a_12_row_grid_reads():
     """The docstring's statement about shrinking by 2.67, tested by setting one patch row at a time to 1."""
     rows = torch.eye(32).view(32, 32, 1, 1).expand(32, 32, 32, 1)
-    read = interpolate_grid(rows, (12, 21), antialias=antialias).abs().sum((1, 2, 3)) > 1e-6
-    assert (~read).nonzero().flatten().tolist() == unread
+    read = interpolate_grid(rows, (12, 21)).abs().sum((1, 2, 3)) > 1e-6
+    assert (~read).nonzero().flatten().tolist() == [2, 5, 10, 13, 18, 21, 26, 29]
     assert (interpolate_grid(rows.transpose(1, 2), (12, 21)).abs().sum((1, 2, 3)) > 1e-6).all()
 
 

@@ -47,21 +47,18 @@ def reference_frames(num_latent_frames: int, stride: int = 4) -> tuple[int, ...]
     return (0, *(stride * (t - 1) + 1 for t in range(1, num_latent_frames)))
 
 
-def interpolate_grid(
-    grid: Float[Tensor, "N h w P"], size: tuple[int, int], *, antialias: bool = False
-) -> Float[Tensor, "N H W P"]:
+def interpolate_grid(grid: Float[Tensor, "N h w P"], size: tuple[int, int]) -> Float[Tensor, "N H W P"]:
     """Interpolate the teacher's grid to the video DiT's token grid `size` (H, W) (Eq. 4).
 
     Bilinear, pixel centres aligned. Plain bilinear interpolation mixes the two nearest patches along each axis.
     Shrinking by exactly 2 (8x14 to 4x7) then gives the mean of each 2x2 block. From 32x32 to 12x21 (a factor of 2.67 in
     height, 1.52 in width) it never reads 8 of the 32 rows, but all columns. Each patch feature has attended to the
-    whole image, so the default is the plain reading of the paper. `antialias` widens the filter with the factor. Every
-    patch then counts, at the price of blur.
+    whole image.
     """
     if grid.ndim != 4:
         raise ValueError(f"grid: expected (N, h, w, P), got {tuple(grid.shape)}")
     channels_first = grid.movedim(-1, 1)
-    resized = F.interpolate(channels_first, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+    resized = F.interpolate(channels_first, size=tuple(size), mode="bilinear", align_corners=False)
     return resized.movedim(1, -1).contiguous()
 
 

@@ -49,7 +49,10 @@ def convert(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with files.naming(output):
-            (_to_v3 if version == V3 else _to_v2)(layout, partial, version)
+            if version == V3:
+                _to_v3(layout, partial)
+            else:
+                _to_v2(layout, partial, version)
             _copy_other_metadata(layout, partial)
             finish(partial)
             seal(partial)
@@ -59,7 +62,7 @@ def convert(
     return output
 
 
-def _to_v3(layout: DatasetLayout, root: Path, version: str) -> None:
+def _to_v3(layout: DatasetLayout, root: Path) -> None:
     info, features = layout.info, layout.info["features"]
     writer = FilesV3(
         root,
