@@ -191,7 +191,11 @@ class Teacher(nn.Module):
         FileNotFoundError with the remedy for an encoder that is not public and whose config file cannot be read.
         """
         width, depth, patch = _sizes(config)
-        sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": max(1, width // 64)}
+        sizes: dict[str, Any] = {
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": max(1, width // 64),
+        }
         sizes |= {"patch_size": patch, "image_size": min(config.input_size)}
         if config.kind == "siglip":
             return cls(SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=4 * width)), config)
