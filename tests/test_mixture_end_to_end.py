@@ -160,6 +160,16 @@ def test_samples_belong_to_their_sources(prepared):
         assert (batch.state[row, dimensions:] == 0).all()
 
 
+def test_predictions_are_those_of_the_first_dataset(prepared):
+    """Each dataset holds out one episode. More predictions than that ask for no window of another dataset."""
+    _, config = prepared
+    monitored = replace(config, monitor=replace(config.monitor, predictions=2))
+    sampler = make_sampler(monitored)
+    assert [source for source, _ in sampler.validation] == [0, 1, 2]
+    monitor = api._monitors(monitored, sampler, {}, None, DistributedContext())["prediction"]
+    assert torch.equal(monitor.recorded, sampler.first_batch().latents)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_samples_of_one_process(prepared, world_size):
     _, config = prepared

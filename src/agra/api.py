@@ -245,19 +245,20 @@ def _monitors(
 ) -> dict[str, Monitor]:
     """Make the monitors of validation. Those of actions need a stage with an action loss."""
     monitors: dict[str, Monitor] = {}
-    if config.monitor.predictions and sampler.validation:
+    held_out = sampler.sources[0].validation
+    if config.monitor.predictions and held_out:
         require_video(config.method)
         codec = open_codec(config.method, config.data, sampler.sources, device=context.device)
-        count = min(config.monitor.predictions, len(sampler.validation))
+        count = min(config.monitor.predictions, len(held_out))
         monitors["prediction"] = PredictionMonitor(
-            sampler.first_batch(), count, config.method, codec, seed=config.stage.seed
+            sampler.first_batch(count=count), count, config.method, codec, seed=config.stage.seed
         )
     if not config.method.trains_actions:
         return monitors
     if config.monitor.probes:
         probes = probe_inputs(config, sampler.sources, stats, tokens, context)
         monitors["grounding"] = GroundingMonitor(probes, config.monitor, seed=config.stage.seed)
-    if config.visual_reliance is not None and sampler.validation:
+    if config.visual_reliance is not None and held_out:
         monitors["visual_reliance"] = _visual_reliance_monitor(config, config.visual_reliance, sampler, stats)
     return monitors
 

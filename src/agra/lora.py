@@ -71,16 +71,24 @@ def attach(
     """
     if config.rank is None:
         return
+    linear = _linear_layers(parts, leave_out)
+    for pattern in config.layers:
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            raise ValueError(f"stage.lora.layers: {pattern!r} matches no linear layer; there are {', '.join(linear)}")
+    _adapt_matching(linear, config, seed)
+
+
+def _linear_layers(parts: Mapping[str, nn.Module], leave_out: Sequence[nn.Module]) -> dict[str, nn.Linear]:
     excluded = {id(module) for root in leave_out for module in root.modules()}
-    linear = {
+    return {
         f"{part}.{name}": module
         for part, root in parts.items()
         for name, module in root.named_modules()
         if type(module) is nn.Linear and id(module) not in excluded
     }
-    for pattern in config.layers:
-        if not any(fnmatchcase(name, pattern) for name in linear):
-            raise ValueError(f"stage.lora.layers: {pattern!r} matches no linear layer; there are {', '.join(linear)}")
+
+
+def _adapt_matching(linear: Mapping[str, nn.Linear], config: LoRAConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, layer in linear.items():
         if any(fnmatchcase(name, pattern) for pattern in config.layers):
@@ -116,7 +124,11 @@ def merge(parts: Mapping[str, nn.Module]) -> None:
 def merged(
     parts: Mapping[str, nn.Module], config: LoRAConfig, *, leave_out: Sequence[nn.Module] = ()
 ) -> Iterator[None]:
-    """Attach adapters for reading a checkpoint inside the block, and merge them into the weights at its end."""
-    attach(parts, config, leave_out=leave_out)
+    """Attach adapters for reading a checkpoint inside the block, and merge them into the weights at its end.
+
+    Patterns may match nothing here, because a policy has fewer parts than its training.
+    """
+    if config.rank is not None:
+        _adapt_matching(_linear_layers(parts, leave_out), config, seed=0)
     yield
     merge(parts)

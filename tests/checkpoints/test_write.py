@@ -45,6 +45,15 @@ def test_an_unfinished_write_does_not_count(tmp_path):
     assert newest(tmp_path).name == "step_000010"
 
 
+def test_what_killed_saves_left_is_removed(tmp_path):
+    """Of any step, by one process or by several."""
+    for name in (".step_000003.0a1b2c3d.writing", ".step_000004.writing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("half")
+    checkpoint.save(tmp_path, 5, _files(), keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000005"]
+
+
 def test_optimizer_state_survives(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)

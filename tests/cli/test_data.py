@@ -1,10 +1,12 @@
 """Datasets from the command line: conversion, mixtures from a file, estimates, and errors in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from agra.cli.main import main
+from agra.data.features.cache import estimate_cost
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.evaluation.collect import collect
 from tests.support.layouts import CAMERAS, write_hdf5, write_v2
@@ -56,6 +58,27 @@ def test_mixture_by_file(folder, tmp_path, capsys):
     main(["train", "tiny", "--output", str(tmp_path / "run"), *flags, *steps])
     config = json.loads((tmp_path / "run/step_000001/config.json").read_text())
     assert [source["weight"] for source in config["data"]["mixture"]] == [1.0, 3.0]
+
+
+def test_features_of_all_datasets_together_have_to_fit_on_the_disk(folder, tmp_path, capsys, monkeypatch):
+    """Those of each dataset alone would fit."""
+    sources = [{"path": "one", "embodiment": "dot"}, {"path": "two", "embodiment": "dot"}]
+    (tmp_path / "mix.json").write_text(json.dumps(sources))
+    flags = ["--mixture", str(tmp_path / "mix.json"), "--data.path", str(folder)]
+    flags += ["--data.cache", str(tmp_path / "cache"), *SMALL]
+    sizes = []
+
+    def estimate(*args, **options):
+        found = estimate_cost(*args, **options)
+        sizes.append(found.bytes)
+        return replace(found, free_bytes=found.bytes * 3 // 2)
+
+    monkeypatch.setattr("agra.data.features.cache.estimate_cost", estimate)
+    with pytest.raises(SystemExit, match="1"):
+        main(["prepare", "tiny", *flags])
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert f"the features need about {sum(sizes) / 2**20:,.1f} MiB, but" in line
+    assert len(sizes) == 2
 
 
 def test_a_wrong_mixture_is_named(folder, tmp_path, capsys):

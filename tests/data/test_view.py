@@ -31,6 +31,14 @@ def test_cameras_curves_and_instruction(dataset, tmp_path, capsys):
     assert b"a_x" in content  # names of the action's dimensions
 
 
+def test_by_default_the_first_three_episodes_that_exist(dataset, tmp_path, capsys):
+    pytest.importorskip("rerun")
+    output = tmp_path / "set.rrd"
+    main(["view", str(dataset), "--output", str(output)])
+    content = output.read_bytes()
+    assert [index for index in range(4) if f"/episode_{index}/".encode() in content] == [0, 1]
+
+
 def test_invalid_requests(dataset, tmp_path, monkeypatch):
     pytest.importorskip("rerun")
     with pytest.raises(ValueError, match="no episode 7; choose among 0 to 1"):

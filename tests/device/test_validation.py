@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from agra.checkpoints.folder import newest
+from agra.checkpoints.read import stored_names
 from agra.training.optimization import trained_names
 from agra.training.parallelize import ParallelConfig
 from agra.training.trainer import Trainer
@@ -75,6 +76,7 @@ def test_moments_and_steps_are_read_to_the_parameters_device(config, tmp_path, m
     if sharded:
         folder = newest(tmp_path)
         (folder / "sharded").mkdir()
+        monkeypatch.setattr("agra.training.trainer.stored_names", lambda shards: stored_names(shards.parent))
         monkeypatch.setattr("agra.training.trainer.read_shards", lambda *_: None)
     monkeypatch.setattr("agra.training.trainer.load_parts", lambda *_, **__: None)
     second._resume()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from agra.cli.main import main
-from agra.policies.latency import measure, paths
+from agra.policies.latency import measure, paths, random_policy
 from agra.policies.load import load_policy
+from agra.recipes import compose
+from agra.stages import Stage
 from agra.types import Observation
 
 
@@ -28,6 +30,13 @@ def test_a_recipe_answers_with_random_weights(tmp_path):
     found = json.loads(output.read_text())
     assert list(found["ms"]) == ["plain", "fast"]
     assert list(found["ms"]["fast"]) == ["text", "codec", "video", "bridge", "action", "total"]
+
+
+@pytest.mark.parametrize("recipe", ["tiny_vla", "tiny_flare", "tiny_lda_scratch"])
+def test_recipes_that_read_a_vision_encoder_are_timed(recipe):
+    policy = random_policy(compose(recipe, Stage.JOINT))
+    chunk = policy.act(policy.blank_observation())
+    assert np.isfinite(chunk.actions).all()
 
 
 def test_calls_are_counted_after_two_that_are_not():

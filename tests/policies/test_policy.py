@@ -218,3 +218,24 @@ def test_a_cropped_policy_warms_up(make_policy, small_config):
     assert policy.blank_observation().frame.shape == (70, 90, 3)
     policy.warm_up(1)
     assert make_policy().blank_observation().frame.shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("crop", [None, (8, 56)])
+def test_extra_cameras_are_cropped_and_joined_as_in_training(make_policy, small_config, crop):
+    front, wrist = (np.random.default_rng(seed).integers(0, 256, (3, 48, 64, 3), np.uint8) for seed in (0, 1))
+    cameras = {"camera": "observation.images.front", "extra_cameras": ("observation.images.wrist",)}
+    data = replace(small_config.data, **cameras, crop_columns=crop)
+    policy = make_policy(replace(small_config, data=data))
+    observation = replace(see(policy), frame=front[0], views={"wrist": wrist[0], "other": wrist[1]})
+    trained = data.picture([front, wrist], ["front", "wrist"])[0]
+    assert trained.shape == (48, 128 if crop is None else 96, 3)
+    np.testing.assert_array_equal(policy.observations.picture(observation), trained)
+    policy.warm_up(1)
+    with pytest.raises(ValueError, match="expected the extra cameras wrist, got hand; name the view 'wrist'"):
+        policy.act(replace(observation, views={"hand": wrist[0]}))
+    joined = replace(observation, frame=np.concatenate([front[0], wrist[0]], axis=1), views={})
+    if crop is None:
+        np.testing.assert_array_equal(policy.observations.picture(joined), trained)
+    else:
+        with pytest.raises(ValueError, match=r"expected wrist in Observation\.views, got one frame"):
+            policy.act(joined)

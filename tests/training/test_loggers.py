@@ -54,6 +54,17 @@ def test_tensorboard_holds_figures_and_pictures(tmp_path):
     assert (frames.height, frames.width) == (5 * 16, 24)
 
 
+def test_tensorboard_keeps_the_step_from_which_a_run_resumes(tmp_path):
+    """With its validation, and forgets the steps after it, as metrics.jsonl does."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, last in ((1, 3), (4, 6), (5, 5)):
+        log(("tensorboard",), tmp_path, first=first, last=last)
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in board.Scalars("validation/loss")] == [3, 5]
+
+
 def in_a_process(names, folder, **environment):
     """Log a run, and its resumption, each in a process of its own, as training does."""
     for first, last in ((1, 3), (3, 4)):

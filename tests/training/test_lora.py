@@ -13,6 +13,7 @@ from agra.checkpoints.read import load_parts, read_config, stored_names
 from agra.config import RunConfig
 from agra.lora import LoRAConfig, attach, is_adapter, merge, merged
 from agra.policies.export import export
+from agra.policies.load import load_method
 from agra.recipes import at_stage
 from agra.rng import seed_everything
 from agra.stages import Stage
@@ -131,6 +132,21 @@ def test_merged_is_the_same_model(config, make_batch, tmp_path):
         assert "adapters of rank 3" in (folder / "README.md").read_text()
         load_parts(parts, folder)
         torch.testing.assert_close(step_loss(loaded, batch), step_loss(source.eval(), batch), rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_on_a_part_of_training_alone_leave_the_policy_loadable(config, make_batch, tmp_path):
+    layers = ("video_dit.*.to_q", "projectors.*")
+    config = replace(config, stage=replace(config.stage, lora=replace(LORA, layers=layers)))
+    run = trainer(config, tmp_path / "run", make_batch)
+    run.run()
+    assert any(name.startswith("projectors.") for name in files(tmp_path / "run")["lora.safetensors"])
+    method = load_method(newest(tmp_path / "run"), config)
+    assert "projectors" not in method.parts()
+    merge(run.method.parts())
+    for name, value in method.wam.state_dict().items():
+        torch.testing.assert_close(value, run.method.wam.state_dict()[name], msg=name)
+    plain = replace(config, method=replace(config.method, alignment=None))
+    load_initial_weights(plain.method.build(), tmp_path / "run", plain)
 
 
 def test_an_adapt_stage_hands_its_adapters_on(config, make_batch, tmp_path):

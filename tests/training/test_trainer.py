@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agra.checkpoints import write
 from agra.checkpoints.folder import artifact_dir, best, newest, resolve, verify
+from agra.checkpoints.lineage import lineage, record_origin
 from agra.config import RunConfig
 from agra.recipes import at_stage
 from agra.rng import seed_everything
 from agra.stages import Stage
 from agra.training.initialization import load_initial_weights
+from agra.training.optimization import clip_gradients
 from agra.training.trainer import Trainer
-from tests.support.small import with_model
+from tests.support.small import with_model, with_objective
 
 
 def make_trainer(config, output, make_batch, *, on_step=None, validation=True):
@@ -69,6 +73,28 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(small_config, make_batch, 
     assert started[0] == stop_before // small_config.stage.save_every * small_config.stage.save_every
     _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
     assert _rows(tmp_path / "whole") == _rows(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_shards_without_moments_of_a_parameter_without_gradient_are_resumed(
+    small_config, make_batch, tmp_path, ema_decay
+):
+    """Without a video loss the video DiT's output layers are trained and never have a gradient."""
+    config = with_objective(small_config, video_weight=0.0)
+    config = replace(config, stage=replace(config.stage, keep_checkpoints=3, ema_decay=ema_decay))
+    make_trainer(config, tmp_path / "whole", make_batch).run()
+    stored = load_file(tmp_path / "whole" / "step_000002" / "optimizer.safetensors")
+    assert "exp_avg/video_dit.norm_out.linear_1.weight" not in stored
+    sharded = tmp_path / "cut" / "step_000002"
+    shutil.copytree(tmp_path / "whole" / "step_000002", sharded)
+    (sharded / "sharded").mkdir()
+    manifest = json.loads((sharded / "manifest.json").read_text())
+    for path in list(sharded.glob("*.safetensors")):
+        path.rename(sharded / "sharded" / path.name)
+        manifest[f"sharded/{path.name}"] = manifest.pop(path.name)
+    (sharded / "manifest.json").write_text(json.dumps(manifest))
+    assert make_trainer(config, tmp_path / "cut", make_batch).run()
+    _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
 
 
 def test_sigterm_saves_and_the_rest_follows(small_config, make_batch, tmp_path):
@@ -204,13 +230,26 @@ def test_a_revision_that_contradicts_the_condition_level_is_refused(small_config
         load_initial_weights(method, "nvidia/Cosmos-Predict2.5-2B", config)
 
 
-def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch, tmp_path):
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_names_its_module(small_config, make_batch, tmp_path, value):
     trainer = make_trainer(small_config, tmp_path, make_batch, validation=False)
-    handle = trainer.method.wam.bridge.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    handle = trainer.method.wam.bridge.norm.weight.register_hook(lambda gradient: gradient * value)
     with pytest.raises(ValueError, match=r"step 0: the gradient of bridge is not finite \(one of row 0, row 1"):
         trainer.run()
     handle.remove()
     assert newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 100.0])
+def test_clipping_gives_torch_s_bits(max_norm):
+    layers = [torch.nn.Linear(7, 5) for _ in range(2)]
+    for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
+        layer(torch.linspace(-1, 1, 21).reshape(3, 7)).square().sum().backward()
+    ours, theirs = (list(layer.parameters()) for layer in layers)
+    norm = clip_gradients(ours, max_norm)
+    assert norm == torch.nn.utils.clip_grad_norm_(theirs, max_norm).item()
+    assert all(torch.equal(mine.grad, other.grad) for mine, other in zip(ours, theirs, strict=True))
 
 
 def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
@@ -226,6 +265,36 @@ def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
     assert resolve(tmp_path / "best") == tmp_path / "step_000002"
     assert artifact_dir(tmp_path / "best") == tmp_path
     assert resolve(tmp_path) == tmp_path / "step_000006"
+
+
+def test_a_best_checkpoint_is_written_once(small_config, make_batch, tmp_path, monkeypatch):
+    """Every second step is both saved and validated."""
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="max:probe/score"))
+    trainer, written = make_trainer(config, tmp_path, make_batch), []
+    save = write.save
+    monkeypatch.setattr(
+        write, "save", lambda run, step, *rest, **kw: written.append(step) or save(run, step, *rest, **kw)
+    )
+    trainer.monitors = {"probe": lambda method: {"score": float(trainer.step)}}
+    assert trainer.run()
+    assert written == [2, 4, 6]
+
+
+def test_a_stage_starts_from_the_best_checkpoint(small_config, make_batch, tmp_path):
+    """RUN/best has no folder of its own. The origin names the checkpoint that was the best."""
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/score"))
+    trainer = make_trainer(config, tmp_path / "run", make_batch)
+    trainer.monitors = {"probe": lambda method: {"score": float(trainer.step)}}
+    assert trainer.run()
+    later = make_trainer(small_config, tmp_path / "later", make_batch)
+    load_initial_weights(later.method, tmp_path / "run" / "best", small_config)
+    weights = load_file(tmp_path / "run" / "step_000002" / "bridge.safetensors")
+    for name, value in later.method.wam.bridge.state_dict().items():
+        assert torch.equal(value, weights[f"bridge.{name}"]), name
+    later.run()
+    record_origin(tmp_path / "later", tmp_path / "run" / "best")
+    assert json.loads((tmp_path / "later" / "origin.json").read_text()) == {"init": "../run/step_000002"}
+    assert [stage.config for stage in lineage(tmp_path / "later")] == [config, small_config]
 
 
 def test_min_keeps_the_least_value(small_config, make_batch, tmp_path):

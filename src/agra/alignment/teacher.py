@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -47,21 +47,18 @@ def reference_frames(num_latent_frames: int, stride: int = 4) -> tuple[int, ...]
     return (0, *(stride * (t - 1) + 1 for t in range(1, num_latent_frames)))
 
 
-def interpolate_grid(
-    grid: Float[Tensor, "N h w P"], size: tuple[int, int], *, antialias: bool = False
-) -> Float[Tensor, "N H W P"]:
+def interpolate_grid(grid: Float[Tensor, "N h w P"], size: tuple[int, int]) -> Float[Tensor, "N H W P"]:
     """Interpolate the teacher's grid to the video DiT's token grid `size` (H, W) (Eq. 4).
 
     Bilinear, pixel centres aligned. Plain bilinear interpolation mixes the two nearest patches along each axis.
     Shrinking by exactly 2 (8x14 to 4x7) then gives the mean of each 2x2 block. From 32x32 to 12x21 (a factor of 2.67 in
     height, 1.52 in width) it never reads 8 of the 32 rows, but all columns. Each patch feature has attended to the
-    whole image, so the default is the plain reading of the paper. `antialias` widens the filter with the factor. Every
-    patch then counts, at the price of blur.
+    whole image.
     """
     if grid.ndim != 4:
         raise ValueError(f"grid: expected (N, h, w, P), got {tuple(grid.shape)}")
     channels_first = grid.movedim(-1, 1)
-    resized = F.interpolate(channels_first, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias)
+    resized = F.interpolate(channels_first, size=tuple(size), mode="bilinear", align_corners=False)
     return resized.movedim(1, -1).contiguous()
 
 
@@ -148,6 +145,13 @@ def teacher_shape(config: TeacherConfig) -> TeacherShape:
 
     Raises FileNotFoundError with the remedy if that file cannot be read.
     """
+    width, depth, patch = _sizes(config)
+    tokens = (config.input_size[0] // patch) * (config.input_size[1] // patch)
+    return TeacherShape(width=width, depth=depth, tokens=tokens)
+
+
+def _sizes(config: TeacherConfig) -> tuple[int, int, int]:
+    """Return the teacher's width, number of blocks and patch size."""
     if config.kind == "packaged_dinov2_small":
         width, depth, patch = CONFIG["hidden_size"], CONFIG["num_hidden_layers"], CONFIG["patch_size"]
     elif config.source in _PUBLIC:
@@ -158,8 +162,7 @@ def teacher_shape(config: TeacherConfig) -> TeacherShape:
         settings = getattr(settings, "vision_config", settings)
         width, depth, patch = settings.hidden_size, settings.num_hidden_layers, settings.patch_size
     last_block = max(config.depths, default=config.layer)
-    tokens = (config.input_size[0] // patch) * (config.input_size[1] // patch)
-    return TeacherShape(width=width, depth=depth if last_block is None else last_block + 1, tokens=tokens)
+    return width, depth if last_block is None else last_block + 1, patch
 
 
 class Teacher(nn.Module):
@@ -179,6 +182,24 @@ class Teacher(nn.Module):
         mean, std = _HALF if config.kind == "siglip" else _IMAGENET
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    @classmethod
+    def untrained(cls, config: TeacherConfig) -> Self:
+        """Build an encoder of the width, depth and patch of `teacher_shape` with random weights, to time its calls.
+
+        Heads have 64 dimensions, and hidden layers of MLPs 4 widths, as in most public encoders. Raises
+        FileNotFoundError with the remedy for an encoder that is not public and whose config file cannot be read.
+        """
+        width, depth, patch = _sizes(config)
+        sizes: dict[str, Any] = {
+            "hidden_size": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": max(1, width // 64),
+        }
+        sizes |= {"patch_size": patch, "image_size": min(config.input_size)}
+        if config.kind == "siglip":
+            return cls(SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=4 * width)), config)
+        return cls(Dinov2Model(Dinov2Config(**sizes)), config)
 
     @property
     def grid_size(self) -> tuple[int, int]:

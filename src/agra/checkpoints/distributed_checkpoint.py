@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from agra import files
-from agra.checkpoints.write import Writers, commit, unfinished, unwritten
+from agra.checkpoints.write import Writers, commit, remove_unfinished, unfinished, unwritten
 
 
 class Writer(HuggingFaceStorageWriter):
@@ -32,9 +32,9 @@ class Writer(HuggingFaceStorageWriter):
         super().__init__(str(self.folder / "sharded"), save_distributed=True)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Remove the unfinished folder of a killed run, on the main process. The other processes make no folder."""
+        """Remove the unfinished folders of killed runs, on the main process. The other processes make no folder."""
         if is_coordinator:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_unfinished(self.run)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

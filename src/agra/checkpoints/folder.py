@@ -59,19 +59,24 @@ def note_best(run: Path, step: int, value: float) -> None:
 
 
 def find(name: str | Path) -> Path:
-    """Find a folder by its path or, where there is none, by the name of a bundled policy."""
-    bundled = BUNDLED / name
-    return bundled if not Path(name).exists() and bundled.is_dir() else Path(name)
+    """Find a folder by its path or, where there is none, as RUN/best or by the name of a bundled policy.
+
+    RUN/best is the best checkpoint of a run with `stage.keep_best`.
+    """
+    path, bundled = Path(name), BUNDLED / name
+    if path.exists():
+        return path
+    if path.name == "best" and (record := best(path.parent)) is not None:
+        return record[0]
+    return bundled if bundled.is_dir() else path
 
 
 def resolve(name: str | Path) -> Path:
-    """Find a checkpoint folder by its own path, by its run's path, or by the name of a bundled policy.
+    """Find a checkpoint folder by its own path, by its run's path, as RUN/best, or by the name of a bundled policy.
 
-    RUN/best is the best checkpoint of a run with `stage.keep_best`. Raises FileNotFoundError naming the path.
+    Raises FileNotFoundError naming the path.
     """
     path = find(name)
-    if path.name == "best" and not path.exists() and (record := best(path.parent)) is not None:
-        return record[0]
     if (path / "manifest.json").is_file():
         return path
     last = newest(path) if path.is_dir() else None
@@ -90,8 +95,6 @@ def artifact_dir(name: str | Path) -> Path:
     For a bundled policy, which is read-only, it is outputs/NAME in the working directory.
     """
     path = find(name)
-    if path.name == "best" and not path.exists():
-        return path.parent
     if path.parent == BUNDLED:
         return Path("outputs") / path.name
     return path.parent if STEP.fullmatch(path.name) else path

@@ -3,7 +3,7 @@
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +20,7 @@ Writers = Mapping[str, Callable[[Path], object]]
 
 def save(run: Path, step: int, writers: Writers, *, keep: int) -> Path:
     """Write a checkpoint under a temporary name, rename it, and remove all but the newest `keep` and the best."""
-    for stale in run.glob(f".step_{step:06d}*.writing"):
-        shutil.rmtree(stale, ignore_errors=True)
+    remove_unfinished(run)
     # A second writer gets another name. It can make this one fail, but never mix its files into this checkpoint.
     temporary = run / f".step_{step:06d}.{secrets.token_hex(4)}.writing"
     temporary.mkdir(parents=True)
@@ -40,6 +39,12 @@ def save(run: Path, step: int, writers: Writers, *, keep: int) -> Path:
 def unfinished(run: Path, step: int) -> Path:
     """Return the folder into which several processes write a step's checkpoint before it is renamed."""
     return run / f".step_{step:06d}.writing"
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what killed saves of any step left. A run has one writer, and at most one save runs at a time."""
+    for stale in run.glob(".step_*.writing"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def unwritten(run: Path, step: int, cause: BaseException) -> OSError:
@@ -86,3 +91,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, names: Mapping[
             raise ValueError(f"{path}: holds the optimiser state of {name!r}, which this stage does not train")
         parameter = by_name[name]
         optimizer.state[parameter][moment] = value.to(parameter.device)  # fused AdamW reads its step there too
+
+
+def make_optimizer_state(
+    optimizer: torch.optim.Optimizer, stored: Collection[str], names: Mapping[Tensor, str]
+) -> None:
+    """Make zeros for the moments that a checkpoint holds, to read them into.
+
+    `stored` are the names of its tensors. A parameter that never had a gradient has no moments.
+    """
+    held = set(stored)
+    for parameter, name in names.items():
+        state = {
+            moment: torch.zeros_like(parameter, requires_grad=False)
+            for moment in ("exp_avg", "exp_avg_sq", "ema")
+            if f"{moment}/{name}" in held
+        }
+        if f"step/{name}" in held:
+            state["step"] = torch.zeros((), device=parameter.device)  # fused AdamW reads it on the device
+        if state:
+            optimizer.state[parameter] = state

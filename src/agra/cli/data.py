@@ -108,14 +108,14 @@ def doctor(
 def view(
     dataset: Annotated[str, tyro.conf.Positional],
     output: Path | None = None,
-    episodes: tuple[int, ...] = (0, 1, 2),
+    episodes: tuple[int, ...] | None = None,
 ) -> None:
     """Write episodes of a dataset as a recording for the Rerun viewer: cameras, states, actions and instructions.
 
     Args:
         dataset: a LeRobot dataset of version 2.0, 2.1 or 3.0, a folder or a hub id.
         output: the .rrd file. By default NAME.rrd in the working directory.
-        episodes: numbers of the episodes.
+        episodes: numbers of the episodes. By default the first three.
     """
     from agra.data.view import write_recording
 
@@ -218,8 +218,17 @@ def prepare_missing(features: "Preparation") -> None:
 
 
 def print_cost(features: "Preparation") -> None:
-    """Print the size and time of the missing features. Raises ValueError where they do not fit on the disk."""
-    for source, expected in features.estimate():
+    """Print the size and time of each source's missing features.
+
+    Raises ValueError where those of all sources together do not fit on the disk.
+    """
+    estimates = features.estimate()
+    for source, expected in estimates:
         print(f"{source.dataset.path}: {expected}", file=sys.stderr)
-        if expected.bytes > expected.free_bytes:
-            raise ValueError(f"{features.data.cache}: {expected}; choose another --data.cache")
+    needed = sum(expected.bytes for _, expected in estimates)
+    free = min((expected.free_bytes for _, expected in estimates), default=needed)
+    if needed > free:
+        raise ValueError(
+            f"{features.data.cache}: the features need about {needed / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are"
+            " free; choose another --data.cache"
+        )

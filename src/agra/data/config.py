@@ -1,9 +1,11 @@
 """Settings of the training data: the datasets, their reading, sampling and augmentation. Opens no files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from agra.data.normalization.normalize import NORMALIZATIONS, Normalization
 
@@ -24,11 +26,13 @@ class SourceConfig:
     embodiment: str = ""  # replaces the dataset's `robot_type`
     camera: str = EGO_VIEW  # a feature, or its name in modality.json
     extra_cameras: tuple[str, ...] = ()  # placed to the right of `camera`, scaled to its height
-    crop_rows: tuple[int, int] | None = None  # [first, end) of the recorded frame, cropped before any resizing
+    crop_rows: tuple[int, int] | None = None  # [first, end) of each camera's frame, cropped before any resizing
     crop_columns: tuple[int, int] | None = None  # [first, end), likewise
     state: tuple[str, ...] = ()  # KEY or KEY:METHOD, in the model's order. Empty: all of observation.state
     action: tuple[str, ...] = ()  # KEY or KEY:METHOD, in the model's order. Empty: all of action
-    relative: tuple[str, ...] = ()  # keys of `action` that are movements. They are 0 past an episode's end
+    relative: tuple[
+        str, ...
+    ] = ()  # keys of `action` that are movements. Past an episode's end nothing moves: 0, or the rotation by 0
     missing_keys: tuple[str, ...] = ()  # keys of the embodiment that are absent here: zeros, masked out of the loss
     normalization: Normalization = "min_max"  # of keys without a METHOD
     instruction_key: str = ""  # an annotation column of task numbers, in place of `task_index`
@@ -105,6 +109,23 @@ class SourceConfig:
                 )
             frames = frames[..., span[0] : span[1], :, :] if axis == -3 else frames[..., span[0] : span[1], :]
         return frames
+
+    def picture(self, views: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
+        """Crop each camera's frames (T, H, W, 3), and place those of extra cameras to the right, scaled to the height.
+
+        `views` are those of `camera` and `extra_cameras`, in that order. Raises ValueError, which begins with the name
+        of a view, where it is smaller than the crop.
+        """
+        first, *others = (self.crop(frames, name) for frames, name in zip(views, names, strict=True))
+        scaled = [_scaled(frames, first.shape[1]) for frames in others]
+        return np.concatenate([first, *scaled], axis=2) if scaled else first
+
+
+def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
+    if frames.shape[1] == height:
+        return frames
+    size = round(frames.shape[2] * height / frames.shape[1]), height
+    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR)) for f in frames])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from agra.hub import dataset_folder
 JPEG_QUALITY = 90
 
 
-def write_recording(dataset: str | Path, output: Path, *, episodes: Sequence[int] = (0, 1, 2)) -> Path:
-    """Write episodes of a LeRobot dataset, a folder or a hub id, into one `.rrd` file.
+def write_recording(dataset: str | Path, output: Path, *, episodes: Sequence[int] | None = None) -> Path:
+    """Write episodes of a LeRobot dataset, a folder or a hub id, into one `.rrd` file. None: the first three.
 
     Raises ImportError without the Rerun SDK, ValueError for an episode that does not exist, and the errors of
     `LeRobotDataset`.
@@ -32,6 +32,7 @@ def write_recording(dataset: str | Path, output: Path, *, episodes: Sequence[int
         raise ValueError(f"{dataset}: no camera to show")
     views = {name: LeRobotDataset(folder, source=SourceConfig(camera=name)) for name in names}
     first = views[names[0]]
+    episodes = range(min(3, first.num_episodes)) if episodes is None else episodes
     unknown = [episode for episode in episodes if not 0 <= episode < first.num_episodes]
     if unknown:
         raise ValueError(f"{dataset}: no episode {unknown[0]}; choose among 0 to {first.num_episodes - 1}")

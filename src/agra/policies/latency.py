@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agra import files
+from agra.alignment.teacher import Teacher
 from agra.config import RunConfig
 from agra.data.normalization.normalize import NormStats
 from agra.policies.instructions import Instructions
@@ -83,7 +84,7 @@ def recipe_calls(
 
 
 def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **options: Any) -> MethodPolicy:
-    """Make a policy of a recipe's shapes with random weights and a random codec, and with one known instruction.
+    """Make a policy of a recipe's shapes with random weights, also of its frozen networks, and one known instruction.
 
     It loads no file, so any recipe can be timed. `options` are those of `MethodPolicy`.
     """
@@ -92,6 +93,8 @@ def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **op
     with local_device(device):
         method = config.method.to_act().build()
         codec = None if settings is None else _random_codec(settings)
+        encoder = config.method.teacher if config.method.needs_to_act().features else None
+        teacher = None if encoder is None else Teacher.untrained(encoder)
     tokens = torch.randn(*shapes.instruction)
 
     def statistics(size: int) -> dict[str, np.ndarray]:
@@ -106,6 +109,7 @@ def random_policy(config: RunConfig, *, device: str = "cpu", seed: int = 0, **op
         codec=codec,
         instructions=Instructions(None, {INSTRUCTION: tokens}) if config.method.needs_to_act().instruction else None,
         stats={config.data.embodiments[0]: stats},
+        teacher=teacher,
         device=device,
         **options,
     )

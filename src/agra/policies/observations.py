@@ -50,7 +50,7 @@ class ObservationEncoder:
         """Encode a batch of observations. Raises ValueError where an observation does not fit the training data."""
         moments = [self._moments(observation) for observation in observations]
         states = [{number: self._state(o) for number, o in moment.items()} for moment in moments]
-        frames = [{number: self.crop(o.frame, o.embodiment) for number, o in moment.items()} for moment in moments]
+        frames = [{number: self.picture(o) for number, o in moment.items()} for moment in moments]
         fields = self._features(frames, [o.instruction for o in observations])
         if self.needs.states:
             rows_of_states = [torch.stack([state[number] for number in self.needs.states]) for state in states]
@@ -109,12 +109,47 @@ class ObservationEncoder:
             fields["instruction"] = torch.stack([self.instructions.tokens(text) for text in instructions])
         return {name: value.to(self.device) for name, value in fields.items()}
 
+    def picture(self, observation: Observation) -> np.ndarray:
+        """Make the picture (H, W, 3) of an observation as in training: cropped, with extra cameras to the right.
+
+        The extra cameras are `Observation.views`, under their names without "observation.images.". An observation
+        without views holds all cameras side by side in its frame. Raises ValueError for a missing view.
+        """
+        source = self.config.data.source(observation.embodiment)
+        if not source.extra_cameras or not observation.views:
+            return self.crop(observation.frame, observation.embodiment)
+        names = [view_name(camera) for camera in source.extra_cameras]
+        missing = [name for name in names if name not in observation.views]
+        if missing:
+            raise ValueError(
+                f"Observation.views: expected the extra cameras {', '.join(names)}, got {', '.join(observation.views)};"
+                f" name the view {missing[0]!r}, or train with the view's name in the dataset's meta/modality.json"
+            )
+        views = [observation.frame, *(observation.views[name] for name in names)]
+        return source.picture([view[None] for view in views], ["the observed frame", *names])[0]
+
     def crop(self, frames: np.ndarray, embodiment: str) -> np.ndarray:
-        """Crop frames (..., H, W, 3) to the region of the embodiment's source."""
-        return self.config.data.source(embodiment).crop(frames, "the observed frame")
+        """Crop frames (..., H, W, 3) to the region of the embodiment's source.
+
+        Raises ValueError where the source has extra cameras, because each camera is cropped before they stand side by
+        side.
+        """
+        source = self.config.data.source(embodiment)
+        if source.extra_cameras and (source.crop_rows or source.crop_columns):
+            raise ValueError(
+                "the observed frame: data.crop_rows and data.crop_columns crop each camera alone, expected"
+                f" {', '.join(map(view_name, source.extra_cameras))} in Observation.views, got one frame; pass each"
+                " camera by itself, or train without the crop"
+            )
+        return source.crop(frames, "the observed frame")
 
     def stats_of(self, embodiment: str) -> NormStats:
         """Return an embodiment's statistics. Raises ValueError for an embodiment that was not trained on."""
         if embodiment not in self.stats:
             raise ValueError(f"not trained on embodiment {embodiment!r}; expected one of {sorted(self.stats)}")
         return self.stats[embodiment]
+
+
+def view_name(camera: str) -> str:
+    """Return the name of a camera in `Observation.views`: its feature without "observation.images."."""
+    return camera.removeprefix("observation.images.")

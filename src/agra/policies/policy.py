@@ -17,7 +17,7 @@ from agra.data.normalization.normalize import NormStats
 from agra.flow import continuation_weights
 from agra.methods.method import Imagines, Method, Noise
 from agra.policies.instructions import Instructions
-from agra.policies.observations import ObservationEncoder
+from agra.policies.observations import ObservationEncoder, view_name
 from agra.precision import Precision, allow_tensor_cores, autocast_to_weights, compute_dtype, local_device
 from agra.types import (
     ActionChunk,
@@ -113,14 +113,17 @@ class MethodPolicy:
     def blank_observation(self) -> Observation:
         """Make an observation of a black frame, the mean state of the first embodiment, and a known instruction.
 
-        The frame has the method's size, or is large enough for the crop of the embodiment's source.
+        The frame has the method's size, or is large enough for the crop of the embodiment's source. So has each view of
+        its extra cameras.
         """
         embodiment, stats = next(iter(self.stats.items()))
         source, (height, width) = self.config.data.source(embodiment), self.frame_size
         rows, columns = source.crop_rows or (0, height), source.crop_columns or (0, width)
         texts = () if self.instructions is None else self.instructions.known
+        frame = np.zeros((rows[1], columns[1], 3), np.uint8)
         return Observation(
-            frame=np.zeros((rows[1], columns[1], 3), np.uint8),
+            frame=frame,
+            views={view_name(camera): frame for camera in source.extra_cameras},
             state=np.asarray(stats.state["mean"], np.float32),
             instruction=next(iter(texts), "warm up"),
             embodiment=embodiment,

@@ -28,7 +28,7 @@ def load_initial_weights(method: Method, source: str | Path, config: RunConfig) 
     are merged. Raises ValueError where the checkpoint does not fit this stage.
     """
     folder = find(source)
-    if not folder.is_dir() or not _is_checkpoint(folder):
+    if not _is_checkpoint(folder):
         if not isinstance(method, StartsFromPublicModel):
             raise ValueError(f"{source}: no checkpoint here, and {config.method.kind} starts from no public model")
         method.load_public(source)
@@ -51,7 +51,7 @@ def load_initial_weights(method: Method, source: str | Path, config: RunConfig) 
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() or any(folder.glob("step_*/manifest.json")) or folder.name == "best"
+    return (folder / "manifest.json").is_file() or any(folder.glob("step_*/manifest.json"))
 
 
 def _check_embodiments(earlier: tuple[str, ...], present: tuple[str, ...], path: Path) -> None:

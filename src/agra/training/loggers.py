@@ -93,7 +93,8 @@ def _tensorboard(folder: Path, step: int) -> Iterator[Log]:
     # Imported here: training does not need TensorBoard.
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    # The board forgets rows from `purge_step` on. Those of `step` stay, as in metrics.jsonl.
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(row: Mapping[str, float], pictures: Pictures = _NONE) -> None:
         for name, value in row.items():

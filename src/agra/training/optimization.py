@@ -1,5 +1,6 @@
 """Trained parameters of a stage, their groups for AdamW, and gradient clipping."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -61,8 +62,15 @@ def parameter_groups(method: Method, stage: StageConfig) -> Iterator[dict]:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scale the gradients to a total norm of at most `max_norm`, over all processes. Returns the norm before."""
-    return _whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+    """Scale the gradients to a total norm of at most `max_norm`, over all processes. Returns the norm before.
+
+    A norm that is not finite leaves the gradients as they are.
+    """
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = _whole(total).item()
+    if math.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return norm
 
 
 def total_norm(gradients: Sequence[Tensor]) -> float:

@@ -21,7 +21,7 @@ from agra import files
 from agra.batch import Batch
 from agra.checkpoints import distributed_checkpoint, write
 from agra.checkpoints.folder import ADAPTERS, OPTIMIZER, best, newest, note_best, verify
-from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards
+from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards, stored_names
 from agra.config import RunConfig, first_difference
 from agra.data.sampling.prefetch import on_device
 from agra.lora import is_adapter
@@ -111,8 +111,7 @@ class Trainer:
                     if self.step % self.stage.save_every == 0 and self.step < self.stage.steps:
                         self.save()
                     advance(self.step, row["loss"])
-            if self.saved != self.step:
-                self.save()
+            self.save()
         finally:
             self._finish_save()
         done = self.step >= self.stage.steps
@@ -123,7 +122,9 @@ class Trainer:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, with a mesh in the background."""
+        """Write a checkpoint of the present step if there is none yet, with a mesh in the background."""
+        if self.saved == self.step:
+            return
         self._finish_save()
         state = json.dumps({"step": self.step}) + "\n"  # evaluated now, since it may be written later
         writers: dict[str, Callable[[Path], object]] = {
@@ -176,13 +177,8 @@ class Trainer:
             load_parts(self.method.parts(), folder)
             write.load_optimizer(self.optimizer, folder / OPTIMIZER, self.names)
         else:
-            moments = ("exp_avg", "exp_avg_sq", *(() if self.stage.ema_decay is None else ("ema",)))
-            for parameter in self.names:
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),  # fused AdamW reads it on the device
-                    **{moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments},
-                }
             stored = folder / "sharded" if (folder / "sharded").is_dir() else folder
+            write.make_optimizer_state(self.optimizer, stored_names(stored), self.names)
             read_shards(self._tensors(), stored, self._saving)
         self.step = self.saved = json.loads((folder / "trainer.json").read_text())["step"]
 
@@ -325,8 +321,7 @@ class Trainer:
             earlier and (value >= earlier[1] if direction == "min" else value <= earlier[1])
         ):
             return
-        if self.saved != self.step:
-            self.save()
+        self.save()
         self._finish_save()
         if self.context.is_main:
             note_best(self.output, self.step, value)

@@ -1,8 +1,11 @@
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -129,6 +132,23 @@ def test_missing_and_unfinished(dataset, tmp_path):
     (path / "episode-000001.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"episode-000001\.safetensors: prepared file is missing"):
         CachedFeature.open(feature_folder(dataset, feature, root))
+
+
+def test_a_start_reads_the_episode_list_a_few_times_whatever_its_length(dataset, tmp_path, monkeypatch):
+    read = []
+
+    class Counted(list):
+        def __iter__(self):
+            read.append(len(self))
+            return super().__iter__()
+
+    (path,) = cache_features(dataset, [Brightness()], tmp_path / "cache", progress=False)
+    manifest = json.loads((path / "manifest.json").read_text())
+    listed = {**manifest, "episodes": Counted(manifest["episodes"])}
+    monkeypatch.setattr("agra.data.features.cache.json.loads", lambda text: listed)
+    for episodes in ([0], [0, 1, 2] * 10):
+        CachedFeature.open(path, episodes=episodes)
+    assert len(read) == 8
 
 
 def test_a_kill_leaves_no_partial_file(dataset, tmp_path):
@@ -263,6 +283,39 @@ def test_a_full_disk_leaves_no_instruction_tokens(tmp_path):
         tokens.write("go", np.zeros((5, 4), np.float16))
     assert list((tmp_path / "instructions").iterdir()) == []
     assert tokens.missing(["go"]) == ["go"]
+
+
+def test_tokens_read_by_several_threads(tmp_path):
+    """Each of two threads may evict what the other reads, and both may load the same text."""
+    tokens = InstructionTokens(tmp_path / "instructions", memory_limit=100)
+    for text in ("go", "stop"):
+        tokens.write(text, np.full((5, 8), len(text), np.float16))
+    load, others = tokens._load, []
+
+    class Interrupted(OrderedDict):
+        """Lets another thread read before `text in` returns."""
+
+        def __contains__(self, text):
+            found = super().__contains__(text)
+            if not others:
+                others.append(threading.Thread(target=tokens.read, args=("stop",)))
+                others[0].start()
+                others[0].join(timeout=0.2)
+            return found
+
+    tokens.read("go")
+    tokens._memory = Interrupted(tokens._memory)
+    assert tokens.read("go")[0, 0] == 2
+    others[0].join()
+
+    def load_while_another_thread_reads(text):
+        tokens._load = load
+        return tokens.read(text)
+
+    tokens._memory.clear()
+    tokens._bytes, tokens._load = 0, load_while_another_thread_reads
+    tokens.read("go")
+    assert tokens._bytes == sum(value.nbytes for value in tokens._memory.values()) == 80
 
 
 def test_estimate(dataset, tmp_path):

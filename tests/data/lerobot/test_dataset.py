@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from agra.data.lerobot.checksums import seal
+from agra.data.lerobot.checksums import dataset_files, seal
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import write_dataset
 from agra.types import Embodiment, Episode
@@ -104,6 +105,20 @@ def test_fingerprint_follows_the_contents(original, copy):
     assert LeRobotDataset(copy).fingerprint != fingerprint
 
 
+def test_rows_are_counted_once(original):
+    """Reading a data file asks for the number of rows, and a large dataset has many files."""
+    layout, counted = LeRobotDataset(original).layout, []
+
+    class Counted(tuple):
+        def __iter__(self):
+            counted.append(len(self))
+            return super().__iter__()
+
+    counting = replace(layout, entries=Counted(layout.entries))
+    assert [counting.rows for _ in range(3)] == [layout.rows] * 3
+    assert len(counted) == 1
+
+
 def test_cameras_are_chosen_by_name(copy):
     with pytest.raises(ValueError, match=f"no camera 'wrist'; available: {CAMERA}"):
         LeRobotDataset(copy, camera="wrist")
@@ -126,7 +141,7 @@ def test_missing_dataset_and_files(kind, request, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tasks\.parquet: file is missing"):
         LeRobotDataset(copy)
     shutil.rmtree(copy / "meta/episodes")
-    with pytest.raises(FileNotFoundError, match="meta/episodes: the episode list is missing"):
+    with pytest.raises(FileNotFoundError, match=r"meta/episodes.*: (the episode list|file) is missing"):
         LeRobotDataset(copy)
 
 
@@ -212,6 +227,28 @@ def test_columns_and_episodes_that_do_not_exist(copy):
         ValueError, match=r"file-000\.parquet: column 'action' is missing; available: observation.state"
     ):
         LeRobotDataset(copy).actions(0)
+
+
+def test_a_sealed_dataset_takes_files_beside_it_and_folders_on_another_disk(sealed, tmp_path):
+    fingerprint = LeRobotDataset(sealed).fingerprint
+    for name in (".DS_Store", "._info.json", "notes.txt"):
+        (sealed / "meta" / name).write_text("x")
+    for chunk in ("meta/episodes/chunk-000", "data/chunk-000"):
+        (tmp_path / "disk" / chunk).parent.mkdir(parents=True)
+        (sealed / chunk).rename(tmp_path / "disk" / chunk)
+        (sealed / chunk).symlink_to(tmp_path / "disk" / chunk)
+    dataset = LeRobotDataset(sealed)
+    assert dataset.actions(0).shape == (7, 2)
+    assert {DATA, "meta/episodes/chunk-000/file-000.parquet"} <= set(dataset_files(sealed))
+    assert ".DS_Store" not in " ".join(dataset_files(sealed))
+    assert dataset.fingerprint == fingerprint
+    (sealed / "meta/modality.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"modality\.json: contents differ from the checksum"):
+        LeRobotDataset(sealed)
+    (sealed / "meta/modality.json").unlink()
+    (sealed / "meta/stats.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"stats\.json: file is missing"):
+        LeRobotDataset(sealed)
 
 
 def test_a_sealed_file_that_changed_is_named(sealed):

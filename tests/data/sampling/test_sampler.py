@@ -1,3 +1,4 @@
+import json
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,11 +9,14 @@ from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 from torch import Tensor
 
 from agra.batch import Batch
-from agra.data.config import DataConfig
+from agra.data.config import DataConfig, SourceConfig
 from agra.data.features.cache import CachedFeature, cache_features, feature_folder
 from agra.data.features.instruction_tokens import InstructionTokens
+from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.writer import write_dataset
+from agra.data.normalization import rotations
 from agra.data.sampling.sampler import WindowSampler
+from agra.data.sampling.windows import Windows
 from agra.data.source import embodiment_stats, held_out, open_sources
 from agra.methods.method import Needs, Shapes
 from agra.types import Embodiment, Episode
@@ -43,12 +47,19 @@ class Method:
     """The settings of a method that the sampler reads."""
 
     targets: tuple[int, ...] = REFERENCES
+    state_dim: int = 4
     action_dim: int = 5
     states: tuple[int, ...] = ()
 
     @property
     def shapes(self) -> Shapes:
-        return Shapes(frame_size=(16, 16), horizon=HORIZON, state_dim=4, action_dim=self.action_dim, num_embodiments=2)
+        return Shapes(
+            frame_size=(16, 16),
+            horizon=HORIZON,
+            state_dim=self.state_dim,
+            action_dim=self.action_dim,
+            num_embodiments=2,
+        )
 
     def needs(self) -> Needs:
         return Needs(clip=FRAMES, targets=self.targets, states=self.states)
@@ -223,6 +234,14 @@ def test_validation_windows(parts):
         make(parts, {"validation_fraction": 0.0}).validation_batch()
 
 
+def test_first_windows(parts):
+    sampler = make(parts, {"validation_fraction": 0.75})
+    for count, episodes in ((None, [1, 2, 3]), (2, [1, 2])):
+        latents = sampler.first_batch(count=count).latents
+        assert latents[:, 0, 0, 0, 0].tolist() == episodes
+        assert (latents[:, 1] == 0).all()
+
+
 def test_held_out():
     assert list(held_out(40, 0.05)) == [38, 39]
     assert list(held_out(4, 0.05)) == [3]
@@ -273,6 +292,45 @@ def test_relative_actions_stop_at_the_end(parts):
         past = start + np.arange(HORIZON) >= LENGTHS[episode]
         np.testing.assert_allclose(actions[past][:, :2], 0, atol=1e-5)
         np.testing.assert_allclose(actions[~past, 1], start + np.arange(HORIZON)[~past], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["quaternion", "matrix", "rotation_6d"])
+def test_rotations_that_are_missing_or_past_the_end_are_by_zero(tmp_path, kind):
+    size = rotations.WIDTHS[kind]
+    six = np.random.default_rng(0).normal(size=(8, 6))
+    turns = rotations.from_six(rotations.to_six(rotations.from_six(six, "matrix"), "matrix"), kind)
+    names = ("x", *(f"r{i}" for i in range(size)))
+    for folder, columns in (("whole", 1 + size), ("part", 1)):
+        actions = np.concatenate([np.ones((8, 1)), turns], axis=1)[:, :columns]
+        episode = Episode(
+            frames=np.zeros((8, 16, 16, 3), np.uint8),
+            states=actions,
+            actions=actions,
+            instruction="turn",
+            embodiment="bot",
+            fps=10,
+        )
+        robot = Embodiment(name="bot", state_names=names[:columns], action_names=names[:columns])
+        write_dataset(tmp_path / folder, [episode], embodiment=robot, fps=10)
+        keys = {"move": {"start": 0, "end": 1}, "turn": {"start": 1, "end": 1 + size, "rotation_type": kind}}
+        modality = {q: dict(list(keys.items())[:columns]) for q in ("state", "action")}
+        (tmp_path / folder / "meta/modality.json").write_text(json.dumps(modality))
+        seal(tmp_path / folder)
+    shared = SourceConfig(embodiment="bot", state=("move", "turn:rot6d"), action=("move", "turn:rot6d"))
+    mixture = (
+        replace(shared, path="whole", relative=("turn",)),
+        replace(shared, path="part", missing_keys=("turn",)),
+    )
+    config = DataConfig(path=str(tmp_path), mixture=mixture, embodiments=("bot",), validation_fraction=0)
+    sources = open_sources(config)
+    stats = embodiment_stats(sources)["bot"]
+    method = Method(state_dim=7, action_dim=7)
+    whole, part = (Windows(source, {}, stats, method).numbers([(0, 4)]) for source in sources)
+    np.testing.assert_array_equal(whole.actions[0, 4:, 1:], [[1, 0, 0, 0, 1, 0]] * 2)
+    assert not np.array_equal(whole.actions[0, 3, 1:], [1, 0, 0, 0, 1, 0])
+    assert not part.action_mask[..., 1:].any()
+    assert not part.actions[..., 1:].any()
+    assert not part.state[..., 1:].any()
 
 
 def test_every_second_row(parts):

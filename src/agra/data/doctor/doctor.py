@@ -136,8 +136,9 @@ def _files(dataset: LeRobotDataset) -> Iterator[Finding]:
             yield Finding(level="error", check="files", where=name, message="is empty; copy the file again")
         if not name.startswith("meta/") and path not in used and not name.startswith("videos/"):
             yield _note("files", name, "no episode uses this file")
+    for name in dataset.seal.names:
         try:
-            dataset.seal.verify(path)
+            dataset.seal.verify(dataset.path / name)
         except (ValueError, OSError) as error:
             yield _error("checksum", name, error)
     if not dataset.seal.checksums:

@@ -165,7 +165,8 @@ class CachedFeature:
             state = f"only {count} episodes are prepared" if count else "not prepared"
             raise FileNotFoundError(f"{path}: {state}; run agra prepare with these settings")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        unprepared = [index for index in episodes or () if index not in set(manifest["episodes"])]
+        prepared = set(manifest["episodes"])
+        unprepared = [index for index in episodes or () if index not in prepared]
         if unprepared:
             raise FileNotFoundError(f"{path}: episode {unprepared[0]} is not prepared; run agra prepare")
         missing = [index for index in manifest["episodes"] if not episode_file(path, index).is_file()]

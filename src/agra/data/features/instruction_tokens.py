@@ -5,6 +5,7 @@ memory.
 """
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +28,7 @@ class InstructionTokens:
         self.folder, self._limit = folder, memory_limit
         self._memory: OrderedDict[str, np.ndarray] = OrderedDict()
         self._bytes = 0
+        self._lock = threading.Lock()  # the prefetching threads read together
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """Return the distinct texts without tokens, in order."""
@@ -41,14 +43,17 @@ class InstructionTokens:
 
         Raises FileNotFoundError, which names the remedy, where they are missing, and ValueError for a damaged file.
         """
-        if text in self._memory:
-            self._memory.move_to_end(text)
-            return self._memory[text]
+        with self._lock:
+            if text in self._memory:
+                self._memory.move_to_end(text)
+                return self._memory[text]
         tokens = self._load(text)
-        self._memory[text] = tokens
-        self._bytes += tokens.nbytes
-        while self._bytes > self._limit and len(self._memory) > 1:
-            self._bytes -= self._memory.popitem(last=False)[1].nbytes
+        with self._lock:
+            if text not in self._memory:  # another thread may have read it meanwhile
+                self._memory[text] = tokens
+                self._bytes += tokens.nbytes
+            while self._bytes > self._limit and len(self._memory) > 1:
+                self._bytes -= self._memory.popitem(last=False)[1].nbytes
         return tokens
 
     def _load(self, text: str) -> np.ndarray:

@@ -43,13 +43,16 @@ def convert(
         raise ValueError(f"{output}: already exists; choose another output or remove it")
     path = dataset_folder(str(source))
     layout, checksums = DatasetLayout.read(path), Seal(path)
-    for name in dataset_files(path):
+    for name in checksums.names:
         checksums.verify(path / name)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with files.naming(output):
-            (_to_v3 if version == V3 else _to_v2)(layout, partial, version)
+            if version == V3:
+                _to_v3(layout, partial)
+            else:
+                _to_v2(layout, partial, version)
             _copy_other_metadata(layout, partial)
             finish(partial)
             seal(partial)
@@ -59,7 +62,7 @@ def convert(
     return output
 
 
-def _to_v3(layout: DatasetLayout, root: Path, version: str) -> None:
+def _to_v3(layout: DatasetLayout, root: Path) -> None:
     info, features = layout.info, layout.info["features"]
     writer = FilesV3(
         root,

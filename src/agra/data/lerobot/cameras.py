@@ -40,9 +40,8 @@ class Cameras:
 
     def frames(self, entry: EpisodeEntry, rows: np.ndarray, *, threads: int = 0) -> np.ndarray:
         """Return the frames (T, H, W, 3) uint8 RGB of an episode's ascending `rows` (T,), cropped and side by side."""
-        views = [self._crop(self._read(entry, feature, rows, threads), feature) for feature in self.features]
-        height = views[0].shape[1]
-        return views[0] if len(views) == 1 else np.concatenate([_scaled(view, height) for view in views], axis=2)
+        views = [self._read(entry, feature, rows, threads) for feature in self.features]
+        return self.source.picture(views, [f"{self.layout.root}: {feature}" for feature in self.features])
 
     def _read(self, entry: EpisodeEntry, feature: str, rows: np.ndarray, threads: int) -> np.ndarray:
         if feature in entry.videos:
@@ -62,16 +61,6 @@ class Cameras:
                 f" meta/info.json; {REMEDY}"
             )
         return frames
-
-    def _crop(self, frames: np.ndarray, feature: str) -> np.ndarray:
-        return self.source.crop(frames, f"{self.layout.root}: {feature}")
-
-
-def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
-    if frames.shape[1] == height:
-        return frames
-    size = round(frames.shape[2] * height / frames.shape[1]), height
-    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR)) for f in frames])
 
 
 def _pictures(path: Path, feature: str, entry: EpisodeEntry, rows: np.ndarray, layout: DatasetLayout) -> np.ndarray:

@@ -6,20 +6,26 @@ files is verified before its first use.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from agra import files
 from agra.data.lerobot.json_parquet import REMEDY, read_json, write_json
 
 CHECKSUMS = "meta/checksums.json"
+_READ = (".json", ".jsonl", ".parquet", ".mp4")
 
 
 def dataset_files(root: Path) -> list[str]:
-    """Return the names, relative to `root`, of all files under meta, data and videos except the checksums, sorted."""
-    paths = [path for folder in ("meta", "data", "videos") for path in (root / folder).rglob("*") if path.is_file()]
-    names = sorted(path.relative_to(root).as_posix() for path in paths)
-    return [name for name in names if name != CHECKSUMS and not name.endswith(".tmp")]
+    """Return the names, relative to `root`, of all files under meta, data and videos, sorted.
+
+    Symbolic links are followed. The checksums, hidden files (a viewer's .DS_Store) and temporary ones are left out.
+    """
+    walks = [os.walk(root / top, followlinks=True) for top in ("meta", "data", "videos")]
+    paths = [Path(folder) / name for walk in walks for folder, _, names in walk for name in names]
+    names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
+    return [name for name in names if name != CHECKSUMS and not name.endswith(".tmp") and not _is_hidden(name)]
 
 
 def seal(root: Path) -> Path:
@@ -37,6 +43,13 @@ class Seal:
         path = root / CHECKSUMS
         self.checksums: Mapping[str, str] = read_json(path) if path.is_file() else {}
         self._verified: set[Path] = set()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the files to verify: the sealed ones, and any other that could be read as part of the dataset."""
+        sealed = [name for name in self.checksums if not _is_hidden(name)]
+        others = [name for name in dataset_files(self.root) if name.endswith(_READ)] if self.checksums else []
+        return sorted({*sealed, *others})
 
     def verify(self, path: Path) -> None:
         """Compare a file with its checksum, once. Does nothing where the dataset is not sealed.
@@ -63,3 +76,7 @@ class Seal:
         contents = self.checksums or {name: files.sha256(self.root / name) for name in dataset_files(self.root)}
         lines = "".join(f"{name} {contents[name]}\n" for name in sorted(contents))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from agra.data.config import SourceConfig
 from agra.data.lerobot.cameras import Cameras
-from agra.data.lerobot.checksums import Seal, dataset_files
+from agra.data.lerobot.checksums import Seal
 from agra.data.lerobot.json_parquet import REMEDY, integers, matrix, read_json, read_table
 from agra.data.lerobot.layout import INFO, STATS, DatasetLayout, EpisodeEntry
 from agra.data.lerobot.modality import ACTION, STATE, Key, Modality, size
@@ -49,7 +49,7 @@ class LeRobotDataset:
         self.source = source if source is not None else SourceConfig(camera=camera or "")
         self.path = dataset_folder(str(path), self.source.revision)
         self.seal = Seal(self.path)
-        for name in dataset_files(self.path):
+        for name in self.seal.names:
             if name.startswith("meta/"):
                 self.seal.verify(self.path / name)
         self.layout = DatasetLayout.read(self.path)
@@ -150,6 +150,11 @@ class LeRobotDataset:
         """(D,) bool. True for actions that are movements, by the source or by `absolute` in modality.json."""
         names = self.source.relative
         return np.concatenate([np.full(key.size, key.name in names or not key.absolute) for key in self.keys["action"]])
+
+    @cached_property
+    def no_movement(self) -> np.ndarray:
+        """(D,) float32. The action without movement, where all keys are relative."""
+        return np.concatenate([key.identity for key in self.keys["action"]])
 
     def states(self, episode: int) -> np.ndarray:
         """Return the states (N, S) float32 of an episode."""
@@ -284,9 +289,9 @@ class LeRobotDataset:
         return values
 
     def _select(self, quantity: str, values: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-        """Concatenate the dimensions of the keys, with zeros for missing keys."""
+        """Concatenate the dimensions of the keys, with zeros (or rotations by 0) for missing keys."""
         pieces = [
-            values[key.column][:, key.start : key.end] if key.column else np.zeros((count, key.size), np.float32)
+            values[key.column][:, key.start : key.end] if key.column else np.tile(key.identity, (count, 1))
             for key in self.keys[quantity]
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)

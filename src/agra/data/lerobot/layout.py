@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -83,7 +84,7 @@ class DatasetLayout:
             )
         return cls(root=root, version=info["codebase_version"], info=info, entries=entries, tasks=tasks)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Number of rows of all episodes. No data file holds more."""
         return sum(entry.length for entry in self.entries)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from agra.data.lerobot.json_parquet import read_json
 from agra.data.normalization import rotations
 
@@ -33,6 +35,11 @@ class Key:
     def size(self) -> int:
         """Number of dimensions."""
         return self.end - self.start
+
+    @property
+    def identity(self) -> np.ndarray:
+        """(size,) float32. No movement: the rotation by 0, and zeros for other quantities."""
+        return rotations.identity(self.rotation) if self.rotation else np.zeros(self.size, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,12 @@ def width(name: str) -> int:
     return WIDTHS[_parse(name)[0]]
 
 
+def identity(name: str) -> np.ndarray:
+    """Return the rotation by 0 as (width,) float32."""
+    numbers = {"quaternion": [1, 0, 0, 0], "matrix": np.eye(3).ravel(), "rotation_6d": [1, 0, 0, 0, 1, 0]}
+    return np.asarray(numbers.get(_parse(name)[0], [0, 0, 0]), dtype=np.float32)
+
+
 def to_six(values: np.ndarray, name: str) -> np.ndarray:
     """Convert (..., width) of a rotation type to (..., 6). A rotation_6d is returned unchanged."""
     if name == "rotation_6d":

@@ -114,9 +114,9 @@ class WindowSampler:
         places = _at(rows, ends)[self.rank :: self.world_size]
         return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
 
-    def first_batch(self, source: int = 0) -> Batch:
-        """Return the first window of each held-out episode of a source, in order."""
-        windows = [(k, episode, 0) for k, episode in self.validation if k == source]
+    def first_batch(self, source: int = 0, count: int | None = None) -> Batch:
+        """Return the first window of each held-out episode of a source, in order, or of the first `count` of them."""
+        windows = [(source, episode, 0) for episode in self.sources[source].validation[:count]]
         return self._assemble(np.array(windows, dtype=np.int64).reshape(-1, 3))
 
     def _assemble(self, windows: np.ndarray, seeds: Sequence[np.random.SeedSequence] | None = None) -> Batch:

@@ -64,7 +64,7 @@ class Windows:
         states = np.stack([dataset.states(e)[self.frame_steps(e, s, self.state_frames)] for e, s in pairs])
         actions = np.stack([dataset.actions(e)[self.rows(e, s, steps)] for e, s in pairs])
         past = np.array([s + steps >= self.lengths[e] for e, s in pairs])  # (B, K)
-        actions = np.where(past[..., None] & dataset.relative, 0, actions)
+        actions = np.where(past[..., None] & dataset.relative, dataset.no_movement, actions)
         learned = np.broadcast_to(steps < self.learned, past.shape)
         if self.source.config.past_end == "mask":
             learned = learned & ~past
