@@ -15,8 +15,8 @@ SIGNATURES = {
     "diagnose": "(run, *, simulator, samples, seed=0, device='cpu', config=None, teacher='own', probes=None, masks=None,"
     " action_noise=None, video_noise=None)",
     "evaluate": "(policy, simulator='tabletop', *, output=None, name=None, regimes=None, tasks=None, limit=None, protocol=None, videos=0,"
-    " workers=1, simulator_options=None, key_mapping=None, device='cpu', threads=None, action_noise=None, video_noise=None, shard=None,"
-    " progress=True)",
+    " workers=1, simulator_options=None, key_mapping=None, device='cpu', threads=None, action_noise=None, video_noise=None,"
+    " checkpoint_sha256=None, shard=None, progress=True)",
     "export": "(source, output, *, ema=False, half=False)",
     "load_policy": "(path, *, name=None, device='cpu', known_instructions=False, **options)",
     "make_demo": "(policies=('tabletop-wam', 'tabletop-agra'), *, device='cpu')",

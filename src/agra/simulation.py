@@ -87,6 +87,7 @@ def evaluate(
     threads: int | None = None,
     action_noise: ActionNoise | None = None,
     video_noise: VideoNoise | None = None,
+    checkpoint_sha256: str | None = None,
     shard: Shard | None = None,
     progress: bool = True,
 ) -> Results:
@@ -100,14 +101,17 @@ def evaluate(
     must agree. For a server of another package they are only recorded in the results.
     `videos` trials of each regime are saved as mp4. A `shard` plays its part of the trials
     (`agra.evaluation.protocols`). A run folder means its newest checkpoint at the time of the call, and the results name
-    that checkpoint (`agra.evaluation.results.CHECKPOINT`). Results of another one are not continued.
+    that checkpoint (`agra.evaluation.results.CHECKPOINT`). Results of another one are not continued. For a server,
+    `checkpoint_sha256` names its checkpoint, if it is known.
 
     With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the
     same for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
     """
     output, name = results_file(policy, output, name, key_mapping)
-    checkpoint = _checkpoint(policy, key_mapping)
-    policy = policy if checkpoint is None else checkpoint  # the same one for all workers, whatever a training run adds
+    checkpoint = checkpoint_of(policy, key_mapping)
+    if checkpoint is not None:
+        policy = checkpoint  # the same one for all workers, whatever a training run adds
+        checkpoint_sha256 = manifest_sha256(checkpoint)
     policy_settings = {"key_mapping": key_mapping} if key_mapping else {}
     noise = _noise(policy, {"action_noise": action_noise, "video_noise": video_noise}, key_mapping)
     policy_settings |= {name: kind for name, kind in noise.items() if kind != "random"}
@@ -153,7 +157,7 @@ def evaluate(
             make_player=make_player,
             policy_name=name,
             policy_settings=policy_settings,
-            checkpoint_sha256=None if checkpoint is None else files.sha256(checkpoint / "manifest.json"),
+            checkpoint_sha256=checkpoint_sha256,
             shard=shard,
             progress=progress,
         )
@@ -193,13 +197,18 @@ def results_file(
     return Path(output), name
 
 
-def _checkpoint(policy: Policy | str | Path, key_mapping: str | None) -> Path | None:
-    """The checkpoint folder of a policy given by a folder or a bundled policy's name. None for any other policy."""
+def checkpoint_of(policy: Policy | str | Path, key_mapping: str | None = None) -> Path | None:
+    """Return the checkpoint folder of a policy given by a folder or a bundled policy's name, None for any other."""
     if isinstance(policy, Policy) or policy == EXPERT or key_mapping is not None or "://" in str(policy):
         return None
     from agra.checkpoints.folder import resolve
 
     return resolve(policy)
+
+
+def manifest_sha256(checkpoint: Path) -> str:
+    """Return the checksum of a checkpoint's manifest, which holds the checksums of its files."""
+    return files.sha256(checkpoint / "manifest.json")
 
 
 def _noise(policy: Policy | str | Path, requested: Mapping[str, str | None], key_mapping: str | None) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from agra.checkpoints.folder import resolve
+from agra.cli.main import main
 from agra.evaluation.remote import evaluate_in_subprocess, served
+from agra.simulation import manifest_sha256
 from agra.types import SimulatorFailed
 
 SERVER = """
@@ -64,6 +67,21 @@ def test_server_and_simulator_start_and_end_together(tmp_path, monkeypatch):
     assert simulator_log.read_text() == "0 -m agra.cli evaluate ws://127.0.0.1:4321 --limit 2"
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid), 0)
+
+
+def test_results_in_a_simulator_s_environment_name_the_served_checkpoint(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "agra.evaluation.remote.evaluate_in_subprocess",
+        lambda policy, python, arguments, serve: calls.append((policy, list(arguments))) or 0,
+    )
+    monkeypatch.chdir(tmp_path)
+    main(["evaluate", "tabletop-agra", "--simulator-python", sys.executable])
+    ((served_policy, arguments),) = calls
+    checkpoint = resolve("tabletop-agra")
+    assert served_policy == str(checkpoint)
+    assert arguments[arguments.index("--checkpoint-sha256") + 1] == manifest_sha256(checkpoint)
+    assert arguments[arguments.index("--name") + 1] == "tabletop-agra"
 
 
 def test_a_killed_simulator_is_reported(tmp_path, monkeypatch):

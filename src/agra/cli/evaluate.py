@@ -30,6 +30,7 @@ def evaluate(
     device: str = "cpu",
     threads: int | None = None,
     shard: str | None = None,
+    checkpoint_sha256: str | None = None,
 ) -> None:
     """Play a benchmark's trials and write one JSON line for each. Resumes after an interruption.
 
@@ -63,13 +64,14 @@ def evaluate(
         device: the policy's device.
         threads: threads of torch in each process. By default OMP_NUM_THREADS, or all cores.
         shard: I/N plays part I, from 0, of N into a file of its own beside the output. `agra merge` joins them.
+        checkpoint_sha256: checksum of the checkpoint behind a server, for the results. --simulator-python sets it.
     """
     from dataclasses import replace
 
     from agra.evaluation.protocols import parse_shard
     from agra.evaluation.tables import group_table, print_table, summary_table, task_table
+    from agra.simulation import checkpoint_of, manifest_sha256, results_file, usual_protocol
     from agra.simulation import evaluate as run
-    from agra.simulation import results_file, usual_protocol
 
     protocol = replace(usual_protocol(policy, simulator), max_steps=max_steps)
     if termination is not None:
@@ -78,7 +80,7 @@ def evaluate(
         protocol = replace(protocol, execute_steps=execute_steps)
     if simulator_python is not None:
         output, name = results_file(policy, output, name, key_mapping)
-        noise = {"action_noise": action_noise, "video_noise": video_noise}
+        noise, checkpoint = {"action_noise": action_noise, "video_noise": video_noise}, checkpoint_of(policy)
         settings: dict[str, Any] = {
             "simulator": simulator,
             "regimes": regimes,
@@ -90,11 +92,12 @@ def evaluate(
             "videos": videos,
             "by_task": by_task,
             "shard": shard,
+            "checkpoint_sha256": None if checkpoint is None else manifest_sha256(checkpoint),
             **noise,
             **vars(protocol),
         }
         serving = {"device": device, "threads": threads, "imagine": videos > 0, **noise}
-        _evaluate_in_subprocess(policy, simulator_python, settings, serving)
+        _evaluate_in_subprocess(policy if checkpoint is None else str(checkpoint), simulator_python, settings, serving)
         return
     results = run(
         policy,
@@ -114,6 +117,7 @@ def evaluate(
         action_noise=action_noise,
         video_noise=video_noise,
         shard=None if shard is None else parse_shard(shard),
+        checkpoint_sha256=checkpoint_sha256,
     )
     print_table(summary_table(results))
     groups = group_table(results)

@@ -30,9 +30,7 @@ class SourceConfig:
     crop_columns: tuple[int, int] | None = None  # [first, end), likewise
     state: tuple[str, ...] = ()  # KEY or KEY:METHOD, in the model's order. Empty: all of observation.state
     action: tuple[str, ...] = ()  # KEY or KEY:METHOD, in the model's order. Empty: all of action
-    relative: tuple[
-        str, ...
-    ] = ()  # keys of `action` that are movements. Past an episode's end nothing moves: 0, or the rotation by 0
+    relative: tuple[str, ...] = ()  # keys of `action` that are movements. Past an episode's end nothing moves
     missing_keys: tuple[str, ...] = ()  # keys of the embodiment that are absent here: zeros, masked out of the loss
     normalization: Normalization = "min_max"  # of keys without a METHOD
     instruction_key: str = ""  # an annotation column of task numbers, in place of `task_index`
