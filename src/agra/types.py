@@ -54,6 +54,39 @@ class Observation:
             raise ValueError(f"Observation.state: expected one axis, got shape {self.state.shape}")
 
 
+def cameras_of(observation: Observation, names: Sequence[str]) -> list[np.ndarray]:
+    """Return the frame and the views of further cameras, in order, each (H, W, 3) uint8.
+
+    An observation without views holds all cameras side by side in its frame. Raises ValueError for a missing view.
+    """
+    if not names or not observation.views:
+        return [observation.frame]
+    missing = [name for name in names if name not in observation.views]
+    if missing:
+        raise ValueError(
+            f"Observation.views: expected the extra cameras {', '.join(names)}, got {', '.join(observation.views)};"
+            f" name the view {missing[0]!r}, or train with the view's name in the dataset's meta/modality.json"
+        )
+    return [observation.frame, *(observation.views[name] for name in names)]
+
+
+def side_by_side(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """Place frames (..., H, W, 3) uint8 of several cameras to the right of the first, scaled to its height."""
+    first, *others = frames
+    return np.concatenate([first, *(_scaled(frame, first.shape[-3]) for frame in others)], axis=-2)
+
+
+def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
+    if frames.shape[-3] == height:
+        return frames
+    from PIL import Image  # here, because cameras of one height need no library
+
+    size = round(frames.shape[-2] * height / frames.shape[-3]), height
+    pictures = [Image.fromarray(frame) for frame in frames.reshape(-1, *frames.shape[-3:])]
+    scaled = np.stack([np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) for picture in pictures])
+    return scaled.reshape(*frames.shape[:-3], *scaled.shape[1:])
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ActionChunk:
     """Output of a policy: the actions a_1:K (Eq. 1), unnormalised, and the time of each part of their computation.
@@ -90,10 +123,14 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbodimentSpec:
-    """Named parts of a robot's state and action, in order, each with its dimensions [start, end)."""
+    """Named parts of a robot's state and action, in order, each with its dimensions [start, end).
+
+    `views` are the names of further cameras to the right of the frame.
+    """
 
     state: Mapping[str, tuple[int, int]]
     action: Mapping[str, tuple[int, int]]
+    views: tuple[str, ...] = ()
 
     @property
     def state_dim(self) -> int:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from agra.checkpoints.lineage import lineage, record_origin
 from agra.config import RunConfig
 from agra.recipes import at_stage
 from agra.rng import seed_everything
-from agra.stages import Stage
+from agra.stages import Stage, StageConfig
 from agra.training.initialization import load_initial_weights
 from agra.training.optimization import clip_gradients
 from agra.training.trainer import Trainer
@@ -327,3 +328,14 @@ def test_a_checkpoint_written_late_still_names_its_own_step(small_config, make_b
     trainer.step = 4
     asked["trainer.json"](tmp_path / "trainer.json")
     assert json.loads((tmp_path / "trainer.json").read_text()) == {"step": 3}
+
+
+def test_an_average_starts_with_the_first_gradient():
+    late = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([late], fused=True)
+    trainer = SimpleNamespace(stage=StageConfig(ema_decay=0.5), optimizer=optimizer)
+    Trainer._average(trainer, [late], 0)
+    late.grad = torch.ones(3)
+    optimizer.step()
+    Trainer._average(trainer, [late], 1)
+    assert torch.equal(optimizer.state[late]["ema"], late.detach())

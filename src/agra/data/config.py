@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from agra.data.normalization.normalize import NORMALIZATIONS, Normalization
+from agra.types import side_by_side
 
 EGO_VIEW = "observation.images.ego_view"
 PastEnd = Literal["repeat", "mask", "inside"]
@@ -109,21 +109,12 @@ class SourceConfig:
         return frames
 
     def picture(self, views: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
-        """Crop each camera's frames (T, H, W, 3), and place those of extra cameras to the right, scaled to the height.
+        """Crop each camera's frames (..., H, W, 3), and place those of extra cameras to the right, scaled to the height.
 
         `views` are those of `camera` and `extra_cameras`, in that order. Raises ValueError, which begins with the name
         of a view, where it is smaller than the crop.
         """
-        first, *others = (self.crop(frames, name) for frames, name in zip(views, names, strict=True))
-        scaled = [_scaled(frames, first.shape[1]) for frames in others]
-        return np.concatenate([first, *scaled], axis=2) if scaled else first
-
-
-def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
-    if frames.shape[1] == height:
-        return frames
-    size = round(frames.shape[2] * height / frames.shape[1]), height
-    return np.stack([np.asarray(Image.fromarray(f).resize(size, Image.Resampling.BILINEAR)) for f in frames])
+        return side_by_side([self.crop(frames, name) for frames, name in zip(views, names, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)

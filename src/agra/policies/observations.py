@@ -13,7 +13,7 @@ from agra.config import RunConfig
 from agra.data.features.jobs import encode_frames, resize, teacher_grids_of_windows
 from agra.data.normalization.normalize import NormStats
 from agra.policies.instructions import Instructions
-from agra.types import Observation
+from agra.types import Observation, cameras_of
 from agra.wam.codec import Codec, to_video
 
 
@@ -115,18 +115,16 @@ class ObservationEncoder:
         The extra cameras are `Observation.views`, under their names without "observation.images.". An observation
         without views holds all cameras side by side in its frame. Raises ValueError for a missing view.
         """
-        source = self.config.data.source(observation.embodiment)
-        if not source.extra_cameras or not observation.views:
+        source, names = self.config.data.source(observation.embodiment), self.views_of(observation.embodiment)
+        cameras = cameras_of(observation, names)
+        if len(cameras) == 1:
             return self.crop(observation.frame, observation.embodiment)
-        names = [view_name(camera) for camera in source.extra_cameras]
-        missing = [name for name in names if name not in observation.views]
-        if missing:
-            raise ValueError(
-                f"Observation.views: expected the extra cameras {', '.join(names)}, got {', '.join(observation.views)};"
-                f" name the view {missing[0]!r}, or train with the view's name in the dataset's meta/modality.json"
-            )
-        views = [observation.frame, *(observation.views[name] for name in names)]
-        return source.picture([view[None] for view in views], ["the observed frame", *names])[0]
+        return source.picture(cameras, ["the observed frame", *names])
+
+    def views_of(self, embodiment: str) -> tuple[str, ...]:
+        """Return the names of an embodiment's extra cameras in `Observation.views`."""
+        cameras = self.config.data.source(embodiment).extra_cameras
+        return tuple(camera.removeprefix("observation.images.") for camera in cameras)
 
     def crop(self, frames: np.ndarray, embodiment: str) -> np.ndarray:
         """Crop frames (..., H, W, 3) to the region of the embodiment's source.
@@ -138,7 +136,7 @@ class ObservationEncoder:
         if source.extra_cameras and (source.crop_rows or source.crop_columns):
             raise ValueError(
                 "the observed frame: data.crop_rows and data.crop_columns crop each camera alone, expected"
-                f" {', '.join(map(view_name, source.extra_cameras))} in Observation.views, got one frame; pass each"
+                f" {', '.join(self.views_of(embodiment))} in Observation.views, got one frame; pass each"
                 " camera by itself, or train without the crop"
             )
         return source.crop(frames, "the observed frame")
@@ -148,8 +146,3 @@ class ObservationEncoder:
         if embodiment not in self.stats:
             raise ValueError(f"not trained on embodiment {embodiment!r}; expected one of {sorted(self.stats)}")
         return self.stats[embodiment]
-
-
-def view_name(camera: str) -> str:
-    """Return the name of a camera in `Observation.views`: its feature without "observation.images."."""
-    return camera.removeprefix("observation.images.")

@@ -17,7 +17,7 @@ from agra.data.normalization.normalize import NormStats
 from agra.flow import continuation_weights
 from agra.methods.method import Imagines, Method, Noise
 from agra.policies.instructions import Instructions
-from agra.policies.observations import ObservationEncoder, view_name
+from agra.policies.observations import ObservationEncoder
 from agra.precision import Precision, allow_tensor_cores, autocast_to_weights, compute_dtype, local_device
 from agra.types import (
     ActionChunk,
@@ -123,7 +123,7 @@ class MethodPolicy:
         frame = np.zeros((rows[1], columns[1], 3), np.uint8)
         return Observation(
             frame=frame,
-            views={view_name(camera): frame for camera in source.extra_cameras},
+            views=dict.fromkeys(self.observations.views_of(embodiment), frame),
             state=np.asarray(stats.state["mean"], np.float32),
             instruction=next(iter(texts), "warm up"),
             embodiment=embodiment,
@@ -176,6 +176,7 @@ class MethodPolicy:
             name: EmbodimentSpec(
                 state={part.name: (part.start, part.end) for part in stats.parts("state")},
                 action={part.name: (part.start, part.end) for part in stats.parts("action")},
+                views=self.observations.views_of(name),
             )
             for name, stats in self.stats.items()
         }

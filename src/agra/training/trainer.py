@@ -218,12 +218,14 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self, trained: Sequence[Tensor], step: int) -> None:
-        """Update the exponential averages in the optimiser's state. The first step starts them."""
+        """Update the exponential averages in the optimiser's state. A parameter's first gradient starts its average."""
         decay = self.stage.ema_decay_at(step)
         if decay is None:
             return
         for parameter in trained:
             state = self.optimizer.state[parameter]
+            if "exp_avg" not in state:
+                continue
             if "ema" in state:
                 state["ema"].lerp_(parameter.detach(), 1 - decay)
             else:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from agra.data.config import SourceConfig
 from agra.serving.protocol.messages import (
     InferRequest,
     WireKeys,
@@ -150,6 +151,25 @@ def test_the_description_round_trips():
     for wrong in ({}, [], {**describe(spec(), keys), "agra_wire": 2}, {**describe(spec(), keys), "embodiments": 3}):
         with pytest.raises(ValueError, match=r"does not describe an agra policy|version 2"):
             read_description(wrong)
+
+
+def test_further_cameras_stand_beside_the_frame_as_in_training():
+    (name, robot) = next(iter(spec().embodiments.items()))
+    several = replace(spec(), embodiments={name: replace(robot, views=("wrist",))})
+    assert read_description(unpack(pack(describe(several, KEYS)))) == (several, KEYS)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    seen = replace(observation(3), views={"wrist": noise, "other": noise})
+    source = SourceConfig(extra_cameras=("observation.images.wrist",))
+    picture = source.picture([seen.frame[None], noise[None]], ["frame", "wrist"])[0]
+    assert picture.shape[1] > seen.frame.shape[1]
+    sent = encode_request(InferRequest(observation=replace(seen, past=(seen,))), KEYS, replace(several, past=(-1,)))
+    assert np.array_equal(sent[KEYS.image], picture)
+    assert np.array_equal(sent["past_image"], picture[None])
+    joined = encode_request(InferRequest(observation=observation(3)), KEYS, several)
+    assert np.array_equal(joined[KEYS.image], observation(3).frame)  # all cameras in one frame already
+    assert np.array_equal(encode_request(InferRequest(observation=seen), KEYS, spec())[KEYS.image], seen.frame)
+    with pytest.raises(ValueError, match="expected the extra cameras wrist, got other"):
+        encode_request(InferRequest(observation=replace(seen, views={"other": noise})), KEYS, several)
 
 
 def test_a_response_has_the_keys_that_openpi_reads():

@@ -10,7 +10,17 @@ from typing import Any, get_args
 
 import numpy as np
 
-from agra.types import ActionChunk, ActionNoise, Continuation, EmbodimentSpec, Observation, PolicySpec, VideoNoise
+from agra.types import (
+    ActionChunk,
+    ActionNoise,
+    Continuation,
+    EmbodimentSpec,
+    Observation,
+    PolicySpec,
+    VideoNoise,
+    cameras_of,
+    side_by_side,
+)
 
 WIRE_VERSION = 1
 FRAME_SIDES = (16, 4096)
@@ -74,6 +84,7 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
                 quantity: {part: list(span) for part, span in getattr(robot, quantity).items()}
                 for quantity in ("state", "action")
             }
+            | {"views": list(robot.views)}
             for name, robot in spec.embodiments.items()
         },
         "keys": {
@@ -96,7 +107,8 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
         version = message["agra_wire"]
         embodiments = {
             name: EmbodimentSpec(
-                **{q: {part: (int(a), int(b)) for part, (a, b) in robot[q].items()} for q in ("state", "action")}
+                **{q: {part: (int(a), int(b)) for part, (a, b) in robot[q].items()} for q in ("state", "action")},
+                views=tuple(str(view) for view in robot.get("views", ())),
             )
             for name, robot in message["embodiments"].items()
         }
@@ -121,10 +133,14 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
 
 
 def encode_request(request: InferRequest, keys: WireKeys, spec: PolicySpec) -> dict[str, Any]:
-    """Encode a request. Inverse of `parse_request`."""
+    """Encode a request. Inverse of `parse_request`.
+
+    Cameras that the policy reads beside the frame are placed to its right.
+    """
     observation, continuation = request.observation, request.continuation
+    views = spec.embodiments[observation.embodiment].views if observation.embodiment in spec.embodiments else ()
     message: dict[str, Any] = {
-        keys.image: observation.frame,
+        keys.image: side_by_side(cameras_of(observation, views)),
         keys.prompt: observation.instruction,
         "embodiment": observation.embodiment,
     }
@@ -139,7 +155,7 @@ def encode_request(request: InferRequest, keys: WireKeys, spec: PolicySpec) -> d
         for key, (start, end) in zip(keys.state, parts.values(), strict=True):
             message[key] = observation.state[start:end].astype(np.float32)
     if observation.past:
-        message["past_image"] = np.stack([moment.frame for moment in observation.past])
+        message["past_image"] = np.stack([side_by_side(cameras_of(moment, views)) for moment in observation.past])
         message["past_state"] = np.stack([moment.state for moment in observation.past]).astype(np.float32)
     if request.seed is not None:
         message["seed"] = request.seed
