@@ -80,7 +80,7 @@ def test_every_command_of_the_tutorials_exists():
     lines = [
         line
         for page in ROOT.glob("docs/tutorials/*.md")
-        for line in page.read_text().splitlines()
+        for line in page.read_text().replace("\\\n", " ").splitlines()
         if re.match(r"(\S*python -m agra\.cli|torchrun .* -m agra\.cli|agra) \w", line)
     ]
     assert len(lines) >= 15
