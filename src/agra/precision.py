@@ -56,9 +56,14 @@ def autocast(device: torch.device, precision: Precision, *, cache: bool = True) 
 
 
 def autocast_to_weights(module: nn.Module) -> AbstractContextManager:
-    """Return autocast where the weights of `module` are bfloat16, so that it accepts float32 inputs."""
+    """Return autocast where the weights of `module` are bfloat16, so that it accepts float32 inputs.
+
+    With other weights an autocast that is active around it, as in training, stays as it is.
+    """
     weight = next(module.parameters())
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype is torch.bfloat16)
+    if weight.dtype is not torch.bfloat16 or not is_autocast_available(weight.device.type):
+        return nullcontext()
+    return torch.autocast(weight.device.type, torch.bfloat16)
 
 
 def without_autocast(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
