@@ -19,7 +19,7 @@ from agra.diagnostics.record import estimate
 from agra.diagnostics.visual_reliance import InitialObservation, VisualReliance, measure_visual_reliance
 from agra.evaluation.measured import FOLDER, MeasuredRow, measured
 from agra.evaluation.results import Results, Summary, compare, summarise
-from agra.evaluation.statistics import Average, wilson_interval
+from agra.evaluation.statistics import Average, p_text, wilson_interval
 from agra.evaluation.task_groups import task_groups
 from agra.policies.load import load_policy
 from agra.policies.policy import MethodPolicy
@@ -147,7 +147,7 @@ def _differences(rows: Sequence[MeasuredRow]) -> Table:
                 continue
             pair = compare(results, other.results[noise]).pairs[-1]
             alone = f"{pair.test.only_a} and {pair.test.only_b} of {pair.a.trials}"
-            cells = [_average(pair.difference, sign="+"), alone, f"{pair.test.p_value:.3f}"]
+            cells = [_average(pair.difference, sign="+"), alone, p_text(pair.test.p_value)]
             table.append([f"{row.name} minus {other.name}", f"{row.seed}", noise, *cells])
     return table
 

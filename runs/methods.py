@@ -36,6 +36,7 @@ from agra.diagnostics.metrics import paired_difference
 from agra.diagnostics.visual_reliance import VisualReliance
 from agra.evaluation.measured import MeasuredRow, measured
 from agra.evaluation.results import compare, read_results, summarise
+from agra.evaluation.statistics import p_text
 from agra.evaluation.tables import REFERENCES
 from agra.policies.load import load_policy
 from agra.policies.policy import MethodPolicy
@@ -270,7 +271,7 @@ def _tests_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
     for row in rows:
         for noise, results in row.results.items():
             tests = [None if r is row else compare(results, r.results[noise]).pairs[-1].test for r in references]
-            cells = ["" if t is None else f"{t.only_a} / {t.only_b}, {t.p_value:.3f}" for t in tests]
+            cells = ["" if t is None else f"{t.only_a} / {t.only_b}, {p_text(t.p_value)}" for t in tests]
             lines.append([row.name, f"{row.seed}", noise, *cells])
     return lines
 

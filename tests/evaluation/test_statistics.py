@@ -9,6 +9,7 @@ from agra.evaluation.statistics import (
     mcnemar,
     minimum_detectable_effect,
     nested_bootstrap,
+    p_text,
     paired_bootstrap,
     paired_minimum_detectable_effect,
     stratified_average,
@@ -32,6 +33,10 @@ proportion = pytest.importorskip("statsmodels.stats.proportion")
 )
 def test_wilson(successes, trials, confidence, low, high):
     assert wilson_interval(successes, trials, confidence) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_p_values_in_tables():
+    assert [p_text(p) for p in (0.0, 0.00099, 0.001, 0.17449, 1.0)] == ["< 0.001", "< 0.001", "0.001", "0.174", "1.000"]
 
 
 def test_mcnemar():

@@ -17,6 +17,11 @@ MIN_CLUSTERS = 5
 """Fewest tasks for an interval that resamples tasks. With fewer, trials are resampled."""
 
 
+def p_text(p_value: float) -> str:
+    """Write a p-value with three decimals, or as "< 0.001"."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (without continuity correction) of a success rate: (low, high)."""
     interval = stats.binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="wilson")

@@ -14,6 +14,7 @@ from agra.evaluation.results import Comparison, Results, Summary, compare, summa
 from agra.evaluation.statistics import (
     Average,
     minimum_detectable_effect,
+    p_text,
     paired_minimum_detectable_effect,
     wilson_interval,
 )
@@ -87,7 +88,7 @@ def comparison_table(comparison: Comparison) -> Table:
     )
     for pair in comparison.pairs:
         test = pair.test
-        counts = (f"{test.only_a}", f"{test.only_b}", f"{test.p_value:.3f}")
+        counts = (f"{test.only_a}", f"{test.only_b}", p_text(test.p_value))
         effect = paired_minimum_detectable_effect(pair.a.trials, (test.only_a + test.only_b) / pair.a.trials)
         difference = "{:+.0f} ({:+.0f} to {:+.0f})".format(*(100 * value for value in pair.difference[:3]))
         table.add_row(
@@ -168,7 +169,7 @@ def _tests(reference: MeasuredRow, entries: Sequence[tuple], regimes: Sequence[s
     for name, seed, _, noise, measured in entries:
         if (name, seed) != (reference.name, f"{reference.seed}"):
             tests = [pair.test for pair in compare(measured, reference.results[noise]).pairs]
-            table.add_row(name, seed, noise, *(f"{t.only_a} / {t.only_b}, p {t.p_value:.3f}" for t in tests))
+            table.add_row(name, seed, noise, *(f"{t.only_a} / {t.only_b}, p {p_text(t.p_value)}" for t in tests))
     return table
 
 
