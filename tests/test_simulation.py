@@ -50,6 +50,12 @@ def test_objects_are_evaluated(tmp_path):
         agra.evaluate(Expert(env), env, workers=2, **options)
 
 
+def test_the_checksum_of_a_checkpoint_is_for_servers(tmp_path):
+    for policy in ("expert", "tabletop-agra"):
+        with pytest.raises(ValueError, match=f"checkpoint_sha256: expected none for {policy}"):
+            agra.evaluate(policy, output=tmp_path / "r.jsonl", checkpoint_sha256="abc")
+
+
 def test_names_are_evaluated(tmp_path):
     """From Python and on the command line: the same episodes, and a second call plays nothing again."""
     options = {"regimes": ["in_distribution"], "limit": 1, "protocol": Protocol(execute_steps=1, max_steps=3)}

@@ -109,6 +109,8 @@ def evaluate(
     """
     output, name = results_file(policy, output, name, key_mapping)
     checkpoint = checkpoint_of(policy, key_mapping)
+    if checkpoint_sha256 is not None and (checkpoint is not None or policy == EXPERT):
+        raise ValueError(f"checkpoint_sha256: expected none for {policy}, because it is for policies behind a server")
     if checkpoint is not None:
         policy = checkpoint  # the same one for all workers, whatever a training run adds
         checkpoint_sha256 = manifest_sha256(checkpoint)

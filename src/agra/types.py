@@ -79,7 +79,10 @@ def side_by_side(frames: Sequence[np.ndarray]) -> np.ndarray:
 def _scaled(frames: np.ndarray, height: int) -> np.ndarray:
     if frames.shape[-3] == height:
         return frames
-    from PIL import Image  # here, because cameras of one height need no library
+    try:  # here, because cameras of one height need no library
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("cameras of different heights are scaled by Pillow: pip install pillow") from error
 
     size = round(frames.shape[-2] * height / frames.shape[-3]), height
     pictures = [Image.fromarray(frame) for frame in frames.reshape(-1, *frames.shape[-3:])]

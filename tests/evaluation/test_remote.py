@@ -127,6 +127,39 @@ def test_server_and_simulator_end_with_a_killed_evaluation(tmp_path, number, cod
     pytest.fail("the server or the simulator outlives the evaluation")
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_policy_server_ends_with_a_killed_evaluation(tmp_path):
+    """The real command, which `served` starts."""
+    log = tmp_path / "pid"
+    call = f"""
+        import os, subprocess, time
+        from pathlib import Path
+        from agra.evaluation import remote
+        class Logged(subprocess.Popen):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                Path({str(log)!r}).write_text(str(self.pid))
+        remote.subprocess.Popen = Logged
+        with remote.served("tabletop-wam"):
+            os.rename({str(log)!r}, {str(log)!r} + ".ready")
+            time.sleep(60)
+    """
+    evaluation = subprocess.Popen([sys.executable, "-c", textwrap.dedent(call)])
+    ready = log.with_name("pid.ready")
+    while not ready.is_file():
+        assert evaluation.poll() is None
+        time.sleep(0.05)
+    pid = int(ready.read_text())
+    assert lives(pid)
+    evaluation.kill()
+    evaluation.wait()
+    for _ in range(400):
+        if not lives(pid):
+            return
+        time.sleep(0.05)
+    pytest.fail("the server outlives the evaluation")
+
+
 def test_the_server_ends_with_an_error(tmp_path, monkeypatch):
     server, log = script(tmp_path / "server", SERVER)
     monkeypatch.setattr(sys, "executable", str(server))

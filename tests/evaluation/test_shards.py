@@ -99,6 +99,14 @@ def test_shards_of_different_checkpoints_are_not_merged(tmp_path):
     assert merge_results(output).header["checkpoint_sha256"] == "abc"
 
 
+def test_shards_of_earlier_versions_are_merged_with_others(tmp_path):
+    """They name no checkpoint, and then neither does the merged file."""
+    output = tmp_path / "r.jsonl"
+    for shard, checkpoint in zip(FOUR, (None, "abc", "abc", "abc"), strict=True):
+        play(output, shard=shard, checkpoint_sha256=checkpoint)
+    assert "checkpoint_sha256" not in merge_results(output).header
+
+
 def test_a_shard_without_trials(tmp_path):
     """Five shards of four trials."""
     output, env = tmp_path / "r.jsonl", PointWorld()

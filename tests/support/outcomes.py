@@ -1,4 +1,4 @@
-"""What must be equal between two runs of one evaluation."""
+"""Fields that are equal in two runs of one evaluation."""
 
 from dataclasses import asdict
 from typing import Any

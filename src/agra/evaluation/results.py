@@ -28,8 +28,8 @@ from agra.evaluation.statistics import (
 from agra.evaluation.task_groups import task_groups
 
 CHECKPOINT = "checkpoint_sha256"
-"""Key of a header: the sha256 of the manifest of the evaluated checkpoint. Absent for a policy without a checkpoint, such as
-a server's, and in files of earlier versions.
+"""Key of a header: the sha256 of the manifest of the evaluated checkpoint. Absent for a policy without a checkpoint, for a
+server whose checkpoint is not given, and in files of earlier versions.
 """
 
 
@@ -125,14 +125,18 @@ def merge_results(output: str | Path) -> Results:
     with files.lock(output.parent, f".{output.name}.lock", output=output):
         earlier = [output] if output.is_file() else []
         parts = {path: read_results(path, partial=True) for path in (*paths, *earlier)}
-        header = parts[paths[0]].header
+        reference = next((path for path, part in parts.items() if CHECKPOINT in part.header), paths[0])
+        header = parts[reference].header
         for path, part in parts.items():
-            for key in dict.fromkeys((*header, CHECKPOINT)):
-                if part.header.get(key) != header.get(key):
+            for key, expected in header.items():
+                stored = part.header.get(key)
+                if stored != expected and not (key == CHECKPOINT and stored is None):
                     raise ValueError(
-                        f"{path}: {key} is {part.header.get(key)!r}, but {header.get(key)!r} in {paths[0].name}; "
-                        "remove the shards of another evaluation"
+                        f"{path}: {key} is {stored!r}, but {expected!r} in {reference.name}; remove the shards of another "
+                        "evaluation"
                     )
+        if any(CHECKPOINT not in part.header for part in parts.values()):  # of an earlier version
+            header = {key: value for key, value in header.items() if key != CHECKPOINT}
         trials = [trial for path in paths for trial in parts[path].trials]
         names = [trial.trial for trial in trials]
         if repeated := {name for name in names if names.count(name) > 1}:

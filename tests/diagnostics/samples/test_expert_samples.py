@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from agra.cli.main import main
 from agra.diagnostics.samples.expert_samples import SampleSteps, expert_samples, in_environment
 from agra.diagnostics.samples.probe_sample import load_samples
-from agra.diagnostics.samples.sources import probe_samples, sample_steps
+from agra.diagnostics.samples.sources import check_cameras, probe_samples, sample_steps
 from agra.recipes import tiny
 from agra.simulation import make_simulator
 from agra.types import SimulatorFailed
@@ -54,6 +55,17 @@ def test_flags_of_a_simulator_need_one(flags, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["probes", "tiny", *flags, "--output", str(tmp_path)])
     assert "--tasks and --simulator-python need --simulator NAME" in capsys.readouterr().err
+
+
+def test_recipes_that_read_further_cameras():
+    """A simulator's samples hold one camera, and joined cameras cannot be cropped one by one."""
+    config = tiny()
+    several = replace(config, data=replace(config.data, extra_cameras=("wrist",)))
+    with pytest.raises(ValueError, match="samples of a simulator hold one camera, but the recipe also reads wrist"):
+        sample_steps(several, ["tabletop"])
+    cropped = replace(several, data=replace(several.data, path="x", crop_rows=(0, 8)))
+    with pytest.raises(ValueError, match="samples need a recipe without extra cameras or without a crop"):
+        check_cameras(cropped)
 
 
 def test_invalid_requests(tabletop, tmp_path):

@@ -59,8 +59,7 @@ def build_report(
     """Write the report of `policies` to `output`. Each is compared with the first on the same demonstrations (`against_first_of`).
 
     `studies` are folders of `agra study` (Figs. 10, 11). The substitutes for the paper's parts are read from the
-    configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid
-    one.
+    configs. Raises FileNotFoundError for a missing file of a policy, ValueError for an invalid one.
     """
     if not policies:
         raise ValueError("report: expected at least one policy, got none")

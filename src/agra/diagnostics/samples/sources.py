@@ -55,7 +55,15 @@ def probe_samples(
 
 
 def sample_steps(config: RunConfig, embodiments: Sequence[str]) -> dict[str, SampleSteps]:
-    """Return the control steps from a sample's observation to the frames of the method of `config`, by embodiment."""
+    """Return the control steps from a sample's observation to the frames of the method of `config`, by embodiment.
+
+    Raises ValueError for a config with extra cameras, because a simulator's samples hold the frame alone.
+    """
+    if extra := [camera for name in embodiments for camera in config.data.source(name).extra_cameras]:
+        raise ValueError(
+            f"samples of a simulator hold one camera, but the recipe also reads {', '.join(extra)}; write samples of the "
+            "dataset: agra probes RECIPE --data.path DATASET without --simulator, then agra diagnose --probes"
+        )
     return {name: _sample_steps(config, config.data.source(name).frame_stride) for name in embodiments}
 
 
@@ -63,8 +71,9 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
     """Moments of the held-out episodes of the config's first dataset, without masks, evenly spread.
 
     If none is held out, all episodes are used. Frames are those of the recording, before the recipe's crop, since the
-    policy crops them. The regime is `in_distribution`.
+    policy crops them. The regime is `in_distribution`. Raises ValueError for a crop together with extra cameras.
     """
+    check_cameras(config)
     source = open_sources(config.data)[0]
     uncropped = LeRobotDataset.of(replace(source.config, crop_rows=None, crop_columns=None), config.data.root)
     episodes = (source.validation or source.training)[:count]
@@ -83,6 +92,16 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
             past_offsets=steps.past,
         )
     return samples
+
+
+def check_cameras(config: RunConfig) -> None:
+    """Raise ValueError for a first dataset with a crop and extra cameras, which samples hold side by side."""
+    source = config.data.sources[0]
+    if source.extra_cameras and (source.crop_rows or source.crop_columns):
+        raise ValueError(
+            "samples hold all cameras side by side, but data.crop_rows and data.crop_columns crop each camera alone; "
+            "samples need a recipe without extra cameras or without a crop"
+        )
 
 
 def write_pictures(samples: Sequence[ProbeSample], folder: Path) -> None:
