@@ -29,6 +29,10 @@ def load_initial_weights(method: Method, source: str | Path, config: RunConfig) 
     """
     folder = find(source)
     if not _is_checkpoint(folder):
+        if folder.name == "best" and folder.parent.is_dir():
+            raise FileNotFoundError(
+                f"{source}: the run has no best checkpoint; train it with --stage.keep-best min:NAME"
+            )
         if not isinstance(method, StartsFromPublicModel):
             raise ValueError(f"{source}: no checkpoint here, and {config.method.kind} starts from no public model")
         method.load_public(source)
