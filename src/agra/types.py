@@ -73,6 +73,8 @@ def cameras_of(observation: Observation, names: Sequence[str]) -> list[np.ndarra
 def side_by_side(frames: Sequence[np.ndarray]) -> np.ndarray:
     """Place frames (..., H, W, 3) uint8 of several cameras to the right of the first, scaled to its height."""
     first, *others = frames
+    if not others:
+        return first
     return np.concatenate([first, *(_scaled(frame, first.shape[-3]) for frame in others)], axis=-2)
 
 

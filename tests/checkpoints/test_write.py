@@ -46,7 +46,7 @@ def test_an_unfinished_write_does_not_count(tmp_path):
 
 
 def test_what_killed_saves_left_is_removed(tmp_path):
-    """Of any step, by one process or by several."""
+    """Leftovers of any step go, of one process or of several."""
     for name in (".step_000003.0a1b2c3d.writing", ".step_000004.writing"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("half")

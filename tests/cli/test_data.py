@@ -69,9 +69,9 @@ def test_features_of_all_datasets_together_have_to_fit_on_the_disk(folder, tmp_p
     sizes = []
 
     def estimate(*args, **options):
-        found = estimate_cost(*args, **options)
-        sizes.append(found.bytes)
-        return replace(found, free_bytes=found.bytes * 3 // 2)
+        estimate = estimate_cost(*args, **options)
+        sizes.append(estimate.bytes)
+        return replace(estimate, free_bytes=estimate.bytes * 3 // 2)
 
     monkeypatch.setattr("agra.data.features.cache.estimate_cost", estimate)
     with pytest.raises(SystemExit, match="1"):

@@ -108,6 +108,11 @@ class SourceConfig:
             frames = frames[..., span[0] : span[1], :, :] if axis == -3 else frames[..., span[0] : span[1], :]
         return frames
 
+    @property
+    def crops_each_camera(self) -> bool:
+        """True for a crop with several cameras. It cannot be applied to cameras that stand side by side already."""
+        return bool(self.extra_cameras) and (self.crop_rows is not None or self.crop_columns is not None)
+
     def picture(self, views: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Crop each camera's frames (..., H, W, 3), and place those of extra cameras to the right, scaled to the height.
 

@@ -133,7 +133,7 @@ class ObservationEncoder:
         side.
         """
         source = self.config.data.source(embodiment)
-        if source.extra_cameras and (source.crop_rows or source.crop_columns):
+        if source.crops_each_camera:
             raise ValueError(
                 "the observed frame: data.crop_rows and data.crop_columns crop each camera alone, expected"
                 f" {', '.join(self.views_of(embodiment))} in Observation.views, got one frame; pass each"

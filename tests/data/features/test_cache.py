@@ -296,12 +296,12 @@ def test_tokens_read_by_several_threads(tmp_path):
         """Lets another thread read before `text in` returns."""
 
         def __contains__(self, text):
-            found = super().__contains__(text)
+            held = super().__contains__(text)
             if not others:
                 others.append(threading.Thread(target=tokens.read, args=("stop",)))
                 others[0].start()
                 others[0].join(timeout=0.2)
-            return found
+            return held
 
     tokens.read("go")
     tokens._memory = Interrupted(tokens._memory)

@@ -96,8 +96,7 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
 
 def check_cameras(config: RunConfig) -> None:
     """Raise ValueError for a first dataset with a crop and extra cameras, which samples hold side by side."""
-    source = config.data.sources[0]
-    if source.extra_cameras and (source.crop_rows or source.crop_columns):
+    if config.data.sources[0].crops_each_camera:
         raise ValueError(
             "samples hold all cameras side by side, but data.crop_rows and data.crop_columns crop each camera alone; "
             "samples need a recipe without extra cameras or without a crop"
