@@ -69,7 +69,7 @@ def test_server_and_simulator_start_and_end_together(tmp_path, monkeypatch):
         os.kill(int(pid), 0)
 
 
-def test_results_in_a_simulator_s_environment_name_the_served_checkpoint(tmp_path, monkeypatch):
+def test_results_in_a_simulator_s_environment_name_the_served_checkpoint(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(
         "agra.evaluation.remote.evaluate_in_subprocess",
@@ -82,6 +82,10 @@ def test_results_in_a_simulator_s_environment_name_the_served_checkpoint(tmp_pat
     assert served_policy == str(checkpoint)
     assert arguments[arguments.index("--checkpoint-sha256") + 1] == manifest_sha256(checkpoint)
     assert arguments[arguments.index("--name") + 1] == "tabletop-agra"
+    with pytest.raises(SystemExit):
+        main(["evaluate", "tabletop-agra", "--simulator-python", sys.executable, "--checkpoint-sha256", "abc"])
+    assert "--checkpoint-sha256: expected none with --simulator-python, which sets it" in capsys.readouterr().err
+    assert len(calls) == 1
 
 
 def test_a_killed_simulator_is_reported(tmp_path, monkeypatch):

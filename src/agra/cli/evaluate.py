@@ -79,6 +79,8 @@ def evaluate(
     if execute_steps is not None and policy != "expert":
         protocol = replace(protocol, execute_steps=execute_steps)
     if simulator_python is not None:
+        if checkpoint_sha256 is not None:
+            raise ValueError("--checkpoint-sha256: expected none with --simulator-python, which sets it")
         output, name = results_file(policy, output, name, key_mapping)
         noise, checkpoint = {"action_noise": action_noise, "video_noise": video_noise}, checkpoint_of(policy)
         settings: dict[str, Any] = {
