@@ -24,7 +24,7 @@ def write_visual_reliance(folder, error):
     trials = [f"trial {i}" for i in range(8)]
     demonstrated = np.random.default_rng(0).uniform(-0.1, 0.1, (8, 2))
     targets = {"unchanged": demonstrated + np.array([error, 0])}
-    swaps = Swaps.of(["a"] * 8, ["take it"] * 8, {})
+    swaps = Swaps.of(["a"] * 8, ["take it"] * 8, demonstrated, {})
     reliance = VisualReliance.of(targets, demonstrated, swaps, trials=trials, groups=["a"] * 8)
     reliance.save(folder / "diagnosis" / "visual_reliance.json")
 

@@ -1,6 +1,7 @@
 """Measures of visual reliance, on policies that are known to use the image and the instruction, or not."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from agra.diagnostics.visual_reliance import (
     Swaps,
     VisualReliance,
     VisualRelianceConfig,
+    geometric_median,
     groups_by_instruction,
     measure_visual_reliance,
     observations,
@@ -98,18 +100,61 @@ def test_a_policy_that_reads_no_instruction_has_no_measure_of_it(initial):
     assert reliance.means()["image_swap_shift"] > 0.1
 
 
-def test_constant_is_the_mean_of_the_others_in_the_group():
+def test_constant_is_the_best_of_the_others_in_the_group():
     demonstrated = np.array([[0.0, 0.0], [1.0, 0.0], [5.0, 5.0]])
-    swaps = Swaps.of(["a", "a", "b"], ["x", "y", "z"], {})
+    swaps = Swaps.of(["a", "a", "b"], ["x", "y", "z"], demonstrated, {})
     same = dict.fromkeys(("unchanged", "image_swapped", "image_masked", "instruction_swapped"), demonstrated)
     values = VisualReliance.of(same, demonstrated, swaps, trials=["0", "1", "2"], groups=["a", "a", "b"]).values
     np.testing.assert_allclose(values["constant_error"], [1, 1, np.nan])
     np.testing.assert_allclose(values["image_swap_shift"], [0, 0, np.nan])  # the third is alone: nothing to swap with
+    np.testing.assert_allclose(values["demonstrated_swap_shift"], [1, 1, np.nan])
+
+
+def test_no_point_is_nearer_than_the_geometric_median():
+    points = np.concatenate([np.random.default_rng(0).normal(size=(40, 2)), [[30, 0], [30, 1]]])
+    median = geometric_median(points)
+    mean_distance = lambda point: np.linalg.norm(points - point, axis=-1).mean()  # noqa: E731
+    assert mean_distance(median) < mean_distance(points.mean(axis=0)) - 0.1
+    for direction in np.eye(2):
+        assert mean_distance(median) < min(
+            mean_distance(median + 0.01 * direction), mean_distance(median - 0.01 * direction)
+        )
+    assert geometric_median(np.ones((3, 2))) == pytest.approx(1)
+
+
+def test_image_donors_have_other_targets_and_not_another_object_at_the_same_place():
+    """Trials are listed object by object, each at the same five places."""
+    places = np.random.default_rng(0).uniform(size=(5, 2))
+    demonstrated = np.tile(places, (10, 1))
+    swaps = Swaps.of(["a"] * 50, ["take it"] * 50, demonstrated, {})
+    assert sorted(swaps.image) == list(range(50))
+    moved = np.linalg.norm(demonstrated[swaps.image] - demonstrated, axis=-1)
+    pairs = np.linalg.norm(places[:, None] - places, axis=-1)
+    assert moved.mean() > pairs.sum() / 20  # the mean over pairs of different places
+    assert moved.min() > 0
+
+
+def test_the_noise_is_the_trials_own_and_that_of_all_its_variants(initial):
+    class Noise:
+        seeds: ClassVar[set[int]] = set()
+
+        def reset(self, seed):
+            self.seeds.add(seed)
+            self.draw = np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32)
+
+        def act(self, observation):
+            return ActionChunk(actions=self.draw)
+
+    reliance = measure_visual_reliance(Noise(), initial, NAMES, VisualRelianceConfig())
+    for name in ("image_swap_shift", "image_mask_shift", "instruction_swap_shift"):
+        assert (reliance.values[name] == 0).all()
+    assert len(Noise.seeds) == len(initial)
 
 
 def test_swaps_stay_within_the_group_and_rivals_share_the_scene(initial):
     groups = ["left"] * 10 + ["right"] * 30
-    swaps = Swaps.of(groups, [x.observation.instruction for x in initial], rivals(initial))
+    demonstrated = np.stack([VisualRelianceConfig().target(x.actions, NAMES) for x in initial])
+    swaps = Swaps.of(groups, [x.observation.instruction for x in initial], demonstrated, rivals(initial))
     assert all(groups[row] == groups[other] and row != other for row, other in enumerate(swaps.image))
     assert len(swaps.rival) == 40
     for row, other in swaps.rival.items():
@@ -118,7 +163,8 @@ def test_swaps_stay_within_the_group_and_rivals_share_the_scene(initial):
     assert shown["image_masked"][0].frame.std() == 0
     assert shown["instruction_swapped"][0].instruction == "take the green one"
     np.testing.assert_array_equal(shown["instruction_swapped"][0].frame, initial[0].observation.frame)
-    same = Swaps.of(["a"] * 4, ["x"] * 4, {})
+    assert all(swaps.rival[row] != other for row, other in enumerate(swaps.image))
+    same = Swaps.of(["a"] * 4, ["x"] * 4, demonstrated[:4], {})
     np.testing.assert_array_equal(same.instruction, np.arange(4))
 
 

@@ -186,8 +186,8 @@ class VisualRelianceMonitor:
     ) -> None:
         self.inputs, self.targets, self.seed = inputs, targets, seed
         self.groups = groups_by_instruction(instructions)
-        self.swaps = Swaps.of(self.groups, instructions, {})
         self.demonstrated = targets(actions)
+        self.swaps = Swaps.of(self.groups, instructions, self.demonstrated, {})
 
     @torch.no_grad()
     def __call__(self, method: Method) -> dict[str, float]:

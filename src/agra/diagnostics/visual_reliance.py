@@ -7,6 +7,7 @@ position that it asks for at one of its steps.
 """
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+from jaxtyping import Float
 
 from agra import files
 from agra.config import VisualRelianceConfig
@@ -28,7 +30,7 @@ class InitialObservation:
     """The first observation of a demonstrated episode, and the demonstration's actions."""
 
     trial: str
-    group: str  # such as a task; the constant predictor is the mean of a group
+    group: str  # such as a task. Each group has a constant predictor of its own
     observation: Observation
     actions: np.ndarray  # (N, D), the episode's actions in the robot's units
 
@@ -59,14 +61,25 @@ class Swaps:
     rival: Mapping[int, int]  # rows with the same scene under another instruction
 
     @classmethod
-    def of(cls, groups: Sequence[str], instructions: Sequence[str], rival: Mapping[int, int]) -> "Swaps":
-        """Take images from the row half a group away, and instructions from the rival or, without one, from the same
+    def of(
+        cls,
+        groups: Sequence[str],
+        instructions: Sequence[str],
+        demonstrated: Float[np.ndarray, "N d"],
+        rival: Mapping[int, int],
+    ) -> "Swaps":
+        """Take images from another row of the group, and instructions from the rival or, without one, from the same
         row.
+
+        Of all rotations of a group's rows the images take the one that moves the demonstrated targets farthest on
+        average. Trials are often listed by place, and an image with another object at the same place shows nothing.
+        A rival's image is the row's own and counts as no move.
         """
         image = np.arange(len(groups))
         for group in dict.fromkeys(groups):
             rows = np.flatnonzero(np.asarray(groups) == group)
-            image[rows] = np.roll(rows, len(rows) // 2)
+            rotations = [np.roll(rows, shift) for shift in range(len(rows))]
+            image[rows] = max(rotations, key=lambda donors: _moved(demonstrated, rows, donors, rival).mean())
         donors = [rival.get(row, int(partner)) for row, partner in enumerate(image)]
         instruction = [donor if instructions[donor] != instructions[row] else row for row, donor in enumerate(donors)]
         return cls(image=image, instruction=np.array(instruction, dtype=np.int64), rival=rival)
@@ -113,32 +126,33 @@ def measure_visual_reliance(
     seed: int = 0,
     reads_instruction: bool = True,
 ) -> "VisualReliance":
-    """Compare a policy's first chunk between the variants, under the same seed.
+    """Compare a policy's first chunk between the variants.
 
-    Works for any policy, also a remote one. For a policy that reads no instruction, the measures of the swapped
+    The noise of an observation comes from `seed` and the trial's name, the same for all variants. Works for any policy, also a remote one. For a policy that reads no instruction, the measures of the swapped
     instruction are not applicable. Raises ValueError without initial observations.
     """
     if not initial:
         raise ValueError("visual reliance: no initial observations")
     groups = [start.group for start in initial]
-    swaps = Swaps.of(groups, [start.observation.instruction for start in initial], rivals(initial))
+    demonstrated = np.stack([config.target(start.actions, action_names) for start in initial])
+    swaps = Swaps.of(groups, [start.observation.instruction for start in initial], demonstrated, rivals(initial))
     targets: dict[InputVariant, np.ndarray] = {}
     for variant, changed in observations(initial, swaps).items():
         if variant == "instruction_swapped" and not reads_instruction:
             continue
         rows = []
-        for observation in changed:
-            policy.reset(seed)
+        for start, observation in zip(initial, changed, strict=True):
+            policy.reset(zlib.crc32(f"{seed}/{start.trial}".encode()))
             rows.append(config.target(policy.act(observation).actions, action_names))
         targets[variant] = np.stack(rows)
-    demonstrated = np.stack([config.target(start.actions, action_names) for start in initial])
     return VisualReliance.of(targets, demonstrated, swaps, trials=[start.trial for start in initial], groups=groups)
 
 
 MEASURES = (
     "error",  # distance of the target from the demonstrated target
-    "constant_error",  # the same for a constant: the mean demonstrated target of the rest of the group
+    "constant_error",  # the same for the constant that is nearest to the rest of the group: its geometric median
     "image_swap_shift",  # distance that the target moves under another trial's image
+    "demonstrated_swap_shift",  # distance between the demonstrated targets of these two trials
     "image_mask_shift",  # distance that it moves under a blank image
     "instruction_swap_shift",  # distance that it moves under another instruction
     "follows_instruction",  # 1 where the rival's instruction brings the target nearer to the rival's target, else 0
@@ -178,6 +192,7 @@ class VisualReliance:
             "error": np.linalg.norm(unchanged - demonstrated, axis=-1),
             "constant_error": np.linalg.norm(_constant(demonstrated, groups) - demonstrated, axis=-1),
             "image_swap_shift": _shift(image_swapped, unchanged, swaps.image),
+            "demonstrated_swap_shift": _shift(demonstrated[swaps.image], demonstrated, swaps.image),
             "image_mask_shift": np.linalg.norm(image_masked - unchanged, axis=-1),
             "instruction_swap_shift": _shift(instruction_swapped, unchanged, swaps.instruction),
             "follows_instruction": follows,
@@ -224,13 +239,28 @@ def blank(frame: np.ndarray) -> np.ndarray:
 
 
 def _constant(targets: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """The mean target of the rest of each row's group. NaN in a group of one."""
-    means = np.full(targets.shape, np.nan)
+    """The geometric median of the rest of each row's group. NaN in a group of one."""
+    constants = np.full(targets.shape, np.nan)
     for group in dict.fromkeys(groups):
         rows = np.flatnonzero(np.asarray(groups) == group)
-        if len(rows) > 1:
-            means[rows] = (targets[rows].sum(axis=0) - targets[rows]) / (len(rows) - 1)
-    return means
+        for row in rows if len(rows) > 1 else ():
+            constants[row] = geometric_median(targets[rows[rows != row]])
+    return constants
+
+
+def geometric_median(points: Float[np.ndarray, "N d"], *, iterations: int = 100) -> Float[np.ndarray, " d"]:
+    """The point with the least mean distance to `points`, by Weiszfeld's iteration."""
+    median = points.mean(axis=0)
+    for _ in range(iterations):
+        weights = 1 / np.maximum(np.linalg.norm(points - median, axis=-1), 1e-9)
+        median = weights @ points / weights.sum()
+    return median
+
+
+def _moved(demonstrated: np.ndarray, rows: np.ndarray, donors: np.ndarray, rival: Mapping[int, int]) -> np.ndarray:
+    """Distances between the demonstrated targets of rows and donors, 0 where the donor has the row's own scene."""
+    distance = np.linalg.norm(demonstrated[donors] - demonstrated[rows], axis=-1)
+    return np.where([rival.get(int(row)) == donor for row, donor in zip(rows, donors, strict=True)], 0, distance)
 
 
 def _shift(moved: np.ndarray, unchanged: np.ndarray, donors: np.ndarray) -> np.ndarray:

@@ -182,7 +182,7 @@ def make_reliance(error, shift, trials):
     moved = unchanged + np.array([0, shift])
     targets = {"unchanged": unchanged, "image_swapped": moved, "image_masked": moved, "instruction_swapped": unchanged}
     groups = ["in_distribution" if i % 2 else "semantic" for i in range(len(trials))]
-    swaps = Swaps.of(groups, [f"take {i}" for i in range(len(trials))], {0: 2, 2: 0})
+    swaps = Swaps.of(groups, [f"take {i}" for i in range(len(trials))], demonstrated, {0: 2, 2: 0})
     return VisualReliance.of(targets, demonstrated, swaps, trials=trials, groups=groups)
 
 
@@ -196,7 +196,7 @@ def test_visual_reliance_is_compared_on_the_same_trials(write_policy, tmp_path):
     assert "Target error, one object in distribution; lower is better 6.0 cm [6.0 cm, 6.0 cm] 2.0 cm" in page.words
     assert "agra lower difference −4.0 cm" in page.words
     assert "agra higher difference +4.6 cm" in page.words
-    assert page.words.count("Image swapped") == 2  # in the summary as well
+    assert page.words.count("Image swapped") == 3  # of two groups, and in the summary
     (tmp_path / "wam" / "diagnosis" / "visual_reliance.json").rename(tmp_path / "wam" / "diagnosis" / "looking.json")
     earlier = Page(build_report(entries, tmp_path / "report.html").read_text())
     assert "agra lower difference −4.0 cm" in earlier.words

@@ -27,6 +27,9 @@ VISUAL_RELIANCE = "visual_reliance.json"
 _EARLIER = "looking.json"
 """Its name until version 0.1."""
 
+REFERENCES = {"error": "constant_error", "image_swap_shift": "demonstrated_swap_shift"}
+"""Measures with a reference in the last column: a constant, and the demonstrations of the two trials."""
+
 VisualRelianceColumn = tuple[int, str, VisualReliance | None]
 """A policy's number, name and visual reliance."""
 
@@ -39,6 +42,7 @@ ROWS = (
     ("in_distribution", "error", "Target error, one object", "in distribution; lower is better", _centimetres),
     ("semantic", "error", "Target error, among others", "semantic; lower is better", _centimetres),
     ("in_distribution", "image_swap_shift", "Image swapped", "shift of the target", _centimetres),
+    ("semantic", "image_swap_shift", "Image swapped, among others", "shift of the target", _centimetres),
     ("in_distribution", "image_mask_shift", "Image masked", "shift of the target", _centimetres),
     ("semantic", "instruction_swap_shift", "Instruction swapped", "shift of the target", _centimetres),
     (
@@ -65,12 +69,13 @@ def visual_reliance_section(columns: Sequence[VisualRelianceColumn]) -> dict[str
     rows = [_row(columns, *row) for row in ROWS if any(_has(reliance, *row[:2]) for reliance in measured)]
     count = len(measured[0].trials)
     return {
-        "table": Table(corner="measure", rows=rows, extra="a constant"),
+        "table": Table(corner="measure", rows=rows, extra="reference"),
         "intro": f"Measured on the first observation of {count} trials, where the state is nearly the same. The target "
         "is the planar position that a policy's first chunk asks for at about the time when the hand arrives. The "
-        "demonstrated target is the scripted expert's. A policy that does not use the image cannot be nearer to it "
-        "than a constant, the mean of the other trials' targets, and its target does not move when the image is "
-        "replaced by another trial's.",
+        "demonstrated target is the scripted expert's. The reference of an error is that of a constant, the geometric "
+        "median of the other trials' targets. A policy that does not use the image cannot be expected to be nearer, and "
+        "its target does not move when the image is replaced by another trial's. The reference of that shift is the "
+        "distance between the demonstrated targets of the two trials.",
     }
 
 
@@ -100,11 +105,11 @@ def _row(columns: Sequence[VisualRelianceColumn], group: str, measure: str, labe
             difference = paired_difference(ours.values[measure], reference.values[measure], groups=ours.trials)
         return difference_cell(difference, name=name, form=form)
 
-    constant = next((part for _, part in parts if part is not None), None) if measure == "error" else None
+    reference = next((part for _, part in parts if part is not None), None) if measure in REFERENCES else None
     return TableRow(
         label=label,
         hint=hint,
         cells=[cell(part) for _, part in parts],
-        extra=estimate_cell(estimate(constant, "constant_error"), form),
+        extra=estimate_cell(estimate(reference, REFERENCES.get(measure, measure)), form),
         verdict=verdict,
     )
