@@ -18,9 +18,9 @@ from agra.data.config import SourceConfig
 from agra.data.doctor import array_checks
 from agra.data.lerobot.checksums import CHECKSUMS, dataset_files
 from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.lerobot.decoding import inspect_video
 from agra.data.lerobot.json_parquet import read_json, read_table
 from agra.data.lerobot.layout import EPISODES_STATS, STATS
-from agra.data.lerobot.video import inspect_video
 from agra.data.normalization.dataset_statistics import describe_stream
 from agra.hub import dataset_folder
 
