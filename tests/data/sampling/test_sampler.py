@@ -277,6 +277,12 @@ def test_past_the_end(parts):
     span = (FRAMES - 1) * STRIDE + 1
     assert {int(e) for _, e, _ in windows} == {1}  # 17 control steps fit into the longest episode only
     assert max(s for _, _, s in windows) == LENGTHS[1] - span
+    inside = make(parts, {"past_end": "inside", "validation_fraction": 0.75, "frame_stride": 1}, batch_size=64)
+    latents = inside.validation_batch().latents[:, :2, 0, 0, 0]
+    starts = {e: {int(s) for i, s in latents if i == e} for e in (1, 2, 3)}
+    assert starts == {1: set(range(22)), 2: set(), 3: set(range(7))}  # 9 control steps fit, in episode 2 never
+    with pytest.raises(ValueError, match="no window fits into a held-out episode"):
+        make(parts, {"past_end": "inside"}).validation_batch()
     _, _, mask = masks(horizon=4)
     assert mask[:, :4].all()
     assert not mask[:, 4:].any()

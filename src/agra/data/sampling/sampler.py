@@ -105,11 +105,16 @@ class WindowSampler:
         same.
 
         Where there are fewer windows, some repeat, so that the batch divides over ranks and micro-batches as in
-        training. Raises ValueError without held-out episodes.
+        training. Raises ValueError without held-out episodes, or where no window of `past_end=inside` fits into them.
         """
         if not self.validation:
             raise ValueError("validation needs held-out episodes: set data.validation_fraction above 0")
-        ends = np.cumsum([self.windows_of[k].lengths[e] for k, e in self.validation])
+        ends = np.cumsum([self.windows_of[k].starts[e] for k, e in self.validation])
+        if ends[-1] == 0:
+            raise ValueError(
+                "validation: no window fits into a held-out episode with data.past_end inside; choose repeat or mask, or "
+                "a larger data.validation_fraction"
+            )
         rows = np.linspace(0, ends[-1] - 1, self.batch_size).round().astype(np.int64)
         places = _at(rows, ends)[self.rank :: self.world_size]
         return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
