@@ -339,6 +339,28 @@ def test_rotations_that_are_missing_or_past_the_end_are_by_zero(tmp_path, kind):
     assert not part.state[..., 1:].any()
 
 
+def test_quantiles_of_rare_events_are_refused(tmp_path):
+    actions = np.stack([np.arange(300), np.full(300, -1)], axis=1).astype(np.float32)
+    actions[:2, 1] = 1
+    episode = Episode(
+        frames=np.zeros((300, 16, 16, 3), np.uint8),
+        states=actions[:, :1],
+        actions=actions,
+        instruction="close",
+        embodiment="bot",
+        fps=10,
+    )
+    robot = Embodiment(name="bot", state_names=("x",), action_names=("x", "gripper"))
+    write_dataset(tmp_path / "set", [episode], embodiment=robot, fps=10)
+    config = replace(CONFIG, path=str(tmp_path / "set"), validation_fraction=0, normalization="q01_q99")
+    with pytest.raises(
+        ValueError, match=r"action dimension 1 \(gripper\) is -1 in 98 % of the rows and -1 to 1 in all"
+    ):
+        embodiment_stats(open_sources(config))
+    stats = embodiment_stats(open_sources(replace(config, action=("action:min_max",))))["bot"]
+    assert np.array_equal(stats.normalize("action", actions)[:, 1], actions[:, 1])
+
+
 def test_every_second_row(parts):
     sampler = make(parts, {"row_stride": 2})
     dataset = sampler.sources[0].dataset

@@ -195,6 +195,13 @@ def _numbers(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.nd
                 "normalise with q01_q99"
             )
             yield _warning("outliers", f"{quantity} {dimensions[dimension]}", message)
+        for dimension in array_checks.rare_dimensions(statistics):
+            usual, low, high = (statistics[name][dimension] for name in ("q01", "min", "max"))
+            message = (
+                f"98 % of the values are {usual:.3g}, all are in [{low:.3g}, {high:.3g}]; "
+                "do not normalise with q01_q99, which would make it constant"
+            )
+            yield _note("rare", f"{quantity} {dimensions[dimension]}", message)
     ahead = array_checks.lag([pair[0] for pair in rows.values()], [pair[1] for pair in rows.values()])
     if ahead is not None and not 1 <= ahead[0] <= 8:
         relation = (
