@@ -17,7 +17,7 @@ from agra.data.lerobot.cameras import Cameras
 from agra.data.lerobot.checksums import Seal
 from agra.data.lerobot.json_parquet import REMEDY, integers, matrix, read_json, read_table
 from agra.data.lerobot.layout import INFO, STATS, DatasetLayout, EpisodeEntry
-from agra.data.lerobot.modality import ACTION, STATE, Key, Modality, size
+from agra.data.lerobot.modality import ACTION, MODALITY, STATE, Key, Modality, size
 from agra.data.normalization.normalize import NormalizedPart, Quantity
 from agra.hub import dataset_folder
 from agra.types import Episode
@@ -61,6 +61,7 @@ class LeRobotDataset:
         self.cameras = Cameras(self.layout, self.modality, self.seal, names, self.source)
         self.camera = self.cameras.features[0]
         self.keys = {quantity: self._keys(quantity) for quantity in ("state", "action")}
+        self._check_stride()
         self._task_column = self._instruction_column()
         self._rows: dict[Path, _Rows] = {}
 
@@ -149,12 +150,12 @@ class LeRobotDataset:
     def relative(self) -> np.ndarray:
         """(D,) bool. True for actions that are movements, by the source or by `absolute` in modality.json."""
         names = self.source.relative
-        return np.concatenate([np.full(key.size, key.name in names or not key.absolute) for key in self.keys["action"]])
+        return np.concatenate([self.modality.moves(key) | (key.name in names) for key in self.keys["action"]])
 
     @cached_property
     def no_movement(self) -> np.ndarray:
         """(D,) float32. The action without movement, where all keys are relative."""
-        return np.concatenate([key.identity for key in self.keys["action"]])
+        return np.concatenate([self.modality.no_movement(key) for key in self.keys["action"]])
 
     def states(self, episode: int) -> np.ndarray:
         """Return the states (N, S) float32 of an episode."""
@@ -349,6 +350,14 @@ class LeRobotDataset:
                 "rows/s, expected a whole number; choose another data.row_stride"
             )
         return round(rate)
+
+    def _check_stride(self) -> None:
+        moving = [key.name for key in self.keys["action"] if self.modality.moves(key).any()]
+        if moving and self.source.row_stride > 1:
+            raise ValueError(
+                f"{self.path}: expected data.row_stride 1, got {self.source.row_stride}: {', '.join(moving)} holds"
+                f" movements (absolute is false in {MODALITY}), and a stride would drop some"
+            )
 
     def _only_camera(self, camera: str) -> str:
         if camera:
