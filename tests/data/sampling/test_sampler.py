@@ -1,17 +1,22 @@
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from beartype import beartype
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
+from safetensors import safe_open
 from torch import Tensor
 
 from agra.batch import Batch
 from agra.data.config import DataConfig, SourceConfig
 from agra.data.features.cache import CachedFeature, cache_features, feature_folder
 from agra.data.features.instruction_tokens import InstructionTokens
+from agra.data.features.preparation import write_instruction_tokens
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.writer import write_dataset
 from agra.data.normalization import rotations
@@ -171,6 +176,36 @@ def test_everything_in_a_sample_belongs_to_its_window(parts):
         assert batch.action_mask[..., :3].all()
         assert not batch.action_mask[..., 3:].any()
         assert (batch.embodiment == 1).all()
+
+
+def test_an_instruction_is_that_of_the_window_s_first_step(parts, tmp_path):
+    config, _, features, stats, tokens = parts
+    shutil.copytree(config.path, tmp_path / "set")
+    data, episodes = tmp_path / "set/data/chunk-000/file-000.parquet", tmp_path / "set/meta/episodes/chunk-000"
+    table = pq.read_table(data)
+    index, tasks = table["episode_index"].to_numpy(), table["task_index"].to_numpy().copy()
+    tasks[(index == 1) & (table["frame_index"].to_numpy() >= 10)] = 3
+    place = table.column_names.index("task_index")
+    pq.write_table(table.set_column(place, "task_index", pa.array(tasks)), data)
+    listed = pq.read_table(episodes / "file-000.parquet")
+    place, texts = listed.column_names.index("tasks"), listed["tasks"].to_pylist()
+    texts[1] = ["go 1", "go 3"]
+    pq.write_table(listed.set_column(place, "tasks", pa.array(texts)), episodes / "file-000.parquet")
+    seal(tmp_path / "set")
+    config = replace(config, path=str(tmp_path / "set"), validation_fraction=0, training_episodes=2)
+    (source,) = sources = open_sources(config)
+    assert [source.dataset.instruction(1, step) for step in (0, 9, 10, 29)] == ["go 1", "go 1", "go 3", "go 3"]
+    assert source.dataset.instructions(1) == ("go 1", "go 3")
+    assert source.dataset.instructions(0) == ("go 0",)
+    sampler = make((config, sources, features, stats, tokens), batch_size=64)
+    read = {
+        (int(e), int(s >= 10)): int(t[0, 0])
+        for (_, e, s), t in zip(sampler.windows(0), sampler.batch(0).instruction, strict=True)
+    }
+    assert (read[1, 0], read[1, 1], read[0, 1]) == (1, 3, 0)
+    write_instruction_tokens(tmp_path / "tokens.safetensors", tokens, sources)
+    with safe_open(tmp_path / "tokens.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == {"go 0", "go 1", "go 3"}
 
 
 def test_a_step_s_samples_follow_from_seed_and_step(parts):

@@ -241,7 +241,8 @@ def _instructions(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, 
     episodes_by_text: dict[str, list[int]] = {}
     for index in rows:
         try:
-            episodes_by_text.setdefault(dataset.instruction(index), []).append(index)
+            for text in dataset.instructions(index):
+                episodes_by_text.setdefault(text, []).append(index)
         except (ValueError, OSError) as error:
             yield _error("instruction", f"episode {index}", error)
     for text, episodes in episodes_by_text.items():

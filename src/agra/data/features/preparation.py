@@ -244,7 +244,8 @@ def _unprepared(data: DataConfig, feature: str, datasets: str) -> FileNotFoundEr
 
 def _instruction_texts(sources: Sequence[Source]) -> list[str]:
     """Return the distinct instructions of all training and validation episodes."""
-    return [*dict.fromkeys(source.dataset.instruction(episode) for source in sources for episode in source.used)]
+    of_episodes = (source.dataset.instructions(episode) for source in sources for episode in source.used)
+    return [*dict.fromkeys(text for texts in of_episodes for text in texts)]
 
 
 def _index(method: MethodConfig, data: DataConfig, sources: Sequence[Source], source: Source, name: str) -> Path:

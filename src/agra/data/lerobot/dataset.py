@@ -167,13 +167,21 @@ class LeRobotDataset:
         rows, where = self._locate(episode)
         return rows.actions[where]
 
-    def instruction(self, episode: int) -> str:
-        """Return the task text of an episode's first row, without the source's prefixes."""
+    def instruction(self, episode: int, step: int = 0) -> str:
+        """Return the task text of a control step of an episode, without the source's prefixes."""
         rows, where = self._locate(episode)
-        text, listed = self.task(int(rows.instruction[where.start]), rows.path), self._entry(episode).tasks
+        return self._instruction(episode, int(rows.instruction[where][step]), rows.path)
+
+    def instructions(self, episode: int) -> tuple[str, ...]:
+        """Return the distinct task texts of an episode's control steps, in order of their first step."""
+        rows, where = self._locate(episode)
+        return tuple(self._instruction(episode, int(task), rows.path) for task in _distinct(rows.instruction[where]))
+
+    def _instruction(self, episode: int, task: int, path: Path) -> str:
+        text, listed = self.task(task, path), self._entry(episode).tasks
         if self._task_column == "task_index" and listed and text not in listed:
             raise ValueError(
-                f"{rows.path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from "
+                f"{path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from "
                 f"the episode list in {self.path / 'meta'}; {REMEDY}"
             )
         for prefix in self.source.strip_prefixes:
@@ -391,6 +399,11 @@ def _numbers(path: Path, name: str, value: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path}: {name}: expected numbers, got {value!r:.60}; {REMEDY}")
     return array
+
+
+def _distinct(numbers: np.ndarray) -> np.ndarray:
+    """Return the distinct numbers of (N,), in order of their first place."""
+    return numbers[np.sort(np.unique(numbers, return_index=True)[1])]
 
 
 def _dimension_names(feature: Mapping[str, Any]) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ class WindowSampler:
         triples = [(int(k), int(e), int(s)) for k, e, s in windows]
         fields: dict[str, Tensor] = self._features(triples, seeds)
         if self.instructions is not None:
-            tokens = [self.instructions.read(self.sources[k].dataset.instruction(e)) for k, e, _ in triples]
+            tokens = [self.instructions.read(self.sources[k].dataset.instruction(e, s)) for k, e, s in triples]
             fields["instruction"] = torch.from_numpy(np.stack(tokens)).float()
         if self.needs.states:
             fields["states"] = torch.from_numpy(states)
