@@ -58,8 +58,8 @@ def held_out(num_episodes: int, fraction: float) -> range:
     count = max(1, round(num_episodes * fraction))
     if count >= num_episodes:
         raise ValueError(
-            f"data.validation_fraction: {fraction} of {num_episodes} episodes leaves none to train on; choose a "
-            "smaller fraction"
+            f"data.validation_fraction: {fraction} of {num_episodes} episodes leaves none to train on; "
+            + ("set it to 0, without validation" if num_episodes == 1 else "choose a smaller fraction")
         )
     return range(num_episodes - count, num_episodes)
 

@@ -281,8 +281,10 @@ def test_held_out():
     assert list(held_out(40, 0.05)) == [38, 39]
     assert list(held_out(4, 0.05)) == [3]
     assert list(held_out(4, 0.0)) == []
-    with pytest.raises(ValueError, match=r"data\.validation_fraction: .* of 1 episodes leaves none"):
+    with pytest.raises(ValueError, match=r"data\.validation_fraction: .* of 1 episodes leaves none .* set it to 0"):
         held_out(1, 0.05)
+    with pytest.raises(ValueError, match=r"0\.9 of 2 episodes leaves none to train on; choose a smaller fraction"):
+        held_out(2, 0.9)
 
 
 def test_few_shot_trains_on_the_first_and_validates_on_the_last(parts):
