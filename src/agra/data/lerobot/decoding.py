@@ -157,7 +157,7 @@ def _presentation_times(
     assert stream.time_base is not None
     with packets_of(container, stream) as packets:
         shown = float(stream.time_base) * np.array(sorted(packet.pts for packet in packets if packet.pts is not None))
-    if len(shown) == total:
+    if total is not None and len(shown) == total:
         numbers = np.round(times * fps).astype(np.int64)
         if numbers[-1] >= total:
             missing = times[numbers >= total][0]
