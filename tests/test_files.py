@@ -65,6 +65,58 @@ def test_a_full_device_is_named(tmp_path):
         write()
 
 
+def test_two_writers_of_a_file_do_not_share_a_temporary_one(tmp_path):
+    """In containers that share a disk, both can have the same process id."""
+    path = tmp_path / "a.txt"
+    with files.replacing(path) as outer:
+        outer.write_text("outer")
+        files.write_text(path, "inner")
+        assert path.read_text() == "inner"
+    assert path.read_text() == "outer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_built_by_one_process_and_leaves_nothing_beside_it(tmp_path):
+    path, partial = tmp_path / "set", tmp_path / "set.partial"
+    partial.mkdir()
+    (partial / "left").touch()  # by a killed process
+
+    def build(error=None):
+        with files.building(path) as root:
+            assert not root.exists()
+            root.mkdir()
+            (root / "a").touch()
+            with pytest.raises(ValueError, match=rf"set: another process \(pid {os.getpid()}\) writes here"):
+                files.building(path).__enter__()
+            assert (root / "a").exists()
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyError):
+        build(KeyError("x"))
+    assert not list(tmp_path.iterdir())
+    build()
+    assert list(tmp_path.rglob("*")) == [path, path / "a"]
+    with pytest.raises(ValueError, match="set: already exists"):
+        build()
+    assert list(tmp_path.rglob("*")) == [path, path / "a"]
+
+
+def test_a_removed_lock_file_locks_nothing(tmp_path, monkeypatch):
+    """A process that has opened the lock file before its holder removed it takes the new file."""
+    opened = os.open
+
+    def open_late(place, *arguments):
+        handle = opened(place, *arguments)
+        monkeypatch.undo()
+        place.unlink()
+        return handle
+
+    monkeypatch.setattr(os, "open", open_late)
+    with files.lock(tmp_path, keep=False), pytest.raises(ValueError, match="writes here"):
+        files.lock(tmp_path).__enter__()
+
+
 HOLD = "import sys, time\nfrom agra import files\nwith files.lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ def replacing(path: Path, *, failures: type[Exception] | tuple[type[Exception], 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process ids are no distinction: containers that share a disk have the same small ones.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with naming(path, failures=failures):
             yield temporary
@@ -73,26 +75,62 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def lock(folder: Path, name: str = LOCK, *, output: Path | None = None) -> Iterator[None]:
+def lock(folder: Path, name: str = LOCK, *, output: Path | None = None, keep: bool = True) -> Iterator[None]:
     """Hold the lock file `name` of an output folder inside the block. Creates the folder if it is missing. Never waits.
 
-    Raises ValueError with `output`, by default the folder, and the process id of another holder. The kernel releases the lock when the process ends for any
-    reason. The lock file stays.
+    Raises ValueError with `output`, by default the folder, and the process id of another holder. The kernel releases
+    the lock when the process ends for any reason. The lock file stays, unless `keep` is False.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    place = folder / name
+    handle = _locked(place, output or folder)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
-            raise ValueError(
-                f"{output or folder}: another process (pid {holder}) writes here; wait for it, stop it or choose "
-                "another output"
-            ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
+        if not keep:
+            place.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _locked(place: Path, output: Path) -> int:
+    """Return the handle of the lock file at `place`, locked. Raises ValueError where another process holds it."""
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
+            os.close(handle)
+            raise ValueError(
+                f"{output}: another process (pid {holder}) writes here; wait for it, stop it or choose another output"
+            ) from None
+        if os.fstat(handle).st_nlink:
+            return handle
+        os.close(handle)  # the last holder has removed this file since
+
+
+@contextmanager
+def building(path: Path) -> Iterator[Path]:
+    """Yield the path of the folder `<path>.partial`, not yet there, and rename it to `path` at the end of the block.
+
+    On any error the partial folder is removed. One left by a killed process is removed at the start. Raises ValueError
+    where `path` exists or another process builds it.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with lock(path.parent, f".{path.name}.lock", output=path, keep=False):
+        refuse_existing(path)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ValueError where `path` exists."""
+    if path.exists():
+        raise ValueError(f"{path}: already exists; choose another output or remove it")

@@ -92,6 +92,11 @@ def test_a_wrong_mixture_is_named(folder, tmp_path, capsys):
         path.write_text(content)
         line = fails(capsys, "prepare", "tiny", "--mixture", path, "--data.path", folder, *SMALL)
         assert message in line
+    path.write_text('[{"path": "one", "embodiment": "dot"}]')
+    for flag in (["--data.past-end", "mask"], ["--data.frame_stride=2"], ["--data.normalization", "mean_std"]):
+        line = fails(capsys, "prepare", "tiny", "--mixture", path, "--data.path", folder, *SMALL, *flag)
+        name = flag[0].split("=")[0]
+        assert f"{name}: sets a single dataset, but each source of a mixture has its own settings" in line
     line = fails(capsys, "prepare", "tiny", "--data.path", folder / "one", "--rank", "2", "--world-size", "2", *SMALL)
     assert "--rank 2: expected 0 to 1" in line
     line = fails(capsys, "prepare", "tiny", "--data.path", folder / "one", "--shard", "2/2", *SMALL)

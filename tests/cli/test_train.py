@@ -5,15 +5,18 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from agra.checkpoints.folder import newest
+from agra.cli.arguments import recipe_arguments
 from agra.cli.main import main
 from agra.evaluation.collect import collect
 from agra.policies.load import load_policy
-from agra.recipes import PRESETS, RECIPES
+from agra.recipes import PRESETS, RECIPES, compose
+from agra.stages import Stage
 from tests.support.point_world import demonstrator
 
 SMALL = ["--data.embodiments", "dot", "--data.frame-stride", "1", "--method.alignment.teacher.input-size", "28", "42"]
@@ -29,6 +32,11 @@ TRAIN = [
     "--stage.validate-every",
     "4",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """A command without flags of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +82,20 @@ def test_unknown_names_suggest_the_closest(capsys):
     assert "unknown stage 'jiont'; did you mean 'joint'?" in fails(capsys, "train", "tiny", "--stage", "jiont")
     assert "unknown preset 'egodx'; did you mean 'egodex'?" in fails(capsys, "train", "wam", "--with", "egodx")
     assert "did you mean 'tabletop'?" in fails(capsys, "evaluate", "expert", "--simulator", "tabeltop", "--output", "x")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stage=adapt", "--with=gr1_few_shot", "--with=egodex"],
+        ["--stage", "adapt", "--with", "gr1_few_shot", "--with", "egodex"],
+        ["--with", "gr1_few_shot", "egodex", "--stage", "adapt"],
+    ],
+)
+def test_stage_and_presets_in_every_form_of_a_flag(flags):
+    _, config = recipe_arguments("train", ["tiny_wam", *flags, "--stage.steps=7"], NoOptions)
+    presets = compose("tiny_wam", Stage.ADAPT, ["gr1_few_shot", "egodex"])
+    assert config == replace(presets, stage=replace(presets.stage, steps=7))
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_training(capsys, prepared, tmp_path):

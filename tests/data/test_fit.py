@@ -79,6 +79,11 @@ def test_nothing_is_lowered_and_no_choice_of_the_user_replaced(tmp_path):
     assert result.changes == ()
 
 
+def test_sines_and_cosines_are_twice_as_wide(dataset):
+    shapes = fit(tiny, dataset, normalization="sin_cos").method.shapes
+    assert (shapes.state_dim, shapes.action_dim) == (40, 40)
+
+
 def test_several_cameras_are_listed(tmp_path):
     path = write(tmp_path / "set", cameras=(FRONT, SIDE))
     with pytest.raises(ValueError, match=rf"2 cameras \({FRONT}, {SIDE}\); choose one with --data.camera NAME"):

@@ -13,6 +13,7 @@ from agra import files, hub
 from agra.checkpoints.folder import BUNDLED, resolve, verify
 from agra.checkpoints.lineage import describe, lineage, record_origin
 from agra.checkpoints.read import load_parts, read_config
+from agra.data.config import SourceConfig
 from agra.policies.export import export, model_card, pull, push
 from agra.recipes import RECIPES, at_stage
 from agra.rng import seed_everything
@@ -210,6 +211,19 @@ def test_a_card_names_its_method(recipe, title, tag):
     assert card.text.lstrip().splitlines()[0] == f"# {title}"
     assert card.data.tags == ["robotics", tag]
     assert "World" not in card.text or recipe == "tiny"
+
+
+def test_a_card_gives_the_frame_strides_of_a_mixture():
+    config = RECIPES["tiny"](Stage.JOINT)
+    sources = [SourceConfig(path=f"{n}", embodiment="tabletop", frame_stride=n) for n in (3, 1, 3)]
+    with torch.device("meta"):
+        method = config.method.build()
+    for data, told in (
+        (config.data, "a frame every 4 control steps"),
+        (replace(config.data, mixture=tuple(sources)), "a frame every 3 or 1 control steps"),
+    ):
+        card = model_card(replace(config, data=data), "A method", steps=7, method=method, ema=False)
+        assert told in card
 
 
 def test_a_repeated_export_changes_nothing(run, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agra.data.lerobot.video import decode_frames
+from agra.data.lerobot.decoding import decode_frames
 from agra.recipes import tiny
 from agra.training.loggers import check_loggers, open_loggers
 

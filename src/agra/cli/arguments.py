@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,12 +63,16 @@ def recipe_arguments(name: str, arguments: list[str], options: type) -> tuple:
 def with_data(config: "RunConfig", arguments: Sequence[str], mixture: Path | None) -> "RunConfig":
     """Fit the config to its dataset, or replace its dataset by those that a JSON file lists.
 
-    Prints the settings that the dataset determines. `--data.embodiments` among the `arguments` is kept.
+    Prints the settings that the dataset determines. `--data.embodiments` among the `arguments` is kept. Raises
+    ValueError for flags of a single dataset beside a mixture.
     """
     if mixture is not None:
         from agra.config import read_mixture
 
-        return replace(config, data=replace(config.data, mixture=read_mixture(mixture)))
+        config = replace(config, data=replace(config.data, mixture=read_mixture(mixture)))
+    if config.data.mixture:
+        _check_mixture_flags(arguments)
+        return config
     from agra.data.fit import fit_to_dataset
 
     named = any(argument.split("=")[0] == "--data.embodiments" for argument in arguments)
@@ -76,6 +80,20 @@ def with_data(config: "RunConfig", arguments: Sequence[str], mixture: Path | Non
     if fit.changes:
         print(f"{config.data.path}: {', '.join(fit.changes)}", file=sys.stderr)
     return replace(config, method=fit.method, data=fit.data)
+
+
+def _check_mixture_flags(arguments: Sequence[str]) -> None:
+    """Raise ValueError for a flag that sets a field of a single dataset, which a mixture does not read."""
+    from agra.data.config import SourceConfig
+
+    of_a_source = {field.name for field in fields(SourceConfig)} - {"path"}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--data.") and flag.removeprefix("--data.").replace("-", "_") in of_a_source:
+            raise ValueError(
+                f"{flag}: sets a single dataset, but each source of a mixture has its own settings; set it for the sources"
+                " in the file of --mixture"
+            )
 
 
 def use_threads(threads: int | None) -> None:
@@ -104,12 +122,19 @@ def _deferred(function: Callable[..., None]) -> Callable[..., Callable[[], None]
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split off the values after `flag`, up to the next flag. Returns the values and the other arguments."""
-    if flag not in arguments:
-        return [], arguments
-    start = arguments.index(flag)
-    end = next((i for i in range(start + 1, len(arguments)) if arguments[i].startswith("-")), len(arguments))
-    return arguments[start + 1 : end] or [""], arguments[:start] + arguments[end:]
+    """Split off the values of every `flag`: FLAG=VALUE, or those up to the next flag. Returns them and the others."""
+    values, others, start = [], [], 0
+    while start < len(arguments):
+        argument, start = arguments[start], start + 1
+        if argument == flag:
+            end = next((i for i in range(start, len(arguments)) if arguments[i].startswith("-")), len(arguments))
+            values += arguments[start:end] or [""]
+            start = end
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.removeprefix(f"{flag}="))
+        else:
+            others.append(argument)
+    return values, others
 
 
 def _parse(program: str, config: "RunConfig", rest: list[str], options: type) -> tuple:

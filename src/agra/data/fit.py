@@ -7,7 +7,7 @@ from agra.data.config import EGO_VIEW, DataConfig
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.layout import DatasetLayout
 from agra.data.lerobot.modality import Modality
-from agra.data.normalization.normalize import QUANTITIES
+from agra.data.normalization.normalize import QUANTITIES, NormalizedPart
 from agra.hub import dataset_folder
 from agra.methods.method import MethodConfig
 from agra.wam.text import MiniLMEncoder, TextConfig
@@ -47,7 +47,9 @@ def fit_to_dataset(method: MethodConfig, data: DataConfig, *, keep_embodiments: 
         data = replace(data, embodiments=(dataset.embodiment,), early_window_fraction=0.0, target_steps=None)
         changes.append(f"embodiment {dataset.embodiment}, windows from whole episodes")
     for quantity in QUANTITIES:
-        width = sum(part.width for part in dataset.parts(quantity)) or sum(k.size for k in dataset.keys[quantity])
+        size = sum(key.size for key in dataset.keys[quantity])
+        whole = NormalizedPart(name=quantity, start=0, end=size, method=data.normalization)
+        width = sum(part.width for part in dataset.parts(quantity) or (whole,))
         if width > getattr(method.shapes, name := f"{quantity}_dim"):
             method = _replaced(method, object, **{name: width})
             changes.append(f"{width} {quantity} dimensions")

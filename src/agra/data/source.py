@@ -7,7 +7,7 @@ import numpy as np
 
 from agra.data.config import DataConfig, SourceConfig
 from agra.data.lerobot.dataset import LeRobotDataset
-from agra.data.normalization.normalize import NormStats
+from agra.data.normalization.normalize import QUANTITIES, NormStats
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,8 +58,8 @@ def held_out(num_episodes: int, fraction: float) -> range:
     count = max(1, round(num_episodes * fraction))
     if count >= num_episodes:
         raise ValueError(
-            f"data.validation_fraction: {fraction} of {num_episodes} episodes leaves none to train on; choose a "
-            "smaller fraction"
+            f"data.validation_fraction: {fraction} of {num_episodes} episodes leaves none to train on; "
+            + ("set it to 0, without validation" if num_episodes == 1 else "choose a smaller fraction")
         )
     return range(num_episodes - count, num_episodes)
 
@@ -87,7 +87,8 @@ def open_sources(config: DataConfig) -> tuple[Source, ...]:
 def embodiment_stats(sources: Sequence[Source]) -> dict[str, NormStats]:
     """Compute the exact statistics of every embodiment over all of its datasets together.
 
-    Raises ValueError where datasets of one embodiment differ in their normalisation.
+    Raises ValueError where datasets of one embodiment differ in their normalisation, or where `q01_q99` would lose a
+    dimension.
     """
     stats = {}
     for embodiment in dict.fromkeys(source.dataset.embodiment for source in sources):
@@ -105,7 +106,26 @@ def embodiment_stats(sources: Sequence[Source]) -> dict[str, NormStats]:
             state_parts=first.dataset.parts("state"),
             action_parts=first.dataset.parts("action"),
         )
+        _check_quantiles(first.dataset, stats[embodiment])
     return stats
+
+
+def _check_quantiles(dataset: LeRobotDataset, stats: NormStats) -> None:
+    """Raise ValueError where `q01_q99` would make a constant of a dimension that changes in few rows."""
+    for quantity in QUANTITIES:
+        values = stats.state if quantity == "state" else stats.action
+        names = dataset.state_names if quantity == "state" else dataset.action_names
+        for part in stats.parts(quantity):
+            if part.method != "q01_q99":
+                continue
+            for dimension in range(part.start, part.end):
+                low, high, usual = (float(values[name][dimension]) for name in ("min", "max", "q01"))
+                if low < high and usual == values["q99"][dimension]:
+                    raise ValueError(
+                        f"{dataset.path}: {quantity} dimension {dimension} ({names[dimension]}) is {usual:g} in 98 % of"
+                        f" the rows and {low:g} to {high:g} in all; q01_q99 would make it constant. Give its key another"
+                        f" method (data.{quantity} KEY:min_max), or set data.normalization to min_max"
+                    )
 
 
 def _methods(source: Source) -> tuple:

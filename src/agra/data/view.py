@@ -52,13 +52,13 @@ def _episode(recording: Any, rerun: Any, views: dict[str, LeRobotDataset], episo
         "state": (first.states(episode), first.state_names),
         "action": (first.actions(episode), first.action_names),
     }
-    recording.log(f"{root}/instruction", rerun.TextDocument(first.instruction(episode)), static=True)
     for name, (_, dimensions) in curves.items():
         recording.log(f"{root}/{name}", rerun.SeriesLines(names=list(dimensions)), static=True)
     frames = {name.removeprefix("observation.images."): view.frames(episode) for name, view in views.items()}
     for step in range(int(first.lengths[episode])):
         recording.set_time("step", sequence=step)
         recording.set_time("time", duration=step / first.fps)
+        recording.log(f"{root}/instruction", rerun.TextDocument(first.instruction(episode, step)))
         for name, pictures in frames.items():
             image = rerun.Image(pictures[step]).compress(jpeg_quality=JPEG_QUALITY)
             recording.log(f"{root}/cameras/{name}", image)

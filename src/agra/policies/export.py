@@ -118,6 +118,7 @@ def model_card(config: RunConfig, description: str, *, steps: int, method: Metho
     stage, shapes = config.stage, config.method.shapes
     rows = "\n".join(f"| `{name}` | {count:,} |" for name, count in counts.items())
     frozen = [_frozen_part(part) for part in (config.method.codec, config.method.text) if part is not None]
+    strides = " or ".join(dict.fromkeys(str(source.frame_stride) for source in config.data.sources))
     listed = f"{' and '.join(frozen)}, under their own licences" if frozen else "none"
     return model_card_text(
         f"# {config.method.describe().partition(':')[0]}\n\n"
@@ -125,7 +126,7 @@ def model_card(config: RunConfig, description: str, *, steps: int, method: Metho
         f"{stage.batch_size}{', averaged weights' if ema else ''}.\n\n"
         f"| part | parameters |\n|---|---|\n{rows}\n\n"
         f"- Embodiments: {', '.join(config.data.embodiments)}. {shapes.horizon} actions per chunk, a frame "
-        f"every {config.data.frame_stride} control steps, {shapes.frame_size[0]} x {shapes.frame_size[1]} pixels.\n"
+        f"every {strides} control steps, {shapes.frame_size[0]} x {shapes.frame_size[1]} pixels.\n"
         f"- Frozen parts: {listed}. Weights: Apache-2.0.\n"
         "- Success rates are not part of this card. Measure them with `agra evaluate`.\n\n"
         "```python\nimport agra\n\npolicy = agra.load_policy(FOLDER)  # agra pull NAME FOLDER\n```\n",

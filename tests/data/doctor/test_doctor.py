@@ -111,6 +111,16 @@ def test_outliers(tmp_path):
     )
 
 
+def test_rare_events(tmp_path):
+    def spoil(index, states, actions):
+        actions[:, 1] = -1
+        if index == 2:
+            actions[30:32, 1] = 1  # 2 of 240 rows
+
+    found = findings(healthy(tmp_path / "set", spoil))
+    assert "action b: 98 % of the values are -1, all are in [-1, 1]; do not normalise" in found["note", "rare"]
+
+
 def test_not_a_number(copy):
     path = next(copy.rglob("data/*/*.parquet"))
     table = pq.read_table(path)

@@ -12,6 +12,7 @@ from agra import api
 from agra.cli.main import main
 from agra.data.config import DataConfig
 from agra.data.features import preparation
+from agra.data.features.cache import CachedFeature
 from agra.data.features.encoders import open_codec
 from agra.data.features.preparation import Preparation
 from agra.data.lerobot.writer import write_dataset
@@ -69,6 +70,14 @@ def one_process(dataset, tmp_path_factory) -> dict[str, bytes]:
     for kind in ("codec", "latents", "targets", "instructions"):
         assert any(name.startswith(kind) for name in files), kind
     return files
+
+
+def test_whether_features_are_missing_is_answered_without_reading_them(dataset, tmp_path, monkeypatch):
+    config = config_of(dataset, tmp_path / "cache")
+    assert Preparation(config.method, config.data, open_sources(config.data)).missing
+    api.prepare(config)
+    monkeypatch.setattr(CachedFeature, "_load", lambda *arguments: pytest.fail("read an episode"))
+    assert not Preparation(config.method, config.data, open_sources(config.data)).missing
 
 
 @pytest.mark.parametrize(("order", "few"), [((0, 1), 16), ((1, 0), 0)])

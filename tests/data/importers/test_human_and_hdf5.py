@@ -1,6 +1,7 @@
 """EgoDex, robomimic and LIBERO, from files written by hand to datasets that train."""
 
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -151,6 +152,10 @@ def test_demonstrations(kind, tmp_path):
         assert episode.success
     parts = SourceConfig(camera=dataset.camera, action=("position", "rotation", "gripper"))
     assert LeRobotDataset(tmp_path / "set", source=parts).relative.tolist() == [True] * 6 + [False]
+    assert dataset.relative.tolist() == [True] * 6 + [False]  # the whole column too
+    for source in (parts, dataset.source):
+        with pytest.raises(ValueError, match=r"expected data\.row_stride 1, got 2: .* holds movements"):
+            LeRobotDataset(tmp_path / "set", source=replace(source, row_stride=2))
 
 
 def test_missing_attributes_are_named(tmp_path):

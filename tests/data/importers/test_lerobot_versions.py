@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from agra import files
 from agra.data.importers.lerobot_versions import convert
 from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import LeRobotWriter, encode_episode
@@ -99,6 +100,14 @@ def test_a_full_disk_is_one_error_and_leaves_no_file(tmp_path, version, size):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     convert(source, tmp_path / "out", version)
     assert LeRobotDataset(tmp_path / "out", camera=CAMERAS[0]).num_episodes == 3
+
+
+def test_an_output_that_another_process_writes_is_left_to_it(root, tmp_path):
+    with files.building(tmp_path / "out") as partial:
+        partial.mkdir()
+        with pytest.raises(ValueError, match=r"out: another process \(pid \d+\) writes here"):
+            convert(root, tmp_path / "out", "v3.0")
+        assert partial.is_dir()
 
 
 def test_refusals(root, tmp_path):

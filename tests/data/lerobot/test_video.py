@@ -1,10 +1,12 @@
 import ctypes
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
-from agra.data.lerobot.video import VideoFile, cut_video, decode_frames, encode_frames, write_video
+from agra.data.lerobot.decoding import decode_frames
+from agra.data.lerobot.video import VideoFile, cut_video, encode_frames, write_video
 
 
 def moving_square(count: int, *, shade: int = 90, height: int = 64, width: int = 96) -> np.ndarray:
@@ -108,6 +110,57 @@ def test_a_frame_at_another_time_is_no_substitute(tmp_path):
         decode_frames(tmp_path / "a.mp4", np.array([0.5, 2.5]), fps=10)
     with pytest.raises(ValueError, match=r"a\.mp4: has 20 frames, expected 19 for the rows of its episode"):
         decode_frames(tmp_path / "a.mp4", np.arange(19) / 10, fps=10, total=19)
+
+
+def write_numbered(path, count, *, rate, codec, options):
+    """Write frames whose number stands in them as eleven bright or dark squares."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 32, "yuv420p"
+        for index in range(count):
+            bits = [200 if index >> bit & 1 else 40 for bit in range(11)] + [120]
+            row = np.repeat(np.array(bits, np.uint8), 8)
+            picture = np.repeat(np.tile(row, (32, 1))[:, :, None], 3, axis=2)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def numbers(frames):
+    """Read the numbers of `write_numbered` in frames."""
+    bright = frames[:, 16, 4:88:8, 0] > 120
+    return (bright << np.arange(11)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx265", {"g": "2", "preset": "ultrafast", "x265-params": "log-level=none:bframes=4:b-adapt=0:open-gop=1"}),
+        ("libx264", {"g": "10", "bf": "3", "preset": "veryfast", "x264-params": "open-gop=1:b-adapt=0"}),
+        ("libx264", {"g": "10", "bf": "3", "preset": "veryfast"}),
+    ],
+    ids=["hevc", "open groups", "closed groups"],
+)
+def test_every_frame_is_found_where_frames_are_reordered(tmp_path, codec, options):
+    write_numbered(tmp_path / "a.mp4", 60, rate=10, codec=codec, options=options)
+    whole = decode_frames(tmp_path / "a.mp4", np.arange(60) / 10, fps=10, threads=1)
+    assert numbers(whole).tolist() == list(range(60))
+    for index in range(60):
+        assert np.array_equal(
+            decode_frames(tmp_path / "a.mp4", np.array([index / 10]), fps=10, threads=1)[0], whole[index]
+        )
+
+
+def test_a_rate_slightly_off_moves_no_frame_to_another_row(tmp_path):
+    """At 29.97 frames/s, frame 501 is nearer to row 502 of 30 rows/s than to its own."""
+    path, options = tmp_path / "a.mp4", {"preset": "ultrafast", "g": "30"}
+    write_numbered(path, 1200, rate=Fraction(30000, 1001), codec="libx264", options=options)
+    rows = np.array([0, 499, 500, 501, 700, 1000, 1199])
+    decoded = decode_frames(path, rows / 30, fps=30, threads=1, total=1200)
+    assert numbers(decoded).tolist() == rows.tolist()
+    with pytest.raises(ValueError, match=r"a\.mp4: has 29\.970 frames/s, expected 30\. Over its 1200 frames"):
+        decode_frames(path, rows / 30, fps=30, threads=1)
+    with pytest.raises(ValueError, match=r"a\.mp4: no frame at 40\.000 s, expected 1200 frames"):
+        decode_frames(path, np.array([1199, 1200]) / 30, fps=30, threads=1, total=1200)
 
 
 def test_what_is_cut_out_is_what_was_put_in(tmp_path):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from agra.data.lerobot.dataset import LeRobotDataset
 from agra.data.lerobot.writer import EncodedVideo, GrowingVideo, LeRobotWriter, encode_episode, write_dataset
 from agra.types import Embodiment, Episode
 from tests.support.full_disk import file_size_limit
@@ -201,6 +202,16 @@ def test_a_full_disk_is_one_error_and_leaves_no_file(tmp_path, size):
         write()
     assert list(tmp_path.iterdir()) == []
     write()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_second_writer_is_refused_and_the_first_one_goes_on(tmp_path):
+    with LeRobotWriter(tmp_path / "set", embodiment=ROBOT, fps=10) as writer:
+        writer.add(encode_episode(EPISODES[0]))
+        with pytest.raises(ValueError, match=r"set: another process \(pid \d+\) writes here"):
+            LeRobotWriter(tmp_path / "set", embodiment=ROBOT, fps=10)
+        writer.add(encode_episode(EPISODES[1]))
+    assert LeRobotDataset(tmp_path / "set").num_episodes == 2
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 

@@ -1,17 +1,22 @@
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from beartype import beartype
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
+from safetensors import safe_open
 from torch import Tensor
 
 from agra.batch import Batch
 from agra.data.config import DataConfig, SourceConfig
 from agra.data.features.cache import CachedFeature, cache_features, feature_folder
 from agra.data.features.instruction_tokens import InstructionTokens
+from agra.data.features.preparation import write_instruction_tokens
 from agra.data.lerobot.checksums import seal
 from agra.data.lerobot.writer import write_dataset
 from agra.data.normalization import rotations
@@ -173,6 +178,36 @@ def test_everything_in_a_sample_belongs_to_its_window(parts):
         assert (batch.embodiment == 1).all()
 
 
+def test_an_instruction_is_that_of_the_window_s_first_step(parts, tmp_path):
+    config, _, features, stats, tokens = parts
+    shutil.copytree(config.path, tmp_path / "set")
+    data, episodes = tmp_path / "set/data/chunk-000/file-000.parquet", tmp_path / "set/meta/episodes/chunk-000"
+    table = pq.read_table(data)
+    index, tasks = table["episode_index"].to_numpy(), table["task_index"].to_numpy().copy()
+    tasks[(index == 1) & (table["frame_index"].to_numpy() >= 10)] = 3
+    place = table.column_names.index("task_index")
+    pq.write_table(table.set_column(place, "task_index", pa.array(tasks)), data)
+    listed = pq.read_table(episodes / "file-000.parquet")
+    place, texts = listed.column_names.index("tasks"), listed["tasks"].to_pylist()
+    texts[1] = ["go 1", "go 3"]
+    pq.write_table(listed.set_column(place, "tasks", pa.array(texts)), episodes / "file-000.parquet")
+    seal(tmp_path / "set")
+    config = replace(config, path=str(tmp_path / "set"), validation_fraction=0, training_episodes=2)
+    (source,) = sources = open_sources(config)
+    assert [source.dataset.instruction(1, step) for step in (0, 9, 10, 29)] == ["go 1", "go 1", "go 3", "go 3"]
+    assert source.dataset.instructions(1) == ("go 1", "go 3")
+    assert source.dataset.instructions(0) == ("go 0",)
+    sampler = make((config, sources, features, stats, tokens), batch_size=64)
+    read = {
+        (int(e), int(s >= 10)): int(t[0, 0])
+        for (_, e, s), t in zip(sampler.windows(0), sampler.batch(0).instruction, strict=True)
+    }
+    assert (read[1, 0], read[1, 1], read[0, 1]) == (1, 3, 0)
+    write_instruction_tokens(tmp_path / "tokens.safetensors", tokens, sources)
+    with safe_open(tmp_path / "tokens.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == {"go 0", "go 1", "go 3"}
+
+
 def test_a_step_s_samples_follow_from_seed_and_step(parts):
     one, other = make(parts), make(parts)
     later = one.batch(7)
@@ -246,8 +281,10 @@ def test_held_out():
     assert list(held_out(40, 0.05)) == [38, 39]
     assert list(held_out(4, 0.05)) == [3]
     assert list(held_out(4, 0.0)) == []
-    with pytest.raises(ValueError, match=r"data\.validation_fraction: .* of 1 episodes leaves none"):
+    with pytest.raises(ValueError, match=r"data\.validation_fraction: .* of 1 episodes leaves none .* set it to 0"):
         held_out(1, 0.05)
+    with pytest.raises(ValueError, match=r"0\.9 of 2 episodes leaves none to train on; choose a smaller fraction"):
+        held_out(2, 0.9)
 
 
 def test_few_shot_trains_on_the_first_and_validates_on_the_last(parts):
@@ -277,6 +314,12 @@ def test_past_the_end(parts):
     span = (FRAMES - 1) * STRIDE + 1
     assert {int(e) for _, e, _ in windows} == {1}  # 17 control steps fit into the longest episode only
     assert max(s for _, _, s in windows) == LENGTHS[1] - span
+    inside = make(parts, {"past_end": "inside", "validation_fraction": 0.75, "frame_stride": 1}, batch_size=64)
+    latents = inside.validation_batch().latents[:, :2, 0, 0, 0]
+    starts = {e: {int(s) for i, s in latents if i == e} for e in (1, 2, 3)}
+    assert starts == {1: set(range(22)), 2: set(), 3: set(range(7))}  # 9 control steps fit, in episode 2 never
+    with pytest.raises(ValueError, match="no window fits into a held-out episode"):
+        make(parts, {"past_end": "inside"}).validation_batch()
     _, _, mask = masks(horizon=4)
     assert mask[:, :4].all()
     assert not mask[:, 4:].any()
@@ -331,6 +374,28 @@ def test_rotations_that_are_missing_or_past_the_end_are_by_zero(tmp_path, kind):
     assert not part.action_mask[..., 1:].any()
     assert not part.actions[..., 1:].any()
     assert not part.state[..., 1:].any()
+
+
+def test_quantiles_of_rare_events_are_refused(tmp_path):
+    actions = np.stack([np.arange(300), np.full(300, -1)], axis=1).astype(np.float32)
+    actions[:2, 1] = 1
+    episode = Episode(
+        frames=np.zeros((300, 16, 16, 3), np.uint8),
+        states=actions[:, :1],
+        actions=actions,
+        instruction="close",
+        embodiment="bot",
+        fps=10,
+    )
+    robot = Embodiment(name="bot", state_names=("x",), action_names=("x", "gripper"))
+    write_dataset(tmp_path / "set", [episode], embodiment=robot, fps=10)
+    config = replace(CONFIG, path=str(tmp_path / "set"), validation_fraction=0, normalization="q01_q99")
+    with pytest.raises(
+        ValueError, match=r"action dimension 1 \(gripper\) is -1 in 98 % of the rows and -1 to 1 in all"
+    ):
+        embodiment_stats(open_sources(config))
+    stats = embodiment_stats(open_sources(replace(config, action=("action:min_max",))))["bot"]
+    assert np.array_equal(stats.normalize("action", actions)[:, 1], actions[:, 1])
 
 
 def test_every_second_row(parts):

@@ -12,12 +12,11 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_IMAGES, OBS_STATE
-from PIL import Image
 from torch import Tensor
 
 from agra.serving.batch_client import BatchClient
 from agra.serving.client import PolicyClient
-from agra.types import BatchPolicy, Continuation, EmbodimentSpec, Observation, PolicyRequest, with_past
+from agra.types import BatchPolicy, Continuation, EmbodimentSpec, Observation, PolicyRequest, side_by_side, with_past
 from lerobot_policy_agra.configuration_agra import AgraConfig
 from lerobot_policy_agra.continuation import remaining
 
@@ -160,7 +159,7 @@ class AgraPolicy(PreTrainedPolicy):
 
     def _observations(self, batch: Mapping[str, Any]) -> list[Observation]:
         views = [batch[key] for key in self._cameras(batch)]
-        frames = [_side_by_side([_frame(view[row]) for view in views]) for row in range(self._rows)]
+        frames = [side_by_side([_frame(view[row]) for view in views]) for row in range(self._rows)]
         states = batch[OBS_STATE].detach().cpu().numpy().astype(np.float32)
         tasks = batch.get("task") or ""
         tasks = [tasks] * self._rows if isinstance(tasks, str) else tasks
@@ -243,14 +242,3 @@ def _only(name: str | None, available: Mapping[str, Any], what: str, owner: str)
 def _frame(image: Tensor) -> np.ndarray:
     """The picture (H, W, 3) uint8 of an image (3, H, W) in [0, 1]. Exact for what was uint8."""
     return (image.detach().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-
-
-def _side_by_side(views: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures in a row, scaled to the first one's height, as `agra.data.lerobot.cameras` does in training."""
-    height = views[0].shape[0]
-    scaled = [views[0]]
-    for view in views[1:]:
-        size = round(view.shape[1] * height / view.shape[0]), height
-        same = view.shape[0] == height
-        scaled.append(view if same else np.asarray(Image.fromarray(view).resize(size, Image.Resampling.BILINEAR)))
-    return np.concatenate(scaled, axis=1)

@@ -57,6 +57,12 @@ def squeezed_dimensions(statistics: dict[str, np.ndarray]) -> list[int]:
     return [int(i) for i in np.flatnonzero((full > 10 * inner) & (inner > 0))]
 
 
+def rare_dimensions(statistics: dict[str, np.ndarray]) -> list[int]:
+    """Return the dimensions that change in so few rows that their 1 % and 99 % quantiles are equal."""
+    same, full = statistics["q99"] == statistics["q01"], statistics["max"] > statistics["min"]
+    return [int(i) for i in np.flatnonzero(same & full)]
+
+
 def lag(states: Sequence[np.ndarray], actions: Sequence[np.ndarray]) -> tuple[int, float] | None:
     """Return the number of control steps by which actions precede the most similar states, and that similarity.
 

@@ -18,9 +18,9 @@ from agra.data.config import SourceConfig
 from agra.data.doctor import array_checks
 from agra.data.lerobot.checksums import CHECKSUMS, dataset_files
 from agra.data.lerobot.dataset import LeRobotDataset
+from agra.data.lerobot.decoding import inspect_video
 from agra.data.lerobot.json_parquet import read_json, read_table
 from agra.data.lerobot.layout import EPISODES_STATS, STATS
-from agra.data.lerobot.video import inspect_video
 from agra.data.normalization.dataset_statistics import describe_stream
 from agra.hub import dataset_folder
 
@@ -195,6 +195,13 @@ def _numbers(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, np.nd
                 "normalise with q01_q99"
             )
             yield _warning("outliers", f"{quantity} {dimensions[dimension]}", message)
+        for dimension in array_checks.rare_dimensions(statistics):
+            usual, low, high = (statistics[name][dimension] for name in ("q01", "min", "max"))
+            message = (
+                f"98 % of the values are {usual:.3g}, all are in [{low:.3g}, {high:.3g}]; "
+                "do not normalise with q01_q99, which would make it constant"
+            )
+            yield _note("rare", f"{quantity} {dimensions[dimension]}", message)
     ahead = array_checks.lag([pair[0] for pair in rows.values()], [pair[1] for pair in rows.values()])
     if ahead is not None and not 1 <= ahead[0] <= 8:
         relation = (
@@ -234,7 +241,8 @@ def _instructions(dataset: LeRobotDataset, rows: Mapping[int, tuple[np.ndarray, 
     episodes_by_text: dict[str, list[int]] = {}
     for index in rows:
         try:
-            episodes_by_text.setdefault(dataset.instruction(index), []).append(index)
+            for text in dataset.instructions(index):
+                episodes_by_text.setdefault(text, []).append(index)
         except (ValueError, OSError) as error:
             yield _error("instruction", f"episode {index}", error)
     for text, episodes in episodes_by_text.items():

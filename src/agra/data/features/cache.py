@@ -28,6 +28,7 @@ from agra.weights import sort_metadata
 
 MANIFEST = "manifest.json"
 _CHECK = "/crc32"
+MEMORY_LIMIT = 2 * 2**30  # bytes. Features of one folder up to this size are held in memory
 
 
 class Feature(Protocol):
@@ -154,7 +155,7 @@ class CachedFeature:
 
     @classmethod
     def open(
-        cls, path: Path, *, episodes: Sequence[int] | None = None, memory_limit: int = 2 * 2**30
+        cls, path: Path, *, episodes: Sequence[int] | None = None, memory_limit: int = MEMORY_LIMIT
     ) -> "CachedFeature":
         """Open a complete folder. Its files are read into memory where they have at most `memory_limit` bytes together.
 

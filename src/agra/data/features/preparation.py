@@ -14,7 +14,7 @@ from rich.progress import track
 from agra import files
 from agra.data.config import DataConfig
 from agra.data.features import cache
-from agra.data.features.cache import CachedFeature
+from agra.data.features.cache import MEMORY_LIMIT, CachedFeature
 from agra.data.features.encoders import codec_settings, digest, open_codec, open_teacher, open_text_encoder
 from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.jobs import FrameLatents, Frames, Latents, Targets
@@ -56,7 +56,7 @@ class Preparation:
     def missing(self) -> bool:
         """True where training with these settings needs features that are not cached."""
         try:
-            open_features(self.method, self.data, self.sources)
+            open_features(self.method, self.data, self.sources, memory_limit=0)
             open_instructions(self.method, self.data, self.sources)
         except FileNotFoundError:
             return True
@@ -127,8 +127,10 @@ def needed_features(method: MethodConfig, data: DataConfig) -> tuple[str, ...]:
     return tuple(name for name, needed in read.items() if needed and name in data.cached)
 
 
-def open_features(method: MethodConfig, data: DataConfig, sources: Sequence[Source]) -> list[dict[str, CachedFeature]]:
-    """Open the cached features of each source, by name.
+def open_features(
+    method: MethodConfig, data: DataConfig, sources: Sequence[Source], *, memory_limit: int = MEMORY_LIMIT
+) -> list[dict[str, CachedFeature]]:
+    """Open the cached features of each source, by name. Those of at most `memory_limit` bytes are read into memory.
 
     Raises FileNotFoundError, which names the remedy, for missing ones.
     """
@@ -141,7 +143,8 @@ def open_features(method: MethodConfig, data: DataConfig, sources: Sequence[Sour
             path = _index(method, data, sources, source, name)
             if not path.is_file():
                 raise _unprepared(data, name, str(source.dataset.path))
-            features[name] = CachedFeature.open(path.parent / json.loads(path.read_text()), episodes=source.used)
+            folder = path.parent / json.loads(path.read_text())
+            features[name] = CachedFeature.open(folder, episodes=source.used, memory_limit=memory_limit)
         opened.append(features)
     return opened
 
@@ -244,7 +247,8 @@ def _unprepared(data: DataConfig, feature: str, datasets: str) -> FileNotFoundEr
 
 def _instruction_texts(sources: Sequence[Source]) -> list[str]:
     """Return the distinct instructions of all training and validation episodes."""
-    return [*dict.fromkeys(source.dataset.instruction(episode) for source in sources for episode in source.used)]
+    of_episodes = (source.dataset.instructions(episode) for source in sources for episode in source.used)
+    return [*dict.fromkeys(text for texts in of_episodes for text in texts)]
 
 
 def _index(method: MethodConfig, data: DataConfig, sources: Sequence[Source], source: Source, name: str) -> Path:

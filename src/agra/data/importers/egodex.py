@@ -14,8 +14,8 @@ import numpy as np
 
 from agra.data.config import EGO_VIEW, SourceConfig
 from agra.data.importers.hdf5 import array, group, opened, text
+from agra.data.lerobot.decoding import decode_frames, inspect_video
 from agra.data.lerobot.json_parquet import REMEDY
-from agra.data.lerobot.video import decode_frames, inspect_video
 from agra.data.lerobot.writer import EncodedEpisode, EncodedVideo, LeRobotWriter
 from agra.types import Embodiment, Episode
 

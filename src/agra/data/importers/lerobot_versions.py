@@ -4,7 +4,6 @@ Rows keep their types and videos their packets. Statistics of rows are computed 
 copied, and computed where the source has none. Other files under meta, such as modality.json, are copied.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,31 +33,25 @@ def convert(
     """Write the dataset `source` (a folder or a hub id) as `version` into the new folder `output`.
 
     `finish` may change the written folder before its checksums are made and it gets its name.
-    Raises ValueError for an unknown version, an existing output or a damaged source, FileNotFoundError for a missing
+    Raises ValueError for an unknown version, an output that exists or that another process writes, or a damaged source,
+    FileNotFoundError for a missing
     source, and OSError where the disk is full. Nothing is left on disk then.
     """
     if version not in VERSIONS:
         raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")
-    if output.exists():
-        raise ValueError(f"{output}: already exists; choose another output or remove it")
+    files.refuse_existing(output)
     path = dataset_folder(str(source))
     layout, checksums = DatasetLayout.read(path), Seal(path)
     for name in checksums.names:
         checksums.verify(path / name)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with files.naming(output):
-            if version == V3:
-                _to_v3(layout, partial)
-            else:
-                _to_v2(layout, partial, version)
-            _copy_other_metadata(layout, partial)
-            finish(partial)
-            seal(partial)
-            os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with files.naming(output), files.building(output) as partial:
+        if version == V3:
+            _to_v3(layout, partial)
+        else:
+            _to_v2(layout, partial, version)
+        _copy_other_metadata(layout, partial)
+        finish(partial)
+        seal(partial)
     return output
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from agra.data.config import SourceConfig
 from agra.data.lerobot.checksums import Seal
+from agra.data.lerobot.decoding import decode_frames
 from agra.data.lerobot.json_parquet import REMEDY, check_rows
 from agra.data.lerobot.layout import DatasetLayout, EpisodeEntry, is_inside
 from agra.data.lerobot.modality import Modality
-from agra.data.lerobot.video import decode_frames
 
 _PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors for damaged files
 

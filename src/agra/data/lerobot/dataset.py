@@ -17,7 +17,7 @@ from agra.data.lerobot.cameras import Cameras
 from agra.data.lerobot.checksums import Seal
 from agra.data.lerobot.json_parquet import REMEDY, integers, matrix, read_json, read_table
 from agra.data.lerobot.layout import INFO, STATS, DatasetLayout, EpisodeEntry
-from agra.data.lerobot.modality import ACTION, STATE, Key, Modality, size
+from agra.data.lerobot.modality import ACTION, MODALITY, STATE, Key, Modality, size
 from agra.data.normalization.normalize import NormalizedPart, Quantity
 from agra.hub import dataset_folder
 from agra.types import Episode
@@ -61,6 +61,7 @@ class LeRobotDataset:
         self.cameras = Cameras(self.layout, self.modality, self.seal, names, self.source)
         self.camera = self.cameras.features[0]
         self.keys = {quantity: self._keys(quantity) for quantity in ("state", "action")}
+        self._check_stride()
         self._task_column = self._instruction_column()
         self._rows: dict[Path, _Rows] = {}
 
@@ -149,12 +150,12 @@ class LeRobotDataset:
     def relative(self) -> np.ndarray:
         """(D,) bool. True for actions that are movements, by the source or by `absolute` in modality.json."""
         names = self.source.relative
-        return np.concatenate([np.full(key.size, key.name in names or not key.absolute) for key in self.keys["action"]])
+        return np.concatenate([self.modality.moves(key) | (key.name in names) for key in self.keys["action"]])
 
     @cached_property
     def no_movement(self) -> np.ndarray:
         """(D,) float32. The action without movement, where all keys are relative."""
-        return np.concatenate([key.identity for key in self.keys["action"]])
+        return np.concatenate([self.modality.no_movement(key) for key in self.keys["action"]])
 
     def states(self, episode: int) -> np.ndarray:
         """Return the states (N, S) float32 of an episode."""
@@ -166,13 +167,21 @@ class LeRobotDataset:
         rows, where = self._locate(episode)
         return rows.actions[where]
 
-    def instruction(self, episode: int) -> str:
-        """Return the task text of an episode's first row, without the source's prefixes."""
+    def instruction(self, episode: int, step: int = 0) -> str:
+        """Return the task text of a control step of an episode, without the source's prefixes."""
         rows, where = self._locate(episode)
-        text, listed = self.task(int(rows.instruction[where.start]), rows.path), self._entry(episode).tasks
+        return self._instruction(episode, int(rows.instruction[where][step]), rows.path)
+
+    def instructions(self, episode: int) -> tuple[str, ...]:
+        """Return the distinct task texts of an episode's control steps, in order of their first step."""
+        rows, where = self._locate(episode)
+        return tuple(self._instruction(episode, int(task), rows.path) for task in _distinct(rows.instruction[where]))
+
+    def _instruction(self, episode: int, task: int, path: Path) -> str:
+        text, listed = self.task(task, path), self._entry(episode).tasks
         if self._task_column == "task_index" and listed and text not in listed:
             raise ValueError(
-                f"{rows.path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from "
+                f"{path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from "
                 f"the episode list in {self.path / 'meta'}; {REMEDY}"
             )
         for prefix in self.source.strip_prefixes:
@@ -350,6 +359,14 @@ class LeRobotDataset:
             )
         return round(rate)
 
+    def _check_stride(self) -> None:
+        moving = [key.name for key in self.keys["action"] if self.modality.moves(key).any()]
+        if moving and self.source.row_stride > 1:
+            raise ValueError(
+                f"{self.path}: expected data.row_stride 1, got {self.source.row_stride}: {', '.join(moving)} holds"
+                f" movements (absolute is false in {MODALITY}), and a stride would drop some"
+            )
+
     def _only_camera(self, camera: str) -> str:
         if camera:
             return camera
@@ -382,6 +399,11 @@ def _numbers(path: Path, name: str, value: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path}: {name}: expected numbers, got {value!r:.60}; {REMEDY}")
     return array
+
+
+def _distinct(numbers: np.ndarray) -> np.ndarray:
+    """Return the distinct numbers of (N,), in order of their first place."""
+    return numbers[np.sort(np.unique(numbers, return_index=True)[1])]
 
 
 def _dimension_names(feature: Mapping[str, Any]) -> tuple[str, ...]:

@@ -98,6 +98,24 @@ class Modality:
             f"{self.path.parent.parent}: no {quantity} key or column {name!r}; available keys: {available}"
         )
 
+    def moves(self, key: Key) -> np.ndarray:
+        """(size,) bool. True for the dimensions of an action key, or of a whole column, that are not `absolute`."""
+        moves = np.full(key.size, not key.absolute)
+        for part in self._parts(key):
+            moves[part.start : part.end] |= not part.absolute
+        return moves
+
+    def no_movement(self, key: Key) -> np.ndarray:
+        """(size,) float32. The action key, or whole column, where nothing moves."""
+        still = key.identity
+        for part in self._parts(key):
+            still[part.start : part.end] = part.identity
+        return still
+
+    def _parts(self, key: Key) -> list[Key]:
+        """Return the action keys inside a whole column, and none of a key."""
+        return [part for part in self.action.values() if part.column == key.column and key.name not in self.action]
+
 
 def size(feature: Mapping[str, Any]) -> int:
     """Return how many numbers a row of a feature holds."""

@@ -1,15 +1,12 @@
-"""Video with PyAV: frames to mp4 and back, and many episodes in one file. No other module imports PyAV.
+"""Video with PyAV: frames to mp4, and many episodes in one file. Only this module and `decoding` import PyAV.
 
 Frames are (N, H, W, 3) uint8 RGB with even H and W (4:2:0 chroma). The codec is H.264, not AV1: at equal PSNR it
 encodes three times faster on one core, and every player and browser opens it.
 """
 
 import io
-from collections.abc import Generator, Iterator
-from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import cast
 
 import av
 import av.container
@@ -17,12 +14,11 @@ import av.error
 import numpy as np
 
 from agra import files
+from agra.data.lerobot.decoding import packets_of
 from agra.data.lerobot.json_parquet import REMEDY
 
 GROUP_OF_PICTURES = 8
 """Frames between key frames. A reader that seeks decodes fewer than this many unused frames."""
-
-_RATE_TOLERANCE = 0.02  # relative. Headers round the frame rate
 
 OPTIONS = {"crf": "16", "preset": "veryfast", "g": str(GROUP_OF_PICTURES), "bf": "0"}
 """libx264 settings. Without B-frames presentation order is coding order, so files can be joined packet by packet."""
@@ -78,100 +74,6 @@ def write_video(path: Path, frames: np.ndarray, *, fps: int) -> None:
     files.write_bytes(path, encode_frames(frames, fps=fps))
 
 
-def decode_frames(
-    path: Path,
-    times: np.ndarray,
-    *,
-    fps: float,
-    threads: int = 0,
-    size: tuple[int, int] | None = None,
-    total: int | None = None,
-) -> np.ndarray:
-    """Decode the frames (T, H, W, 3) uint8 RGB of `path` at ascending `times` (T,) in seconds.
-
-    Decoding starts at the key frame before the first time, so a short clip of a long file costs little. `threads` is
-    the number of decoder threads, 0 for one on each core. `size` (H, W) rescales every frame. `total` is the expected
-    number of frames of the file. Raises FileNotFoundError for a missing file, and ValueError for a damaged file or
-    where no frame is within half a period of a time.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
-    frames: list[np.ndarray] = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: has no video stream; {REMEDY}")
-            stream = container.streams.video[0]
-            _check_stream(path, stream, fps, total)
-            stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = threads
-            # By default FFmpeg conceals a damaged packet with a guessed picture.
-            stream.codec_context.options = {"err_detect": "explode"}
-            time_base = stream.time_base
-            assert time_base is not None
-            container.seek(round(times[0] / time_base), stream=stream)
-            for frame in _decoded(container, stream):
-                shown = None if frame.pts is None else float(frame.pts * time_base)
-                if shown is None or shown < times[len(frames)] - 0.5 / fps:
-                    continue
-                if shown > times[len(frames)] + 0.5 / fps:
-                    break
-                if size is not None:
-                    frame = frame.reformat(height=size[0], width=size[1], interpolation="AREA", threads=1)
-                picture = frame.to_ndarray(format="rgb24")
-                while len(frames) < len(times) and abs(times[len(frames)] - shown) <= 0.5 / fps:
-                    frames.append(picture)
-                if len(frames) == len(times):
-                    break
-    except (av.error.FFmpegError, OverflowError) as error:
-        raise ValueError(f"{path}: damaged video ({str(error).splitlines()[0]}); {REMEDY}") from error
-    if len(frames) < len(times):
-        raise ValueError(f"{path}: no frame at {times[len(frames)]:.3f} s, expected {fps:g} frames/s; {REMEDY}")
-    if len({frame.shape for frame in frames}) > 1:
-        raise ValueError(f"{path}: damaged video (frames differ in size); {REMEDY}")
-    return np.stack(frames)
-
-
-def _packets(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> "closing[Generator[av.Packet, None, None]]":
-    """Yield the packets from the current position, in a context that closes the generator.
-
-    PyAV's generators leak about 180 bytes where they are dropped before their end without `close`. `container.decode`
-    drops such a generator, so it is not used here.
-    """
-    return closing(cast(Generator[av.Packet, None, None], container.demux(stream)))
-
-
-def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    with _packets(container, stream) as packets:
-        for packet in packets:
-            yield from cast(list[av.VideoFrame], packet.decode())
-
-
-def _check_stream(path: Path, stream: av.VideoStream, fps: float, total: int | None) -> None:
-    """Compare the frame rate and the number of frames in the header, where it has them, with the expected ones."""
-    rate = stream.average_rate
-    if rate and abs(float(rate) - fps) > _RATE_TOLERANCE * fps:
-        raise ValueError(f"{path}: has {float(rate):.2f} frames/s, expected {fps:g}; {REMEDY}")
-    if total is not None and stream.frames and stream.frames != total:
-        raise ValueError(f"{path}: has {stream.frames} frames, expected {total} for the rows of its episode; {REMEDY}")
-
-
-def inspect_video(path: Path) -> tuple[int, tuple[int, int], float]:
-    """Read (frames, (height, width), frames/s) from the header of a file. Raises the errors of `decode_frames`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: video file is missing; {REMEDY}")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: has no video stream; {REMEDY}")
-            stream = container.streams.video[0]
-            return stream.frames, (stream.height, stream.width), float(stream.average_rate or 0)
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{path}: damaged video ({str(error).splitlines()[0]}); {REMEDY}") from error
-
-
 def cut_video(path: Path, *, start: float, count: int, fps: float) -> bytes:
     """Cut `count` frames from `start` seconds on into a new mp4, packet by packet, without encoding.
 
@@ -191,7 +93,7 @@ def cut_video(path: Path, *, start: float, count: int, fps: float) -> bytes:
             first = round(start / stream.time_base)
             source.seek(max(first - 1, 0), stream=stream)
             clip = []
-            with _packets(source, stream) as packets:
+            with packets_of(source, stream) as packets:
                 for packet in packets:
                     if packet.pts is not None and first - period / 2 <= packet.pts < first + (count - 0.5) * period:
                         clip.append(packet)

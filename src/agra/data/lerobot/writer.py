@@ -4,9 +4,8 @@ Each episode is encoded separately (`encode_episode`, in any process) and then a
 the number of processes.
 """
 
-import os
-import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -111,6 +110,7 @@ def write_dataset(path: Path, episodes: Iterable[Episode], *, embodiment: Embodi
 class LeRobotWriter:
     """Write one dataset, episode by episode, into `<path>.partial`. `close` renames it to `path`.
 
+    Raises ValueError where `path` exists or another writer has begun it.
     An error in `close`, or an exception that leaves the context manager, removes the partial dataset. All episodes have
     the frame size, the state and action dimensions and the extra columns of the first. A file is closed before an
     episode that would make it exceed its limit (MiB). `modality` is written as GR00T's meta/modality.json.
@@ -128,10 +128,9 @@ class LeRobotWriter:
         files_per_chunk: int = FILES_PER_CHUNK,
     ) -> None:
         self.path, self.embodiment, self.fps, self.modality = Path(path), embodiment, fps, modality
-        if self.path.exists():
-            raise ValueError(f"{self.path}: already exists; choose another output or remove it")
-        self._root = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(self._root, ignore_errors=True)
+        self._building = ExitStack()
+        with files.naming(self.path):
+            self._root = self._building.enter_context(files.building(self.path))
         self._files = FilesV3(
             self._root,
             fps=fps,
@@ -177,11 +176,11 @@ class LeRobotWriter:
 
         Raises ValueError without episodes and OSError where the disk is full. Nothing is left on disk then.
         """
-        try:
-            with files.naming(self.path):
+        with files.naming(self.path), self._building:
+            try:
                 self._finish()
-        finally:
-            self._discard()
+            finally:
+                self._files.discard()
 
     def _finish(self) -> None:
         if not self._files.num_episodes:
@@ -202,12 +201,6 @@ class LeRobotWriter:
         )
         write_json(self._root / INFO, info)
         seal(self._root)
-        os.replace(self._root, self.path)
-
-    def _discard(self) -> None:
-        """Close the open files and remove the partial dataset, where it is still there."""
-        self._files.discard()
-        shutil.rmtree(self._root, ignore_errors=True)
 
     def __enter__(self) -> "LeRobotWriter":
         return self
@@ -218,7 +211,8 @@ class LeRobotWriter:
         if kind is None:
             self.close()
         else:
-            self._discard()
+            self._files.discard()
+            self._building.__exit__(kind, value, trace)
 
     def _describe_features(self, episode: EncodedEpisode) -> dict[str, dict[str, Any]]:
         """Return the features of `info.json`, in the order of the columns."""

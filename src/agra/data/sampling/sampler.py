@@ -105,11 +105,16 @@ class WindowSampler:
         same.
 
         Where there are fewer windows, some repeat, so that the batch divides over ranks and micro-batches as in
-        training. Raises ValueError without held-out episodes.
+        training. Raises ValueError without held-out episodes, or where no window of `past_end=inside` fits into them.
         """
         if not self.validation:
             raise ValueError("validation needs held-out episodes: set data.validation_fraction above 0")
-        ends = np.cumsum([self.windows_of[k].lengths[e] for k, e in self.validation])
+        ends = np.cumsum([self.windows_of[k].starts[e] for k, e in self.validation])
+        if ends[-1] == 0:
+            raise ValueError(
+                "validation: no window fits into a held-out episode with data.past_end inside; choose repeat or mask, or "
+                "a larger data.validation_fraction"
+            )
         rows = np.linspace(0, ends[-1] - 1, self.batch_size).round().astype(np.int64)
         places = _at(rows, ends)[self.rank :: self.world_size]
         return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
@@ -128,7 +133,7 @@ class WindowSampler:
         triples = [(int(k), int(e), int(s)) for k, e, s in windows]
         fields: dict[str, Tensor] = self._features(triples, seeds)
         if self.instructions is not None:
-            tokens = [self.instructions.read(self.sources[k].dataset.instruction(e)) for k, e, _ in triples]
+            tokens = [self.instructions.read(self.sources[k].dataset.instruction(e, s)) for k, e, s in triples]
             fields["instruction"] = torch.from_numpy(np.stack(tokens)).float()
         if self.needs.states:
             fields["states"] = torch.from_numpy(states)

@@ -82,7 +82,7 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
     for place, episode in enumerate(episodes):
         recorded = uncropped.episode(episode)
         moments = count // len(episodes) + (place < count % len(episodes))
-        samples += samples_from_episode(
+        drawn = samples_from_episode(
             recorded,
             np.unique(np.linspace(0, len(recorded) - 1, moments + 1).astype(int)[:moments]).tolist(),
             steps.grid,
@@ -91,6 +91,7 @@ def dataset_samples(config: RunConfig, count: int) -> list[ProbeSample]:
             window_offsets=steps.window,
             past_offsets=steps.past,
         )
+        samples += [replace(sample, instruction=uncropped.instruction(episode, sample.step)) for sample in drawn]
     return samples
 
 
