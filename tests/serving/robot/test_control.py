@@ -283,6 +283,28 @@ def test_an_arm_behind_lerobots_driver():
         LeRobotArm(driver, camera="wrist", instruction="go", embodiment="x").observe()
 
 
+def test_an_arm_stops_where_it_was_seen_last_when_its_camera_fails(caplog):
+    class Blind(Driver):
+        fails = False
+
+        def get_observation(self):
+            if self.fails or len(self.sent) == 3:
+                raise TimeoutError("no new frame")
+            return super().get_observation()
+
+    driver = Blind()
+    arm = LeRobotArm(driver, camera="front", instruction="go", embodiment="so101")
+    with pytest.raises(TimeoutError, match="no new frame"):
+        run(arm, [[90, 90]] * 10, steps=10)
+    assert len(driver.sent) == 4
+    assert driver.sent[-1] == {"pan.pos": 67.75, "grip.pos": 80.0}  # after two of the three commands
+    assert "the arm stops at the last one that it gave" in caplog.text
+    driver.fails = True
+    with pytest.raises(TimeoutError, match="no new frame"):
+        run(arm, [[90, 90]] * 10, steps=10)
+    assert len(driver.sent) == 4, "the position of an earlier run is no target"
+
+
 class Watched(Robot):
     """Calls a function with the commands so far before every observation."""
 

@@ -1,11 +1,14 @@
 """Robots for the control loop: the protocol, a simulator as a robot, and arms behind drivers of LeRobot's interface."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from agra.types import Embodiment, Observation, Simulator, Trial
+
+log = logging.getLogger("agra.serving")
 
 
 class Robot(Protocol):
@@ -115,7 +118,8 @@ class LeRobotArm:
         if missing := [name for name in names if name not in available]:
             raise ValueError(f"joints: the driver has no {missing[0]!r}; expected some of {', '.join(available)}")
         self.embodiment = Embodiment(name=embodiment, state_names=names, action_names=names)
-        self._last: np.ndarray | None = None
+        self._state: np.ndarray | None = None  # seen last
+        self._moving = False  # from a command to `stop`
 
     def connect(self) -> None:
         """Connect the driver, which may ask for a calibration."""
@@ -128,6 +132,7 @@ class LeRobotArm:
         if missing:
             raise ValueError(f"driver: its observation has no {missing[0]!r}, only {', '.join(map(str, values))}")
         state = np.array([float(values[name]) for name in self.embodiment.state_names], np.float32)
+        self._state = state
         return Observation(
             frame=np.asarray(values[self.camera]),
             state=state,
@@ -141,16 +146,28 @@ class LeRobotArm:
 
     def command(self, action: np.ndarray) -> None:
         """Send target positions. The driver's own `max_relative_target` still applies."""
-        self._last = np.array(action, np.float32)
+        self._moving = True
         self.driver.send_action(dict(zip(self.embodiment.action_names, map(float, action), strict=True)))
 
     def hold(self) -> None:
         """Do nothing: servos keep their last target."""
 
     def stop(self) -> None:
-        """Make the present position the target, so that the arm stops."""
-        if self._last is not None:
-            self.command(self.observe().state)
+        """Make the present position the target, so that the arm stops.
+
+        Where the driver fails, for example because of a camera, the last position that it reported becomes the target.
+        """
+        if not self._moving:
+            return
+        try:
+            target = self.observe().state
+        except Exception:  # any error of the driver: the arm must stop
+            if self._state is None:
+                raise
+            log.exception("the driver gave no position to stop at; the arm stops at the last one that it gave")
+            target = self._state
+        self.command(target)
+        self._moving, self._state = False, None
 
     def disconnect(self) -> None:
         """Disconnect the driver."""
