@@ -1,5 +1,6 @@
 """MethodPolicy in batches: the chunks of single requests, on the fast path and the plain one, and continuations."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -209,6 +210,28 @@ def test_imagining_changes_no_action_and_starts_from_the_observation(make_policy
     policy.imagines = False
     assert policy.act_and_imagine(see(policy)).imagined is None
     assert not policy.spec.imagines
+
+
+def test_a_text_encoder_is_taken_over_unless_its_projection_differs():
+    first, second = (torch.nn.Linear(3, 2) for _ in range(2))
+    loads = []
+
+    def make(projection):
+        return Instructions(lambda: loads.append(projection) or Text(), projection=projection)
+
+    serving = make(first)
+    make(first).take_encoder(serving)
+    assert not loads, "there is nothing to take over, and an encoder may never be needed"
+    serving.load()
+    same, other = make(deepcopy(first)), make(second)
+    same.take_encoder(serving)
+    other.take_encoder(serving)
+    assert same.encoder is serving.encoder
+    assert loads == [first, second]
+    known = Instructions(None, {"go": torch.zeros(2, 3)}, projection=first)
+    known.take_encoder(serving)
+    with pytest.raises(ValueError, match="known instructions alone"):
+        _ = known.encoder
 
 
 def test_a_cropped_policy_warms_up(make_policy, small_config):

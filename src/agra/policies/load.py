@@ -106,4 +106,4 @@ def _instructions(
     def load_encoder() -> TextEncoder:
         return load_text_encoder(text, projection).to(device)
 
-    return Instructions(None if known_instructions else load_encoder, known)
+    return Instructions(None if known_instructions else load_encoder, known, projection=projection)

@@ -147,8 +147,8 @@ class MethodPolicy:
         """Take over another policy's weights in place, where compiled graphs stay valid: same method, options and
         device.
 
-        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. Call it between two
-        calls of `act_batch`.
+        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. A loaded text encoder
+        is kept. Call it between two calls of `act_batch`.
         """
         if not isinstance(other, MethodPolicy) or not self._actor.compiled:
             return False
@@ -160,6 +160,8 @@ class MethodPolicy:
         )
         if not same:
             return False
+        if self.instructions is not None and other.instructions is not None:
+            other.instructions.take_encoder(self.instructions)
         self._actor.update(other.method)
         self._prepared.cache_clear()
         self.name, self.config, self.stats, self.imagines = other.name, other.config, other.stats, other.imagines

@@ -20,9 +20,9 @@ from agra.serving.client import PolicyClient, ServerLost, ServerRefused
 from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request
 from agra.serving.protocol.wire import pack, unpack
 from agra.serving.protocol.zmtp import MORE
-from agra.serving.server.app import PolicySource, reload, run, watch
+from agra.serving.server.app import PolicySource, reload, run, serve, watch
 from agra.serving.server.batching import Batcher
-from agra.serving.server.config import Limits, check_key
+from agra.serving.server.config import Limits, ServeConfig, check_key
 from agra.serving.server.service import PolicyService
 from agra.serving.server.websocket import SLACK, WebsocketServer
 from agra.types import ActionChunk, Continuation, PolicyRequest
@@ -260,7 +260,7 @@ def test_sigterm_of_the_whole_server(caplog):
             asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGTERM)
 
         source = PolicySource(load=lambda: policy, stamp=lambda: 0)
-        await run(service, server, source, reload_interval=0.1, grace=10, started=started)
+        await run(service, server, source, reload_interval=0.1, loaded=0, grace=10, started=started)
 
     start = time.monotonic()
     asyncio.run(serve())
@@ -317,7 +317,7 @@ def test_a_candidate_that_takes_too_long_changes_nothing():
 
 
 def test_the_watch_continues_after_any_error(caplog):
-    stamps = iter([1, RuntimeError("the folder is gone"), 2, 3, 4, *[4] * 10**6])
+    stamps = iter([RuntimeError("the folder is gone"), 2, 3, 4, *[4] * 10**6])
     policies = iter([*(make for name, make in CANDIDATES.items() if name in ("no embodiment", "RuntimeError"))])
 
     def stamp():
@@ -332,7 +332,7 @@ def test_the_watch_continues_after_any_error(caplog):
 
         async def watch_until_swapped():
             source = PolicySource(load=load, stamp=stamp)
-            task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
+            task = asyncio.create_task(watch(server.service, server.server, source, loaded=1, interval=0.01))
             while server.service.generation == 0:
                 await asyncio.sleep(0.01)
             task.cancel()
@@ -432,6 +432,25 @@ def test_weights_are_adopted_in_place_or_the_candidate_is_warmed_up_first():
         assert not server.call(reload(server.service, server.server, PolicySource(load=Uncompilable, stamp=lambda: 0)))
         assert server.service.ready
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 3000)
+
+
+def test_a_checkpoint_saved_while_the_server_starts_is_loaded():
+    newest, loaded = [1], []
+
+    class Warming(Compiled):
+        def warm_up(self, max_batch):
+            newest[0] = 2
+
+    def load():
+        loaded.append(newest[0])
+        if len(loaded) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Warming(adopts=False)
+
+    source = PolicySource(load=load, stamp=lambda: newest[0])
+    config = ServeConfig(port=0, reload_interval=0.01)
+    asyncio.run(asyncio.wait_for(serve(config, source), timeout=20))
+    assert loaded == [1, 2]
 
 
 # --- access ------------------------------------------------------------------------------------------------------------

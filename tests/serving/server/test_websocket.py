@@ -386,7 +386,7 @@ def test_newer_checkpoints_are_found():
         source = PolicySource(load=lambda: Echo(spec("newer")), stamp=lambda: newest[0])
 
         async def watch_once():
-            task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
+            task = asyncio.create_task(watch(server.service, server.server, source, loaded=1, interval=0.01))
             await asyncio.sleep(0.1)
             before = server.service.generation
             newest[0] = 2
