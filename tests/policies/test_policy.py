@@ -234,6 +234,18 @@ def test_a_text_encoder_is_taken_over_unless_its_projection_differs():
         _ = known.encoder
 
 
+def test_prefixes_of_instructions_are_stripped_as_in_training(make_policy, small_config):
+    data = replace(small_config.data, strip_prefixes=("unlocked_waist: ", "locked_waist: "))
+    policy = make_policy(replace(small_config, data=data))
+    chunks = []
+    for text in ("go", "unlocked_waist: go", "locked_waist: go"):
+        policy.reset(3)
+        chunks.append(policy.act(replace(see(policy), instruction=text)).actions)
+    assert np.array_equal(chunks[0], chunks[1])
+    assert np.array_equal(chunks[0], chunks[2])
+    assert policy.instructions.encoder.encoded == ["go"]
+
+
 def test_a_cropped_policy_warms_up(make_policy, small_config):
     """The blank frame is large enough for the crop, which ends beyond the method's 32 x 48 pixels."""
     data = replace(small_config.data, crop_rows=(20, 70), crop_columns=(10, 90))

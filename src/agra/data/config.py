@@ -91,6 +91,12 @@ class SourceConfig:
             keys.append((name, method))
         return tuple(keys)
 
+    def without_prefixes(self, instruction: str) -> str:
+        """Remove `strip_prefixes`, each once and in order, from the start of an instruction."""
+        for prefix in self.strip_prefixes:
+            instruction = instruction.removeprefix(prefix)
+        return instruction
+
     def crop(self, frames: np.ndarray, name: str) -> np.ndarray:
         """Crop frames (..., H, W, 3) to `crop_rows` and `crop_columns`.
 
@@ -210,5 +216,5 @@ class DataConfig(SourceConfig):
         return self.path if self.mixture else ""
 
     def source(self, embodiment: str) -> SourceConfig:
-        """The first source of an embodiment. Its cameras and crop define the observations of a policy."""
+        """The first source of an embodiment. Its cameras, crop and prefixes define the observations of a policy."""
         return next((source for source in self.mixture if source.embodiment == embodiment), self)

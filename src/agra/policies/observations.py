@@ -51,7 +51,7 @@ class ObservationEncoder:
         moments = [self._moments(observation) for observation in observations]
         states = [{number: self._state(o) for number, o in moment.items()} for moment in moments]
         frames = [{number: self.picture(o) for number, o in moment.items()} for moment in moments]
-        fields = self._features(frames, [o.instruction for o in observations])
+        fields = self._features(frames, [self.instruction(o) for o in observations])
         if self.needs.states:
             rows_of_states = [torch.stack([state[number] for number in self.needs.states]) for state in states]
             fields["states"] = torch.stack(rows_of_states).to(self.device)
@@ -108,6 +108,10 @@ class ObservationEncoder:
             assert self.instructions is not None
             fields["instruction"] = torch.stack([self.instructions.tokens(text) for text in instructions])
         return {name: value.to(self.device) for name, value in fields.items()}
+
+    def instruction(self, observation: Observation) -> str:
+        """Return the instruction of an observation as in training, without the prefixes of the embodiment's source."""
+        return self.config.data.source(observation.embodiment).without_prefixes(observation.instruction)
 
     def picture(self, observation: Observation) -> np.ndarray:
         """Make the picture (H, W, 3) of an observation as in training: cropped, with extra cameras to the right.

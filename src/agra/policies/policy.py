@@ -226,19 +226,17 @@ class MethodPolicy:
         Raises ValueError, before any noise is drawn, for an observation that does not fit.
         """
         watch = Stopwatch(self.device)
+        texts = [self.observations.instruction(request.observation) for request in requests]
         if self.instructions is not None:
-            for request in requests:
-                self._prepared(request.observation.instruction)
+            for text in texts:
+                self._prepared(text)
         watch.lap("text")
         inputs = self.encode([request.observation for request in requests])
         continuation = self._continuation(requests)
         watch.lap("codec")
         rows = [self._draw(1, request.episode) for request in requests]
         noise = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        prepared = [
-            None if self.instructions is None else self._prepared(request.observation.instruction)
-            for request in requests
-        ]
+        prepared = [None if self.instructions is None else self._prepared(text) for text in texts]
         actions = self._actor.act(inputs, noise, prepared, continuation=continuation, lap=watch.lap)
         chunks = [
             self.unnormalize(row[None], request.observation.embodiment)[0]
