@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from agra.data.lerobot.dataset import LeRobotDataset
@@ -181,6 +182,52 @@ def test_episodes_are_recorded_as_a_dataset(tmp_path):
     np.testing.assert_allclose(actions[0], dataset.states(0)[0])  # held where it stood
 
 
+def test_each_run_is_an_episode_with_its_instruction(tmp_path):
+    class Told(Robot):
+        def observe(self):
+            return replace(super().observe(), instruction=self.instruction)
+
+    robot = Told()
+    with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        for robot.instruction, steps in (("open the drawer", 8), ("close the drawer", 5)):
+            run(robot, [[1, 2, 3, 4]] * 3, steps=steps, recorder=recorder)
+    dataset = LeRobotDataset(tmp_path / "log")
+    assert dataset.lengths.tolist() == [8, 5]
+    assert [dataset.instruction(episode) for episode in range(2)] == ["open the drawer", "close the drawer"]
+
+
+def test_a_recording_tells_which_actions_were_sent(tmp_path):
+    robot = Robot()
+    with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        for dry_run in (False, True):
+            run(robot, [[1, 2, 3, 4]] * 3, steps=6, delay=1, dry_run=dry_run, recorder=recorder)
+    rows = pq.read_table(next((tmp_path / "log/data").rglob("*.parquet"))).to_pydict()
+    assert rows["held"] == [True, False, False, False, True, False] * 2
+    assert rows["sent"] == [False, True, True, True, False, True] + [False] * 6
+
+
+def test_each_camera_is_recorded_under_its_name(tmp_path):
+    class TwoCameras(Robot):
+        camera = "front"
+
+        def observe(self):
+            views = {} if len(self.commands) == 4 else {"wrist": np.full((16, 32, 3), 200, np.uint8)}
+            return replace(super().observe(), views=views)
+
+    robot = TwoCameras()
+    message = (
+        r"expected the cameras observation.images.front, observation.images.wrist, .* got observation.images.front"
+    )
+    with pytest.raises(ValueError, match=message), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=6, recorder=recorder)
+    front, wrist = (
+        LeRobotDataset(tmp_path / "log", camera=f"observation.images.{name}") for name in ("front", "wrist")
+    )
+    assert front.frames(0).shape == (4, 32, 48, 3)
+    assert wrist.frames(0).shape == (4, 16, 32, 3)
+    np.testing.assert_allclose(wrist.frames(0).mean(), 200, atol=2)
+
+
 def test_a_recording_takes_little_memory_and_survives_a_failure(tmp_path):
     class Failing(Robot):
         def observe(self):
@@ -209,7 +256,7 @@ def test_a_changed_frame_size_ends_the_run_and_keeps_the_recording(tmp_path):
             return replace(seen, frame=np.zeros((32, 64, 3), np.uint8)) if len(self.commands) == 5 else seen
 
     robot = Changing()
-    message = r"expected frames of \(32, 48, 3\), as in the first step, got \(32, 64, 3\)"
+    message = r"expected frames of \(32, 48, 3\) of .*ego_view, as in the first step, got \(32, 64, 3\)"
     with pytest.raises(ValueError, match=message), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
         run(robot, [[1, 2, 3, 4]] * 3, steps=10, recorder=recorder)
     dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -43,6 +43,13 @@ class Robot(Protocol):
     def disconnect(self) -> None:
         """Release the hardware, after `stop`."""
         ...
+
+
+@runtime_checkable
+class NamesCamera(Protocol):
+    """A robot that names the camera of `Observation.frame`. Optional."""
+
+    camera: str
 
 
 class SimulatedRobot:
