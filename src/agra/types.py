@@ -130,12 +130,14 @@ class Continuation:
 class EmbodimentSpec:
     """Named parts of a robot's state and action, in order, each with its dimensions [start, end).
 
-    `views` are the names of further cameras to the right of the frame.
+    `views` are the names of further cameras to the right of the frame. `recorded_sizes` are the (H, W) of the frame and
+    of each view where the policy crops them, and takes no other size. Otherwise it is empty.
     """
 
     state: Mapping[str, tuple[int, int]]
     action: Mapping[str, tuple[int, int]]
     views: tuple[str, ...] = ()
+    recorded_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def state_dim(self) -> int:
@@ -152,7 +154,7 @@ class EmbodimentSpec:
 class PolicySpec:
     """Inputs and outputs of a policy.
 
-    `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can
+    `frame_size` (H, W) is the size to which the policy resizes frames. `imagines` tells whether it can
     predict video. `past` are earlier control steps whose observations it also reads, such as (-1,). `action_noise` is
     where it starts to denoise a chunk, `video_noise` the noise of a world action model's conditioning pass.
     """

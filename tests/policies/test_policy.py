@@ -11,6 +11,7 @@ from agra.data.normalization.normalize import NormStats
 from agra.methods.wam import WAMMethod
 from agra.policies.instructions import Instructions
 from agra.policies.policy import MethodPolicy
+from agra.serving.server.policy_checks import check_policy
 from agra.types import BatchPolicy, Continuation, ImaginingPolicy, Observation, PolicyRequest
 from agra.wam.codec import to_frames
 
@@ -253,6 +254,21 @@ def test_a_cropped_policy_warms_up(make_policy, small_config):
     assert policy.blank_observation().frame.shape == (70, 90, 3)
     policy.warm_up(1)
     assert make_policy().blank_observation().frame.shape == (32, 48, 3)
+
+
+def test_each_camera_has_its_recorded_size(make_policy, small_config):
+    """Where a crop counts its pixels. A checkpoint without the sizes takes frames of any size, as before."""
+    cameras = {"camera": "observation.images.front", "extra_cameras": ("observation.images.wrist",)}
+    config = replace(small_config, data=replace(small_config.data, **cameras, crop_rows=(8, 40)))
+    sizes = {"observation.images.front": (48, 64), "observation.images.wrist": (60, 80)}
+    policy = make_policy(config, recorded_sizes=dict.fromkeys(config.data.embodiments, sizes))
+    blank = policy.blank_observation()
+    assert (blank.frame.shape, blank.views["wrist"].shape) == ((48, 64, 3), (60, 80, 3))
+    check_policy(policy)
+    other = replace(blank, views={"wrist": np.zeros((48, 80, 3), np.uint8)})
+    with pytest.raises(ValueError, match=r"wrist: expected 60 x 80 pixels as in the training data, .* got 48 x 80"):
+        policy.act(other)
+    make_policy(config).act(other)
 
 
 @pytest.mark.parametrize("crop", [None, (8, 56)])

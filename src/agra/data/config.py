@@ -115,9 +115,14 @@ class SourceConfig:
         return frames
 
     @property
+    def crops(self) -> bool:
+        """True for a source with a crop."""
+        return self.crop_rows is not None or self.crop_columns is not None
+
+    @property
     def crops_each_camera(self) -> bool:
         """True for a crop with several cameras. It cannot be applied to cameras that stand side by side already."""
-        return bool(self.extra_cameras) and (self.crop_rows is not None or self.crop_columns is not None)
+        return bool(self.extra_cameras) and self.crops
 
     def picture(self, views: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Crop each camera's frames (..., H, W, 3), and place those of extra cameras to the right, scaled to the height.

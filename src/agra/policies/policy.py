@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agra.alignment.teacher import Teacher
 from agra.batch import PolicyInputs
+from agra.checkpoints.recorded_sizes import RecordedSizes
 from agra.config import RunConfig
 from agra.data.normalization.normalize import NormStats
 from agra.flow import continuation_weights
@@ -52,6 +53,7 @@ class MethodPolicy:
         instructions: Instructions | None,
         stats: Mapping[str, NormStats],
         teacher: Teacher | None = None,
+        recorded_sizes: RecordedSizes | None = None,
         device: torch.device | str = "cpu",
         precision: Precision | None = None,
         imagines: bool = True,
@@ -60,6 +62,8 @@ class MethodPolicy:
         **options: Any,
     ) -> None:
         """Move, cast and freeze `method`, in place. `precision` is the training's by default.
+
+        `recorded_sizes` are those of a checkpoint whose training frames are cropped: other sizes are refused.
 
         `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero.
         `video_noise` is the noise of the conditioning pass and of a predicted video: random as in the paper, fixed (the
@@ -71,7 +75,9 @@ class MethodPolicy:
         """
         self.name, self.config, self.stats = name, config, stats
         self.device = local_device(device)
-        self.observations = ObservationEncoder(config, codec, instructions, stats, teacher=teacher, device=self.device)
+        self.observations = ObservationEncoder(
+            config, codec, instructions, stats, teacher=teacher, recorded_sizes=recorded_sizes, device=self.device
+        )
         allow_tensor_cores(self.device)
         dtype = compute_dtype(self.device, precision or config.stage.precision)
         self.method = method.to(self.device, dtype).eval().requires_grad_(False)
@@ -113,17 +119,19 @@ class MethodPolicy:
     def blank_observation(self) -> Observation:
         """Make an observation of a black frame, the mean state of the first embodiment, and a known instruction.
 
-        The frame has the method's size, or is large enough for the crop of the embodiment's source. So has each view of
-        its extra cameras.
+        The frame and the view of each extra camera have their recorded size. Where it is unknown, they have the
+        method's size, or are large enough for the crop of the embodiment's source.
         """
         embodiment, stats = next(iter(self.stats.items()))
         source, (height, width) = self.config.data.source(embodiment), self.frame_size
         rows, columns = source.crop_rows or (0, height), source.crop_columns or (0, width)
         texts = () if self.instructions is None else self.instructions.known
-        frame = np.zeros((rows[1], columns[1], 3), np.uint8)
+        views = self.observations.views_of(embodiment)
+        sizes = self.observations.sizes_of(embodiment) or ((rows[1], columns[1]),) * (1 + len(views))
+        frame, *others = (np.zeros((*size, 3), np.uint8) for size in sizes)
         return Observation(
             frame=frame,
-            views=dict.fromkeys(self.observations.views_of(embodiment), frame),
+            views=dict(zip(views, others, strict=True)),
             state=np.asarray(stats.state["mean"], np.float32),
             instruction=next(iter(texts), "warm up"),
             embodiment=embodiment,
@@ -179,6 +187,7 @@ class MethodPolicy:
                 state={part.name: (part.start, part.end) for part in stats.parts("state")},
                 action={part.name: (part.start, part.end) for part in stats.parts("action")},
                 views=self.observations.views_of(name),
+                recorded_sizes=self.observations.sizes_of(name),
             )
             for name, stats in self.stats.items()
         }

@@ -84,7 +84,7 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
                 quantity: {part: list(span) for part, span in getattr(robot, quantity).items()}
                 for quantity in ("state", "action")
             }
-            | {"views": list(robot.views)}
+            | {"views": list(robot.views), "recorded_sizes": [list(size) for size in robot.recorded_sizes]}
             for name, robot in spec.embodiments.items()
         },
         "keys": {
@@ -109,6 +109,7 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
             name: EmbodimentSpec(
                 **{q: {part: (int(a), int(b)) for part, (a, b) in robot[q].items()} for q in ("state", "action")},
                 views=tuple(str(view) for view in robot.get("views", ())),
+                recorded_sizes=tuple((int(h), int(w)) for h, w in robot.get("recorded_sizes", ())),
             )
             for name, robot in message["embodiments"].items()
         }
