@@ -116,6 +116,7 @@ def test_swaps_stay_within_the_group_and_rivals_share_the_scene(initial):
         assert initial[row].trial.split("/")[0] == initial[other].trial.split("/")[0]
     shown = observations(initial, swaps)
     assert shown["image_masked"][0].frame.std() == 0
+    assert all(observation.joined for observation in shown["unchanged"]), "a dataset's frames hold all of its cameras"
     assert shown["instruction_swapped"][0].instruction == "take the green one"
     np.testing.assert_array_equal(shown["instruction_swapped"][0].frame, initial[0].observation.frame)
     same = Swaps.of(["a"] * 4, ["x"] * 4, {})

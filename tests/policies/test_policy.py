@@ -282,11 +282,16 @@ def test_extra_cameras_are_cropped_and_joined_as_in_training(make_policy, small_
     assert trained.shape == (48, 128 if crop is None else 96, 3)
     np.testing.assert_array_equal(policy.observations.picture(observation), trained)
     policy.warm_up(1)
-    with pytest.raises(ValueError, match="expected the extra cameras wrist, got hand; name the view 'wrist'"):
+    with pytest.raises(ValueError, match="expected the extra cameras wrist, got hand; pass the view 'wrist'"):
         policy.act(replace(observation, views={"hand": wrist[0]}))
-    joined = replace(observation, frame=np.concatenate([front[0], wrist[0]], axis=1), views={})
+    with pytest.raises(ValueError, match="expected the extra cameras wrist, got none; pass the view 'wrist'"):
+        policy.act(replace(observation, views={}))
+    with pytest.raises(ValueError, match="expected none with a joined frame, got wrist"):
+        replace(observation, views={"wrist": wrist[0]}, joined=True)
+    check_policy(policy)
+    joined = replace(observation, frame=np.concatenate([front[0], wrist[0]], axis=1), views={}, joined=True)
     if crop is None:
         np.testing.assert_array_equal(policy.observations.picture(joined), trained)
     else:
-        with pytest.raises(ValueError, match=r"expected wrist in Observation\.views, got one frame"):
+        with pytest.raises(ValueError, match=r"expected wrist in Observation\.views, got one joined frame"):
             policy.act(joined)

@@ -122,9 +122,9 @@ class ObservationEncoder:
     def picture(self, observation: Observation) -> np.ndarray:
         """Make the picture (H, W, 3) of an observation as in training: cropped, with extra cameras to the right.
 
-        The extra cameras are `Observation.views`, under their names without "observation.images.". An observation
-        without views holds all cameras side by side in its frame. Raises ValueError for a missing view, and for frames
-        of another size than the recorded ones that the crop was chosen for.
+        The extra cameras are `Observation.views`, under their names without "observation.images.". A joined frame holds
+        them already. Raises ValueError for a missing view, and for frames of another size than the recorded ones that
+        the crop was chosen for.
         """
         source, names = self.config.data.source(observation.embodiment), self.views_of(observation.embodiment)
         cameras = cameras_of(observation, names)
@@ -153,7 +153,7 @@ class ObservationEncoder:
         if source.crops_each_camera:
             raise ValueError(
                 "the observed frame: data.crop_rows and data.crop_columns crop each camera alone, expected"
-                f" {', '.join(self.views_of(embodiment))} in Observation.views, got one frame; pass each"
+                f" {', '.join(self.views_of(embodiment))} in Observation.views, got one joined frame; pass each"
                 " camera by itself, or train without the crop"
             )
         self._check_sizes([frames], ["the observed frame"], embodiment)

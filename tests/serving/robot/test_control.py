@@ -1,7 +1,11 @@
 """The control loop with a robot that records its commands: lost connections, a restarted server, a swapped policy."""
 
+import re
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +18,7 @@ from agra.serving.robot.executors import Asynchronous, DelayedInference, Synchro
 from agra.serving.robot.recorder import DatasetRecorder
 from agra.serving.robot.robots import LeRobotArm
 from agra.serving.server.app import PolicySource, reload
-from agra.types import ActionChunk, Embodiment, Observation
+from agra.types import ActionChunk, Embodiment, EmbodimentSpec, Observation, PolicySpec
 from tests.support.echo import Echo, running, spec
 
 NAMES = tuple("abcd")
@@ -350,6 +354,59 @@ def test_an_arm_stops_where_it_was_seen_last_when_its_camera_fails(caplog):
     with pytest.raises(TimeoutError, match="no new frame"):
         run(arm, [[90, 90]] * 10, steps=10)
     assert len(driver.sent) == 4, "the position of an earlier run is no target"
+
+
+class TwoCameras(Driver):
+    def get_observation(self):
+        return {**super().get_observation(), "wrist": np.full((16, 24, 3), 7, np.uint8)}
+
+
+def test_an_arm_with_two_cameras():
+    arm = LeRobotArm(TwoCameras(), camera="front", extra_cameras=("wrist",), instruction="go", embodiment="so101")
+    seen = arm.observe()
+    assert seen.frame.shape == (32, 48, 3)
+    assert seen.views["wrist"].shape == (16, 24, 3)
+    with pytest.raises(ValueError, match="has no 'side'"):
+        LeRobotArm(arm.driver, camera="front", extra_cameras=("side",), instruction="go", embodiment="x").observe()
+    with pytest.raises(ValueError, match="expected other cameras than 'front', each once"):
+        LeRobotArm(arm.driver, camera="front", extra_cameras=("front",), instruction="go", embodiment="x")
+
+
+def test_the_documented_program_controls_an_arm_with_two_cameras(tmp_path, monkeypatch):
+    """The program of docs/serving.md with a stand-in for LeRobot's driver, fewer steps and this server's address."""
+    robot = EmbodimentSpec(state={"arm": (0, 2)}, action={"arm": (0, 2)}, views=("wrist",))
+    policy = Echo(PolicySpec(name="so101", horizon=5, frame_size=(32, 48), embodiments={"so_follower": robot}))
+    policy.act_batch = lambda requests: (
+        policy.batches.append(requests[-1].observation)
+        or [ActionChunk(actions=np.ones((5, 2), np.float32))] * len(requests)
+    )
+    lerobot = {
+        "lerobot.cameras.opencv": {"OpenCVCameraConfig": SimpleNamespace},
+        "lerobot.robots.so_follower": {
+            "SO101FollowerConfig": SimpleNamespace,
+            "SO101Follower": lambda config: TwoCameras() if list(config.cameras) == ["front", "wrist"] else None,
+        },
+    }
+    for name, content in lerobot.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    page = (Path(__file__).parents[3] / "docs/serving.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    with running(policy) as server:
+        changes = {
+            "ws://gpu-machine:8000": server.address,
+            "runs/monday": str(tmp_path / "log"),
+            "steps=30 * 60": "steps=9",
+        }
+        for old, new in changes.items():
+            assert old in program
+            program = program.replace(old, new)
+        scope: dict = {}
+        exec(program, scope)
+        scope["policy"].close()
+    assert policy.batches[0].views["wrist"].shape == (16, 24, 3)
+    for name in ("front", "wrist"):
+        recorded = LeRobotDataset(tmp_path / "log", camera=f"observation.images.{name}")
+        assert len(recorded.frames(0)) == 9
 
 
 class Watched(Robot):

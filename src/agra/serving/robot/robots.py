@@ -112,14 +112,24 @@ class LeRobotArm:
 
     The driver has `connect`, `disconnect`, `get_observation` (a map with a number for each "<motor>.pos" and an image
     (H, W, 3) uint8 RGB for each camera), `send_action` (a map "<motor>.pos" to number) and `action_features`. State and
-    action are the positions of `joints` in that order and in the driver's units. Both must be those of the policy's
-    training data.
+    action are the positions of `joints` in that order and in the driver's units. `camera` is that of the frame, and
+    `extra_cameras` are the views. All must be those of the policy's training data.
     """
 
     def __init__(
-        self, driver: Any, *, camera: str, instruction: str, embodiment: str, joints: Sequence[str] | None = None
+        self,
+        driver: Any,
+        *,
+        camera: str,
+        instruction: str,
+        embodiment: str,
+        extra_cameras: Sequence[str] = (),
+        joints: Sequence[str] | None = None,
     ) -> None:
         self.driver, self.camera, self.instruction = driver, camera, instruction
+        self.extra_cameras = tuple(extra_cameras)
+        if len({camera, *self.extra_cameras}) != 1 + len(self.extra_cameras):
+            raise ValueError(f"extra_cameras: expected other cameras than {camera!r}, each once, got {extra_cameras}")
         available = list(driver.action_features)
         names = tuple(available if joints is None else joints)
         if missing := [name for name in names if name not in available]:
@@ -133,15 +143,17 @@ class LeRobotArm:
         self.driver.connect()
 
     def observe(self) -> Observation:
-        """Read the camera's image and the joints. Raises ValueError for a driver without one of them."""
+        """Read the cameras' images and the joints. Raises ValueError for a driver without one of them."""
         values: Mapping[str, Any] = self.driver.get_observation()
-        missing = [name for name in (self.camera, *self.embodiment.state_names) if name not in values]
+        required = (self.camera, *self.extra_cameras, *self.embodiment.state_names)
+        missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"driver: its observation has no {missing[0]!r}, only {', '.join(map(str, values))}")
         state = np.array([float(values[name]) for name in self.embodiment.state_names], np.float32)
         self._state = state
         return Observation(
             frame=np.asarray(values[self.camera]),
+            views={name: np.asarray(values[name]) for name in self.extra_cameras},
             state=state,
             instruction=self.instruction,
             embodiment=self.embodiment.name,
