@@ -105,7 +105,7 @@ def _past(
     states, given = message.get("past_state"), message.get("past_views")
     if not spec.past or (message.get("past_image") is None and states is None):
         return ()
-    clips = {"past_image": message.get("past_image")}
+    clips: dict[str, Any] = {"past_image": message.get("past_image")}
     if robot.views:
         if not isinstance(given, dict) or given.keys() != {*robot.views}:
             got = _listed(given) if isinstance(given, dict) else _kind(given)
