@@ -522,18 +522,20 @@ def test_a_small_frame_does_not_wait_for_all_large_ones():
         ]  # the small request came last and is in the first batch after the running one
 
 
-def test_past_frames_count_as_large():
-    """A frame has 768 bytes. With three past ones a request is large, and two of those fit into a forward pass."""
+@pytest.mark.parametrize("further", ["past", "views"])
+def test_past_frames_and_views_count_as_large(further):
+    """A frame has 768 bytes. With three further ones a request is large, and two of those fit into a forward pass."""
     policy = Gated()
     one = observation(size=(16, 16))
-    with_past = replace(one, past=(one,) * 3)
+    views = dict.fromkeys(("left", "right", "wrist"), one.frame)
+    large = replace(one, past=(one,) * 3) if further == "past" else replace(one, views=views)
 
     async def submit():
         batcher = Batcher(policy, small=1000, max_large=2 * 4 * 768)
         running = [asyncio.ensure_future(batcher.submit(PolicyRequest(observation=one, episode=0)))]
         while batcher.running_since is None:
             await asyncio.sleep(0.01)
-        for waiting in (*[with_past] * 4, one):
+        for waiting in (*[large] * 4, one):
             running.append(asyncio.ensure_future(batcher.submit(PolicyRequest(observation=waiting, episode=0))))
         await asyncio.sleep(0)
         policy.gate.set()
