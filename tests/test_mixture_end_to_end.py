@@ -18,8 +18,10 @@ from agra.data.lerobot.writer import write_dataset
 from agra.data.normalization.normalize import NormStats
 from agra.data.sampling.sampler import WindowSampler
 from agra.data.source import embodiment_stats, open_sources
+from agra.policies.export import export
 from agra.policies.load import load_policy
 from agra.recipes import at_stage, tiny
+from agra.serving.server.policy_checks import check_policy
 from agra.stages import Stage
 from agra.training.distributed import DistributedContext
 from agra.types import Embodiment, Episode, Observation
@@ -27,6 +29,7 @@ from agra.wam.bridge import bridged_layers
 from tests.support.layouts import write_egodex
 
 EMBODIMENTS = ("tabletop", "tabletop_human", "human_egodex")
+RECORDED = {"tabletop_human": (48, 64), "human_egodex": (54, 96)}
 DIMENSIONS = {"tabletop": 12, "tabletop_human": 12, "human_egodex": 18}
 
 
@@ -109,7 +112,7 @@ def test_actions_are_in_each_embodiment_s_units(trained):
         policy = load_policy(folder / stage)
         assert set(policy.stats) == set(EMBODIMENTS)
         for name in EMBODIMENTS:
-            frame = np.full((60, 96, 3), 90, np.uint8)
+            frame = np.full((*RECORDED.get(name, (60, 96)), 3), 90, np.uint8)
             state = np.zeros(DIMENSIONS[name], np.float32)
             policy.reset(0)
             chunk = policy.act(Observation(frame=frame, state=state, instruction="move 0", embodiment=name))
@@ -132,6 +135,23 @@ def test_a_policy_crops_as_training_did(trained):
     above[:8], inside[8:16] = 255, 255
     assert np.array_equal(act(above), act(frame))
     assert not np.array_equal(act(inside), act(frame))
+
+
+def test_a_policy_with_a_crop_takes_frames_of_the_recorded_size_alone(trained):
+    folder, _ = trained
+    policy = load_policy(export(folder / Stage.JOINT, folder / "exported"))
+    assert {name: policy.spec.embodiments[name].recorded_sizes for name in RECORDED} == {
+        name: (size,) for name, size in RECORDED.items()
+    }
+    assert policy.spec.embodiments["tabletop"].recorded_sizes == (), "it has no crop, so any size fits"
+    check_policy(policy)
+    state = np.zeros(12, np.float32)
+    larger = Observation(
+        frame=np.zeros((96, 128, 3), np.uint8), state=state, instruction="move 0", embodiment="tabletop_human"
+    )
+    with pytest.raises(ValueError, match=r"the observed frame: expected 48 x 64 pixels .* got 96 x 128"):
+        policy.act(larger)
+    policy.act(replace(larger, embodiment="tabletop"))
 
 
 def test_a_checkpoint_holds_the_statistics_of_every_part(trained):

@@ -17,6 +17,8 @@ from agra import files
 from agra.alignment.teacher import load_teacher
 from agra.checkpoints.folder import artifact_dir, newest, resolve
 from agra.checkpoints.lineage import describe, lineage, record_origin
+from agra.checkpoints.recorded_sizes import FILE as RECORDED_SIZES
+from agra.checkpoints.recorded_sizes import write_recorded_sizes
 from agra.config import RunConfig, VisualRelianceConfig
 from agra.data.features.encoders import codec_file, open_codec
 from agra.data.features.instruction_tokens import InstructionTokens
@@ -30,7 +32,7 @@ from agra.data.features.preparation import (
 from agra.data.normalization.normalize import NormStats
 from agra.data.sampling.prefetch import Prefetched
 from agra.data.sampling.sampler import WindowSampler
-from agra.data.source import Source, embodiment_stats, open_sources
+from agra.data.source import Source, embodiment_stats, open_sources, recorded_sizes
 from agra.diagnostics.diagnosis import diagnose as run_diagnosis
 from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.monitors import GroundingMonitor, PredictionMonitor, VisualRelianceMonitor, require_video
@@ -202,6 +204,8 @@ def _extra_files(
 ) -> dict[str, Callable[[Path], object]]:
     """Return writers of the files that a policy needs besides the weights."""
     writers: dict[str, Callable[[Path], object]] = {"norm_stats.json": partial(NormStats.save_all, stats)}
+    if sizes := recorded_sizes(sources):
+        writers[RECORDED_SIZES] = partial(write_recorded_sizes, sizes=sizes)
     if tokens is not None:
         writers[INSTRUCTIONS] = lambda path: write_instruction_tokens(path, tokens, sources)
     codec = config.method.codec

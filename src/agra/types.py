@@ -33,7 +33,10 @@ class SimulatorFailed(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Observation:
-    """Input of a policy at one instant: o_0, s_0 and c (Eq. 1). `views` holds additional cameras of a suite.
+    """Input of a policy at one instant: o_0, s_0 and c (Eq. 1).
+
+    `views` holds the frames of further cameras by name. A policy with several cameras (`EmbodimentSpec.views`) needs
+    them, unless `joined` says that the frame holds all cameras side by side already.
 
     `past` holds the observations at the control steps `PolicySpec.past`, in that order. At the start of an episode the
     first observation repeats. If `past` is empty, the present observation stands for all.
@@ -45,8 +48,11 @@ class Observation:
     embodiment: str
     views: Mapping[str, np.ndarray] = field(default_factory=dict)  # each (H, W, 3) uint8 RGB
     past: tuple["Observation", ...] = ()
+    joined: bool = False
 
     def __post_init__(self) -> None:
+        if self.joined and self.views:
+            raise ValueError(f"Observation.views: expected none with a joined frame, got {', '.join(self.views)}")
         for name, frame in {"frame": self.frame, **self.views}.items():
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise ValueError(f"Observation.{name}: expected (H, W, 3) uint8, got {frame.shape} {frame.dtype}")
@@ -55,17 +61,18 @@ class Observation:
 
 
 def cameras_of(observation: Observation, names: Sequence[str]) -> list[np.ndarray]:
-    """Return the frame and the views of further cameras, in order, each (H, W, 3) uint8.
+    """Return the frame and the views `names` of further cameras, in order, each (H, W, 3) uint8.
 
-    An observation without views holds all cameras side by side in its frame. Raises ValueError for a missing view.
+    Of an observation whose cameras are joined, return its frame alone. Raises ValueError for a missing view.
     """
-    if not names or not observation.views:
+    if observation.joined:
         return [observation.frame]
     missing = [name for name in names if name not in observation.views]
     if missing:
         raise ValueError(
-            f"Observation.views: expected the extra cameras {', '.join(names)}, got {', '.join(observation.views)};"
-            f" name the view {missing[0]!r}, or train with the view's name in the dataset's meta/modality.json"
+            f"Observation.views: expected the extra cameras {', '.join(names)}, got"
+            f" {', '.join(observation.views) or 'none'}; pass the view {missing[0]!r}, or train with the view's name in the"
+            " dataset's meta/modality.json"
         )
     return [observation.frame, *(observation.views[name] for name in names)]
 
@@ -130,12 +137,14 @@ class Continuation:
 class EmbodimentSpec:
     """Named parts of a robot's state and action, in order, each with its dimensions [start, end).
 
-    `views` are the names of further cameras to the right of the frame.
+    `views` are the names of further cameras to the right of the frame. `recorded_sizes` are the (H, W) of the frame and
+    of each view where the policy crops them, and takes no other size. Otherwise it is empty.
     """
 
     state: Mapping[str, tuple[int, int]]
     action: Mapping[str, tuple[int, int]]
     views: tuple[str, ...] = ()
+    recorded_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def state_dim(self) -> int:
@@ -152,7 +161,7 @@ class EmbodimentSpec:
 class PolicySpec:
     """Inputs and outputs of a policy.
 
-    `frame_size` (H, W) is the size to which the policy resizes frames of any size. `imagines` tells whether it can
+    `frame_size` (H, W) is the size to which the policy resizes frames. `imagines` tells whether it can
     predict video. `past` are earlier control steps whose observations it also reads, such as (-1,). `action_noise` is
     where it starts to denoise a chunk, `video_noise` the noise of a world action model's conditioning pass.
     """

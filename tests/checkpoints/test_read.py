@@ -59,6 +59,14 @@ def test_an_invalid_config_names_the_file(copy, name):
         load_policy(copy)
 
 
+@pytest.mark.parametrize("sizes", ['{"tabletop": [64, 112]}', '{"tabletop": {}}', '{"tabletop": {"a": [64]}}', "[]"])
+def test_invalid_recorded_sizes_name_the_file(copy, sizes):
+    (copy / "recorded_sizes.json").write_text(sizes)
+    seal(copy)
+    with pytest.raises(ValueError, match=r"recorded_sizes\.json: .*expected"):
+        load_policy(copy)
+
+
 NUMBERS = {
     "method.model.video_dit.num_layers": 3000,
     "method.model.action_dit.num_blocks": 10**6,

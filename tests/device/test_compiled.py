@@ -107,6 +107,8 @@ def test_newer_weights_are_adopted_without_compiling(trained, observation):
         assert not np.allclose(old.actions, ours.actions, atol=1e-4)
     assert first.recompiles == 0
     assert first.name == second.name
+    assert first.instructions is second.instructions
+    assert "encoder" in vars(first.instructions), "no later instruction waits for the text encoder"
 
 
 def test_policies_of_other_options_are_not_adopted(trained, observation):

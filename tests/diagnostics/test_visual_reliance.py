@@ -17,7 +17,7 @@ from agra.diagnostics.visual_reliance import (
     observations,
     rivals,
 )
-from agra.types import ActionChunk, Observation
+from agra.types import ActionChunk, Episode, Observation
 
 NAMES = ("hand_x", "hand_y", "grip")
 COLOURS = {"red": 0, "green": 1}
@@ -166,6 +166,12 @@ def test_swaps_stay_within_the_group_and_rivals_share_the_scene(initial):
     assert all(swaps.rival[row] != other for row, other in enumerate(swaps.image))
     same = Swaps.of(["a"] * 4, ["x"] * 4, demonstrated[:4], {})
     np.testing.assert_array_equal(same.instruction, np.arange(4))
+
+
+def test_an_initial_observation_holds_all_cameras_of_the_dataset():
+    frames, rows = np.zeros((2, 40, 60, 3), np.uint8), np.zeros((2, 3), np.float32)
+    episode = Episode(frames=frames, states=rows, actions=rows, instruction="go", embodiment="dot", fps=10)
+    assert InitialObservation.of(episode, trial="0", group="go").observation.joined
 
 
 def test_groups_by_instruction():

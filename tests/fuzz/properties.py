@@ -40,7 +40,7 @@ from agra.serving.protocol.validation import RequestError, parse_request
 from agra.serving.protocol.wire import WireError, pack, pack_groot, unpack, unpack_groot
 from agra.serving.protocol.zmtp import COMMAND, GREETING, LONG, MORE, Peer, ProtocolError
 from agra.serving.server.config import GrootWire
-from agra.serving.server.groot import flatten, parse_observations
+from agra.serving.server.groot_messages import flatten, parse_observations
 from agra.types import EmbodimentSpec, Observation, PolicySpec
 from agra.weights import write_tensors
 from tests.support.layouts import CAMERAS, write_gr1, write_v2, write_v3

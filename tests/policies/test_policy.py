@@ -1,5 +1,6 @@
 """MethodPolicy in batches: the chunks of single requests, on the fast path and the plain one, and continuations."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from agra.data.normalization.normalize import NormStats
 from agra.methods.wam import WAMMethod
 from agra.policies.instructions import Instructions
 from agra.policies.policy import MethodPolicy
+from agra.serving.server.policy_checks import check_policy
 from agra.types import BatchPolicy, Continuation, ImaginingPolicy, Observation, PolicyRequest
 from agra.wam.codec import to_frames
 
@@ -211,6 +213,40 @@ def test_imagining_changes_no_action_and_starts_from_the_observation(make_policy
     assert not policy.spec.imagines
 
 
+def test_a_text_encoder_is_taken_over_unless_its_projection_differs():
+    first, second = (torch.nn.Linear(3, 2) for _ in range(2))
+    loads = []
+
+    def make(projection):
+        return Instructions(lambda: loads.append(projection) or Text(), projection=projection)
+
+    serving = make(first)
+    make(first).take_encoder(serving)
+    assert not loads, "there is nothing to take over, and an encoder may never be needed"
+    serving.load()
+    same, other = make(deepcopy(first)), make(second)
+    same.take_encoder(serving)
+    other.take_encoder(serving)
+    assert same.encoder is serving.encoder
+    assert loads == [first, second]
+    known = Instructions(None, {"go": torch.zeros(2, 3)}, projection=first)
+    known.take_encoder(serving)
+    with pytest.raises(ValueError, match="known instructions alone"):
+        _ = known.encoder
+
+
+def test_prefixes_of_instructions_are_stripped_as_in_training(make_policy, small_config):
+    data = replace(small_config.data, strip_prefixes=("unlocked_waist: ", "locked_waist: "))
+    policy = make_policy(replace(small_config, data=data))
+    chunks = []
+    for text in ("go", "unlocked_waist: go", "locked_waist: go"):
+        policy.reset(3)
+        chunks.append(policy.act(replace(see(policy), instruction=text)).actions)
+    assert np.array_equal(chunks[0], chunks[1])
+    assert np.array_equal(chunks[0], chunks[2])
+    assert policy.instructions.encoder.encoded == ["go"]
+
+
 def test_a_cropped_policy_warms_up(make_policy, small_config):
     """The blank frame is large enough for the crop, which ends beyond the method's 32 x 48 pixels."""
     data = replace(small_config.data, crop_rows=(20, 70), crop_columns=(10, 90))
@@ -218,6 +254,21 @@ def test_a_cropped_policy_warms_up(make_policy, small_config):
     assert policy.blank_observation().frame.shape == (70, 90, 3)
     policy.warm_up(1)
     assert make_policy().blank_observation().frame.shape == (32, 48, 3)
+
+
+def test_each_camera_has_its_recorded_size(make_policy, small_config):
+    """Where a crop counts its pixels. A checkpoint without the sizes takes frames of any size, as before."""
+    cameras = {"camera": "observation.images.front", "extra_cameras": ("observation.images.wrist",)}
+    config = replace(small_config, data=replace(small_config.data, **cameras, crop_rows=(8, 40)))
+    sizes = {"observation.images.front": (48, 64), "observation.images.wrist": (60, 80)}
+    policy = make_policy(config, recorded_sizes=dict.fromkeys(config.data.embodiments, sizes))
+    blank = policy.blank_observation()
+    assert (blank.frame.shape, blank.views["wrist"].shape) == ((48, 64, 3), (60, 80, 3))
+    check_policy(policy)
+    other = replace(blank, views={"wrist": np.zeros((48, 80, 3), np.uint8)})
+    with pytest.raises(ValueError, match=r"wrist: expected 60 x 80 pixels as in the training data, .* got 48 x 80"):
+        policy.act(other)
+    make_policy(config).act(other)
 
 
 @pytest.mark.parametrize("crop", [None, (8, 56)])
@@ -231,11 +282,16 @@ def test_extra_cameras_are_cropped_and_joined_as_in_training(make_policy, small_
     assert trained.shape == (48, 128 if crop is None else 96, 3)
     np.testing.assert_array_equal(policy.observations.picture(observation), trained)
     policy.warm_up(1)
-    with pytest.raises(ValueError, match="expected the extra cameras wrist, got hand; name the view 'wrist'"):
+    with pytest.raises(ValueError, match="expected the extra cameras wrist, got hand; pass the view 'wrist'"):
         policy.act(replace(observation, views={"hand": wrist[0]}))
-    joined = replace(observation, frame=np.concatenate([front[0], wrist[0]], axis=1), views={})
+    with pytest.raises(ValueError, match="expected the extra cameras wrist, got none; pass the view 'wrist'"):
+        policy.act(replace(observation, views={}))
+    with pytest.raises(ValueError, match="expected none with a joined frame, got wrist"):
+        replace(observation, views={"wrist": wrist[0]}, joined=True)
+    check_policy(policy)
+    joined = replace(observation, frame=np.concatenate([front[0], wrist[0]], axis=1), views={}, joined=True)
     if crop is None:
         np.testing.assert_array_equal(policy.observations.picture(joined), trained)
     else:
-        with pytest.raises(ValueError, match=r"expected wrist in Observation\.views, got one frame"):
+        with pytest.raises(ValueError, match=r"expected wrist in Observation\.views, got one joined frame"):
             policy.act(joined)

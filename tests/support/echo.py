@@ -6,6 +6,7 @@ import http.client
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import websockets.sync.client
@@ -21,6 +22,13 @@ STATE, ACTION, HORIZON = 4, 3, 5
 def spec(name="echo", *, state=STATE, action=ACTION, horizon=HORIZON):
     robot = EmbodimentSpec(state={"arm": (0, state - 1), "hand": (state - 1, state)}, action={"arm": (0, action)})
     return PolicySpec(name=name, horizon=horizon, frame_size=(32, 48), embodiments={"robot": robot})
+
+
+def several_cameras(policy_spec=None, views=("wrist",)):
+    """The description of a policy that also reads further cameras."""
+    policy_spec = policy_spec or spec()
+    robots = {name: replace(robot, views=views) for name, robot in policy_spec.embodiments.items()}
+    return replace(policy_spec, embodiments=robots)
 
 
 def observation(seed=0, instruction="go", size=(32, 48)):

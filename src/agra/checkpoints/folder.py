@@ -8,6 +8,7 @@
       codec.safetensors         a codec fit on the data, where there is one
       instructions.safetensors  tokens of the training instructions
       norm_stats.json           statistics that undo the normalisation
+      recorded_sizes.json       sizes of the frames that are cropped, where they are
       trainer.json              the number of finished steps
       manifest.json             sha256 of every file above
 
@@ -28,7 +29,7 @@ from agra import files
 BUNDLED = Path(__file__).parent.parent / "assets"
 """The folder of the bundled policies, which are exports by name."""
 ADAPTERS, OPTIMIZER = "lora.safetensors", "optimizer.safetensors"
-READ = ("*.safetensors", "sharded/*.safetensors", "norm_stats.json", "trainer.json")
+READ = ("*.safetensors", "sharded/*.safetensors", "norm_stats.json", "recorded_sizes.json", "trainer.json")
 """Patterns of the files that readers open. The manifest must list these files."""
 REMEDY = "take it from its source again"
 STEP = re.compile(r"step_(\d{6,})")

@@ -91,6 +91,12 @@ class SourceConfig:
             keys.append((name, method))
         return tuple(keys)
 
+    def without_prefixes(self, instruction: str) -> str:
+        """Remove `strip_prefixes`, each once and in order, from the start of an instruction."""
+        for prefix in self.strip_prefixes:
+            instruction = instruction.removeprefix(prefix)
+        return instruction
+
     def crop(self, frames: np.ndarray, name: str) -> np.ndarray:
         """Crop frames (..., H, W, 3) to `crop_rows` and `crop_columns`.
 
@@ -109,9 +115,14 @@ class SourceConfig:
         return frames
 
     @property
+    def crops(self) -> bool:
+        """True for a source with a crop."""
+        return self.crop_rows is not None or self.crop_columns is not None
+
+    @property
     def crops_each_camera(self) -> bool:
         """True for a crop with several cameras. It cannot be applied to cameras that stand side by side already."""
-        return bool(self.extra_cameras) and (self.crop_rows is not None or self.crop_columns is not None)
+        return bool(self.extra_cameras) and self.crops
 
     def picture(self, views: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Crop each camera's frames (..., H, W, 3), and place those of extra cameras to the right, scaled to the height.
@@ -210,5 +221,5 @@ class DataConfig(SourceConfig):
         return self.path if self.mixture else ""
 
     def source(self, embodiment: str) -> SourceConfig:
-        """The first source of an embodiment. Its cameras and crop define the observations of a policy."""
+        """The first source of an embodiment. Its cameras, crop and prefixes define the observations of a policy."""
         return next((source for source in self.mixture if source.embodiment == embodiment), self)

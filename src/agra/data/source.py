@@ -128,6 +128,13 @@ def _check_quantiles(dataset: LeRobotDataset, stats: NormStats) -> None:
                     )
 
 
+def recorded_sizes(sources: Sequence[Source]) -> dict[str, dict[str, tuple[int, int]]]:
+    """Read the height and width of each camera's recorded frames, for the embodiments whose first source crops them."""
+    first = {source.dataset.embodiment: source for source in reversed(sources)}
+    cropped = {name: source.dataset for name, source in first.items() if source.config.crops}
+    return {name: dataset.cameras.sizes(dataset.layout.entries[0]) for name, dataset in cropped.items()}
+
+
 def _methods(source: Source) -> tuple:
     config = source.config
     return config.normalization, source.dataset.parts("state"), source.dataset.parts("action")

@@ -36,12 +36,13 @@ class InitialObservation:
 
     @classmethod
     def of(cls, episode: Episode, *, trial: str, group: str) -> "InitialObservation":
-        """The initial observation of a recorded episode."""
+        """The initial observation of a recorded episode, whose frames hold all cameras of the dataset."""
         observation = Observation(
             frame=episode.frames[0],
             state=episode.states[0],
             instruction=episode.instruction,
             embodiment=episode.embodiment,
+            joined=True,
         )
         return cls(trial=trial, group=group, observation=observation, actions=episode.actions)
 

@@ -13,6 +13,7 @@ from agra import files
 from agra.checkpoints.folder import resolve, verify
 from agra.checkpoints.lineage import carry, describe, lineage
 from agra.checkpoints.read import part_tensors, read_config
+from agra.checkpoints.recorded_sizes import FILE as RECORDED_SIZES
 from agra.config import RunConfig
 from agra.hub import download_model, model_card_text, upload_model
 from agra.lora import LoRAConfig
@@ -27,7 +28,7 @@ LICENSE = "apache-2.0"
 """Licence of the weights, which is that of the code. Change the card to state another one."""
 MADE_OF = "export.json"
 """The file that records the checkpoint and the options of an export."""
-_COPIED = ("norm_stats.json", "trainer.json", "codec.safetensors", INSTRUCTIONS)
+_COPIED = ("norm_stats.json", "trainer.json", "codec.safetensors", INSTRUCTIONS, RECORDED_SIZES)
 
 
 def export(source: str | Path, output: Path, *, ema: bool = False, half: bool = False) -> Path:

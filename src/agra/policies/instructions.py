@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from agra.wam.text import TextEncoder
 
@@ -26,9 +27,14 @@ class Instructions:
         self,
         load: Callable[[], TextEncoder] | None,
         known: Mapping[str, Tensor] | None = None,
+        *,
+        projection: nn.Module | None = None,
     ) -> None:
-        """`load` makes the text encoder. None allows known instructions alone. `known` maps texts to tokens (L, E)."""
-        self._load, self.known = load, known or {}
+        """`load` makes the text encoder. None allows known instructions alone. `known` maps texts to tokens (L, E).
+
+        `projection` is the part of the text encoder that comes from the checkpoint, if there is one.
+        """
+        self._load, self.known, self.projection = load, known or {}, projection
         self.tokens = lru_cache(maxsize=_CACHED)(self._tokens)
         """(L, E) float32 tokens of an instruction, as in training."""
 
@@ -43,6 +49,18 @@ class Instructions:
         """Load the text encoder now, unless the policy has none."""
         if self._load is not None:
             _ = self.encoder
+
+    def take_encoder(self, other: "Instructions") -> None:
+        """Take over the text encoder that `other`, of the same `TextConfig`, has loaded.
+
+        Where the projections differ it is loaded instead, and where `other` has loaded none nothing happens.
+        """
+        if self._load is None or "encoder" not in vars(other):
+            return
+        if _weights_equal(self.projection, other.projection):
+            self.encoder = other.encoder
+        else:
+            self.load()
 
     def _tokens(self, instruction: str) -> Float[Tensor, "L E"]:
         if instruction in self.known:
@@ -80,6 +98,14 @@ class StoredInstructions(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._texts)
+
+
+def _weights_equal(first: nn.Module | None, second: nn.Module | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    weights, others = first.state_dict(), second.state_dict()
+    same_names = weights.keys() == others.keys()
+    return same_names and all(torch.equal(value.cpu(), others[name].cpu()) for name, value in weights.items())
 
 
 def _examples(texts: Iterable[str], count: int = 3) -> str:

@@ -9,6 +9,8 @@ import torch
 from agra.alignment.teacher import load_teacher
 from agra.checkpoints.folder import OPTIMIZER, keeps_optimizer, resolve, verify
 from agra.checkpoints.read import check_statistics, load_averages, load_parts, read_config, reading
+from agra.checkpoints.recorded_sizes import FILE as RECORDED_SIZES
+from agra.checkpoints.recorded_sizes import read_recorded_sizes
 from agra.config import RunConfig
 from agra.data.normalization.normalize import NormStats
 from agra.lora import merged
@@ -53,6 +55,7 @@ def load_policy(
         codec = None if settings is None else load_codec(settings, codec_file if codec_file.is_file() else None)
         stats = NormStats.load_all(folder / "norm_stats.json")
         check_statistics(stats, config, folder)
+        recorded_sizes = read_recorded_sizes(folder / RECORDED_SIZES, config.data)
         instructions = _instructions(folder, config, method, target, known_instructions=known_instructions)
     teacher = config.method.teacher if config.method.needs_to_act().features else None
     return MethodPolicy(
@@ -62,6 +65,7 @@ def load_policy(
         codec=None if codec is None else codec.to(target),
         instructions=instructions,
         stats=stats,
+        recorded_sizes=recorded_sizes,
         teacher=None if teacher is None else load_teacher(teacher).to(target),
         device=device,
         **options,
@@ -106,4 +110,4 @@ def _instructions(
     def load_encoder() -> TextEncoder:
         return load_text_encoder(text, projection).to(device)
 
-    return Instructions(None if known_instructions else load_encoder, known)
+    return Instructions(None if known_instructions else load_encoder, known, projection=projection)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agra.alignment.teacher import Teacher
 from agra.batch import PolicyInputs
+from agra.checkpoints.recorded_sizes import RecordedSizes
 from agra.config import RunConfig
 from agra.data.features.jobs import encode_frames, resize, teacher_grids_of_windows
 from agra.data.normalization.normalize import NormStats
@@ -28,11 +29,16 @@ class ObservationEncoder:
         stats: Mapping[str, NormStats],
         *,
         teacher: Teacher | None = None,
+        recorded_sizes: RecordedSizes | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`codec`, `instructions` and `teacher` may be None where the method does not need them."""
+        """`codec`, `instructions` and `teacher` may be None where the method does not need them.
+
+        Of an embodiment in `recorded_sizes`, observations must have frames of these sizes. Frames of other embodiments
+        may have any size.
+        """
         self.config, self.codec, self.instructions, self.stats = config, codec, instructions, stats
-        self.teacher, self.device = teacher, torch.device(device)
+        self.teacher, self.recorded_sizes, self.device = teacher, recorded_sizes or {}, torch.device(device)
         self.needs = config.method.needs_to_act()
         read = {*self.needs.frame_latents, *self.needs.frames, *self.needs.states, *self.needs.features}
         self._past_frames = tuple(sorted(frame for frame in read if frame < 0))
@@ -51,7 +57,7 @@ class ObservationEncoder:
         moments = [self._moments(observation) for observation in observations]
         states = [{number: self._state(o) for number, o in moment.items()} for moment in moments]
         frames = [{number: self.picture(o) for number, o in moment.items()} for moment in moments]
-        fields = self._features(frames, [o.instruction for o in observations])
+        fields = self._features(frames, [self.instruction(o) for o in observations])
         if self.needs.states:
             rows_of_states = [torch.stack([state[number] for number in self.needs.states]) for state in states]
             fields["states"] = torch.stack(rows_of_states).to(self.device)
@@ -109,37 +115,62 @@ class ObservationEncoder:
             fields["instruction"] = torch.stack([self.instructions.tokens(text) for text in instructions])
         return {name: value.to(self.device) for name, value in fields.items()}
 
+    def instruction(self, observation: Observation) -> str:
+        """Return the instruction of an observation as in training, without the prefixes of the embodiment's source."""
+        return self.config.data.source(observation.embodiment).without_prefixes(observation.instruction)
+
     def picture(self, observation: Observation) -> np.ndarray:
         """Make the picture (H, W, 3) of an observation as in training: cropped, with extra cameras to the right.
 
-        The extra cameras are `Observation.views`, under their names without "observation.images.". An observation
-        without views holds all cameras side by side in its frame. Raises ValueError for a missing view.
+        The extra cameras are `Observation.views`, under their names without "observation.images.". A joined frame holds
+        them already. Raises ValueError for a missing view, and for frames of another size than the recorded ones that
+        the crop was chosen for.
         """
         source, names = self.config.data.source(observation.embodiment), self.views_of(observation.embodiment)
         cameras = cameras_of(observation, names)
         if len(cameras) == 1:
             return self.crop(observation.frame, observation.embodiment)
-        return source.picture(cameras, ["the observed frame", *names])
+        named = ["the observed frame", *names]
+        self._check_sizes(cameras, named, observation.embodiment)
+        return source.picture(cameras, named)
 
     def views_of(self, embodiment: str) -> tuple[str, ...]:
         """Return the names of an embodiment's extra cameras in `Observation.views`."""
         cameras = self.config.data.source(embodiment).extra_cameras
         return tuple(camera.removeprefix("observation.images.") for camera in cameras)
 
+    def sizes_of(self, embodiment: str) -> tuple[tuple[int, int], ...]:
+        """Return the recorded (H, W) of an embodiment's camera and extra cameras, or nothing where any size fits."""
+        return tuple(self.recorded_sizes.get(embodiment, {}).values())
+
     def crop(self, frames: np.ndarray, embodiment: str) -> np.ndarray:
         """Crop frames (..., H, W, 3) to the region of the embodiment's source.
 
         Raises ValueError where the source has extra cameras, because each camera is cropped before they stand side by
-        side.
+        side, and for frames of another size than the recorded ones.
         """
         source = self.config.data.source(embodiment)
         if source.crops_each_camera:
             raise ValueError(
                 "the observed frame: data.crop_rows and data.crop_columns crop each camera alone, expected"
-                f" {', '.join(self.views_of(embodiment))} in Observation.views, got one frame; pass each"
+                f" {', '.join(self.views_of(embodiment))} in Observation.views, got one joined frame; pass each"
                 " camera by itself, or train without the crop"
             )
+        self._check_sizes([frames], ["the observed frame"], embodiment)
         return source.crop(frames, "the observed frame")
+
+    def _check_sizes(self, cameras: Sequence[np.ndarray], names: Sequence[str], embodiment: str) -> None:
+        """Raise ValueError for frames (..., H, W, 3) of another size than the recorded ones that the crop counts in."""
+        sizes = self.sizes_of(embodiment)
+        if not sizes:
+            return
+        for frames, name, size in zip(cameras, names, sizes, strict=True):
+            if frames.shape[-3:-1] != size:
+                raise ValueError(
+                    f"{name}: expected {size[0]} x {size[1]} pixels as in the training data, whose crop"
+                    f" (data.crop_rows, data.crop_columns) counts pixels, got {frames.shape[-3]} x {frames.shape[-2]};"
+                    " set the camera to that size, or scale its frames to it"
+                )
 
     def stats_of(self, embodiment: str) -> NormStats:
         """Return an embodiment's statistics. Raises ValueError for an embodiment that was not trained on."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agra.alignment.teacher import Teacher
 from agra.batch import PolicyInputs
+from agra.checkpoints.recorded_sizes import RecordedSizes
 from agra.config import RunConfig
 from agra.data.normalization.normalize import NormStats
 from agra.flow import continuation_weights
@@ -52,6 +53,7 @@ class MethodPolicy:
         instructions: Instructions | None,
         stats: Mapping[str, NormStats],
         teacher: Teacher | None = None,
+        recorded_sizes: RecordedSizes | None = None,
         device: torch.device | str = "cpu",
         precision: Precision | None = None,
         imagines: bool = True,
@@ -60,6 +62,8 @@ class MethodPolicy:
         **options: Any,
     ) -> None:
         """Move, cast and freeze `method`, in place. `precision` is the training's by default.
+
+        `recorded_sizes` are those of a checkpoint whose training frames are cropped: other sizes are refused.
 
         `action_noise` is where the denoising of a chunk starts: at random noise as in the paper, or at zero.
         `video_noise` is the noise of the conditioning pass and of a predicted video: random as in the paper, fixed (the
@@ -71,7 +75,9 @@ class MethodPolicy:
         """
         self.name, self.config, self.stats = name, config, stats
         self.device = local_device(device)
-        self.observations = ObservationEncoder(config, codec, instructions, stats, teacher=teacher, device=self.device)
+        self.observations = ObservationEncoder(
+            config, codec, instructions, stats, teacher=teacher, recorded_sizes=recorded_sizes, device=self.device
+        )
         allow_tensor_cores(self.device)
         dtype = compute_dtype(self.device, precision or config.stage.precision)
         self.method = method.to(self.device, dtype).eval().requires_grad_(False)
@@ -113,17 +119,19 @@ class MethodPolicy:
     def blank_observation(self) -> Observation:
         """Make an observation of a black frame, the mean state of the first embodiment, and a known instruction.
 
-        The frame has the method's size, or is large enough for the crop of the embodiment's source. So has each view of
-        its extra cameras.
+        The frame and the view of each extra camera have their recorded size. Where it is unknown, they have the
+        method's size, or are large enough for the crop of the embodiment's source.
         """
         embodiment, stats = next(iter(self.stats.items()))
         source, (height, width) = self.config.data.source(embodiment), self.frame_size
         rows, columns = source.crop_rows or (0, height), source.crop_columns or (0, width)
         texts = () if self.instructions is None else self.instructions.known
-        frame = np.zeros((rows[1], columns[1], 3), np.uint8)
+        views = self.observations.views_of(embodiment)
+        sizes = self.observations.sizes_of(embodiment) or ((rows[1], columns[1]),) * (1 + len(views))
+        frame, *others = (np.zeros((*size, 3), np.uint8) for size in sizes)
         return Observation(
             frame=frame,
-            views=dict.fromkeys(self.observations.views_of(embodiment), frame),
+            views=dict(zip(views, others, strict=True)),
             state=np.asarray(stats.state["mean"], np.float32),
             instruction=next(iter(texts), "warm up"),
             embodiment=embodiment,
@@ -147,8 +155,8 @@ class MethodPolicy:
         """Take over another policy's weights in place, where compiled graphs stay valid: same method, options and
         device.
 
-        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. Call it between two
-        calls of `act_batch`.
+        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. A loaded text encoder
+        is kept. Call it between two calls of `act_batch`.
         """
         if not isinstance(other, MethodPolicy) or not self._actor.compiled:
             return False
@@ -160,6 +168,8 @@ class MethodPolicy:
         )
         if not same:
             return False
+        if self.instructions is not None and other.instructions is not None:
+            other.instructions.take_encoder(self.instructions)
         self._actor.update(other.method)
         self._prepared.cache_clear()
         self.name, self.config, self.stats, self.imagines = other.name, other.config, other.stats, other.imagines
@@ -177,6 +187,7 @@ class MethodPolicy:
                 state={part.name: (part.start, part.end) for part in stats.parts("state")},
                 action={part.name: (part.start, part.end) for part in stats.parts("action")},
                 views=self.observations.views_of(name),
+                recorded_sizes=self.observations.sizes_of(name),
             )
             for name, stats in self.stats.items()
         }
@@ -224,19 +235,17 @@ class MethodPolicy:
         Raises ValueError, before any noise is drawn, for an observation that does not fit.
         """
         watch = Stopwatch(self.device)
+        texts = [self.observations.instruction(request.observation) for request in requests]
         if self.instructions is not None:
-            for request in requests:
-                self._prepared(request.observation.instruction)
+            for text in texts:
+                self._prepared(text)
         watch.lap("text")
         inputs = self.encode([request.observation for request in requests])
         continuation = self._continuation(requests)
         watch.lap("codec")
         rows = [self._draw(1, request.episode) for request in requests]
         noise = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        prepared = [
-            None if self.instructions is None else self._prepared(request.observation.instruction)
-            for request in requests
-        ]
+        prepared = [None if self.instructions is None else self._prepared(text) for text in texts]
         actions = self._actor.act(inputs, noise, prepared, continuation=continuation, lap=watch.lap)
         chunks = [
             self.unnormalize(row[None], request.observation.embodiment)[0]

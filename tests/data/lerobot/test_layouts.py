@@ -74,6 +74,12 @@ def test_cameras_side_by_side_and_cropped(root):
         LeRobotDataset(root, source=source).frames(1)
 
 
+def test_sizes_of_cameras_are_those_before_the_crop(root):
+    source = SourceConfig(camera=CAMERAS[0], extra_cameras=(CAMERAS[1],), crop_rows=(4, 16))
+    cameras = LeRobotDataset(root, source=source).cameras
+    assert cameras.sizes(cameras.layout.entries[1]) == {CAMERAS[0]: (32, 48), CAMERAS[1]: (16, 24)}
+
+
 def test_a_camera_has_to_be_named(root):
     with pytest.raises(ValueError, match=f"choose one camera with data.camera; available: {CAMERAS[0]}, {CAMERAS[1]}"):
         LeRobotDataset(root)

@@ -28,6 +28,7 @@ def test_samples_repeat_the_last_frame(episode):
     assert last.frames[:, 0, 0, 0].tolist() == [8, 9, 9]
     assert last.state.tolist() == [16, 17]
     np.testing.assert_array_equal(last.observation.frame, episode.frames[8])
+    assert last.observation.joined, "a dataset's frames hold all of its cameras"
 
 
 def test_samples_hold_past_observations(episode, tmp_path):

@@ -153,23 +153,69 @@ def test_the_description_round_trips():
             read_description(wrong)
 
 
-def test_further_cameras_stand_beside_the_frame_as_in_training():
+def test_further_cameras_have_keys_of_their_own():
+    (name, robot) = next(iter(spec().embodiments.items()))
+    robot = replace(robot, views=("wrist",), recorded_sizes=((32, 48), (40, 60)))
+    several = replace(spec(), embodiments={name: robot}, past=(-2, -1))
+    described = unpack(pack(describe(several, KEYS)))
+    assert read_description(described) == (several, KEYS)
+    assert "observation/wrist_image" in described["keys"]
+    wrist = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    moments = [replace(observation(seed), views={"wrist": wrist[seed]}) for seed in range(3)]
+    seen = replace(moments[2], views={"wrist": wrist[2], "other": wrist[0]}, past=tuple(moments[:2]))
+    sent = encode_request(InferRequest(observation=seen), KEYS, several)
+    parsed = parse_request(unpack(pack(sent)), several, KEYS)
+    for moment, expected in zip((*parsed.observation.past, parsed.observation), moments, strict=True):
+        assert np.array_equal(moment.frame, expected.frame)
+        assert moment.views.keys() == {"wrist"}
+        assert np.array_equal(moment.views["wrist"], expected.views["wrist"])
+    assert parsed.ignored == ()
+    renamed = encode_request(InferRequest(observation=seen), WireKeys(view="cameras/{view}"), several)
+    assert np.array_equal(renamed["cameras/wrist"], wrist[2])
+    for complaint, changes in {
+        r"observation/wrist_image: missing; expected the keys observation/image": {"observation/wrist_image": ...},
+        r"observation/wrist_image: expected \(H, W, 3\) uint8": {"observation/wrist_image": wrist},
+        r"past_views: expected a map of wrist, got nothing": {"past_views": ...},
+        r"past_views: expected a map of wrist, got hand": {"past_views": {"hand": wrist[:2]}},
+        r"past_views.wrist: expected \(2, H, W, 3\) uint8, got \(1, 40, 60, 3\)": {"past_views": {"wrist": wrist[:1]}},
+    }.items():
+        wrong = {key: value for key, value in {**sent, **changes}.items() if value is not ...}
+        with pytest.raises(RequestError, match=complaint):
+            parse_request(wrong, several, KEYS)
+
+
+def test_one_camera_is_not_sent_as_several():
     (name, robot) = next(iter(spec().embodiments.items()))
     several = replace(spec(), embodiments={name: replace(robot, views=("wrist",))})
-    assert read_description(unpack(pack(describe(several, KEYS)))) == (several, KEYS)
+    with pytest.raises(ValueError, match="expected the extra cameras wrist, got none"):
+        encode_request(InferRequest(observation=observation(3)), KEYS, several)
+    with pytest.raises(ValueError, match="the server takes each camera by itself; expected wrist in views"):
+        encode_request(InferRequest(observation=replace(observation(3), joined=True)), KEYS, several)
+    with pytest.raises(ValueError, match=r"expected \{view\} in the pattern of further cameras, got 'wrist'"):
+        WireKeys(view="wrist")
+    with pytest.raises(ValueError, match="'observation/image' is the key of a camera and of another quantity"):
+        WireKeys(view="observation/{view}").views(("image",))
+
+
+def test_an_earlier_server_gets_all_cameras_side_by_side():
+    (name, robot) = next(iter(spec().embodiments.items()))
+    several = replace(spec(), embodiments={name: replace(robot, views=("wrist",))}, past=(-1,))
+    described = describe(several, KEYS)
+    del described["roles"]["view"]
+    parsed, keys = read_description(unpack(pack(described)))
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     seen = replace(observation(3), views={"wrist": noise, "other": noise})
     source = SourceConfig(extra_cameras=("observation.images.wrist",))
     picture = source.picture([seen.frame[None], noise[None]], ["frame", "wrist"])[0]
     assert picture.shape[1] > seen.frame.shape[1]
-    sent = encode_request(InferRequest(observation=replace(seen, past=(seen,))), KEYS, replace(several, past=(-1,)))
-    assert np.array_equal(sent[KEYS.image], picture)
+    sent = encode_request(InferRequest(observation=replace(seen, past=(seen,))), keys, parsed)
+    assert np.array_equal(sent[keys.image], picture)
     assert np.array_equal(sent["past_image"], picture[None])
-    joined = encode_request(InferRequest(observation=observation(3)), KEYS, several)
-    assert np.array_equal(joined[KEYS.image], observation(3).frame)  # all cameras in one frame already
-    assert np.array_equal(encode_request(InferRequest(observation=seen), KEYS, spec())[KEYS.image], seen.frame)
+    assert "observation/wrist_image" not in sent
+    assert "past_views" not in sent
     with pytest.raises(ValueError, match="expected the extra cameras wrist, got other"):
-        encode_request(InferRequest(observation=replace(seen, views={"other": noise})), KEYS, several)
+        encode_request(InferRequest(observation=replace(seen, views={"other": noise})), keys, parsed)
+    assert np.array_equal(encode_request(InferRequest(observation=seen), KEYS, spec())[KEYS.image], seen.frame)
 
 
 def test_a_response_has_the_keys_that_openpi_reads():

@@ -1,9 +1,14 @@
 """The control loop with a robot that records its commands: lost connections, a restarted server, a swapped policy."""
 
+import re
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from agra.data.lerobot.dataset import LeRobotDataset
@@ -13,7 +18,7 @@ from agra.serving.robot.executors import Asynchronous, DelayedInference, Synchro
 from agra.serving.robot.recorder import DatasetRecorder
 from agra.serving.robot.robots import LeRobotArm
 from agra.serving.server.app import PolicySource, reload
-from agra.types import ActionChunk, Embodiment, Observation
+from agra.types import ActionChunk, Embodiment, EmbodimentSpec, Observation, PolicySpec
 from tests.support.echo import Echo, running, spec
 
 NAMES = tuple("abcd")
@@ -181,6 +186,52 @@ def test_episodes_are_recorded_as_a_dataset(tmp_path):
     np.testing.assert_allclose(actions[0], dataset.states(0)[0])  # held where it stood
 
 
+def test_each_run_is_an_episode_with_its_instruction(tmp_path):
+    class Told(Robot):
+        def observe(self):
+            return replace(super().observe(), instruction=self.instruction)
+
+    robot = Told()
+    with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        for robot.instruction, steps in (("open the drawer", 8), ("close the drawer", 5)):
+            run(robot, [[1, 2, 3, 4]] * 3, steps=steps, recorder=recorder)
+    dataset = LeRobotDataset(tmp_path / "log")
+    assert dataset.lengths.tolist() == [8, 5]
+    assert [dataset.instruction(episode) for episode in range(2)] == ["open the drawer", "close the drawer"]
+
+
+def test_a_recording_tells_which_actions_were_sent(tmp_path):
+    robot = Robot()
+    with DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        for dry_run in (False, True):
+            run(robot, [[1, 2, 3, 4]] * 3, steps=6, delay=1, dry_run=dry_run, recorder=recorder)
+    rows = pq.read_table(next((tmp_path / "log/data").rglob("*.parquet"))).to_pydict()
+    assert rows["held"] == [True, False, False, False, True, False] * 2
+    assert rows["sent"] == [False, True, True, True, False, True] + [False] * 6
+
+
+def test_each_camera_is_recorded_under_its_name(tmp_path):
+    class TwoCameras(Robot):
+        camera = "front"
+
+        def observe(self):
+            views = {} if len(self.commands) == 4 else {"wrist": np.full((16, 32, 3), 200, np.uint8)}
+            return replace(super().observe(), views=views)
+
+    robot = TwoCameras()
+    message = (
+        r"expected the cameras observation.images.front, observation.images.wrist, .* got observation.images.front"
+    )
+    with pytest.raises(ValueError, match=message), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
+        run(robot, [[1, 2, 3, 4]] * 3, steps=6, recorder=recorder)
+    front, wrist = (
+        LeRobotDataset(tmp_path / "log", camera=f"observation.images.{name}") for name in ("front", "wrist")
+    )
+    assert front.frames(0).shape == (4, 32, 48, 3)
+    assert wrist.frames(0).shape == (4, 16, 32, 3)
+    np.testing.assert_allclose(wrist.frames(0).mean(), 200, atol=2)
+
+
 def test_a_recording_takes_little_memory_and_survives_a_failure(tmp_path):
     class Failing(Robot):
         def observe(self):
@@ -209,7 +260,7 @@ def test_a_changed_frame_size_ends_the_run_and_keeps_the_recording(tmp_path):
             return replace(seen, frame=np.zeros((32, 64, 3), np.uint8)) if len(self.commands) == 5 else seen
 
     robot = Changing()
-    message = r"expected frames of \(32, 48, 3\), as in the first step, got \(32, 64, 3\)"
+    message = r"expected frames of \(32, 48, 3\) of .*ego_view, as in the first step, got \(32, 64, 3\)"
     with pytest.raises(ValueError, match=message), DatasetRecorder(tmp_path / "log", robot, fps=10) as recorder:
         run(robot, [[1, 2, 3, 4]] * 3, steps=10, recorder=recorder)
     dataset = LeRobotDataset(tmp_path / "log", camera="observation.images.ego_view")
@@ -281,6 +332,81 @@ def test_an_arm_behind_lerobots_driver():
         LeRobotArm(driver, camera="front", instruction="go", embodiment="x", joints=("elbow",))
     with pytest.raises(ValueError, match="has no 'wrist'"):
         LeRobotArm(driver, camera="wrist", instruction="go", embodiment="x").observe()
+
+
+def test_an_arm_stops_where_it_was_seen_last_when_its_camera_fails(caplog):
+    class Blind(Driver):
+        fails = False
+
+        def get_observation(self):
+            if self.fails or len(self.sent) == 3:
+                raise TimeoutError("no new frame")
+            return super().get_observation()
+
+    driver = Blind()
+    arm = LeRobotArm(driver, camera="front", instruction="go", embodiment="so101")
+    with pytest.raises(TimeoutError, match="no new frame"):
+        run(arm, [[90, 90]] * 10, steps=10)
+    assert len(driver.sent) == 4
+    assert driver.sent[-1] == {"pan.pos": 67.75, "grip.pos": 80.0}  # after two of the three commands
+    assert "the arm stops at the last one that it gave" in caplog.text
+    driver.fails = True
+    with pytest.raises(TimeoutError, match="no new frame"):
+        run(arm, [[90, 90]] * 10, steps=10)
+    assert len(driver.sent) == 4, "the position of an earlier run is no target"
+
+
+class TwoCameras(Driver):
+    def get_observation(self):
+        return {**super().get_observation(), "wrist": np.full((16, 24, 3), 7, np.uint8)}
+
+
+def test_an_arm_with_two_cameras():
+    arm = LeRobotArm(TwoCameras(), camera="front", extra_cameras=("wrist",), instruction="go", embodiment="so101")
+    seen = arm.observe()
+    assert seen.frame.shape == (32, 48, 3)
+    assert seen.views["wrist"].shape == (16, 24, 3)
+    with pytest.raises(ValueError, match="has no 'side'"):
+        LeRobotArm(arm.driver, camera="front", extra_cameras=("side",), instruction="go", embodiment="x").observe()
+    with pytest.raises(ValueError, match="expected other cameras than 'front', each once"):
+        LeRobotArm(arm.driver, camera="front", extra_cameras=("front",), instruction="go", embodiment="x")
+
+
+def test_the_documented_program_controls_an_arm_with_two_cameras(tmp_path, monkeypatch):
+    """The program of docs/serving.md with a stand-in for LeRobot's driver, fewer steps and this server's address."""
+    robot = EmbodimentSpec(state={"arm": (0, 2)}, action={"arm": (0, 2)}, views=("wrist",))
+    policy = Echo(PolicySpec(name="so101", horizon=5, frame_size=(32, 48), embodiments={"so_follower": robot}))
+    policy.act_batch = lambda requests: (
+        policy.batches.append(requests[-1].observation)
+        or [ActionChunk(actions=np.ones((5, 2), np.float32))] * len(requests)
+    )
+    lerobot = {
+        "lerobot.cameras.opencv": {"OpenCVCameraConfig": SimpleNamespace},
+        "lerobot.robots.so_follower": {
+            "SO101FollowerConfig": SimpleNamespace,
+            "SO101Follower": lambda config: TwoCameras() if list(config.cameras) == ["front", "wrist"] else None,
+        },
+    }
+    for name, content in lerobot.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    page = (Path(__file__).parents[3] / "docs/serving.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    with running(policy) as server:
+        changes = {
+            "ws://gpu-machine:8000": server.address,
+            "runs/monday": str(tmp_path / "log"),
+            "steps=30 * 60": "steps=9",
+        }
+        for old, new in changes.items():
+            assert old in program
+            program = program.replace(old, new)
+        scope: dict = {}
+        exec(program, scope)
+        scope["policy"].close()
+    assert policy.batches[0].views["wrist"].shape == (16, 24, 3)
+    for name in ("front", "wrist"):
+        recorded = LeRobotDataset(tmp_path / "log", camera=f"observation.images.{name}")
+        assert len(recorded.frames(0)) == 9
 
 
 class Watched(Robot):

@@ -114,6 +114,14 @@ def test_the_robot_holds_when_a_chunk_ends_before_the_next_arrives():
     assert commands[18].action[0] == 18
 
 
+@pytest.mark.parametrize("delay", [HORIZON, HORIZON + 3])
+@pytest.mark.parametrize("name", ["asynchronous", "ensemble", "rtc"])
+def test_the_robot_holds_when_each_chunk_arrives_after_its_end(name, delay):
+    commands = play(make_executor(name, DelayedInference(Counting(), delay), execute_steps=6))
+    assert all(command.action is None for command in commands)
+    assert {command.delay for command in commands} == {None, delay}
+
+
 def test_rtc_sends_the_rest_of_the_chunk_and_the_longest_delay():
     policy = Counting()
     play(RealTimeChunking(DelayedInference(policy, 3), execute_steps=5), steps=12)

@@ -12,7 +12,7 @@ import zmq
 from agra.serving.protocol.wire import pack_groot
 from agra.serving.server.config import GrootWire, Limits
 from agra.serving.server.groot import GrootServer
-from tests.support.echo import Echo, expected, observation, running, spec, wait_for
+from tests.support.echo import Echo, expected, observation, running, several_cameras, spec, wait_for
 from tests.support.groot import Both, GrootClient, flat_observation
 
 
@@ -82,6 +82,51 @@ def test_a_client_without_past_observations_is_logged_once(caplog):
         for _ in range(2):
             another.call("get_action", flat_observation(1))
         assert len(caplog.records) == 2
+
+
+def with_wrist(request):
+    """The request with a second camera, whose frames are those of the first upside down and smaller."""
+    return {**request, "video.wrist": request["video.ego_view"][..., ::-2, :, :]}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_further_cameras_are_views(batched):
+    policy = Recording()
+    policy.spec = several_cameras(policy.spec)
+    with Both(policy) as both:
+        client = GrootClient(both.groot.port)
+        config = client.call("get_modality_config")
+        assert config["video"]["as_json"]["modality_keys"] == ["ego_view", "wrist"]
+        request = flat_observation(1, 2, 3)
+        request = {key: value[None] if batched and key[0] in "vs" else value for key, value in request.items()}
+        assert "actions" not in client.call("get_action", with_wrist(request))
+        last = policy.last
+        for moment, seed in zip((*last.past, last), (1, 2, 3), strict=True):
+            assert np.array_equal(moment.frame, observation(seed).frame)
+            assert np.array_equal(moment.views["wrist"], observation(seed).frame[::-2])
+
+
+def test_a_camera_that_is_missing_or_of_other_axes_is_refused():
+    with Both(Echo(several_cameras())) as both:
+        client = GrootClient(both.groot.port)
+        request = with_wrist(flat_observation(1, 2, batched=True))
+        for error, wrist in {
+            "video.wrist: missing; expected the keys video.ego_view, video.wrist": None,
+            r"video.wrist: expected the axes of video.ego_view, got (2, 16, 48, 3)": request["video.wrist"][:, 0],
+            "video.wrist: expected 2 environments as in video.ego_view, got 1": request["video.wrist"][:1],
+            "video.wrist: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got a int": 3,
+        }.items():
+            changed = {k: v for k, v in {**request, "video.wrist": wrist}.items() if v is not None}
+            assert error in client.call("get_action", changed)["error"]
+        assert "action.arm" in client.call("get_action", request)
+
+
+def test_the_first_camera_has_another_name_than_the_further_ones():
+    with (
+        pytest.raises(ValueError, match="--groot-camera wrist: expected the name of the first camera"),
+        Both(Echo(several_cameras()), camera="wrist"),
+    ):
+        pass
 
 
 def test_environments_in_a_batch():

@@ -20,9 +20,9 @@ from agra.serving.client import PolicyClient, ServerLost, ServerRefused
 from agra.serving.protocol.messages import InferRequest, WireKeys, encode_request
 from agra.serving.protocol.wire import pack, unpack
 from agra.serving.protocol.zmtp import MORE
-from agra.serving.server.app import PolicySource, reload, run, watch
+from agra.serving.server.app import PolicySource, reload, run, serve, watch
 from agra.serving.server.batching import Batcher
-from agra.serving.server.config import Limits, check_key
+from agra.serving.server.config import Limits, ServeConfig, check_key
 from agra.serving.server.service import PolicyService
 from agra.serving.server.websocket import SLACK, WebsocketServer
 from agra.types import ActionChunk, Continuation, PolicyRequest
@@ -260,7 +260,7 @@ def test_sigterm_of_the_whole_server(caplog):
             asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGTERM)
 
         source = PolicySource(load=lambda: policy, stamp=lambda: 0)
-        await run(service, server, source, reload_interval=0.1, grace=10, started=started)
+        await run(service, server, source, reload_interval=0.1, loaded=0, grace=10, started=started)
 
     start = time.monotonic()
     asyncio.run(serve())
@@ -317,7 +317,7 @@ def test_a_candidate_that_takes_too_long_changes_nothing():
 
 
 def test_the_watch_continues_after_any_error(caplog):
-    stamps = iter([1, RuntimeError("the folder is gone"), 2, 3, 4, *[4] * 10**6])
+    stamps = iter([RuntimeError("the folder is gone"), 2, 3, 4, *[4] * 10**6])
     policies = iter([*(make for name, make in CANDIDATES.items() if name in ("no embodiment", "RuntimeError"))])
 
     def stamp():
@@ -332,7 +332,7 @@ def test_the_watch_continues_after_any_error(caplog):
 
         async def watch_until_swapped():
             source = PolicySource(load=load, stamp=stamp)
-            task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
+            task = asyncio.create_task(watch(server.service, server.server, source, loaded=1, interval=0.01))
             while server.service.generation == 0:
                 await asyncio.sleep(0.01)
             task.cancel()
@@ -434,6 +434,25 @@ def test_weights_are_adopted_in_place_or_the_candidate_is_warmed_up_first():
         assert np.array_equal(client.act(observation()).actions, expected(observation()) + 3000)
 
 
+def test_a_checkpoint_saved_while_the_server_starts_is_loaded():
+    newest, loaded = [1], []
+
+    class Warming(Compiled):
+        def warm_up(self, max_batch):
+            newest[0] = 2
+
+    def load():
+        loaded.append(newest[0])
+        if len(loaded) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Warming(adopts=False)
+
+    source = PolicySource(load=load, stamp=lambda: newest[0])
+    config = ServeConfig(port=0, reload_interval=0.01)
+    asyncio.run(asyncio.wait_for(serve(config, source), timeout=20))
+    assert loaded == [1, 2]
+
+
 # --- access ------------------------------------------------------------------------------------------------------------
 
 
@@ -503,18 +522,20 @@ def test_a_small_frame_does_not_wait_for_all_large_ones():
         ]  # the small request came last and is in the first batch after the running one
 
 
-def test_past_frames_count_as_large():
-    """A frame has 768 bytes. With three past ones a request is large, and two of those fit into a forward pass."""
+@pytest.mark.parametrize("further", ["past", "views"])
+def test_past_frames_and_views_count_as_large(further):
+    """A frame has 768 bytes. With three further ones a request is large, and two of those fit into a forward pass."""
     policy = Gated()
     one = observation(size=(16, 16))
-    with_past = replace(one, past=(one,) * 3)
+    views = dict.fromkeys(("left", "right", "wrist"), one.frame)
+    large = replace(one, past=(one,) * 3) if further == "past" else replace(one, views=views)
 
     async def submit():
         batcher = Batcher(policy, small=1000, max_large=2 * 4 * 768)
         running = [asyncio.ensure_future(batcher.submit(PolicyRequest(observation=one, episode=0)))]
         while batcher.running_since is None:
             await asyncio.sleep(0.01)
-        for waiting in (*[with_past] * 4, one):
+        for waiting in (*[large] * 4, one):
             running.append(asyncio.ensure_future(batcher.submit(PolicyRequest(observation=waiting, episode=0))))
         await asyncio.sleep(0)
         policy.gate.set()

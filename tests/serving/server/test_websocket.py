@@ -19,7 +19,7 @@ from agra.serving.protocol.wire import pack, unpack
 from agra.serving.server.app import PolicySource, reload, watch
 from agra.serving.server.config import Limits
 from agra.types import Continuation
-from tests.support.echo import Echo, connect, expected, get, observation, running, spec, wait_for
+from tests.support.echo import Echo, connect, expected, get, observation, running, several_cameras, spec, wait_for
 
 
 def request(seed=0, **changes):
@@ -42,6 +42,28 @@ def test_the_client_gets_the_policys_chunk():
         assert server.policy.continuations[-1].delay == 1
         assert client.act_and_imagine(observation()).imagined is None  # not allowed, so not requested
         client.close()
+
+
+def test_each_camera_is_sent_by_itself():
+    class Seeing(Echo):
+        def act_batch(self, requests):
+            self.seen = requests[-1].observation
+            return super().act_batch(requests)
+
+    wrist = np.full((40, 60, 3), 7, np.uint8)
+    with running(Seeing(several_cameras())) as server:
+        server.call(server.service.start())
+        client = PolicyClient(server.address)
+        client.act(replace(observation(1), views={"wrist": wrist}))
+        assert np.array_equal(server.policy.seen.frame, observation(1).frame)
+        assert np.array_equal(server.policy.seen.views["wrist"], wrist)
+        with pytest.raises(ValueError, match="expected the extra cameras wrist, got none"):
+            client.act(observation(1))
+        client.close()
+        with connect(server) as raw:
+            raw.recv()
+            raw.send(pack(encode_request(InferRequest(observation=observation()), WireKeys(), spec())))
+            assert "observation/wrist_image: missing" in raw.recv()
 
 
 def test_the_client_gets_the_imagined_video_of_a_server_that_allows_it():
@@ -386,7 +408,7 @@ def test_newer_checkpoints_are_found():
         source = PolicySource(load=lambda: Echo(spec("newer")), stamp=lambda: newest[0])
 
         async def watch_once():
-            task = asyncio.create_task(watch(server.service, server.server, source, interval=0.01))
+            task = asyncio.create_task(watch(server.service, server.server, source, loaded=1, interval=0.01))
             await asyncio.sleep(0.1)
             before = server.service.generation
             newest[0] = 2

@@ -158,14 +158,28 @@ class AgraPolicy(PreTrainedPolicy):
         self._episodes = [self._policy.episode(seed) for seed in seeds]
 
     def _observations(self, batch: Mapping[str, Any]) -> list[Observation]:
-        views = [batch[key] for key in self._cameras(batch)]
-        frames = [side_by_side([_frame(view[row]) for view in views]) for row in range(self._rows)]
+        cameras = [batch[key] for key in self._cameras(batch)]
+        pictures = [[_frame(camera[row]) for camera in cameras] for row in range(self._rows)]
+        names = self._spec.embodiments[self._embodiment].views
+        if names and len(cameras) != 1 + len(names):
+            raise ValueError(
+                f"camera: {self._spec.name} reads {1 + len(names)} cameras, the first and {', '.join(names)}; choose them"
+                f" in that order with --policy.camera, got {self.config.camera or 'none'}"
+            )
+        if not names:
+            pictures = [[side_by_side(row)] for row in pictures]
         states = batch[OBS_STATE].detach().cpu().numpy().astype(np.float32)
         tasks = batch.get("task") or ""
         tasks = [tasks] * self._rows if isinstance(tasks, str) else tasks
         return [
-            Observation(frame=frame, state=state, instruction=task, embodiment=self._embodiment)
-            for frame, state, task in zip(frames, states, tasks, strict=True)
+            Observation(
+                frame=frame,
+                views=dict(zip(names, views, strict=True)),
+                state=state,
+                instruction=task,
+                embodiment=self._embodiment,
+            )
+            for (frame, *views), state, task in zip(pictures, states, tasks, strict=True)
         ]
 
     def _cameras(self, batch: Mapping[str, Any]) -> list[str]:

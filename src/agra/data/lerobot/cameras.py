@@ -43,6 +43,11 @@ class Cameras:
         views = [self._read(entry, feature, rows, threads) for feature in self.features]
         return self.source.picture(views, [f"{self.layout.root}: {feature}" for feature in self.features])
 
+    def sizes(self, entry: EpisodeEntry) -> dict[str, tuple[int, int]]:
+        """Return the height and width of each camera's frames before any crop, read from an episode's first row."""
+        frames = {feature: self._read(entry, feature, np.zeros(1, np.int64), 0) for feature in self.features}
+        return {feature: (first.shape[1], first.shape[2]) for feature, first in frames.items()}
+
     def _read(self, entry: EpisodeEntry, feature: str, rows: np.ndarray, threads: int) -> np.ndarray:
         if feature in entry.videos:
             path, start = entry.videos[feature]

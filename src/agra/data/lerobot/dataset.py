@@ -184,9 +184,7 @@ class LeRobotDataset:
                 f"{path}: the task of episode {episode} is {text!r}, expected {', '.join(map(repr, listed))} from "
                 f"the episode list in {self.path / 'meta'}; {REMEDY}"
             )
-        for prefix in self.source.strip_prefixes:
-            text = text.removeprefix(prefix)
-        return text
+        return self.source.without_prefixes(text)
 
     def task(self, index: int, path: Path) -> str:
         """Return the text of a task number that the rows of `path` hold."""

@@ -96,9 +96,13 @@ class ProbeSample:
 
     @property
     def observation(self) -> Observation:
-        """The policy's input at this control step."""
+        """The policy's input at this control step. Its frame holds all cameras of the dataset."""
         return Observation(
-            frame=self.frames[0], state=self.state, instruction=self.instruction, embodiment=self.embodiment
+            frame=self.frames[0],
+            state=self.state,
+            instruction=self.instruction,
+            embodiment=self.embodiment,
+            joined=True,
         )
 
 

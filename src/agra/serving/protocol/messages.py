@@ -4,7 +4,7 @@ openpi leaves the names of the keys to the policy. The names used here are defau
 already talks to an openpi server keeps its own. Shared by server and client. Imports no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -32,16 +32,32 @@ MAX_IGNORED_KEYS = 16  # listed in a response
 
 @dataclass(frozen=True, kw_only=True)
 class WireKeys:
-    """Names of the observation's keys in a request. Several state keys are joined in order."""
+    """Names of the observation's keys in a request. Several state keys are joined in order.
+
+    `view` is the pattern of the keys of further cameras, with `{view}` for a camera's name. None is the protocol of
+    earlier servers, which take all cameras side by side in one image.
+    """
 
     image: str = "observation/image"
     state: tuple[str, ...] = ("observation/state",)
     prompt: str = "prompt"
+    view: str | None = "observation/{view}_image"
 
     def __post_init__(self) -> None:
+        if self.view is not None and "{view}" not in self.view:
+            raise ValueError(f"wire keys: expected {{view}} in the pattern of further cameras, got {self.view!r}")
         names = [self.image, *self.state, self.prompt]
         if not self.state or not all(names) or len(set(names)) != len(names):
             raise ValueError(f"wire keys: expected different names and at least one for the state, got {names}")
+
+    def views(self, names: Sequence[str]) -> dict[str, str]:
+        """Return the keys of further cameras by name. Raises ValueError for a key that another quantity has."""
+        if self.view is None:
+            return {}
+        keys = {name: self.view.replace("{view}", name) for name in names}
+        if taken := {*keys.values()} & {self.image, *self.state, self.prompt, *OPTIONAL}:
+            raise ValueError(f"wire keys: {min(taken)!r} is the key of a camera and of another quantity; rename one")
+        return keys
 
 
 OPTIONAL = {
@@ -51,6 +67,7 @@ OPTIONAL = {
     "continuation_delay": "integer: number of those that will have been executed when the response arrives",
     "past_image": "(P, H, W, 3) uint8 RGB: at the control steps in `past`, all after an episode's first observation",
     "past_state": "(P, S) float: the states there, all keys joined",
+    "past_views": "map of each further camera's name to (P, H, W, 3) uint8 RGB: its frames there",
     "imagine": "true: return the predicted video too, as `imagined`, (F, H, W, 3) uint8",
     "request_id": "integer, or text of at most 100 characters: returned with the response",
 }
@@ -74,6 +91,8 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
     dims = dict.fromkeys(robot.state_dim for robot in spec.embodiments.values())
     state = " or ".join(f"({size},)" for size in dims)
     joined = " (all of them joined)" if len(keys.state) > 1 else ""
+    picture = f"(H, W, 3) uint8 RGB, resized to {spec.frame_size[0]} x {spec.frame_size[1]}"
+    views = [key for robot in spec.embodiments.values() for key in keys.views(robot.views).values()]
     return {
         "agra_wire": WIRE_VERSION,
         "policy": spec.name,
@@ -84,11 +103,12 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
                 quantity: {part: list(span) for part, span in getattr(robot, quantity).items()}
                 for quantity in ("state", "action")
             }
-            | {"views": list(robot.views)}
+            | {"views": list(robot.views), "recorded_sizes": [list(size) for size in robot.recorded_sizes]}
             for name, robot in spec.embodiments.items()
         },
         "keys": {
-            keys.image: f"(H, W, 3) uint8 RGB, resized to {spec.frame_size[0]} x {spec.frame_size[1]}",
+            keys.image: picture,
+            **dict.fromkeys(views, "(H, W, 3) uint8 RGB, a further camera beside the first before the resizing"),
             **dict.fromkeys(keys.state, f"{state} float{joined}"),
             keys.prompt: f"text of 1 to {MAX_INSTRUCTION} characters",
         },
@@ -97,7 +117,7 @@ def describe(spec: PolicySpec, keys: WireKeys) -> dict[str, Any]:
         "past": list(spec.past),
         "action_noise": spec.action_noise,
         "video_noise": spec.video_noise,
-        "roles": {"image": keys.image, "state": list(keys.state), "prompt": keys.prompt},
+        "roles": {"image": keys.image, "state": list(keys.state), "prompt": keys.prompt, "view": keys.view},
     }
 
 
@@ -109,6 +129,7 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
             name: EmbodimentSpec(
                 **{q: {part: (int(a), int(b)) for part, (a, b) in robot[q].items()} for q in ("state", "action")},
                 views=tuple(str(view) for view in robot.get("views", ())),
+                recorded_sizes=tuple((int(h), int(w)) for h, w in robot.get("recorded_sizes", ())),
             )
             for name, robot in message["embodiments"].items()
         }
@@ -124,7 +145,9 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
             action_noise=_choice(message, "action_noise", get_args(ActionNoise)),
             video_noise=_choice(message, "video_noise", get_args(VideoNoise)),
         )
-        keys = WireKeys(image=roles["image"], state=tuple(roles["state"]), prompt=roles["prompt"])
+        keys = WireKeys(
+            image=roles["image"], state=tuple(roles["state"]), prompt=roles["prompt"], view=roles.get("view")
+        )
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"the server's first message does not describe an agra policy ({error!r})") from error
     if version != WIRE_VERSION:
@@ -135,12 +158,15 @@ def read_description(message: Any) -> tuple[PolicySpec, WireKeys]:
 def encode_request(request: InferRequest, keys: WireKeys, spec: PolicySpec) -> dict[str, Any]:
     """Encode a request. Inverse of `parse_request`.
 
-    Cameras that the policy reads beside the frame are placed to its right.
+    Further cameras of the policy have keys of their own. For an earlier server they are placed beside the frame.
+    Raises ValueError for a missing view.
     """
     observation, continuation = request.observation, request.continuation
     views = spec.embodiments[observation.embodiment].views if observation.embodiment in spec.embodiments else ()
+    pictures = _pictures(observation, views, keys)
     message: dict[str, Any] = {
-        keys.image: side_by_side(cameras_of(observation, views)),
+        keys.image: pictures[0],
+        **dict(zip(keys.views(views).values(), pictures[1:], strict=True)),
         keys.prompt: observation.instruction,
         "embodiment": observation.embodiment,
     }
@@ -155,7 +181,10 @@ def encode_request(request: InferRequest, keys: WireKeys, spec: PolicySpec) -> d
         for key, (start, end) in zip(keys.state, parts.values(), strict=True):
             message[key] = observation.state[start:end].astype(np.float32)
     if observation.past:
-        message["past_image"] = np.stack([side_by_side(cameras_of(moment, views)) for moment in observation.past])
+        frames, *others = map(np.stack, zip(*(_pictures(m, views, keys) for m in observation.past), strict=True))
+        message["past_image"] = frames
+        if others:
+            message["past_views"] = dict(zip(views, others, strict=True))
         message["past_state"] = np.stack([moment.state for moment in observation.past]).astype(np.float32)
     if request.seed is not None:
         message["seed"] = request.seed
@@ -167,6 +196,18 @@ def encode_request(request: InferRequest, keys: WireKeys, spec: PolicySpec) -> d
     if request.request_id is not None:
         message["request_id"] = request.request_id
     return message
+
+
+def _pictures(observation: Observation, views: Sequence[str], keys: WireKeys) -> list[np.ndarray]:
+    """Return the pictures to send: the frame and each view, or one picture of all cameras for an earlier server."""
+    cameras = cameras_of(observation, views)
+    if keys.view is None:
+        return [side_by_side(cameras)]
+    if len(cameras) != 1 + len(views):
+        raise ValueError(
+            f"Observation.joined: the server takes each camera by itself; expected {', '.join(views)} in views"
+        )
+    return cameras
 
 
 def encode_response(chunk: ActionChunk, request: InferRequest, timing: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,5 +231,8 @@ def _choice(message: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> A
 
 
 def _optional(spec: PolicySpec) -> list[str]:
-    """The optional keys that are read. Without past observations those are ignored."""
-    return [key for key in OPTIONAL if spec.past or not key.startswith("past_")]
+    """The optional keys that are read. Without past observations or further cameras those are ignored."""
+    ignored = set() if spec.past else {"past_image", "past_state", "past_views"}
+    if not any(robot.views for robot in spec.embodiments.values()):
+        ignored.add("past_views")
+    return [key for key in OPTIONAL if key not in ignored]

@@ -15,7 +15,7 @@ from agra.serving.protocol.messages import (
     WireKeys,
     _optional,
 )
-from agra.types import Continuation, Observation, PolicySpec
+from agra.types import Continuation, EmbodimentSpec, Observation, PolicySpec
 
 
 class RequestError(ValueError):
@@ -29,21 +29,20 @@ def parse_request(message: Any, spec: PolicySpec, keys: WireKeys) -> InferReques
     """
     if not isinstance(message, dict):
         raise RequestError(f"request: expected a map with the keys {_listed(_required(keys))}, got {_kind(message)}")
-    missing = [key for key in _required(keys) if key not in message]
-    if missing:
-        raise RequestError(
-            f"{missing[0]}: missing; expected the keys {_listed(_required(keys))}, got {_listed(message)}"
-        )
+    _check_present(message, _required(keys))
     embodiment = _embodiment(message.get("embodiment"), spec)
     robot = spec.embodiments[embodiment]
+    view_keys = keys.views(robot.views)
+    _check_present(message, (*_required(keys), *view_keys.values()))
     observation = Observation(
-        past=_past(message, embodiment, robot.state_dim, spec),
+        past=_past(message, embodiment, robot, spec),
         frame=parse_frame(keys.image, message[keys.image]),
+        views={view: parse_frame(key, message[key]) for view, key in view_keys.items()},
         state=_state(message, keys.state, robot.state_dim),
         instruction=parse_text(keys.prompt, message[keys.prompt], MAX_INSTRUCTION),
         embodiment=embodiment,
     )
-    accepted = {*_required(keys), *_optional(spec)}
+    accepted = {*_required(keys), *view_keys.values(), *_optional(spec)}
     return InferRequest(
         observation=observation,
         seed=_integer("seed", message.get("seed"), SEEDS - 1),
@@ -94,18 +93,39 @@ def _required(keys: WireKeys) -> tuple[str, ...]:
     return keys.image, *keys.state, keys.prompt
 
 
-def _past(message: Mapping[str, Any], embodiment: str, size: int, spec: PolicySpec) -> tuple[Observation, ...]:
+def _check_present(message: Mapping[str, Any], required: Sequence[str]) -> None:
+    if missing := [key for key in required if key not in message]:
+        raise RequestError(f"{missing[0]}: missing; expected the keys {_listed(required)}, got {_listed(message)}")
+
+
+def _past(
+    message: Mapping[str, Any], embodiment: str, robot: EmbodimentSpec, spec: PolicySpec
+) -> tuple[Observation, ...]:
     """The past observations, or none of them."""
-    frames, states = message.get("past_image"), message.get("past_state")
-    if not spec.past or (frames is None and states is None):
+    states, given = message.get("past_state"), message.get("past_views")
+    if not spec.past or (message.get("past_image") is None and states is None):
         return ()
+    clips: dict[str, Any] = {"past_image": message.get("past_image")}
+    if robot.views:
+        if not isinstance(given, dict) or given.keys() != {*robot.views}:
+            got = _listed(given) if isinstance(given, dict) else _kind(given)
+            raise RequestError(f"past_views: expected a map of {', '.join(robot.views)}, got {got}")
+        clips |= {f"past_views.{view}": given[view] for view in robot.views}
     count = len(spec.past)
-    if not isinstance(frames, np.ndarray) or frames.ndim != 4 or len(frames) != count:
-        raise RequestError(f"past_image: expected ({count}, H, W, 3) uint8, got {_kind(frames)}")
-    rows = parse_floats("past_state", states, (count, size))
+    for key, frames in clips.items():
+        if not isinstance(frames, np.ndarray) or frames.ndim != 4 or len(frames) != count:
+            raise RequestError(f"{key}: expected ({count}, H, W, 3) uint8, got {_kind(frames)}")
+    rows = parse_floats("past_state", states, (count, robot.state_dim))
+    pictures = [[parse_frame(key, frames[step]) for key, frames in clips.items()] for step in range(count)]
     return tuple(
-        Observation(frame=parse_frame("past_image", frame), state=row, instruction="", embodiment=embodiment)
-        for frame, row in zip(frames, rows, strict=True)
+        Observation(
+            frame=frame,
+            views=dict(zip(robot.views, views, strict=True)),
+            state=row,
+            instruction="",
+            embodiment=embodiment,
+        )
+        for (frame, *views), row in zip(pictures, rows, strict=True)
     )
 
 

@@ -52,12 +52,17 @@ class ControlStep:
     command: Command
     action: np.ndarray  # (D,) the command, or the last one while holding; (0,) before the first
     held: bool
+    sent: bool  # false while holding and in a dry run
     clipped: bool
     late: float  # seconds by which the step began late; 0 in simulated time
 
 
 class Recorder(Protocol):
     """Keeps control steps."""
+
+    def begin_episode(self) -> None:
+        """Begin an episode, with which a run of the loop starts."""
+        ...
 
     def add(self, step: ControlStep) -> None:
         """Add a step."""
@@ -110,10 +115,12 @@ def control(
     """Run a connected robot for `steps` control steps at `fps` per second. It is at rest when this returns or raises.
 
     With `dry_run` everything happens except the commands. Without `real_time` the steps follow each other at once, for
-    simulated time. `until` ends the run early. Raises ValueError when the policy refuses an observation.
+    simulated time. Each run is an episode of the `recorder`. `until` ends the run early. Raises ValueError when the policy refuses an observation.
     """
     if not fps > 0 or steps < 1:
         raise ValueError(f"control: expected a positive rate and at least 1 step, got {fps} and {steps}")
+    if recorder is not None:
+        recorder.begin_episode()
     limits, watchdog, report = limits or ActionLimits(), watchdog or Watchdog(), ControlReport()
     clock = _RealTime(fps) if real_time else _SimulatedTime(fps)
     try:
@@ -129,15 +136,22 @@ def control(
             command = executor.step(observation)
             age = clock.now() - observed_at[-1 - command.age]
             action, held, clipped = _decide(command, age, limits, watchdog, last)
-            if held or dry_run:
-                robot.hold()
-            else:
+            sent = not held and not dry_run
+            if sent:
                 robot.command(action)
                 last = action
+            else:
+                robot.hold()
             clock.commanded()
             if recorder is not None:
                 step = ControlStep(
-                    observation=observation, command=command, action=action, held=held, clipped=clipped, late=late
+                    observation=observation,
+                    command=command,
+                    action=action,
+                    held=held,
+                    sent=sent,
+                    clipped=clipped,
+                    late=late,
                 )
                 recorder.add(step)
             _count(report, command, held=held, clipped=clipped, overrun=late > OVERRUN / fps)

@@ -149,6 +149,7 @@ class _Chunk:
     actions: np.ndarray  # (K, D)
     requested: int  # control step of its observation
     arrived: int  # control step
+    timings: Mapping[str, float]
 
 
 class Executor:
@@ -185,7 +186,7 @@ class Executor:
         command = Command(
             action=action,
             age=age,
-            delay=None if arrived is None else self._now - self._chunks[-1].requested,
+            delay=None if arrived is None else arrived.arrived - arrived.requested,
             timings=None if arrived is None else arrived.timings,
             error=error,
         )
@@ -195,10 +196,12 @@ class Executor:
         self.inference.tick()
         return command
 
-    def _receive(self) -> ActionChunk | None:
-        chunk = self.inference.poll()
-        if chunk is not None:
-            self._chunks.append(_Chunk(actions=chunk.actions, requested=self._requested, arrived=self._now))
+    def _receive(self) -> _Chunk | None:
+        result = self.inference.poll()
+        if result is None:
+            return None
+        chunk = _Chunk(actions=result.actions, requested=self._requested, arrived=self._now, timings=result.timings)
+        self._chunks.append(chunk)
         return chunk
 
     def _request_due(self) -> bool:

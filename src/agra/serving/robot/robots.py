@@ -1,11 +1,14 @@
 """Robots for the control loop: the protocol, a simulator as a robot, and arms behind drivers of LeRobot's interface."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from agra.types import Embodiment, Observation, Simulator, Trial
+
+log = logging.getLogger("agra.serving")
 
 
 class Robot(Protocol):
@@ -40,6 +43,13 @@ class Robot(Protocol):
     def disconnect(self) -> None:
         """Release the hardware, after `stop`."""
         ...
+
+
+@runtime_checkable
+class NamesCamera(Protocol):
+    """A robot that names the camera of `Observation.frame`. Optional."""
+
+    camera: str
 
 
 class SimulatedRobot:
@@ -102,34 +112,48 @@ class LeRobotArm:
 
     The driver has `connect`, `disconnect`, `get_observation` (a map with a number for each "<motor>.pos" and an image
     (H, W, 3) uint8 RGB for each camera), `send_action` (a map "<motor>.pos" to number) and `action_features`. State and
-    action are the positions of `joints` in that order and in the driver's units. Both must be those of the policy's
-    training data.
+    action are the positions of `joints` in that order and in the driver's units. `camera` is that of the frame, and
+    `extra_cameras` are the views. All must be those of the policy's training data.
     """
 
     def __init__(
-        self, driver: Any, *, camera: str, instruction: str, embodiment: str, joints: Sequence[str] | None = None
+        self,
+        driver: Any,
+        *,
+        camera: str,
+        instruction: str,
+        embodiment: str,
+        extra_cameras: Sequence[str] = (),
+        joints: Sequence[str] | None = None,
     ) -> None:
         self.driver, self.camera, self.instruction = driver, camera, instruction
+        self.extra_cameras = tuple(extra_cameras)
+        if len({camera, *self.extra_cameras}) != 1 + len(self.extra_cameras):
+            raise ValueError(f"extra_cameras: expected other cameras than {camera!r}, each once, got {extra_cameras}")
         available = list(driver.action_features)
         names = tuple(available if joints is None else joints)
         if missing := [name for name in names if name not in available]:
             raise ValueError(f"joints: the driver has no {missing[0]!r}; expected some of {', '.join(available)}")
         self.embodiment = Embodiment(name=embodiment, state_names=names, action_names=names)
-        self._last: np.ndarray | None = None
+        self._state: np.ndarray | None = None  # seen last
+        self._moving = False  # from a command to `stop`
 
     def connect(self) -> None:
         """Connect the driver, which may ask for a calibration."""
         self.driver.connect()
 
     def observe(self) -> Observation:
-        """Read the camera's image and the joints. Raises ValueError for a driver without one of them."""
+        """Read the cameras' images and the joints. Raises ValueError for a driver without one of them."""
         values: Mapping[str, Any] = self.driver.get_observation()
-        missing = [name for name in (self.camera, *self.embodiment.state_names) if name not in values]
+        required = (self.camera, *self.extra_cameras, *self.embodiment.state_names)
+        missing = [name for name in required if name not in values]
         if missing:
             raise ValueError(f"driver: its observation has no {missing[0]!r}, only {', '.join(map(str, values))}")
         state = np.array([float(values[name]) for name in self.embodiment.state_names], np.float32)
+        self._state = state
         return Observation(
             frame=np.asarray(values[self.camera]),
+            views={name: np.asarray(values[name]) for name in self.extra_cameras},
             state=state,
             instruction=self.instruction,
             embodiment=self.embodiment.name,
@@ -141,16 +165,28 @@ class LeRobotArm:
 
     def command(self, action: np.ndarray) -> None:
         """Send target positions. The driver's own `max_relative_target` still applies."""
-        self._last = np.array(action, np.float32)
+        self._moving = True
         self.driver.send_action(dict(zip(self.embodiment.action_names, map(float, action), strict=True)))
 
     def hold(self) -> None:
         """Do nothing: servos keep their last target."""
 
     def stop(self) -> None:
-        """Make the present position the target, so that the arm stops."""
-        if self._last is not None:
-            self.command(self.observe().state)
+        """Make the present position the target, so that the arm stops.
+
+        Where the driver fails, for example because of a camera, the last position that it reported becomes the target.
+        """
+        if not self._moving:
+            return
+        try:
+            target = self.observe().state
+        except Exception:  # any error of the driver: the arm must stop
+            if self._state is None:
+                raise
+            log.exception("the driver gave no position to stop at; the arm stops at the last one that it gave")
+            target = self._state
+        self.command(target)
+        self._moving, self._state = False, None
 
     def disconnect(self) -> None:
         """Disconnect the driver."""

@@ -53,9 +53,13 @@ async def reload(service: PolicyService, server: WebsocketServer, source: Policy
     return True
 
 
-async def watch(service: PolicyService, server: WebsocketServer, source: PolicySource, *, interval: float) -> None:
-    """Check the source every `interval` seconds and reload when it has a newer policy. Errors are logged."""
-    loaded = _stamp(source)
+async def watch(
+    service: PolicyService, server: WebsocketServer, source: PolicySource, *, loaded: Hashable | None, interval: float
+) -> None:
+    """Check the source every `interval` seconds and reload when it has a newer policy. Errors are logged.
+
+    `loaded` is the source's stamp before the present policy was loaded, so that no policy saved since then is missed.
+    """
     while True:
         await asyncio.sleep(interval)
         stamp = _stamp(source)
@@ -85,13 +89,15 @@ async def run(
     *,
     groot: GrootServer | None = None,
     reload_interval: float | None = None,
+    loaded: Hashable | None = None,
     grace: float = 10.0,
     started: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then answer the requests that were read, in at most `grace` seconds.
 
     SIGHUP loads the newest policy. The port opens at once. Clients are accepted when the policy has been checked and
-    warmed up. Raises ValueError for a policy that does not answer.
+    warmed up. With a `reload_interval` newer policies are loaded, see `watch`. Raises ValueError for a policy that does
+    not answer.
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     tasks: set[asyncio.Task] = set()
@@ -111,7 +117,7 @@ async def run(
         await groot.start()
     loop.add_signal_handler(signal.SIGHUP, lambda: start(reload(service, server, source)))
     if reload_interval is not None:
-        start(watch(service, server, source, interval=reload_interval))
+        start(watch(service, server, source, loaded=loaded, interval=reload_interval))
     started()
     await stop.wait()
     log.info("stopping")
@@ -131,6 +137,7 @@ async def serve(config: ServeConfig, source: PolicySource, *, api_key: str | Non
     config.check_access(api_key)
     check_key(api_key)
     tls = config.tls.context()
+    loaded = None if config.reload_interval is None else _stamp(source)
     service = PolicyService(source.load(), config.limits)
     server = WebsocketServer(service, host=config.host, port=config.port, keys=config.keys, api_key=api_key, tls=tls)
     groot = None
@@ -143,4 +150,12 @@ async def serve(config: ServeConfig, source: PolicySource, *, api_key: str | Non
         if config.ready_file is not None:
             write_text(config.ready_file, json.dumps(addresses) + "\n")
 
-    await run(service, server, source, groot=groot, reload_interval=config.reload_interval, started=started)
+    await run(
+        service,
+        server,
+        source,
+        groot=groot,
+        reload_interval=config.reload_interval,
+        loaded=loaded,
+        started=started,
+    )

@@ -100,7 +100,8 @@ class Batcher:
             if waiting.future.done():
                 continue
             observation = waiting.request.observation
-            size = sum(moment.frame.nbytes for moment in (observation, *observation.past))
+            moments = (observation, *observation.past)
+            size = sum(frame.nbytes for moment in moments for frame in (moment.frame, *moment.views.values()))
             fits = size <= self.small or large == 0 or large + size <= self.max_large
             if len(batch) == self.max_batch or not fits:
                 remaining.append(waiting)

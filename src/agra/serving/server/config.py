@@ -101,7 +101,7 @@ class GrootWire:
     port: Annotated[int | None, arg(name="groot-port")] = None
     """Port of GR00T's ZeroMQ protocol, which is served beside the websocket. 0 takes a free one."""
     camera: Annotated[str, arg(name="groot-camera")] = "ego_view"
-    """Name of the camera in GR00T's requests: video.NAME."""
+    """Name of the first camera in GR00T's requests: video.NAME. Further ones have the names of the policy's views."""
     annotation: Annotated[str, arg(name="groot-annotation")] = "human.action.task_description"
     """Name of the instruction in GR00T's requests: annotation.NAME."""
     version: Annotated[Literal["n1.5", "n1.6"], arg(name="groot-version")] = "n1.6"
@@ -124,6 +124,8 @@ class ServeConfig:
     """Listen on a network without a key."""
     image_key: str = "observation/image"
     """Key of the frame in requests."""
+    view_key: str = "observation/{view}_image"
+    """Pattern of the keys of further cameras in requests, with {view} for a camera's name."""
     state_keys: tuple[str, ...] = ("observation/state",)
     """Keys of the state in requests. Several are joined in order."""
     prompt_key: str = "prompt"
@@ -150,7 +152,7 @@ class ServeConfig:
     @property
     def keys(self) -> WireKeys:
         """Names of the keys in requests."""
-        return WireKeys(image=self.image_key, state=self.state_keys, prompt=self.prompt_key)
+        return WireKeys(image=self.image_key, state=self.state_keys, prompt=self.prompt_key, view=self.view_key)
 
     def check_access(self, api_key: str | None) -> None:
         """Raise ValueError for an invalid key, or for a network address without a key."""

@@ -10,7 +10,16 @@ import numpy as np
 
 from agra.serving.protocol.messages import FRAME_SIDES, InferRequest
 from agra.serving.protocol.validation import RequestError
-from agra.types import ActionChunk, BatchPolicy, KnowsInstructions, KnowsRanges, Observation, PolicyRequest, PolicySpec
+from agra.types import (
+    ActionChunk,
+    BatchPolicy,
+    EmbodimentSpec,
+    KnowsInstructions,
+    KnowsRanges,
+    Observation,
+    PolicyRequest,
+    PolicySpec,
+)
 
 log = logging.getLogger("agra.serving")
 
@@ -112,7 +121,7 @@ def check_policy(policy: BatchPolicy) -> None:
         raise ValueError(f"policy {spec.name}: expected at least one embodiment, got none")
     for name, robot in spec.embodiments.items():
         state = ranges[name]["state"].middle if name in ranges else np.zeros(robot.state_dim, np.float32)
-        chunk = _act_on_blank_frame(policy, name, state)
+        chunk = _act_on_blank_frames(policy, name, robot, state)
         if chunk.actions.shape != (spec.horizon, robot.action_dim):
             raise ValueError(
                 f"policy {spec.name}: expected a chunk of {(spec.horizon, robot.action_dim)} for {name}, got "
@@ -124,18 +133,26 @@ def check_policy(policy: BatchPolicy) -> None:
             raise ValueError(f"policy {spec.name}, embodiment {name}: {error}") from error
 
 
-def _act_on_blank_frame(policy: BatchPolicy, embodiment: str, state: np.ndarray) -> ActionChunk:
-    """Run a policy on a black frame of the model's size, doubled until it is large enough for the policy's crop."""
+def _act_on_blank_frames(policy: BatchPolicy, embodiment: str, robot: EmbodimentSpec, state: np.ndarray) -> ActionChunk:
+    """Run a policy on a black frame of each camera.
+
+    Without recorded sizes they have the model's size, doubled until it is large enough for the policy's crop.
+    """
     instructions = policy.instructions if isinstance(policy, KnowsInstructions) else None
     instruction = next(iter(instructions.known), "wait") if instructions is not None else "wait"
-    height, width = policy.spec.frame_size
+    sizes = robot.recorded_sizes or (policy.spec.frame_size,) * (1 + len(robot.views))
     while True:
+        frame, *others = (np.zeros((*size, 3), np.uint8) for size in sizes)
         observation = Observation(
-            frame=np.zeros((height, width, 3), np.uint8), state=state, instruction=instruction, embodiment=embodiment
+            frame=frame,
+            views=dict(zip(robot.views, others, strict=True)),
+            state=state,
+            instruction=instruction,
+            embodiment=embodiment,
         )
         try:
             return policy.act_batch([PolicyRequest(observation=observation, episode=policy.episode(0))])[0]
         except ValueError:
-            height, width = 2 * height, 2 * width
-            if max(height, width) > FRAME_SIDES[1]:
+            sizes = [(2 * height, 2 * width) for height, width in sizes]
+            if robot.recorded_sizes or max(map(max, sizes)) > FRAME_SIDES[1]:
                 raise

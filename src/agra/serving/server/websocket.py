@@ -156,6 +156,8 @@ class WebsocketServer:
     ) -> None:
         self.service, self.host, self.port = service, host, port
         self.keys = keys or WireKeys()
+        for robot in service.spec.embodiments.values():
+            self.keys.views(robot.views)  # raises ValueError for a key with two meanings
         self.sockets: set[_Connection] = set()
         self.clients: set[_Connection] = set()
         self._key = check_key(api_key)
