@@ -1,6 +1,6 @@
 """The only module that talks to the model hub: models and datasets by hub id or folder, uploads, model cards.
 
-A leaf, without torch. Errors of the hub and of the file system become one line with the remedy.
+Imports no torch. Errors of the hub and of the file system become one line with the remedy.
 """
 
 import importlib.util
