@@ -90,7 +90,7 @@ def _head(*names: str) -> list[list[str]]:
 
 def _success(arms: Mapping[str, Sequence[MeasuredRow]]) -> list[list[str]]:
     words = [regime.replace("_", " ") for regime in REGIMES]
-    table = _head("arm: success, %", "seeds", "noise", *words, "all", "all, by seed")
+    table = _head("variant: success, %", "seeds", "noise", *words, "all", "all, by seed")
     for name, rows in arms.items():
         for noise in ("random", "zero"):
             cells = [_percent(outcomes(rows, noise, regime)) for regime in (*REGIMES, None)]
@@ -128,7 +128,7 @@ def _differences(arms: Mapping[str, Sequence[MeasuredRow]]) -> list[list[str]]:
 
 def _tasks(arms: Mapping[str, Sequence[MeasuredRow]]) -> list[list[str]]:
     names = sorted({trial.task for rows in arms.values() for row in rows for trial in row.results["random"].trials})
-    table = _head("arm: success by task, %", "noise", *(name.replace("_", " ") for name in names))
+    table = _head("variant: success by task, %", "noise", *(name.replace("_", " ") for name in names))
     for name, rows in arms.items():
         for noise in ("random", "zero"):
             table.append([name, noise, *(_percent(outcomes(rows, noise, task=task)) for task in names)])
@@ -150,7 +150,7 @@ def _instruments(arms: Mapping[str, Sequence[MeasuredRow]]) -> list[list[str]]:
         columns[f"ratio, {kind}"] = lambda i, kind=kind: i["grounding"]["summary"][f"sensitivity_{kind}"]["ratio"][
             "value"
         ]
-    table = _head("arm", *columns)
+    table = _head("variant", *columns)
     for name, rows in arms.items():
         cells = []
         for read in columns.values():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The study (docs/study.md): what alignment changes on the tabletop, with several seeds and by arm. Every row is a training from
+# The study (docs/study.md): what alignment changes on the tabletop, with several seeds and variants. Every row is a training from
 # one adapt stage of its data and seed, 180 trials with random and 180 with zero noise, and a diagnosis on 40 samples.
 # A row of 2,400 steps takes about an hour on a quiet core, one of 1,600 steps 40 minutes. After an interruption the script
 # continues. Finished rows go to docs/study, and a row that is there already is skipped. The rest goes to outputs/study.
@@ -38,7 +38,7 @@ rows() {
   for seed in 0 1 2; do
     echo "agra_short_whole_episode $seed 1600 robot tiny --data.target-steps None"
   done
-  # One seed each: a map, no result.
+  # One seed each, for orientation only.
   cat <<'ROWS'
 agra_short_observation 0 1600 robot tiny --method.alignment.include-future False
 agra_short_irepa 0 1600 robot tiny --method.alignment.projector conv --method.alignment.spatial-normalization True

@@ -1,4 +1,4 @@
-"""Import rules of docs/architecture.md, checked on the syntax tree of every file, and the sizes of rooms and files."""
+"""Import rules of docs/architecture.md, checked on the syntax tree of every file, and the sizes of subpackages and files."""
 
 import ast
 import re

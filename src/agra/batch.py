@@ -1,4 +1,4 @@
-"""The tensors of a training step, and those of a policy's observations. A leaf."""
+"""The tensors of a training step, and those of a policy's observations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

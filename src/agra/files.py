@@ -1,4 +1,4 @@
-"""Safe file writing through a temporary name and a rename, checksums, and a lock against a second writer. A leaf."""
+"""Safe file writing through a temporary name and a rename, checksums, and a lock against a second writer."""
 
 import fcntl
 import hashlib

@@ -1,6 +1,6 @@
 """The only module that talks to the model hub: models and datasets by hub id or folder, uploads, model cards.
 
-A leaf, without torch. Errors of the hub and of the file system become one line with the remedy.
+Imports no torch. Errors of the hub and of the file system become one line with the remedy.
 """
 
 import importlib.util
@@ -34,7 +34,9 @@ def package_folder(package: str, what: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f'{what} needs the package "{package.replace("_", "-")}": pip install "agra[demo]"')
+        raise ImportError(
+            f"{what} needs the package \"{package.replace('_', '-')}\": pip install '.[demo]' in a checkout of agra"
+        )
     return Path(spec.submodule_search_locations[0])
 
 

@@ -1,6 +1,6 @@
 """Low-rank adapters on selected linear layers, attached from outside and merged into the weights after training.
 
-A leaf. LoRA (Hu et al. 2021, arXiv 2106.09685), not in the paper: y = W x + scale * U D x, where W is frozen, D
+LoRA (Hu et al. 2021, arXiv 2106.09685), not in the paper: y = W x + scale * U D x, where W is frozen, D
 (rank, inputs) is random and U (outputs, rank) is initially zero. The layers keep their names and weights. Checkpoints
 therefore hold the base model unchanged, with `<layer>.lora_down` and `<layer>.lora_up` in addition.
 """

@@ -1,4 +1,4 @@
-"""Devices and numerical precision, shared by training, inference and the frozen networks. A leaf."""
+"""Devices and numerical precision, shared by training, inference and the frozen networks."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Random numbers that belong to samples, not to processes. A leaf.
+"""Random numbers that belong to samples, not to processes.
 
 The samples of a step are divided into shards: processes, and micro-batches of each process. Every shard draws the
 numbers of the whole step from the same seed and keeps the rows of its own samples. One process, eight processes and

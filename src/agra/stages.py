@@ -1,4 +1,4 @@
-"""The stages of training and the settings of one run. A leaf, read by training, loading and serving."""
+"""The stages of training and the settings of one run. Read by training, loading and serving."""
 
 import math
 import re
@@ -26,17 +26,25 @@ class StageConfig:
     """
 
     name: Stage = Stage.JOINT
+    """Name of the stage. On the command line choose it with `--stage`, which also takes the recipe's settings for it."""
     steps: int = 80_000
+    """Steps of the optimiser."""
     batch_size: int = 256
+    """Windows (training samples) of a step, over all processes and micro-batches."""
     learning_rate: float = 1e-4
+    """Highest learning rate, after the warm-up. A cosine then lowers it to 0."""
     learning_rate_by_part: dict[str, float] = field(default_factory=dict)
     """Learning rates of parts of the method that differ from `learning_rate`, such as {"video_dit": 1e-5}."""
     frozen: tuple[str, ...] = ()
     """Parts of the method that are not trained."""
     warmup_ratio: float = 0.05
+    """Fraction of the steps in which the learning rate rises linearly."""
     weight_decay: float = 1e-5
+    """Weight decay of AdamW. Vectors, such as biases and norms, have none."""
     betas: tuple[float, float] = (0.95, 0.999)
+    """Decays of AdamW's first and second moment."""
     clip_norm: float = 1.0
+    """Largest norm of the whole gradient. A longer gradient is scaled down to it."""
     ema_decay: float | None = None
     """Decay of an additional exponential moving average of the trained weights. Not in the paper
     (docs/paper.md #26)."""
@@ -46,11 +54,17 @@ class StageConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Low-rank adapters, trained instead of the weights. Not in the paper (docs/paper.md #26)."""
     precision: Precision = "auto"
+    """Precision of matrix products: auto is bfloat16 on GPUs with instructions for it and float32 elsewhere."""
     seed: int = 0
+    """Seed of the initial weights, the windows and all noise."""
     log_every: int = 10
+    """Steps between two rows of losses in the log."""
     validate_every: int = 1_000
+    """Steps between two validations on the held-out episodes. The last step is always validated."""
     save_every: int = 1_000
+    """Steps between two checkpoints. The last step is always saved."""
     keep_checkpoints: int = 2
+    """Number of newest checkpoints that are kept."""
     keep_best: str = ""
     """`min:NAME` or `max:NAME` of a metric logged at validation, such as `min:validation/action_loss` or
     `max:grounding/in_mask_ratio`. The checkpoint with the best value is saved and kept. RUN/best refers to it."""

@@ -1,6 +1,6 @@
 """Types shared by all packages: observations, action chunks, trials, episodes, and the protocols Policy and Simulator.
 
-A leaf. It needs only numpy, so a simulator or a robot client can import it without torch. Frames are uint8 RGB, height
+It needs only numpy, so a simulator or a robot client can import it without torch. Frames are uint8 RGB, height
 x width x channel. States and actions are float32 in the robot's units.
 """
 
@@ -262,7 +262,7 @@ class ReadsPast(Protocol):
 
     @property
     def past(self) -> tuple[int, ...]:
-        """`PolicySpec.past`."""
+        """Control steps of the past observations, as in `PolicySpec.past`."""
         ...
 
 

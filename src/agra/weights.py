@@ -1,4 +1,4 @@
-"""Weights in safetensors files: reading tensor by tensor, comparison of names and shapes, hashes. A leaf."""
+"""Weights in safetensors files: reading tensor by tensor, comparison of names and shapes, hashes."""
 
 import hashlib
 import json

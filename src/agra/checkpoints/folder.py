@@ -104,7 +104,9 @@ def artifact_dir(name: str | Path) -> Path:
 def verify(
     checkpoint: Path, *, part: int = 0, parts: int = 1, without: Sequence[str] = (), only: Sequence[str] | None = None
 ) -> None:
-    """Compare every file with the manifest, or the part::parts of them: `without` some files, or `only` some.
+    """Compare files with the manifest.
+
+    Process `part` of `parts` checks every `parts`-th file. `without` leaves files out, `only` selects files.
 
     Raises ValueError naming the first file that is corrupt, missing, or not listed though it would be read.
     """

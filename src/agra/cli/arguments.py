@@ -42,7 +42,7 @@ def recipe_arguments(name: str, arguments: list[str], options: type) -> tuple:
     if not arguments or arguments[0].startswith("-"):
         print(
             f"usage: agra {name} RECIPE [--stage {{{','.join(Stage)}}}] [--with PRESET ...] [flags]; "
-            f"recipes: {', '.join(RECIPES)}; presets: {', '.join(PRESETS)}; "
+            f"recipes: {', '.join(RECIPES)}; presets: {', '.join(PRESETS)} (`agra recipes` describes them); "
             f"`agra {name} RECIPE --help` lists the flags"
         )
         raise SystemExit(0 if "-h" in arguments or "--help" in arguments else 2)

@@ -31,7 +31,7 @@ def serve(
     on the same port.
 
     Args:
-        policy: a checkpoint or run folder.
+        policy: a checkpoint or run folder, or the name of a bundled policy.
         config: addresses, keys, limits, TLS and GR00T's protocol.
         fast: --no-fast runs the forward passes of training, for comparison.
         compiled: compile the model, on a GPU as CUDA graphs. Every batch size is compiled before the server is ready.
@@ -94,12 +94,12 @@ def control(
     """Control the simulated robot in real time: the simulation does not wait for the policy.
 
     Args:
-        policy: a checkpoint or run folder, or a server's address (ws://HOST:PORT).
+        policy: a checkpoint or run folder, the name of a bundled policy, or a server's address (ws://HOST:PORT).
         simulator: the simulator.
-        executor: execution of chunks while the next one is computed.
+        executor: what the robot does while the next chunk is computed.
         execute_steps: control steps after which the next chunk is requested.
         trial: number of the in-distribution trial to play.
-        seconds: longest duration.
+        seconds: time limit of the run, in seconds.
         latency: latency of the policy in seconds of simulated time. By default real time and the actual latency.
         max_age: largest age of an action's observation, seconds. The robot holds instead of executing an older action.
         stop_after: seconds of holding after which the run stops.
@@ -170,16 +170,17 @@ def bench_latency(
     device: str = "cpu",
     output: Path | None = None,
 ) -> None:
-    """Time an answer stage by stage, p50 and p95, over the plain path, the fast one and its options in turn.
+    """Measure the latency of each stage of a policy call (p50, p95), for the plain path, the fast path and its options.
 
     Args:
-        subject: a checkpoint or run folder, or a recipe's name: its policy with random weights and a known instruction.
-        rounds: calls that count.
+        subject: a checkpoint or run folder, the name of a bundled policy, or a recipe's name: its policy with random
+            weights and a known instruction.
+        rounds: timed calls of each path.
         batch: observations that are answered together.
         compiled: measure the compiled fast path too, on a GPU with CUDA graphs.
         pool_future: measure the fast path with this approximation too, see `agra serve`.
         device: the policy's device. It computes in the precision of its training.
-        output: write the figures here, for machines.
+        output: JSON file of the results.
     """
     from agra.policies.latency import bench, paths
     from agra.recipes import RECIPES, compose
@@ -194,7 +195,7 @@ def export(policy: Annotated[str, tyro.conf.Positional], output: Path, ema: bool
     """Write a policy as one folder of whole safetensors with a model card, from whole or sharded checkpoints.
 
     Args:
-        policy: a checkpoint or run folder.
+        policy: a checkpoint or run folder, or the name of a bundled policy.
         output: the new folder.
         ema: take the averaged weights.
         half: store the weights in float16.
@@ -213,7 +214,7 @@ def push(
     """Upload a policy to the model hub with a generated card.
 
     Args:
-        policy: a checkpoint or run folder.
+        policy: a checkpoint or run folder, or the name of a bundled policy.
         name: owner/model.
         public: make it visible to everyone.
         ema: take the averaged weights.

@@ -226,9 +226,9 @@ def demo(
     device: str = "cpu",
     threads: int | None = None,
 ) -> None:
-    """Open a page in the browser: policies side by side on the tabletop, live, with a mouse to interfere.
+    """Open a browser page that shows policies side by side on the tabletop.
 
-    Needs the extra `demo`. See docs/demo.md.
+    You can move objects and mask the image while they act. Needs the extra `demo`. See docs/demo.md.
 
     Args:
         policies: checkpoint or run folders, names of bundled policies, servers' addresses (ws://HOST:PORT), or `expert`.

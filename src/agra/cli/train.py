@@ -87,7 +87,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def recipes() -> None:
-    """List the recipes, one for each row of the paper, and the presets that --with adds to them."""
+    """List the recipes (variants of the paper, other methods, small versions) and the presets for --with."""
     from agra.recipes import PRESETS, RECIPES
 
     for title, table in (("recipes", RECIPES), ("presets, for --with", PRESETS)):

@@ -138,10 +138,10 @@ class AugmentConfig:
     """Strength of GR00T's image augmentation (`agra.data.sampling.augment`). 0, or a crop of 1, turns a change off."""
 
     crop: float = 0.95  # fraction of height and width that remains
-    brightness: float = 0.3
-    contrast: float = 0.4
-    saturation: float = 0.5
-    hue: float = 0.08
+    brightness: float = 0.3  # largest relative change, 0 to 1
+    contrast: float = 0.4  # likewise
+    saturation: float = 0.5  # likewise
+    hue: float = 0.08  # largest turn, as a fraction of the colour circle, 0 to 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
@@ -165,12 +165,8 @@ class DataConfig(SourceConfig):
 
     mixture: tuple[SourceConfig, ...] = ()
     cache: str = "cache"  # folder of frozen features, shared by all runs
-    cached: tuple[CachedName, ...] = (
-        "latents",
-        "frame_latents",
-        "targets",
-        "frames",
-    )  # features not listed are computed while training
+    cached: tuple[CachedName, ...] = ("latents", "frame_latents", "targets", "frames")
+    """Features that are read from the cache. Those not listed are computed while training."""
     embodiments: tuple[str, ...] = ("tabletop",)  # an embodiment's position is its row in the embodiment banks
     validation_fraction: float = 0.05  # of each dataset's episodes. The last ones are held out
     early_window_fraction: float = 0.0  # of the windows, which start early in an episode. Not in the paper

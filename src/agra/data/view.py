@@ -1,6 +1,7 @@
 """Episodes of a dataset as a recording for the Rerun viewer (`.rrd`): every camera, the state, the actions, the text.
 
-Each episode is an entity tree. The timelines are `step`, the control step, and `time`, in seconds. Needs `agra[rerun]`.
+Each episode is an entity tree. The timelines are `step`, the control step, and `time`, in seconds. Needs the extra
+`rerun`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,9 @@ def write_recording(dataset: str | Path, output: Path, *, episodes: Sequence[int
     try:
         import rerun
     except ImportError as error:
-        raise ImportError("agra view: a .rrd file needs the Rerun SDK; pip install 'agra[rerun]'") from error
+        raise ImportError(
+            "agra view: a .rrd file needs the Rerun SDK: pip install '.[rerun]' in a checkout of agra"
+        ) from error
     folder = dataset_folder(str(dataset))
     names = DatasetLayout.read(folder).names("video", "image")
     if not names:

@@ -9,7 +9,7 @@ from typing import Any
 try:
     import gradio as gr
 except ModuleNotFoundError as error:
-    raise ImportError("agra demo needs Gradio: pip install 'agra[demo]'") from error
+    raise ImportError("agra demo needs Gradio: pip install '.[demo]' in a checkout of agra") from error
 
 from agra.demo import pictures
 from agra.demo.player import OpenPolicy, Player

@@ -114,7 +114,7 @@ class RecordedPolicy:
 
     @property
     def past(self) -> tuple[int, ...]:
-        """The policy's."""
+        """Past steps of the wrapped policy."""
         return past_of(self.policy)
 
     def reset(self, seed: int) -> None:

@@ -64,8 +64,9 @@ def _scheduler(num_steps: int, sampling_steps: int) -> DDIMScheduler:
 
 
 def _held(predicted: Tensor, sample: Tensor, kept: float, previous: Tensor, weights: Tensor) -> Tensor:
-    """The predicted noise, moved by `weights` towards the noise that leads from `previous` to `sample`; `kept` is
-    alpha-bar.
+    """The predicted noise, moved by `weights` towards the noise that leads from `previous` to `sample`.
+
+    `kept` is alpha-bar.
 
     The equations of real-time chunking are those of flow matching, so this stands in for them.
     """

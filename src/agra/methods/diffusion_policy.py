@@ -27,7 +27,7 @@ from agra.wam.text import TextConfig, mean_token
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionPolicyConfig(MethodConfig):
-    """Sizes and sampler; the defaults are those of the published image U-Net, for GR1's states, actions and frames."""
+    """Sizes and sampler. The defaults are those of the published image U-Net, for GR1's states, actions and frames."""
 
     kind: Literal["diffusion_policy"] = "diffusion_policy"
     num_observations: int = 2
@@ -37,7 +37,7 @@ class DiffusionPolicyConfig(MethodConfig):
     """(H, W) that the encoder sees: cut at random in training, from the centre else. 76 of 84 pixels in the
     original."""
     encoder_channels: tuple[int, ...] = (64, 128, 256, 512)
-    """Channels of the ResNet's stages, two blocks each; multiples of 16."""
+    """Channels of the ResNet's stages, two blocks each. Multiples of 16."""
     pooling: Pooling = "mean"
     """Summary of a frame's feature map: its mean, or the mean positions of `num_keypoints` learned maps."""
     num_keypoints: int = 32
@@ -49,7 +49,7 @@ class DiffusionPolicyConfig(MethodConfig):
     action_dim: int = 29
     horizon: int = 16
     unet_channels: tuple[int, ...] = (512, 1024, 2048)
-    """Channels of the U-Net's levels; multiples of `num_groups`. Each level halves the time axis of the one before."""
+    """Channels of the U-Net's levels. Multiples of `num_groups`. Each level halves the time axis of the one before."""
     kernel_size: int = 5
     num_groups: int = 8
     step_dim: int = 128
@@ -100,7 +100,7 @@ class DiffusionPolicyConfig(MethodConfig):
         return Needs(frames=self.observations, states=self.observations, instruction=self.language == "film")
 
     def needs_to_act(self) -> Needs:
-        """The same."""
+        """Content of an observation, equal to `needs`."""
         return self.needs()
 
     @property
@@ -110,7 +110,7 @@ class DiffusionPolicyConfig(MethodConfig):
 
     @property
     def clips_actions(self) -> bool:
-        """The sampler clips."""
+        """True, because the sampler clips to [-1, 1]."""
         return True
 
     @property

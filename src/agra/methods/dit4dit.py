@@ -71,7 +71,7 @@ class DiT4DiTConfig(WAMMethodConfig):
             raise ValueError("method.objective.guidance_pass: DiT4DiT's head reads the conditioning pass")
 
     def check(self, stage: Stage, frozen: Sequence[str]) -> None:
-        """As a WAM. In addition a video DiT that no loss reaches must be frozen."""
+        """Check as for a WAM. Raise ValueError also if no loss trains the video DiT and it is not frozen."""
         super().check(stage, frozen)
         if self.detach and self.objective.video_weight == 0 and "video_dit" not in frozen:
             raise ValueError(

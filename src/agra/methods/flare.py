@@ -36,9 +36,9 @@ class EncoderConfig:
     """Shape of the observation encoder. Layers, queries and sizes of the inputs are the paper's, the width is not known."""
 
     num_layers: int = 4  # self-attention blocks over patches and instruction
-    num_heads: int = 16
-    head_dim: int = 64
-    num_queries: int = 32
+    num_heads: int = 16  # attention heads. Their number times head_dim is the width
+    head_dim: int = 64  # width of an attention head
+    num_queries: int = 32  # tokens into which patches and instruction are summarised
 
     @property
     def width(self) -> int:

@@ -75,8 +75,8 @@ class Shapes:
 class MethodConfig(ABC):
     """Settings of a method: the base of a frozen dataclass with a field `kind`, its name in `agra.methods.table`.
 
-    A method must have the abstract ones. The others have the answers of a method without stages, frozen networks or
-    token grids.
+    Subclasses define the abstract members. The defaults of the other members fit a method without stages, frozen
+    networks or token grids.
     """
 
     kind: str

@@ -1,9 +1,9 @@
 """UWM (Zhu et al., arXiv 2504.02792): one transformer denoises actions and future frames, at two diffusion steps.
 
-The steps are drawn independently in training. At inference a step says what is known of its modality: its maximum
-marginalises it, zero conditions on it. One network is therefore a policy, forward dynamics, inverse dynamics and a video
-model. The observation enters as one vector through adaptive layer norms. docs/methods.md names what differs from the
-original.
+The steps are drawn independently in training. At inference, the diffusion step of a modality says how much of it is
+known. The highest step marginalises over the modality. Step 0 conditions on it. One network is therefore a policy,
+forward dynamics, inverse dynamics and a video model. The observation enters as one vector through adaptive layer norms.
+docs/methods.md names what differs from the original.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class UWMConfig(MethodConfig):
     latent_range: float = 3.0
     """Latents are divided by it, so that this many standard deviations fit into [-1, 1], to which the sampler clips."""
     encoder_channels: tuple[int, ...] = (64, 128, 256, 512)
-    """Channels of the ResNet's stages, two blocks each; multiples of 16."""
+    """Channels of the ResNet's stages, two blocks each. Multiples of 16."""
     pooling: Pooling = "mean"
     num_keypoints: int = 32
     vector_dim: int = 768
@@ -105,7 +105,7 @@ class UWMConfig(MethodConfig):
         )
 
     def needs_to_act(self) -> Needs:
-        """The same without the future."""
+        """Content of an observation: `needs` without the future frames."""
         return Needs(frames=self.observations, states=self.observations, instruction=self.language == "pooled")
 
     @property
@@ -120,7 +120,7 @@ class UWMConfig(MethodConfig):
 
     @property
     def clips_actions(self) -> bool:
-        """The sampler clips."""
+        """True, because the sampler clips to [-1, 1]."""
         return True
 
     @property
@@ -135,7 +135,7 @@ class UWMConfig(MethodConfig):
 
     @property
     def grid_frames(self) -> tuple[int, ...]:
-        """The same, which reports show beside each other. There is no token grid."""
+        """Frames that reports show beside each other, equal to `imagined_frames`. There is no token grid."""
         return self.imagined_frames
 
     @property

@@ -95,7 +95,7 @@ class VLAConfig(MethodConfig):
         return Needs(features=(0,))
 
     def needs_to_act(self) -> Needs:
-        """The same."""
+        """Content of an observation, equal to `needs`."""
         return self.needs()
 
     @property

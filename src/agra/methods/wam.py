@@ -65,13 +65,13 @@ class ObjectiveConfig:
     | denoising | denoising | AGRA-SharedDenoisingPass |
     """
 
-    guidance_pass: Pass = Pass.CONDITIONING
-    aligned_pass: Pass = Pass.CONDITIONING
-    video_weight: float = 1.0
-    action_weight: float = 1.0
-    alignment_weight: float = 0.01
-    noise_levels: NoiseLevels = NoiseLevels.LOGIT_NORMAL
-    noise_shift: float = 5.0
+    guidance_pass: Pass = Pass.CONDITIONING  # pass whose hidden states the action head reads
+    aligned_pass: Pass = Pass.CONDITIONING  # pass whose hidden states are aligned with the teacher
+    video_weight: float = 1.0  # of the video loss (Eq. 9). 0 turns it off
+    action_weight: float = 1.0  # of the action loss (Eq. 13). 0 turns it off
+    alignment_weight: float = 0.01  # of the alignment loss (Eq. 6). 0 turns it off
+    noise_levels: NoiseLevels = NoiseLevels.LOGIT_NORMAL  # distribution of the denoising pass's noise level
+    noise_shift: float = 5.0  # shift of logit_normal. A larger one gives noisier levels, 1 leaves them unchanged
     action_draws: int = 1
     """Noise draws of the action loss for each sample. Not in the paper. They share the video pass, so they cost
     little."""

@@ -1,4 +1,4 @@
-"""Recipes: one function for each row of the paper and each compared method, and presets that change any recipe.
+"""Recipes: one function for each variant in the paper and each compared method, and presets that change any recipe.
 
 A recipe takes a stage and returns a `RunConfig`. It calls another recipe and replaces the fields that differ. The
 defaults of the config classes are the paper's. A preset changes a config: other data (C.3), EgoDex, another reading of

@@ -1,4 +1,4 @@
-"""A recipe for each row of the paper."""
+"""A recipe for each variant in the paper."""
 
 from dataclasses import replace
 

@@ -52,7 +52,12 @@ def _tabletop(hands: str) -> Suite:
         return PICK_AND_PLACE, OPEN_STEAMER
 
     demonstrations = Demonstrations(trials=training, tasks=tasks, noise={"*_x": 0.0075, "*_y": 0.0075})
-    return Suite(make=make, install="pip install 'agra[tabletop]'", expert=expert, demonstrations=demonstrations)
+    return Suite(
+        make=make,
+        install="pip install '.[tabletop]' in a checkout of agra",
+        expert=expert,
+        demonstrations=demonstrations,
+    )
 
 
 def _metaworld(**preset: Any) -> Suite:

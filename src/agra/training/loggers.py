@@ -41,7 +41,9 @@ def check_loggers(names: Sequence[str]) -> None:
         if name not in LOGGERS:
             raise ValueError(f"--log: expected {', '.join(LOGGERS)}, got {name!r}")
         if name != "jsonl" and find_spec(name) is None:
-            raise ImportError(f"--log {name}: {name} is not installed; install it with: pip install 'agra[{name}]'")
+            raise ImportError(
+                f"--log {name}: {name} is not installed; install it with: pip install '.[{name}]' in a checkout of agra"
+            )
 
 
 @contextmanager

@@ -31,10 +31,10 @@ UTILISATIONS = (0.2, 0.35, 0.5)
 class Machines:
     """The machines that a run is planned for."""
 
-    gpus: int
+    gpus: int  # number of GPUs
     gpu_memory: float = 80.0
     """GB of each GPU."""
-    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"
+    gpu: Literal["a100", "h100", "h200", "b200"] = "h100"  # kind of GPU, whose bfloat16 peak is assumed
     shard_degree: int | None = None
     """GPUs that hold one copy of the model together. By default all of them."""
     utilisation: float = 0.35
@@ -260,11 +260,11 @@ def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
     ]
     for layout in result.layouts:
         fraction, fits = layout.activation_checkpointing, layout.gradient_accumulation_steps > 0
-        name = f"{fraction:.0%} run again" if fraction else "plain"
         verdict = f"fits with {' '.join(layout.flags) or 'no flags'}" if fits else "does not fit"
         lines.append(
-            f"  {name:15}{layout.states / 1e9:6.1f} GB of states and {layout.per_sample / 1e9:.2f} GB a sample in "
-            f"flight: {layout.samples} fit; the batch {verdict}" + (f", {layout.seconds:.2f} s a step" if fits else "")
+            f"  {f'{fraction:.0%} run again':15}{layout.states / 1e9:6.1f} GB of weights, gradients and optimiser, "
+            f"{layout.per_sample / 1e9:.2f} GB for each sample in flight: {layout.samples} samples fit; the batch {verdict}"
+            + (f", {layout.seconds:.2f} s a step" if fits else "")
         )
     if result.hours == float("inf"):
         return "\n".join([*lines, "no layout fits: take more GPUs, more memory, or a smaller model"])

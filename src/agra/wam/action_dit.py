@@ -24,17 +24,17 @@ from agra.wam.bridge import Attention, FeedForward
 class ActionDiTConfig:
     """Shape of the action head. The defaults are GR00T-N1.5's, which C.1 describes (docs/paper.md #4, #5)."""
 
-    state_dim: int = 64
-    action_dim: int = 32
-    horizon: int = 16
-    num_embodiments: int = 1
+    state_dim: int = 64  # numbers of a state, of the widest embodiment
+    action_dim: int = 32  # numbers of an action, of the widest embodiment
+    horizon: int = 16  # actions of a chunk
+    num_embodiments: int = 1  # rows of the embodiment banks
     num_blocks: int = 8  # pairs of one cross-attention and one self-attention sub-block
-    num_heads: int = 32
-    head_dim: int = 48
-    guidance_dim: int = 2048
+    num_heads: int = 32  # attention heads. Their number times head_dim is the inner width
+    head_dim: int = 48  # width of an attention head
+    guidance_dim: int = 2048  # width of the guidance: the video DiT's
     hidden_dim: int = 1024  # of the encoders and of the output
     future_tokens: int = 0  # learned tokens between state and actions: 32 in N1.5, none in the paper
-    dropout: float = 0.2
+    dropout: float = 0.2  # in training
     state_dropout: float = 0.0
     """Probability of replacing a sample's whole state by zeros in training. Not in the paper."""
     bank_init_std: float | None = 0.02
@@ -42,8 +42,8 @@ class ActionDiTConfig:
     1 / sqrt(inputs), which suits a head trained from scratch on little data."""
     self_attention_first: bool = False  # the order that the paper lists (docs/paper.md #6)
     time_grows_with_noise: bool = False  # time bucket 0 is data, as in DiT4DiT
-    num_time_buckets: int = 1000
-    max_horizon: int = 1024
+    num_time_buckets: int = 1000  # steps into which the noise level is rounded
+    max_horizon: int = 1024  # rows of the position table
 
     def __post_init__(self) -> None:
         if not 1 <= self.horizon <= self.max_horizon:

@@ -39,9 +39,9 @@ class BridgeConfig:
     `identity` the hidden states as they are, both without a norm: other public world action models
     (docs/methods.md)."""
     num_layers: int = 4  # transformer blocks of the projector
-    num_heads: int = 32
-    head_dim: int = 64
-    dropout: float = 0.2
+    num_heads: int = 32  # attention heads of the projector. Times head_dim: the video DiT's width
+    head_dim: int = 64  # width of an attention head
+    dropout: float = 0.2  # of the projector, in training
     position_grid: tuple[int, int, int] | None = None
     """(T, H, W) of a learned position embedding, initialised with sines and cosines and added to the normalised hidden
     states. Not in the paper. Cosmos's rotary embedding is relative, so without this a head trained from scratch cannot

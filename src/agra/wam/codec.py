@@ -56,10 +56,10 @@ class Codec(Protocol):
 class CodecConfig:
     """Choice of the codec. The defaults are the paper's."""
 
-    kind: Literal["wan", "patch_pca", "sdxl"] = "wan"
+    kind: Literal["wan", "patch_pca", "sdxl"] = "wan"  # Wan 2.1's VAE, a patch PCA fitted on the data, or SDXL's VAE
     source: str = "nvidia/Cosmos-Predict2.5-2B"
     """Hub id or local folder: with a subfolder `vae` (kind wan), or of the VAE itself (kind sdxl)."""
-    revision: str | None = "diffusers/base/post-trained"
+    revision: str | None = "diffusers/base/post-trained"  # of a hub id
     channels: int = 16
     """Latent channels: 16 for Wan 2.1, 4 for SDXL, and the number of fitted components for a patch PCA."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -41,7 +41,7 @@ class FrameEncoder(nn.Module):
     """A ResNet-18 without its classifier, from scratch: a frame to one vector."""
 
     def __init__(self, channels: Sequence[int], *, pooling: Pooling = "mean", num_keypoints: int = 32) -> None:
-        """`channels` are those of the stages, two blocks each; multiples of 16."""
+        """`channels` are those of the stages, two blocks each. Multiples of 16."""
         super().__init__()
         self.width = frame_width(channels, pooling, num_keypoints)
         self.stem = nn.Sequential(

@@ -20,7 +20,7 @@ class WAMConfig:
     """Shape and inputs of the model. The defaults are the paper's (C.1)."""
 
     frame_size: tuple[int, int] = (192, 336)  # H, W
-    num_frames: int = 17
+    num_frames: int = 17  # frames of a clip, the observation first
     condition_noise_level: float | None = 1e-4
     """Noise level of the condition frame as an input of the video DiT: 1e-4 for Cosmos's post-trained checkpoint. None
     gives it the level of the other frames, as in training of the pre-trained checkpoint (docs/paper.md #10)."""

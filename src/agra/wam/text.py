@@ -58,10 +58,10 @@ class TextEncoder(Protocol):
 class TextConfig:
     """Choice of the text encoder. The defaults are the paper's."""
 
-    kind: Literal["cosmos_reason", "qwen3_vl", "minilm"] = "cosmos_reason"
+    kind: Literal["cosmos_reason", "qwen3_vl", "minilm"] = "cosmos_reason"  # minilm comes with the extra demo
     source: str = "nvidia/Cosmos-Predict2.5-2B"
     """Hub id or local folder, for cosmos_reason with subfolders `text_encoder` and `tokenizer`. minilm reads none."""
-    revision: str | None = "diffusers/base/post-trained"
+    revision: str | None = "diffusers/base/post-trained"  # of a hub id
     length: int = 512
     """Tokens of an instruction, including padding. 16 are enough for MiniLM and short instructions."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -30,17 +30,17 @@ from agra.weights import read_into, under
 class VideoDiTConfig:
     """Shape of the Cosmos transformer. The defaults are Cosmos-Predict2.5-2B."""
 
-    latent_channels: int = 16
-    num_layers: int = 28
-    num_heads: int = 16
-    head_dim: int = 128
-    mlp_ratio: float = 4.0
-    adaln_lora_dim: int = 256
+    latent_channels: int = 16  # of the codec
+    num_layers: int = 28  # transformer blocks
+    num_heads: int = 16  # attention heads. Their number times head_dim is the width of the hidden states
+    head_dim: int = 128  # width of an attention head
+    mlp_ratio: float = 4.0  # width of the feed-forward layers over the width of the hidden states
+    adaln_lora_dim: int = 256  # rank of the adaptive layer norms' modulation
     text_dim: int = 1024  # width of the tokens that cross-attention reads
     text_projection_dim: int | None = 100352  # width before the frozen projection; None: no projection
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    max_size: tuple[int, int, int] = (128, 240, 240)
-    rope_scale: tuple[float, float, float] = (1.0, 3.0, 3.0)
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # (T, H, W) latent positions of a token
+    max_size: tuple[int, int, int] = (128, 240, 240)  # (T, H, W) of the largest latents, for the rotary embedding
+    rope_scale: tuple[float, float, float] = (1.0, 3.0, 3.0)  # (T, H, W) extrapolation of the rotary embedding
     learned_positions: bool = False
     """Add Cosmos's optional learned position embedding at every block. Not in the paper."""
 

@@ -33,5 +33,5 @@ def test_what_is_missing_is_named(diagnosis, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--gallery above 0"):
         write_recording([("wam", empty)], tmp_path / "d.rrd")
     monkeypatch.setitem(sys.modules, "rerun", None)
-    with pytest.raises(ImportError, match=r"agra\[rerun\]"):
+    with pytest.raises(ImportError, match=r"pip install .\.\[rerun\]. in a checkout"):
         write_recording([("wam", empty)], tmp_path / "d.rrd")

@@ -236,7 +236,7 @@ def _open(config: AgraConfig) -> BatchPolicy:
         from agra.policies.load import load_policy
     except ImportError as error:
         raise ImportError(
-            f"--policy.checkpoint: {error}; install it with: pip install 'lerobot_policy_agra[checkpoint]'"
+            f"--policy.checkpoint: {error}; install it with: pip install '.[policy]' in a checkout of agra"
         ) from error
     return load_policy(config.checkpoint, device=config.device or "cpu")
 

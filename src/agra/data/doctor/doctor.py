@@ -1,7 +1,7 @@
 """`agra doctor`: checks of a dataset for problems that make reading fail or training worse.
 
-An error stops reading or falsifies it, a warning makes training worse, a note is for information. The warnings cover
-the data issues of docs/paper.md section 3: padding, angles, prefixes, windows past the end.
+An error makes reading fail or return wrong data. A warning makes training worse. A note is information only. The
+warnings cover the data issues of docs/paper.md section 3: padding, angles, prefixes, windows past the end.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A diagnosis as a recording for the Rerun viewer (`.rrd`): frames, masks, attention, maps, PCA and metrics.
 
 Each policy is an entity tree. The timeline `sample` steps through the gallery, `latent_frame` through a window. Needs
-`agra[rerun]`.
+the extra `rerun`.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,9 @@ def write_recording(diagnoses: Sequence[tuple[str, Diagnosis]], output: Path) ->
     try:
         import rerun
     except ImportError as error:
-        raise ImportError("--rerun: a .rrd file needs the Rerun SDK; pip install 'agra[rerun]'") from error
+        raise ImportError(
+            "--rerun: a .rrd file needs the Rerun SDK: pip install '.[rerun]' in a checkout of agra"
+        ) from error
     if not any(diagnosis.header["gallery"] for _, diagnosis in diagnoses):
         raise ValueError("rerun: none of the diagnoses has a gallery; diagnose with --gallery above 0")
     recording = rerun.RecordingStream("agra")

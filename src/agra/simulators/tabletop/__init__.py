@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "mujoco":
         raise gl_error(error) from error
-    raise ImportError("the tabletop needs MuJoCo: pip install 'agra[tabletop]'") from error
+    raise ImportError("the tabletop needs MuJoCo: pip install '.[tabletop]' in a checkout of agra") from error
 except (ImportError, AttributeError, RuntimeError) as error:
     # mujoco loads the OpenGL bindings: a missing library shows up there as an attribute of None.
     raise gl_error(error) from error
