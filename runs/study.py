@@ -1,8 +1,8 @@
 """The page of runs/study.sh: python runs/study.py writes the finished rows into docs/study.md, between its two marks.
 
 Every arm is pooled over its seeds. A difference pairs an arm with its reference by seed and trial. Its interval comes from a
-bootstrap that draws seeds, and trials within them: 10,000 resamples, 95 %. With one seed it covers the trials alone, and
-with few seeds it is too narrow.
+bootstrap that draws seeds, and one set of trials for all of them: 10,000 resamples, 95 %. With one seed it covers the trials
+alone, and with few seeds that differ it is too narrow.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 
 from agra import files
 from agra.evaluation.measured import MeasuredRow, measured
-from agra.evaluation.statistics import nested_bootstrap
+from agra.evaluation.statistics import crossed_bootstrap
 from agra.types import REGIMES
 
 ROOT = Path(__file__).parent.parent
@@ -63,9 +63,11 @@ def outcomes(rows: Sequence[MeasuredRow], noise: str, regime: str | None = None,
 
 
 def clustered_interval(values: Outcomes) -> tuple[float, float, float]:
-    """Return the mean and its interval, with seeds and the trials within them drawn again."""
-    seeds = sorted({seed for seed, _ in values})
-    average = nested_bootstrap([[v for (s, _), v in values.items() if s == seed] for seed in seeds])
+    """Return the mean and its interval, with seeds and the trials that they share drawn again."""
+    by_seed: dict[int, dict[str, float]] = {}
+    for (seed, trial), value in values.items():
+        by_seed.setdefault(seed, {})[trial] = value
+    average = crossed_bootstrap(by_seed)
     return average.value, average.low, average.high
 
 

@@ -6,9 +6,9 @@ from scipy import stats
 
 from agra.evaluation.statistics import (
     clustered_bootstrap,
+    crossed_bootstrap,
     mcnemar,
     minimum_detectable_effect,
-    nested_bootstrap,
     p_text,
     paired_bootstrap,
     paired_minimum_detectable_effect,
@@ -200,13 +200,32 @@ def test_paired_minimum_detectable_effect_is_seen_in_four_of_five():
         paired_minimum_detectable_effect(10, 1.2)
 
 
-def test_the_nested_bootstrap_draws_groups_and_their_values():
+def by_trial(table):
+    return {seed: dict(enumerate(row)) for seed, row in enumerate(table)}
+
+
+def test_the_crossed_bootstrap_draws_groups_and_the_trials_that_they_share():
     rng = np.random.default_rng(0)
-    one = [float(rng.random() < 0.5) for _ in range(200)]
-    mean, low, high, count = nested_bootstrap([one])
-    assert (mean, count) == (pytest.approx(np.mean(one)), 1)
+    one = (rng.random(200) < 0.5).astype(float)
+    mean, low, high, count = crossed_bootstrap(by_trial([one]))
+    assert (mean, count) == (pytest.approx(one.mean()), 1)
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(mean * (1 - mean) / 200), rel=0.1)
-    apart = [[float(seed)] * 200 for seed in (0, 1)]  # all variation is between groups
-    assert nested_bootstrap(apart)[:3] == (0.5, 0.0, 1.0)
-    with pytest.raises(ValueError, match=r"expected groups of at least one value, got \[2, 0\]"):
-        nested_bootstrap([[0.0, 1.0], []])
+    five = crossed_bootstrap(by_trial([one] * 5))  # no seed adds anything to the first one
+    assert (five.low, five.high) == pytest.approx((low, high), abs=0.01)
+    apart = [np.full(200, seed) for seed in (0, 1)]  # all variation is between groups
+    assert crossed_bootstrap(by_trial(apart))[:3] == pytest.approx((0.5, 0.0, 1.0))
+    for groups in ({}, {0: {}}, {0: {"a": 1.0, "b": 0.0}, 1: {"a": 1.0}}, {0: {"a": 1.0}, 1: {"b": 1.0}}):
+        with pytest.raises(ValueError, match="expected the same trials, at least one, in every group"):
+            crossed_bootstrap(groups)
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.3])
+def test_the_crossed_bootstrap_covers(effect):
+    """Five seeds on the same 180 easy and hard trials: the interval covers the rate over all seeds and trials, one half."""
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(100):
+        ease = rng.normal(size=180) + effect * rng.normal(size=(5, 1))
+        average = crossed_bootstrap(by_trial(rng.random((5, 180)) < stats.norm.cdf(ease)), resamples=500)
+        covered.append(average.low <= 0.5 <= average.high)
+    assert 0.9 <= np.mean(covered) <= 0.99

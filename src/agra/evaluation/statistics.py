@@ -59,7 +59,7 @@ def expanded_percentile_interval(
     seed: int = 0,
     vectorized: bool = True,
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of a statistic over independent units. Two levels need `nested_bootstrap`.
+    """Bootstrap interval (low, high) of a statistic over independent units. Crossed groups need `crossed_bootstrap`.
 
     `statistic` takes the numbers, 0 to `units` - 1, of the resampled units. If it is `vectorized`, it takes many
     resamples at once and reduces the last axis. The percentile bootstrap of few units is too narrow, because it uses a
@@ -117,26 +117,28 @@ def clustered_bootstrap(
     return Average(float(means.mean()), low, high, count)
 
 
-def nested_bootstrap(
-    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+def crossed_bootstrap(
+    groups: Mapping[Any, Mapping[Any, float]], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Average:
-    """The mean of the groups' means, such as those of training seeds, with a percentile interval that resamples groups, and
-    the values of every drawn group.
+    """The mean over groups, such as training seeds, and trials, with a percentile interval. `groups` holds values by trial.
 
-    With one group it covers its values alone. With few groups it is too narrow, because the percentiles are not
-    widened. Raises ValueError for an empty group.
+    The design is crossed: every group has the same trials, and what makes a trial hard is common to all groups. A
+    resample draws groups, and one set of trials for all of them (Owen 2007, the pigeonhole bootstrap). With one group
+    the interval covers the trials alone. With few groups that differ it is too narrow, because the percentiles are not
+    widened. Raises ValueError without values, and for groups with different trials.
     """
-    if not groups or not all(len(group) for group in groups):
-        raise ValueError(f"nested_bootstrap: expected groups of at least one value, got {list(map(len, groups))}")
-    rng, arrays = np.random.default_rng(seed), [np.asarray(group, dtype=np.float64) for group in groups]
-    drawn = rng.integers(len(arrays), size=(resamples, len(arrays)))
-    means = np.empty(drawn.shape)
-    for number, array in enumerate(arrays):
-        count = int((drawn == number).sum())
-        means[drawn == number] = array[rng.integers(len(array), size=(count, len(array)))].mean(axis=1)
+    names = list(next(iter(groups.values()), ()))
+    if not names or any(set(values) != set(names) for values in groups.values()):
+        sizes = {group: len(values) for group, values in groups.items()}
+        raise ValueError(f"crossed_bootstrap: expected the same trials, at least one, in every group, got {sizes}")
+    table = np.array([[values[name] for name in names] for values in groups.values()], dtype=np.float64)
+    rng, (rows, columns) = np.random.default_rng(seed), table.shape
+    drawn_groups = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+    drawn_trials = rng.multinomial(columns, np.full(columns, 1 / columns), size=resamples)
+    means = (drawn_groups @ table * drawn_trials).sum(axis=1) / table.size
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(means.mean(axis=1), [tail, 100 - tail])
-    return Average(float(np.mean([a.mean() for a in arrays])), float(low), float(high), len(arrays))
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return Average(float(table.mean()), float(low), float(high), rows)
 
 
 def stratified_average(
