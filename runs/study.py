@@ -62,12 +62,12 @@ def outcomes(rows: Sequence[MeasuredRow], noise: str, regime: str | None = None,
     }
 
 
-def clustered_interval(values: Outcomes) -> tuple[float, float, float]:
+def clustered_interval(values: Outcomes, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float, float]:
     """Return the mean and its interval, with seeds and the trials that they share drawn again."""
     by_seed: dict[int, dict[str, float]] = {}
     for (seed, trial), value in values.items():
         by_seed.setdefault(seed, {})[trial] = value
-    average = crossed_bootstrap(by_seed)
+    average = crossed_bootstrap(by_seed, bounds=bounds)
     return average.value, average.low, average.high
 
 
@@ -112,7 +112,7 @@ def _differences(arms: Mapping[str, Sequence[MeasuredRow]]) -> list[list[str]]:
                 if not common:
                     continue
                 seeds = sorted({seed for seed, _ in common})
-                mean, low, high = (100 * value for value in clustered_interval(common))
+                mean, low, high = (100 * value for value in clustered_interval(common, (-1.0, 1.0)))
                 single = [100 * np.mean([v for (s, _), v in common.items() if s == seed]) for seed in seeds]
                 alone = [sum(value == sign for value in common.values()) for sign in (1, -1)]
                 table.append(

@@ -83,6 +83,18 @@ def expanded_percentile_interval(
     return float(low), float(high)
 
 
+def agreeing_interval(
+    value: float, units: int, bounds: tuple[float, float], confidence: float = 0.95
+) -> tuple[float, float]:
+    """A conservative interval (low, high) of the mean over a population of which all sampled `units` have one `value`.
+
+    At most the fraction of the population differs that Wilson's interval of 0 of `units` allows, each unit by as much as
+    `bounds` allow. For a value of 0 or 1 this is Wilson's interval of no or of all units.
+    """
+    different = wilson_interval(0, units, confidence)[1]
+    return value - different * (value - bounds[0]), value + different * (bounds[1] - value)
+
+
 class Average(NamedTuple):
     """A mean over `clusters` independent units, with its interval."""
 
@@ -96,21 +108,23 @@ def clustered_bootstrap(
     values: Sequence[float] | np.ndarray,
     clusters: Sequence[object],
     *,
+    bounds: tuple[float, float] = (0.0, 1.0),
     confidence: float = 0.95,
     resamples: int = 9999,
     seed: int = 0,
 ) -> Average:
     """The mean of the cluster means of `values` (N,), with an interval that resamples whole clusters.
 
-    `clusters` labels each value. If all clusters agree, the interval is a point. Raises ValueError for fewer than two
-    clusters.
+    `clusters` labels each value. If all clusters agree, a bootstrap would give a point. The interval is then Wilson's
+    over clusters (`agreeing_interval`). Raises ValueError for fewer than two clusters, and for values outside `bounds`.
     """
+    _check_bounds("clustered_bootstrap", values, bounds)
     means = np.array(list(_cluster_means(values, clusters).values()))
     count = len(means)
     if count < 2:
         raise ValueError(f"clustered_bootstrap: expected at least two clusters, got {count}")
     if np.ptp(means) == 0:
-        return Average(float(means[0]), float(means[0]), float(means[0]), count)
+        return Average(float(means[0]), *agreeing_interval(float(means[0]), count, bounds, confidence), count)
     low, high = expanded_percentile_interval(
         lambda numbers: means[numbers].mean(axis=-1), count, confidence=confidence, resamples=resamples, seed=seed
     )
@@ -118,21 +132,31 @@ def clustered_bootstrap(
 
 
 def crossed_bootstrap(
-    groups: Mapping[Any, Mapping[Any, float]], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    groups: Mapping[Any, Mapping[Any, float]],
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Average:
     """The mean over groups, such as training seeds, and trials, with a percentile interval. `groups` holds values by trial.
 
     The design is crossed: every group has the same trials, and what makes a trial hard is common to all groups. A
     resample draws groups, and one set of trials for all of them (Owen 2007, the pigeonhole bootstrap). With one group
     the interval covers the trials alone. With few groups that differ it is too narrow, because the percentiles are not
-    widened. Raises ValueError without values, and for groups with different trials.
+    widened. If all values agree, it is Wilson's over trials (`agreeing_interval`). Raises ValueError without values, for
+    groups with different trials, and for values outside `bounds`.
     """
     names = list(next(iter(groups.values()), ()))
     if not names or any(set(values) != set(names) for values in groups.values()):
         sizes = {group: len(values) for group, values in groups.items()}
         raise ValueError(f"crossed_bootstrap: expected the same trials, at least one, in every group, got {sizes}")
     table = np.array([[values[name] for name in names] for values in groups.values()], dtype=np.float64)
+    _check_bounds("crossed_bootstrap", table, bounds)
     rng, (rows, columns) = np.random.default_rng(seed), table.shape
+    if np.ptp(table) == 0:
+        value = float(table[0, 0])
+        return Average(value, *agreeing_interval(value, columns, bounds, confidence), rows)
     drawn_groups = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
     drawn_trials = rng.multinomial(columns, np.full(columns, 1 / columns), size=resamples)
     means = (drawn_groups @ table * drawn_trials).sum(axis=1) / table.size
@@ -146,14 +170,18 @@ def stratified_average(
     clusters: Sequence[object],
     strata: Mapping[Any, object],
     *,
+    bounds: tuple[float, float] = (0.0, 1.0),
     confidence: float = 0.95,
 ) -> Average:
     """The mean over strata of the mean of their cluster means of `values` (N,), with Student's interval.
 
     `clusters` labels each value and `strata` maps cluster to stratum. The variance comes from the clusters within each
-    stratum, the degrees of freedom from Welch and Satterthwaite. The interval is cut to the range of `values`. Raises
-    ValueError for a stratum with fewer than two clusters.
+    stratum, the degrees of freedom from Welch and Satterthwaite. A stratum whose clusters agree has no variance. Its
+    margins are those of Wilson's interval over its clusters (`agreeing_interval`), and squares of margins add up (Zou
+    and Donner 2008). The interval is cut to `bounds`. Raises ValueError for a stratum with fewer than two clusters, and for values outside
+    `bounds`.
     """
+    _check_bounds("stratified_average", values, bounds)
     means = _cluster_means(values, clusters)
     groups: dict[object, list[float]] = {}
     for cluster, mean in means.items():
@@ -162,11 +190,16 @@ def stratified_average(
         raise ValueError(f"stratified_average: expected at least two clusters in every stratum, got {groups}")
     value = float(np.mean([np.mean(group) for group in groups.values()]))
     terms = np.array([np.var(group, ddof=1) / len(group) for group in groups.values()]) / len(groups) ** 2
-    if not terms.any():
-        return Average(value, value, value, len(means))
-    freedom = terms.sum() ** 2 / (terms**2 / [len(group) - 1 for group in groups.values()]).sum()
-    margin = math.sqrt(terms.sum()) * float(stats.t.ppf((1 + confidence) / 2, freedom))
-    low, high = max(value - margin, float(np.min(values))), min(value + margin, float(np.max(values)))
+    margin = 0.0
+    if terms.any():
+        freedom = terms.sum() ** 2 / (terms**2 / [len(group) - 1 for group in groups.values()]).sum()
+        margin = math.sqrt(terms.sum()) * float(stats.t.ppf((1 + confidence) / 2, freedom))
+    below, above = margin**2, margin**2
+    for group in groups.values():
+        if np.ptp(group) == 0:
+            low, high = agreeing_interval(group[0], len(group), bounds, confidence)
+            below, above = below + ((group[0] - low) / len(groups)) ** 2, above + ((high - group[0]) / len(groups)) ** 2
+    low, high = max(value - math.sqrt(below), bounds[0]), min(value + math.sqrt(above), bounds[1])
     return Average(value, low, high, len(means))
 
 
@@ -200,8 +233,8 @@ def paired_bootstrap(
     """Success rate of A minus that of B on the same trials, with its interval. `tasks` labels each trial.
 
     Resamples whole tasks if there are at least `MIN_CLUSTERS`, else trials. `clusters` of the result is their number.
-    A task weighs as much as it has trials, in the value and in every resample. If all tasks agree, the interval is a
-    point. That of a single trial is [-1, 1].
+    A task weighs as much as it has trials, in the value and in every resample. If all tasks (or trials) agree, the
+    interval is Wilson's over them (`agreeing_interval`). That of a single trial is [-1, 1].
     """
     a, b = _pairs(paired_a, paired_b)
     if len(a) < 2:
@@ -210,7 +243,7 @@ def paired_bootstrap(
     _, sums, sizes = _cluster_sums(a.astype(float) - b, clusters)
     value, count = float(sums.sum() / sizes.sum()), len(sums)
     if np.ptp(sums / sizes) == 0:
-        return Average(value, value, value, count)
+        return Average(value, *agreeing_interval(value, count, (-1.0, 1.0), confidence), count)
     low, high = expanded_percentile_interval(
         lambda numbers: sums[numbers].sum(axis=-1) / sizes[numbers].sum(axis=-1),
         count,
@@ -265,6 +298,14 @@ def _pairs(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> tuple[np.ndarr
             f"expected outcomes of the same trials, two sequences of equal length, got {a.shape} and {b.shape}"
         )
     return a, b
+
+
+def _check_bounds(name: str, values: Sequence[float] | np.ndarray, bounds: tuple[float, float]) -> None:
+    if len(values) and not bounds[0] <= np.min(values) <= np.max(values) <= bounds[1]:
+        raise ValueError(
+            f"{name}: expected values in [{bounds[0]:g}, {bounds[1]:g}], got {np.min(values):g} to {np.max(values):g}; "
+            "give their range as bounds"
+        )
 
 
 def _check_design(trials: int, power: float, confidence: float) -> None:

@@ -19,6 +19,9 @@ from agra.evaluation.statistics import (
     wilson_interval,
 )
 
+AGREEING = "where tasks have one rate, the average's interval is Wilson's over tasks"
+"""Note of a table with averages over tasks, whose intervals resample tasks where these differ."""
+
 
 def summary_table(results: Results) -> Table:
     """A policy's figures: success with Wilson's interval, and averages over tasks and over groups of tasks.
@@ -52,7 +55,10 @@ def summary_table(results: Results) -> Table:
     effect = minimum_detectable_effect(last.trials, last.rate)
     detectable = "no improvement is" if math.isinf(effect) else f"an improvement of {_points(effect)} is"
     failures = f"; {last.failures} failures of the simulator, each trial repeated" * bool(last.failures)
-    table.caption = f"{detectable} detectable with {last.trials} other trials (80 % power, 5 % level){failures}"
+    agreeing = f"; {AGREEING}" if averaged or grouped else ""
+    table.caption = (
+        f"{detectable} detectable with {last.trials} other trials (80 % power, 5 % level){failures}{agreeing}"
+    )
     return table
 
 
@@ -64,6 +70,7 @@ def group_table(results: Results) -> Table | None:
         for group in summary.groups:
             average = _average(group.average) or f"{group.rate:.0%}"
             table.add_row(summary.regime, group.group, f"{group.tasks}", f"{group.trials}", average)
+    table.caption = AGREEING
     return table if table.rows else None
 
 

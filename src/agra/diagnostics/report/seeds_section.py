@@ -126,7 +126,7 @@ def _paired(ours: Outcomes, theirs: Outcomes, seeds: Sequence[int]) -> Cell:
     pairs = {seed: {trial: value - theirs[seed][trial] for trial, value in ours[seed].items()} for seed in seeds}
     if not all(pairs.values()):
         return MISSING
-    average = crossed_bootstrap(pairs)
+    average = crossed_bootstrap(pairs, bounds=(-1.0, 1.0))
     by_seed = ", ".join(map(_points, _means(pairs)))
     return Cell(
         text=f"{_points(average.value)} points",
