@@ -56,7 +56,7 @@ from agra.policies.instructions import FILE as INSTRUCTIONS
 from agra.policies.load import load_policy
 from agra.precision import allow_tensor_cores, local_device
 from agra.rng import seed_everything
-from agra.simulation import EXPERT, make_simulator, open_policy
+from agra.simulation import EXPERT, make_simulator, manifest_sha256, open_policy
 from agra.simulation import evaluate as evaluate
 from agra.training.distributed import DistributedContext, distributed_context
 from agra.training.initialization import load_initial_weights
@@ -300,10 +300,13 @@ def diagnose(
     frames (`agra.diagnostics.samples.masks`). `action_noise` and `video_noise` are those of
     `agra.policies.policy.MethodPolicy`.
     """
-    policy = load_policy(run, device=device, action_noise=action_noise, video_noise=video_noise)
+    checkpoint = resolve(run)  # the same one for all that follows, whatever a training run adds
+    policy = load_policy(
+        checkpoint, name=Path(run).name, device=device, action_noise=action_noise, video_noise=video_noise
+    )
     settings = comparison_teacher(policy.config, teacher) if isinstance(policy.method, ReadsTokens) else None
     network = None if settings is None else load_teacher(settings).to(policy.device)
-    projectors = trained_projectors(run) if network is not None and teacher == "own" else None
+    projectors = trained_projectors(checkpoint) if network is not None and teacher == "own" else None
     if projectors is not None:  # in the type of the hidden states that they read
         projectors = projectors.to(policy.device, next(policy.method.parameters()).dtype)
     output = artifact_dir(run) / "diagnosis"
@@ -327,6 +330,7 @@ def diagnose(
         teacher=None if network is None else lambda frames: network(frames).cpu().numpy(),
         teacher_name="" if settings is None else settings.kind,
         projectors=projectors,
+        checkpoint_sha256=manifest_sha256(checkpoint),
         seed=seed,
         config=config,
     )

@@ -160,7 +160,7 @@ def test_the_interval_is_that_of_the_evaluation():
     """One bootstrap for success rates and for diagnostics, widened for few units."""
     values = np.random.default_rng(4).normal(size=40)
     grouped = bootstrap_interval(values, groups=list(range(40)), resamples=9999)
-    expected = clustered_bootstrap(values, range(40), bounds=(-4, 4))
+    expected = clustered_bootstrap(values, range(40))
     assert (grouped.low, grouped.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert grouped.value == pytest.approx(expected.value)
 

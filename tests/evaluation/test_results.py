@@ -122,6 +122,17 @@ def test_the_difference_is_that_of_the_columns():
     assert "points over all trials, paired bootstrap over tasks" in " ".join(shown.split())
 
 
+def test_a_comparison_names_where_answers_start():
+    zero = {"policy_settings": {"action_noise": "zero", "video_noise": "fixed"}}
+    a, b = make_results("a", {"semantic": "1100"}, **zero), make_results("b", {"semantic": "1010"})
+    shown = " ".join(text(comparison_table(compare(a, b))).split())
+    assert "A: a, from zero action noise, fixed video noise B: b, from random action noise" in shown
+    assert "(A) and from random action noise (B), which alone changes success" in shown
+    assert "which alone changes success" not in text(comparison_table(compare(a, a)))
+    foreign = make_results("c", {"semantic": "1010"}, policy_settings={"key_mapping": "groot_gr1"})
+    assert compare(foreign, b).start_a == "its server's noise"
+
+
 def test_leaderboard():
     ours = make_results("ours", {"unseen_combinations": "1101"}, simulator="robocasa_gr1", settings={"camera": "ego"})
     ours.header["protocol"].update(termination="chunk")

@@ -116,9 +116,13 @@ def test_where_all_tasks_agree_the_interval_is_wilsons_over_tasks():
     assert (both.low, both.high) == pytest.approx((-both.high, wilson_interval(0, 180)[1]))
     better = paired_bootstrap([1] * 6, [0] * 6, "aabcde")
     assert better == (1, pytest.approx(1 - 2 * wilson_interval(0, 5)[1]), 1, 5)
-    assert crossed_bootstrap(by_trial([[0.0] * 40] * 3))[:3] == (0, 0, pytest.approx(wilson_interval(0, 40)[1]))
-    with pytest.raises(ValueError, match=r"expected values in \[0, 1\], got -1 to 1; give their range as bounds"):
-        clustered_bootstrap([-1, 1], "ab")
+    assert crossed_bootstrap(by_trial([[0.0] * 40] * 3), bounds=(0, 1))[:3] == (
+        0,
+        0,
+        pytest.approx(wilson_interval(0, 40)[1]),
+    )
+    with pytest.raises(ValueError, match=r"expected a value in \[0.0, 1.0\], got -1.0; give its bounds"):
+        clustered_bootstrap([-1, -1], "ab")
 
 
 def test_the_interval_of_a_group_of_hard_tasks_covers():
@@ -199,7 +203,7 @@ def test_the_difference_is_that_of_the_rates_where_tasks_have_unequal_numbers_of
 def test_with_equal_numbers_of_trials_the_difference_is_the_mean_over_tasks():
     rng = np.random.default_rng(6)
     a, b, tasks = rng.random(60) < 0.6, rng.random(60) < 0.4, np.arange(60) % 6
-    average = clustered_bootstrap(a.astype(float) - b, tasks.tolist(), bounds=(-1, 1))
+    average = clustered_bootstrap(a.astype(float) - b, tasks.tolist())
     assert paired_bootstrap(a, b, tasks.tolist()) == pytest.approx(average)
 
 
@@ -234,16 +238,16 @@ def by_trial(table):
 def test_the_crossed_bootstrap_draws_groups_and_the_trials_that_they_share():
     rng = np.random.default_rng(0)
     one = (rng.random(200) < 0.5).astype(float)
-    mean, low, high, count = crossed_bootstrap(by_trial([one]))
+    mean, low, high, count = crossed_bootstrap(by_trial([one]), bounds=(0, 1))
     assert (mean, count) == (pytest.approx(one.mean()), 1)
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(mean * (1 - mean) / 200), rel=0.1)
-    five = crossed_bootstrap(by_trial([one] * 5))  # no seed adds anything to the first one
+    five = crossed_bootstrap(by_trial([one] * 5), bounds=(0, 1))  # no seed adds anything to the first one
     assert (five.low, five.high) == pytest.approx((low, high), abs=0.01)
     apart = [np.full(200, seed) for seed in (0, 1)]  # all variation is between groups
-    assert crossed_bootstrap(by_trial(apart))[:3] == pytest.approx((0.5, 0.0, 1.0))
+    assert crossed_bootstrap(by_trial(apart), bounds=(0, 1))[:3] == pytest.approx((0.5, 0.0, 1.0))
     for groups in ({}, {0: {}}, {0: {"a": 1.0, "b": 0.0}, 1: {"a": 1.0}}, {0: {"a": 1.0}, 1: {"b": 1.0}}):
-        with pytest.raises(ValueError, match="expected the same trials, at least one, in every group"):
-            crossed_bootstrap(groups)
+        with pytest.raises(ValueError, match="expected the same trials in every group, at least one"):
+            crossed_bootstrap(groups, bounds=(0, 1))
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.3])
@@ -253,6 +257,6 @@ def test_the_crossed_bootstrap_covers(effect):
     covered = []
     for _ in range(100):
         ease = rng.normal(size=180) + effect * rng.normal(size=(5, 1))
-        average = crossed_bootstrap(by_trial(rng.random((5, 180)) < stats.norm.cdf(ease)), resamples=500)
+        average = crossed_bootstrap(by_trial(rng.random((5, 180)) < stats.norm.cdf(ease)), bounds=(0, 1), resamples=500)
         covered.append(average.low <= 0.5 <= average.high)
     assert 0.9 <= np.mean(covered) <= 0.99

@@ -33,6 +33,18 @@ server whose checkpoint is not given, and in files of earlier versions.
 """
 
 
+def start_of_answers(settings: Mapping[str, Any]) -> str:
+    """The noise from which a policy's answers start, in words. Headers leave out random noise.
+
+    A server of another package takes no such setting.
+    """
+    if "key_mapping" in settings and "action_noise" not in settings:
+        return "its server's noise"
+    video = settings.get("video_noise", "random")
+    words = f"{settings.get('action_noise', 'random')} action noise"
+    return words if video == "random" else f"{words}, {video} video noise"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
     """A finished trial: number of control steps and policy calls, times in seconds and milliseconds.
@@ -71,6 +83,11 @@ class Results:
     def policy(self) -> str:
         """The evaluated policy's name."""
         return self.header["policy"]
+
+    @property
+    def start(self) -> str:
+        """The noise from which the policy's answers start (`start_of_answers`)."""
+        return start_of_answers(self.header.get("policy_settings", {}))
 
     def regime(self, name: str) -> tuple[TrialResult, ...]:
         """The trials of one regime."""
@@ -277,11 +294,13 @@ class Comparison:
 
     name_a: str
     name_b: str
+    start_a: str  # the noise from which answers start
+    start_b: str
     pairs: tuple[Pair, ...]
 
 
 def compare(results_a: Results, results_b: Results) -> Comparison:
-    """Pair two policies' trials by name, regime by regime.
+    """Pair two policies' trials by name, regime by regime. Answers may start from different noise, which the result names.
 
     Raises ValueError for different simulators, trial lists or protocols.
     """
@@ -299,4 +318,10 @@ def compare(results_a: Results, results_b: Results) -> Comparison:
         outcomes = [trial.success for trial in trials], [by_name[trial.trial] for trial in trials]
         difference = paired_bootstrap(*outcomes, [trial.task for trial in trials])
         pairs.append(Pair(regime=a.regime, a=a, b=b, test=mcnemar(*outcomes), difference=difference))
-    return Comparison(name_a=results_a.policy, name_b=results_b.policy, pairs=tuple(pairs))
+    return Comparison(
+        name_a=results_a.policy,
+        name_b=results_b.policy,
+        start_a=results_a.start,
+        start_b=results_b.start,
+        pairs=tuple(pairs),
+    )

@@ -84,13 +84,15 @@ def expanded_percentile_interval(
 
 
 def agreeing_interval(
-    value: float, units: int, bounds: tuple[float, float], confidence: float = 0.95
+    value: float, units: int, bounds: tuple[float, float] = (0.0, 1.0), confidence: float = 0.95
 ) -> tuple[float, float]:
     """A conservative interval (low, high) of the mean over a population of which all sampled `units` have one `value`.
 
     At most the fraction of the population differs that Wilson's interval of 0 of `units` allows, each unit by as much as
-    `bounds` allow. For a value of 0 or 1 this is Wilson's interval of no or of all units.
+    `bounds` allow. A rate of 0 or 1 gets Wilson's interval of no or of all units. Raises ValueError outside `bounds`.
     """
+    if not bounds[0] <= value <= bounds[1]:
+        raise ValueError(f"agreeing_interval: expected a value in {list(bounds)}, got {value}; give its bounds")
     different = wilson_interval(0, units, confidence)[1]
     return value - different * (value - bounds[0]), value + different * (bounds[1] - value)
 
@@ -108,23 +110,21 @@ def clustered_bootstrap(
     values: Sequence[float] | np.ndarray,
     clusters: Sequence[object],
     *,
-    bounds: tuple[float, float] = (0.0, 1.0),
     confidence: float = 0.95,
     resamples: int = 9999,
     seed: int = 0,
 ) -> Average:
     """The mean of the cluster means of `values` (N,), with an interval that resamples whole clusters.
 
-    `clusters` labels each value. If all clusters agree, a bootstrap would give a point. The interval is then Wilson's
-    over clusters (`agreeing_interval`). Raises ValueError for fewer than two clusters, and for values outside `bounds`.
+    `clusters` labels each value. If all clusters agree, the interval is Wilson's over clusters (`agreeing_interval`),
+    for values in [0, 1]. Raises ValueError for fewer than two clusters.
     """
-    _check_bounds("clustered_bootstrap", values, bounds)
     means = np.array(list(_cluster_means(values, clusters).values()))
     count = len(means)
     if count < 2:
         raise ValueError(f"clustered_bootstrap: expected at least two clusters, got {count}")
     if np.ptp(means) == 0:
-        return Average(float(means[0]), *agreeing_interval(float(means[0]), count, bounds, confidence), count)
+        return Average(float(means[0]), *agreeing_interval(float(means[0]), count, confidence=confidence), count)
     low, high = expanded_percentile_interval(
         lambda numbers: means[numbers].mean(axis=-1), count, confidence=confidence, resamples=resamples, seed=seed
     )
@@ -134,7 +134,7 @@ def clustered_bootstrap(
 def crossed_bootstrap(
     groups: Mapping[Any, Mapping[Any, float]],
     *,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: tuple[float, float],
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
@@ -144,25 +144,22 @@ def crossed_bootstrap(
     The design is crossed: every group has the same trials, and what makes a trial hard is common to all groups. A
     resample draws groups, and one set of trials for all of them (Owen 2007, the pigeonhole bootstrap). With one group
     the interval covers the trials alone. With few groups that differ it is too narrow, because the percentiles are not
-    widened. If all values agree, it is Wilson's over trials (`agreeing_interval`). Raises ValueError without values, for
-    groups with different trials, and for values outside `bounds`.
+    widened. If all values agree, it is Wilson's over trials (`agreeing_interval`), where values can lie in `bounds`.
+    Raises ValueError without values, and for groups with different trials.
     """
     names = list(next(iter(groups.values()), ()))
     if not names or any(set(values) != set(names) for values in groups.values()):
-        sizes = {group: len(values) for group, values in groups.items()}
-        raise ValueError(f"crossed_bootstrap: expected the same trials, at least one, in every group, got {sizes}")
+        sizes = [len(values) for values in groups.values()]
+        raise ValueError(f"crossed_bootstrap: expected the same trials in every group, at least one, got {sizes}")
     table = np.array([[values[name] for name in names] for values in groups.values()], dtype=np.float64)
-    _check_bounds("crossed_bootstrap", table, bounds)
-    rng, (rows, columns) = np.random.default_rng(seed), table.shape
+    rng, (rows, columns), value = np.random.default_rng(seed), table.shape, float(table.mean())
     if np.ptp(table) == 0:
-        value = float(table[0, 0])
         return Average(value, *agreeing_interval(value, columns, bounds, confidence), rows)
     drawn_groups = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
     drawn_trials = rng.multinomial(columns, np.full(columns, 1 / columns), size=resamples)
     means = (drawn_groups @ table * drawn_trials).sum(axis=1) / table.size
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return Average(float(table.mean()), float(low), float(high), rows)
+    low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
+    return Average(value, float(low), float(high), rows)
 
 
 def stratified_average(
@@ -170,18 +167,15 @@ def stratified_average(
     clusters: Sequence[object],
     strata: Mapping[Any, object],
     *,
-    bounds: tuple[float, float] = (0.0, 1.0),
     confidence: float = 0.95,
 ) -> Average:
-    """The mean over strata of the mean of their cluster means of `values` (N,), with Student's interval.
+    """The mean over strata of the mean of their cluster means of `values` (N,) in [0, 1], with Student's interval.
 
     `clusters` labels each value and `strata` maps cluster to stratum. The variance comes from the clusters within each
     stratum, the degrees of freedom from Welch and Satterthwaite. A stratum whose clusters agree has no variance. Its
     margins are those of Wilson's interval over its clusters (`agreeing_interval`), and squares of margins add up (Zou
-    and Donner 2008). The interval is cut to `bounds`. Raises ValueError for a stratum with fewer than two clusters, and for values outside
-    `bounds`.
+    and Donner 2008). Raises ValueError for a stratum with fewer than two clusters.
     """
-    _check_bounds("stratified_average", values, bounds)
     means = _cluster_means(values, clusters)
     groups: dict[object, list[float]] = {}
     for cluster, mean in means.items():
@@ -197,10 +191,9 @@ def stratified_average(
     below, above = margin**2, margin**2
     for group in groups.values():
         if np.ptp(group) == 0:
-            low, high = agreeing_interval(group[0], len(group), bounds, confidence)
+            low, high = agreeing_interval(group[0], len(group), confidence=confidence)
             below, above = below + ((group[0] - low) / len(groups)) ** 2, above + ((high - group[0]) / len(groups)) ** 2
-    low, high = max(value - math.sqrt(below), bounds[0]), min(value + math.sqrt(above), bounds[1])
-    return Average(value, low, high, len(means))
+    return Average(value, max(value - math.sqrt(below), 0.0), min(value + math.sqrt(above), 1.0), len(means))
 
 
 def _cluster_means(values: Sequence[float] | np.ndarray, clusters: Sequence[object]) -> dict[object, float]:
@@ -243,7 +236,7 @@ def paired_bootstrap(
     _, sums, sizes = _cluster_sums(a.astype(float) - b, clusters)
     value, count = float(sums.sum() / sizes.sum()), len(sums)
     if np.ptp(sums / sizes) == 0:
-        return Average(value, *agreeing_interval(value, count, (-1.0, 1.0), confidence), count)
+        return Average(value, *agreeing_interval(value, count, (-1.0, 1.0), confidence=confidence), count)
     low, high = expanded_percentile_interval(
         lambda numbers: sums[numbers].sum(axis=-1) / sizes[numbers].sum(axis=-1),
         count,
@@ -298,14 +291,6 @@ def _pairs(paired_a: Sequence[bool], paired_b: Sequence[bool]) -> tuple[np.ndarr
             f"expected outcomes of the same trials, two sequences of equal length, got {a.shape} and {b.shape}"
         )
     return a, b
-
-
-def _check_bounds(name: str, values: Sequence[float] | np.ndarray, bounds: tuple[float, float]) -> None:
-    if len(values) and not bounds[0] <= np.min(values) <= np.max(values) <= bounds[1]:
-        raise ValueError(
-            f"{name}: expected values in [{bounds[0]:g}, {bounds[1]:g}], got {np.min(values):g} to {np.max(values):g}; "
-            "give their range as bounds"
-        )
 
 
 def _check_design(trials: int, power: float, confidence: float) -> None:

@@ -89,7 +89,8 @@ def task_table(results: Results) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Two policies side by side: difference with its paired interval, McNemar's test, detectable difference."""
-    title = f"A: {comparison.name_a}   B: {comparison.name_b}"
+    start_a, start_b = comparison.start_a, comparison.start_b
+    title = f"A: {comparison.name_a}, from {start_a}   B: {comparison.name_b}, from {start_b}"
     table = _table(
         title, "regime", "trials", "A (95 %)", "B (95 %)", "A - B (95 %)", "only A", "only B", "p", "detectable"
     )
@@ -106,6 +107,8 @@ def comparison_table(comparison: Comparison) -> Table:
         f"A - B: points over all trials, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
         "McNemar's exact test; detectable: smallest difference that these pairs show with 80 % power"
     )
+    if start_a != start_b:
+        table.caption += f". Answers start from {start_a} (A) and from {start_b} (B), which alone changes success"
     return table
 
 
@@ -200,8 +203,7 @@ def _measured_row(results: Results, summary: Summary) -> tuple[str, str, str, st
         f"{protocol['execute_steps']} actions executed of each chunk",
         f"at most {header['max_steps']} steps",
         f"success checked after each {protocol['termination']}",
-        f"{header.get('policy_settings', {}).get('action_noise', 'random')} action noise",
-        *(f"{kind} video noise" for kind in [header.get("policy_settings", {}).get("video_noise")] if kind),
+        results.start,
         *(f"{key.replace('_', ' ')} {value}" for key, value in header.get("settings", {}).items()),
     ]
     if summary.groups:

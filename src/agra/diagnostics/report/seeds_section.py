@@ -5,7 +5,7 @@ An arm is a set of policies whose configs differ in the seed alone.
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agra.diagnostics.report.comparison_table import MISSING, Cell, against_first_of, between, percent
@@ -101,7 +101,7 @@ def _seeds(seeds: Iterable[int]) -> Cell:
 def _success(outcomes: Outcomes) -> Cell:
     if not all(outcomes.values()):
         return MISSING
-    average = crossed_bootstrap(outcomes)
+    average = crossed_bootstrap(outcomes, bounds=(0.0, 1.0))
     rates = _means(outcomes)
     spread = f"; seeds {percent(min(rates))} to {percent(max(rates))}" if len(rates) > 1 else ""
     return Cell(text=percent(average.value), range=between(average.low, average.high, percent) + spread)
@@ -119,7 +119,10 @@ def _difference(arm: Arm, reference: Arm, groups: Sequence[str]) -> tuple[str, l
     ]
     if any(header != headers[0] for header in headers):
         return label, [_seeds(common), *(Cell(text="not comparable: other trials or another protocol") for _ in groups)]
-    return label, [_seeds(common), *(_paired(arm.outcomes(g), reference.outcomes(g), common) for g in groups)]
+    seeds, start, other = _seeds(common), arm.results[common[0]].start, reference.results[common[0]].start
+    if start != other:
+        seeds = replace(seeds, range=f"answers start from {start}, the reference's from {other}")
+    return label, [seeds, *(_paired(arm.outcomes(g), reference.outcomes(g), common) for g in groups)]
 
 
 def _paired(ours: Outcomes, theirs: Outcomes, seeds: Sequence[int]) -> Cell:
