@@ -6,7 +6,7 @@
 # What is there already is skipped, so the table can grow over several days or machines. Checkpoints and logs go to outputs/methods.
 #   LANES=1     rows side by side, by default 2
 #   DEVICE=cuda device of training, evaluation and diagnosis
-#   ROWS="dit4dit_0 uwm_0"  only these rows
+#   ROWS="dit4dit_0 uwm_0"  only these rows, each with its seed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,13 +50,7 @@ lda_scratch_vae_compute 0 tiny_lda_scratch_vae scratch
 ROWS
 }
 
-open_rows() {
-  rows | while read -r name seed recipe start; do
-    [ -f "$MEASURED/${name}_$seed/row.json" ] && continue
-    [ -n "${ROWS:-}" ] && [[ " $ROWS " != *" ${name}_$seed "* ]] && continue
-    echo "$name $seed $recipe $start"
-  done
-}
+source runs/rows.sh
 
 row() {
   local name=$1 seed=$2 recipe=$3 start=$4

@@ -81,7 +81,8 @@ done
 def play(tmp_path):
     """Run the script with stand-ins. Returns the exit code and the commands."""
     (tmp_path / "runs").mkdir()
-    shutil.copy(ROOT / "runs" / "metaworld.sh", tmp_path / "runs")
+    for script in ("metaworld.sh", "rows.sh"):
+        shutil.copy(ROOT / "runs" / script, tmp_path / "runs")
     for name in ("agra", "python", "simulator"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -159,7 +160,7 @@ def test_a_few_tasks_have_data_and_rows_of_their_own(play):
 
 def test_the_rows_of_the_script_are_what_their_names_say():
     script = (ROOT / "runs" / "metaworld.sh").read_text()
-    function = script[script.index("rows() {") : script.index("open_rows() {")]
+    function = script[script.index("rows() {") : script.index("source runs/rows.sh")]
     said = subprocess.run(
         ["bash", "-c", f"{function}\nrows"],
         env={**os.environ, "STEPS": "9", "SHORT_STEPS": "5"},

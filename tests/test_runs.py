@@ -46,7 +46,7 @@ def test_a_script_parses_and_names_what_exists(path):
     else:
         subprocess.run(["bash", "-n", str(path)], check=True)
     commands = re.findall(r"(?:^\s*|exec |-m |\|\| )agra(?:\.cli)? ([a-z]\w*)(?! \d)", text, re.M)
-    assert commands
+    assert commands or path.name == "rows.sh"  # which other scripts source
     assert set(commands) <= COMMANDS.keys()
     assert set(re.findall(r"\b(?:train|prepare|plan) (agra_\w+|wam\w*|tiny\w*)", text)) <= RECIPES.keys()
     renamed = {*_CONFIG, *(flag for flags in _FLAGS.values() for flag in flags)}
@@ -175,7 +175,8 @@ def play(tmp_path):
     """Run methods.sh with stand-ins for `agra` and the helper script. Returns its exit status, their calls and its errors."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "outputs/tabletop/demonstrations").mkdir(parents=True)
-    shutil.copy(RUNS[0].parent / "methods.sh", tmp_path / "runs")
+    for script in ("methods.sh", "rows.sh"):
+        shutil.copy(RUNS[0].parent / script, tmp_path / "runs")
     for name, content in (("agra", STAND_IN), ("python", HELPER)):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -231,6 +232,20 @@ def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_ro
     assert "--stage.learning-rate 0.9 " in compute[-1]
     assert "export tabletop-wam --output outputs/methods/wam_0" in said
     assert not [line for line in said if line.startswith("train tiny ")]  # the bundled pair is not trained again
+
+
+@pytest.mark.parametrize("script", ["methods.sh", "study.sh", "metaworld.sh"])
+def test_an_unknown_row_is_refused(script, tmp_path):
+    """A name without its seed too. Nothing is played and no page is written: no command of the script is there."""
+    (tmp_path / "runs").mkdir()
+    for name in (script, "rows.sh"):
+        shutil.copy(RUNS[0].parent / name, tmp_path / "runs")
+    environment = {**os.environ, "ROWS": "wam", "SIMULATOR": shutil.which("true")}
+    command = ["bash", str(tmp_path / "runs" / script)]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ROWS: expected names of rows with their seed, got wam; available: wam_" in done.stderr
+    assert done.stdout == ""
 
 
 def test_a_row_that_fails_does_not_stop_the_others(play, tmp_path):

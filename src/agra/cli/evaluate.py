@@ -76,12 +76,19 @@ def evaluate(
     protocol = replace(usual_protocol(policy, simulator), max_steps=max_steps)
     if termination is not None:
         protocol = replace(protocol, termination=termination)
-    if execute_steps is not None and policy != "expert":
+    if execute_steps is not None:
+        if policy == "expert" and execute_steps != 1:
+            raise ValueError(f"--execute-steps: the expert is asked at every step, got {execute_steps}; leave it out")
         protocol = replace(protocol, execute_steps=execute_steps)
     if simulator_python is not None:
         if checkpoint_sha256 is not None:
             raise ValueError("--checkpoint-sha256: expected none with --simulator-python, which sets it")
-        output, name = results_file(policy, output, name, key_mapping)
+        if key_mapping is not None:
+            raise ValueError(
+                "--key-mapping: expected none with --simulator-python, which serves a checkpoint of agra; run agra evaluate "
+                "ADDRESS --key-mapping in the simulator's own environment"
+            )
+        output, name = results_file(policy, output, name)
         noise, checkpoint = {"action_noise": action_noise, "video_noise": video_noise}, checkpoint_of(policy)
         settings: dict[str, Any] = {
             "simulator": simulator,
@@ -92,6 +99,7 @@ def evaluate(
             "limit": limit,
             "workers": workers,
             "videos": videos,
+            "no_render": not render,
             "by_task": by_task,
             "shard": shard,
             "checkpoint_sha256": None if checkpoint is None else manifest_sha256(checkpoint),
