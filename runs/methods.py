@@ -264,13 +264,16 @@ def _success_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
 
 
 def _tests_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
-    """All trials of every row against those of the references, under the same kind of noise."""
-    references = [row for row in rows if row.name in REFERENCES]
-    heads = ["method", "seed", "noise", *(f"method alone / {row.name} alone, p" for row in references)]
+    """All trials of every row against those of the references of its seed, under the same kind of noise."""
+    references = {(row.name, row.seed): row for row in rows if row.name in REFERENCES}
+    names = list(dict.fromkeys(name for name, _ in references))
+    of_seed = " of its seed" if len({row.seed for row in rows}) > 1 else ""
+    heads = ["method", "seed", "noise", *(f"method alone / {name}{of_seed} alone, p" for name in names)]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
+        others = [None if name == row.name else references.get((name, row.seed)) for name in names]
         for noise, results in row.results.items():
-            tests = [None if r is row else compare(results, r.results[noise]).pairs[-1].test for r in references]
+            tests = [None if r is None else compare(results, r.results[noise]).pairs[-1].test for r in others]
             cells = ["" if t is None else f"{t.only_a} / {t.only_b}, {p_text(t.p_value)}" for t in tests]
             lines.append([row.name, f"{row.seed}", noise, *cells])
     return lines

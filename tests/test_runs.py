@@ -19,6 +19,7 @@ from agra.cli.renamed import _CONFIG, _FLAGS
 from agra.data.lerobot.checksums import Seal
 from agra.data.lerobot.writer import write_dataset
 from agra.evaluation.measured import measured
+from agra.evaluation.tables import methods_tables
 from agra.methods.wam import Pass
 from agra.policies.load import load_policy
 from agra.recipes import RECIPES
@@ -263,6 +264,40 @@ def test_a_row_of_equal_compute_needs_the_rate_of_its_method(play):
     assert not [line for line in said if line.startswith("train")]
 
 
+def test_a_further_seed_takes_the_rate_of_seed_0_and_has_an_adapt_stage_of_its_own(play, tmp_path):
+    code, _, errors = play(SEEDS="1", ROWS="dit4dit_1")
+    assert code != 0
+    assert "dit4dit_1: its learning rate is that of row dit4dit_0, whose grid of rates is not finished" in errors
+    code, said, _ = play(SEEDS="0 1", ROWS="dit4dit_0 dit4dit_1 wam_1")
+    assert code == 0
+    adapted = [line for line in said if "--stage adapt" in line]
+    assert [(line.split("--output ")[1].split()[0], line.split("--stage.seed ")[1].split()[0]) for line in adapted] == [
+        ("outputs/methods/dit4dit_adapt", "0"),
+        ("outputs/methods/wam_adapt_1", "1"),
+        ("outputs/methods/dit4dit_adapt_1", "1"),
+    ]
+    first, second = (
+        [line for line in said if f"--output outputs/methods/{row} " in line] for row in ("wam_1", "dit4dit_1")
+    )
+    assert "--init-from outputs/methods/wam_adapt_1" in first[0]
+    assert "--stage.learning-rate 0.3 " in first[0]  # the recipe's
+    assert "--stage.seed 1 --stage.learning-rate 0.9 " in second[0]
+    assert len([line for line in said if "_grid/" in line and line.startswith("train")]) == 3  # of dit4dit_0 alone
+
+
+def test_a_row_is_tested_against_the_references_of_its_own_seed():
+    rows = [row for row in measured("tabletop") if row.name in ("wam", "agra", "uwm")]
+    several = [*rows, *(replace(row, seed=1) for row in rows if row.name != "agra")]
+    heads, _, *lines = methods._tests_table(several)
+    assert heads[3:] == ["method alone / agra of its seed alone, p", "method alone / wam of its seed alone, p"]
+    shown = {tuple(line[:3]): line[3:] for line in lines}
+    assert shown["uwm", "1", "zero"] == ["", shown["uwm", "0", "zero"][1]]
+    assert shown["wam", "1", "zero"] == ["", ""]
+    assert [len(line) for line in lines] == [5] * 2 * len(several)
+    (second,) = [table for table in methods_tables(several) if str(table.title).startswith("against wam, seed 1")]
+    assert second.row_count == 2  # uwm of seed 1
+
+
 def test_equal_compute(capsys):
     """The WAM's adapt stage costs a twelfth of its joint stage, so other methods have fewer steps than 2,900 of its joint steps allow."""
     flops = {
@@ -279,13 +314,18 @@ def test_equal_compute(capsys):
 
 
 def test_every_row_of_the_comparison_names_a_recipe_and_a_start():
+    """Rows of seed 0 and of another one, which trains what is bundled for seed 0."""
     script = next(path for path in RUNS if path.name == "methods.sh").read_text()
-    rows = [line.split() for line in script.split("<<'ROWS'\n")[1].split("\nROWS")[0].splitlines()]
-    assert len({(name, seed) for name, seed, _, _ in rows}) == len(rows)
+    function = re.search(r"^rows\(\) \{.*?^\}", script, re.S | re.M)
+    assert function is not None
+    command = ["bash", "-c", f"SEEDS='0 2'\n{function.group(0)}\nrows"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in said.splitlines()]
+    assert len(rows) == 2 * len({name for name, *_ in rows}) == 2 * 22
+    assert {seed for _, seed, *_ in rows} == {"0", "2"}
     for _, seed, recipe, start in rows:
-        assert seed.isdigit()
         stages = {Stage.ADAPT, Stage.JOINT} if start == "adapt" else {Stage.JOINT}
-        assert start in ("adapt", "scratch") or (BUNDLED / start).is_dir()
+        assert start in ("adapt", "scratch") or (seed == "0" and (BUNDLED / start).is_dir())
         assert all(RECIPES[recipe](stage).stage.batch_size == 32 for stage in stages)
 
 

@@ -172,12 +172,12 @@ def methods_tables(rows: Sequence[MeasuredRow], results: Sequence[Results] = ())
 
 
 def _tests(reference: MeasuredRow, entries: Sequence[tuple], regimes: Sequence[str]) -> Table:
-    """McNemar's tests of all entries against one method, under the same kind of noise."""
+    """McNemar's tests of the entries of one seed, and of further results, against a method, under the same kind of noise."""
     title = f"against {reference.name}, seed {reference.seed}: trials solved by the method alone / by {reference.name} alone"
     table = _table(title, "method", "seed", "noise", *regimes)
     table.caption = "p: McNemar's exact test, not corrected for the number of tests"
     for name, seed, _, noise, measured in entries:
-        if (name, seed) != (reference.name, f"{reference.seed}"):
+        if seed in ("", f"{reference.seed}") and (name, seed) != (reference.name, f"{reference.seed}"):
             tests = [pair.test for pair in compare(measured, reference.results[noise]).pairs]
             table.add_row(name, seed, noise, *(f"{t.only_a} / {t.only_b}, p {p_text(t.p_value)}" for t in tests))
     return table
