@@ -81,6 +81,7 @@ def test_results_in_a_simulator_s_environment_name_the_served_checkpoint(tmp_pat
     checkpoint = resolve("tabletop-agra")
     assert served_policy == str(checkpoint)
     assert arguments[arguments.index("--checkpoint-sha256") + 1] == manifest_sha256(checkpoint)
+    assert arguments[arguments.index("--computed-on") + 1] == "cpu, float32"
     assert arguments[arguments.index("--name") + 1] == "tabletop-agra"
     with pytest.raises(SystemExit):
         main(["evaluate", "tabletop-agra", "--simulator-python", sys.executable, "--checkpoint-sha256", "abc"])

@@ -31,6 +31,12 @@ CHECKPOINT = "checkpoint_sha256"
 """Key of a header: the sha256 of the manifest of the evaluated checkpoint. Absent for a policy without a checkpoint, for a
 server whose checkpoint is not given, and in files of earlier versions.
 """
+COMPUTED_ON = "computed_on"
+"""Key of a header: the type of the policy's device and the precision of its weights, such as "cuda, bfloat16". Absent for a
+policy object, the expert, other servers, and in files of earlier versions.
+"""
+RECORDED = (CHECKPOINT, COMPUTED_ON)
+"""Keys that a file of an earlier version may lack. It is continued and merged without them."""
 
 
 def start_of_answers(settings: Mapping[str, Any]) -> str:
@@ -133,7 +139,7 @@ def merge_results(output: str | Path) -> Results:
     """Write the results file `output` from its shards beside it. It equals that of a single evaluation but for its times.
 
     Videos are in the folder of `output` already. The shards stay. Raises FileNotFoundError without shards, and ValueError
-    for shards with different headers (of different checkpoints too), a trial in two of them, or missing trials.
+    for shards with different headers (of different checkpoints or devices too), a trial in two of them, or missing trials.
     """
     output = Path(output)
     paths = sorted(shard_paths(output))
@@ -142,18 +148,16 @@ def merge_results(output: str | Path) -> Results:
     with files.lock(output.parent, f".{output.name}.lock", output=output):
         earlier = [output] if output.is_file() else []
         parts = {path: read_results(path, partial=True) for path in (*paths, *earlier)}
-        reference = next((path for path, part in parts.items() if CHECKPOINT in part.header), paths[0])
-        header = parts[reference].header
+        first = {key: (path, value) for path in reversed(parts) for key, value in parts[path].header.items()}
         for path, part in parts.items():
-            for key, expected in header.items():
+            for key, (reference, expected) in first.items():
                 stored = part.header.get(key)
-                if stored != expected and not (key == CHECKPOINT and stored is None):
+                if stored != expected and not (key in RECORDED and stored is None):
                     raise ValueError(
                         f"{path}: {key} is {stored!r}, but {expected!r} in {reference.name}; remove the shards of another "
                         "evaluation"
                     )
-        if any(CHECKPOINT not in part.header for part in parts.values()):  # of an earlier version
-            header = {key: value for key, value in header.items() if key != CHECKPOINT}
+        header = {key: value for key, (_, value) in first.items() if all(key in p.header for p in parts.values())}
         trials = [trial for path in paths for trial in parts[path].trials]
         names = [trial.trial for trial in trials]
         if repeated := {name for name in names if names.count(name) > 1}:
