@@ -37,7 +37,11 @@ from agra.diagnostics.monitors import GroundingMonitor, PredictionMonitor, Visua
 from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.report.page import PolicyEntry, build_report
 from agra.diagnostics.report.rerun_export import write_recording
-from agra.diagnostics.report.visual_reliance_section import VISUAL_RELIANCE
+from agra.diagnostics.report.visual_reliance_section import (
+    VISUAL_RELIANCE,
+    read_visual_reliance,
+    remove_visual_reliance,
+)
 from agra.diagnostics.samples.masks import read_masks, with_masks
 from agra.diagnostics.samples.probe_sample import load_samples
 from agra.diagnostics.samples.sources import (
@@ -296,7 +300,8 @@ def diagnose(
 ) -> Path:
     """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
 
-    The samples come from the simulator, or from `probes`, a folder of `agra probes`. `masks` are annotations of their
+    The samples come from the simulator, or from `probes`, a folder of `agra probes`, for which visual reliance is not
+    measured. A diagnosis that was there is replaced. `masks` are annotations of their
     frames (`agra.diagnostics.samples.masks`). `action_noise` and `video_noise` are those of
     `agra.policies.policy.MethodPolicy`.
     """
@@ -323,6 +328,7 @@ def diagnose(
                 initial, action_names = initial_observations(env, reliance.step + 1), env.embodiment.action_names
         finally:
             env.close()
+    remove_visual_reliance(output)  # it is written last, and so marks a complete diagnosis of a simulator
     run_diagnosis(
         policy,
         moments if masks is None else with_masks(moments, read_masks(masks)),
@@ -365,7 +371,9 @@ def study(
         if simulator is None:
             return
         evaluate(run, simulator, output=run / "results.jsonl", name=name, limit=limit, device=device)
-        if samples and not (run / "diagnosis" / "diagnosis.json").is_file():
+        folder = run / "diagnosis"
+        measured = config.visual_reliance is None or read_visual_reliance(folder) is not None
+        if samples and not (measured and (folder / "diagnosis.json").is_file()):
             settings = DiagnosisConfig(gallery=0)
             diagnose(run, simulator=simulator, samples=samples, device=device, config=settings)
 

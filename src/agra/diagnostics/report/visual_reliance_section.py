@@ -58,6 +58,12 @@ def read_visual_reliance(diagnosis: Path | None) -> VisualReliance | None:
     return next((VisualReliance.load(path) for path in paths if path.is_file()), None)
 
 
+def remove_visual_reliance(diagnosis: Path) -> None:
+    """Remove the visual reliance of an earlier diagnosis, which must not stand beside a new one."""
+    for name in (VISUAL_RELIANCE, _EARLIER):
+        (diagnosis / name).unlink(missing_ok=True)
+
+
 def visual_reliance_section(
     columns: Sequence[VisualRelianceColumn], starts: Sequence[str | None]
 ) -> dict[str, Any] | None:
