@@ -286,16 +286,33 @@ def test_a_further_seed_takes_the_rate_of_seed_0_and_has_an_adapt_stage_of_its_o
 
 
 def test_a_row_is_tested_against_the_references_of_its_own_seed():
-    rows = [row for row in measured("tabletop") if row.name in ("wam", "agra", "uwm")]
+    rows = [row for row in measured("tabletop") if row.seed == 0 and row.name in ("wam", "agra", "uwm")]
     several = [*rows, *(replace(row, seed=1) for row in rows if row.name != "agra")]
-    heads, _, *lines = methods._tests_table(several)
-    assert heads[3:] == ["method alone / agra of its seed alone, p", "method alone / wam of its seed alone, p"]
+    (heads, _, *lines), count = methods._tests_table(several)
+    assert heads[3:] == [f"method alone / {name} of its seed alone, p (Holm)" for name in ("agra", "wam")]
+    assert count == 2 * 3 + 2 * 1  # three pairs of seed 0 and one of seed 1, under two kinds of noise
     shown = {tuple(line[:3]): line[3:] for line in lines}
     assert shown["uwm", "1", "zero"] == ["", shown["uwm", "0", "zero"][1]]
     assert shown["wam", "1", "zero"] == ["", ""]
     assert [len(line) for line in lines] == [5] * 2 * len(several)
     (second,) = [table for table in methods_tables(several) if str(table.title).startswith("against wam, seed 1")]
     assert second.row_count == 2  # uwm of seed 1
+
+
+def test_holm():
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    values = [0.04, 0.001, 0.03, 0.9, 0.03, 0.2]
+    assert methods.holm(values) == pytest.approx(multitest.multipletests(values, method="holm")[1])
+    assert methods.holm([0.02]) == [0.02]
+    assert methods.holm([]) == []
+
+
+def test_the_table_of_tests_says_how_many_it_holds():
+    rows = [row for row in measured("tabletop") if row.seed == 0 and row.name in ("wam", "agra", "uwm")]
+    text = methods.markdown(rows)
+    assert "The last table holds 6 different tests." in text
+    (line,) = re.findall(r"^\| wam \| 0 \| zero \| (\d.*)$", text, re.M)[-1:]
+    assert line.startswith("13 / 29, 0.020 (0.020)")  # the largest p of all, which stands in AGRA's line too
 
 
 def test_equal_compute(capsys):
