@@ -46,13 +46,7 @@ rows() {
   echo "agra_noisy 0 $STEPS noisy metaworld"
 }
 
-open_rows() {
-  rows | while read -r name seed rest; do
-    [ -f "$MEASURED/${name}_$seed/row.json" ] && continue
-    [ -n "${ROWS:-}" ] && [[ " $ROWS " != *" ${name}_$seed "* ]] && continue
-    echo "$name $seed $rest"
-  done
-}
+source runs/rows.sh
 
 # Run a command and add its seconds of CPU time to FILE.seconds.
 timed() {

@@ -36,7 +36,7 @@ from agra.diagnostics.metrics import paired_difference
 from agra.diagnostics.visual_reliance import VisualReliance
 from agra.evaluation.measured import MeasuredRow, measured
 from agra.evaluation.results import compare, read_results, summarise
-from agra.evaluation.statistics import p_text
+from agra.evaluation.statistics import McNemar, p_text
 from agra.evaluation.tables import REFERENCES
 from agra.policies.load import load_policy
 from agra.policies.policy import MethodPolicy
@@ -201,13 +201,20 @@ def markdown(rows: Sequence[MeasuredRow]) -> str:
 
     Then those of equal compute, where there are some.
     """
-    equal = [row for row in rows if not row.name.endswith(COMPUTE)]
-    text = in_markdown([_training_table(equal), _success_table(equal), _tests_table(equal)])
+    text = _tables([row for row in rows if not row.name.endswith(COMPUTE)])
     if compute := [row for row in rows if row.name.endswith(COMPUTE)]:
         shown = [*(row for row in rows if row.name in REFERENCES), *compute]
-        tables = [_training_table(shown), _success_table(shown), _tests_table(shown)]
-        text += f"\nWith the WAM's FLOPs of training instead of its windows:\n\n{in_markdown(tables)}"
+        text += f"\nWith the WAM's FLOPs of training instead of its windows:\n\n{_tables(shown)}"
     return text
+
+
+def _tables(rows: Sequence[MeasuredRow]) -> str:
+    tests, count = _tests_table(rows)
+    return (
+        f"{in_markdown([_training_table(rows), _success_table(rows), tests])}\n"
+        f"The last table holds {count} different tests. The first p is not corrected for their number. The one in brackets is, by "
+        "Holm's method over all of them.\n"
+    )
 
 
 def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
@@ -263,17 +270,46 @@ def _success_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
     return lines
 
 
-def _tests_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
-    """All trials of every row against those of the references, under the same kind of noise."""
-    references = [row for row in rows if row.name in REFERENCES]
-    heads = ["method", "seed", "noise", *(f"method alone / {row.name} alone, p" for row in references)]
-    lines = [heads, ["---"] * len(heads)]
+def _tests_table(rows: Sequence[MeasuredRow]) -> tuple[list[list[str]], int]:
+    """All trials of every row against those of the references of its seed, under the same kind of noise.
+
+    Returns the number of different tests too: those of two references against each other stand in the table twice.
+    """
+    references = {(row.name, row.seed): row for row in rows if row.name in REFERENCES}
+    names = list(dict.fromkeys(name for name, _ in references))
+    of_seed = " of its seed" if len({row.seed for row in rows}) > 1 else ""
+    heads = ["method", "seed", "noise", *(f"method alone / {name}{of_seed} alone, p (Holm)" for name in names)]
+    lines, tests = [heads, ["---"] * len(heads)], dict[tuple[str, str, int, str], McNemar]()
     for row in rows:
-        for noise, results in row.results.items():
-            tests = [None if r is row else compare(results, r.results[noise]).pairs[-1].test for r in references]
-            cells = ["" if t is None else f"{t.only_a} / {t.only_b}, {p_text(t.p_value)}" for t in tests]
-            lines.append([row.name, f"{row.seed}", noise, *cells])
-    return lines
+        for name in names:
+            other = references.get((name, row.seed))
+            if other is not None and other is not row:
+                for noise, results in row.results.items():
+                    tests[row.name, name, row.seed, noise] = compare(results, other.results[noise]).pairs[-1].test
+    different = {(frozenset((row, name)), *rest): test.p_value for (row, name, *rest), test in tests.items()}
+    corrected = dict(zip(different, holm([*different.values()]), strict=True))
+
+    def cell(row: MeasuredRow, name: str, noise: str) -> str:
+        test = tests.get((row.name, name, row.seed, noise))
+        if test is None:
+            return ""
+        adjusted = corrected[frozenset((row.name, name)), row.seed, noise]
+        return f"{test.only_a} / {test.only_b}, {p_text(test.p_value)} ({p_text(adjusted)})"
+
+    for row in rows:
+        lines += [
+            [row.name, f"{row.seed}", noise, *(cell(row, name, noise) for name in names)] for noise in row.results
+        ]
+    return lines, len(different)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979), which control the chance of any false positive in the family."""
+    order, adjusted, largest = np.argsort(p_values), [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def _grid(folder: Path) -> list[dict[str, float]]:

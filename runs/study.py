@@ -1,8 +1,8 @@
 """The page of runs/study.sh: python runs/study.py writes the finished rows into docs/study.md, between its two marks.
 
 Every arm is pooled over its seeds. A difference pairs an arm with its reference by seed and trial. Its interval comes from a
-bootstrap that draws seeds, and trials within them: 10,000 resamples, 95 %. With one seed it covers the trials alone, and
-with few seeds it is too narrow.
+bootstrap that draws seeds, and one set of trials for all of them: 10,000 resamples, 95 %. With one seed it covers the trials
+alone, and with few seeds that differ it is too narrow.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 
 from agra import files
 from agra.evaluation.measured import MeasuredRow, measured
-from agra.evaluation.statistics import nested_bootstrap
+from agra.evaluation.statistics import crossed_bootstrap
 from agra.types import REGIMES
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +21,8 @@ PAGE = ROOT / "docs" / "study.md"
 BEGIN, END = "<!-- rows of the study: python runs/study.py -->", "<!-- end of the rows -->"
 REFERENCES = (("agra", "wam"), ("_short_no_video_loss", "_short"), ("_both", "_few"))
 """An arm's reference is the arm whose name has the second part instead of the first."""
+INTERACTIONS = (("agra_both", "agra_few", "wam_both", "wam_few"),)
+"""Four arms whose difference of differences is asked for: the first two against the last two."""
 Outcomes = dict[tuple[int, str], float]
 """Success by seed and trial."""
 
@@ -62,10 +64,23 @@ def outcomes(rows: Sequence[MeasuredRow], noise: str, regime: str | None = None,
     }
 
 
-def clustered_interval(values: Outcomes) -> tuple[float, float, float]:
-    """Return the mean and its interval, with seeds and the trials within them drawn again."""
-    seeds = sorted({seed for seed, _ in values})
-    average = nested_bootstrap([[v for (s, _), v in values.items() if s == seed] for seed in seeds])
+def interaction(arms: Mapping[str, Sequence[MeasuredRow]], names: Sequence[str], noise: str) -> Outcomes:
+    """The first arm minus the second, minus the third minus the fourth, for every seed and trial of all four.
+
+    Empty where an arm is missing.
+    """
+    if any(name not in arms for name in names):
+        return {}
+    a, b, c, d = (outcomes(arms[name], noise) for name in names)
+    return {key: a[key] - b[key] - (c[key] - d[key]) for key in a if key in b and key in c and key in d}
+
+
+def clustered_interval(values: Outcomes, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float, float]:
+    """Return the mean and its interval, with seeds and the trials that they share drawn again."""
+    by_seed: dict[int, dict[str, float]] = {}
+    for (seed, trial), value in values.items():
+        by_seed.setdefault(seed, {})[trial] = value
+    average = crossed_bootstrap(by_seed, bounds=bounds)
     return average.value, average.low, average.high
 
 
@@ -107,23 +122,33 @@ def _differences(arms: Mapping[str, Sequence[MeasuredRow]]) -> list[list[str]]:
             for noise in ("random", "zero"):
                 ours, theirs = outcomes(rows, noise), outcomes(arms[other], noise)
                 common = {key: ours[key] - theirs[key] for key in ours if key in theirs}
-                if not common:
-                    continue
-                seeds = sorted({seed for seed, _ in common})
-                mean, low, high = (100 * value for value in clustered_interval(common))
-                single = [100 * np.mean([v for (s, _), v in common.items() if s == seed]) for seed in seeds]
                 alone = [sum(value == sign for value in common.values()) for sign in (1, -1)]
-                table.append(
-                    [
-                        f"{name} minus {other}",
-                        ", ".join(map(str, seeds)),
-                        noise,
-                        f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]",
-                        ", ".join(f"{value:+.0f}" for value in single),
-                        f"{alone[0]} and {alone[1]} of {len(common)}",
-                    ]
-                )
+                solved = f"{alone[0]} and {alone[1]} of {len(common)}"
+                table += _difference(f"{name} minus {other}", noise, common, 1.0, solved)
+    for names in INTERACTIONS:
+        for noise in ("random", "zero"):
+            label = "({} minus {}) minus ({} minus {})".format(*names)
+            table += _difference(label, noise, interaction(arms, names, noise), 2.0, "")
     return table
+
+
+def _difference(label: str, noise: str, values: Outcomes, bound: float, solved: str) -> list[list[str]]:
+    """A line on paired differences between minus and plus `bound`, none without values."""
+    if not values:
+        return []
+    seeds = sorted({seed for seed, _ in values})
+    mean, low, high = (100 * value for value in clustered_interval(values, (-bound, bound)))
+    single = [100 * np.mean([v for (s, _), v in values.items() if s == seed]) for seed in seeds]
+    return [
+        [
+            label,
+            ", ".join(map(str, seeds)),
+            noise,
+            f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]",
+            ", ".join(f"{value:+.0f}" for value in single),
+            solved,
+        ]
+    ]
 
 
 def _tasks(arms: Mapping[str, Sequence[MeasuredRow]]) -> list[list[str]]:

@@ -58,13 +58,7 @@ agra_short_aligns_layer_5 0 1600 robot tiny --method.alignment.layers 5
 ROWS
 }
 
-open_rows() {
-  rows | while read -r name seed rest; do
-    [ -f "$MEASURED/${name}_$seed/row.json" ] && continue
-    [ -n "${ROWS:-}" ] && [[ " $ROWS " != *" ${name}_$seed "* ]] && continue
-    echo "$name $seed $rest"
-  done
-}
+source runs/rows.sh
 
 # The flags of a kind of data.
 data() {

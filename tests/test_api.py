@@ -16,7 +16,7 @@ SIGNATURES = {
     " action_noise=None, video_noise=None)",
     "evaluate": "(policy, simulator='tabletop', *, output=None, name=None, regimes=None, tasks=None, limit=None, protocol=None, videos=0,"
     " workers=1, simulator_options=None, key_mapping=None, device='cpu', threads=None, action_noise=None, video_noise=None,"
-    " checkpoint_sha256=None, shard=None, progress=True)",
+    " checkpoint_sha256=None, computed_on=None, shard=None, progress=True)",
     "export": "(source, output, *, ema=False, half=False)",
     "load_policy": "(path, *, name=None, device='cpu', known_instructions=False, **options)",
     "make_demo": "(policies=('tabletop-wam', 'tabletop-agra'), *, device='cpu')",

@@ -19,6 +19,7 @@ from agra.cli.renamed import _CONFIG, _FLAGS
 from agra.data.lerobot.checksums import Seal
 from agra.data.lerobot.writer import write_dataset
 from agra.evaluation.measured import measured
+from agra.evaluation.tables import methods_tables
 from agra.methods.wam import Pass
 from agra.policies.load import load_policy
 from agra.recipes import RECIPES
@@ -30,6 +31,13 @@ from agra.types import Embodiment, Episode
 from runs import methods, noise
 
 RUNS = sorted(path for path in (Path(__file__).parent.parent / "runs").iterdir() if path.is_file())
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    """Remove the scripts' settings, such as BASE and OUT, from the environment: they name folders of the user."""
+    for name in {name for path in RUNS for name in re.findall(r"\$\{([A-Z_]+):-", path.read_text())}:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.name)
@@ -46,7 +54,7 @@ def test_a_script_parses_and_names_what_exists(path):
     else:
         subprocess.run(["bash", "-n", str(path)], check=True)
     commands = re.findall(r"(?:^\s*|exec |-m |\|\| )agra(?:\.cli)? ([a-z]\w*)(?! \d)", text, re.M)
-    assert commands
+    assert commands or path.name == "rows.sh"  # which other scripts source
     assert set(commands) <= COMMANDS.keys()
     assert set(re.findall(r"\b(?:train|prepare|plan) (agra_\w+|wam\w*|tiny\w*)", text)) <= RECIPES.keys()
     renamed = {*_CONFIG, *(flag for flags in _FLAGS.values() for flag in flags)}
@@ -175,7 +183,8 @@ def play(tmp_path):
     """Run methods.sh with stand-ins for `agra` and the helper script. Returns its exit status, their calls and its errors."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "outputs/tabletop/demonstrations").mkdir(parents=True)
-    shutil.copy(RUNS[0].parent / "methods.sh", tmp_path / "runs")
+    for script in ("methods.sh", "rows.sh"):
+        shutil.copy(RUNS[0].parent / script, tmp_path / "runs")
     for name, content in (("agra", STAND_IN), ("python", HELPER)):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -233,6 +242,20 @@ def test_the_comparison_of_methods_goes_on_after_a_failure_and_skips_finished_ro
     assert not [line for line in said if line.startswith("train tiny ")]  # the bundled pair is not trained again
 
 
+@pytest.mark.parametrize("script", ["methods.sh", "study.sh", "metaworld.sh"])
+def test_an_unknown_row_is_refused(script, tmp_path):
+    """A name without its seed too. Nothing is played and no page is written: no command of the script is there."""
+    (tmp_path / "runs").mkdir()
+    for name in (script, "rows.sh"):
+        shutil.copy(RUNS[0].parent / name, tmp_path / "runs")
+    environment = {**os.environ, "ROWS": "wam", "SIMULATOR": shutil.which("true")}
+    command = ["bash", str(tmp_path / "runs" / script)]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ROWS: expected names of rows with their seed, got wam; available: wam_" in done.stderr
+    assert done.stdout == ""
+
+
 def test_a_row_that_fails_does_not_stop_the_others(play, tmp_path):
     code, _, _ = play(FAIL="train tiny_vla ")
     assert code != 0
@@ -246,6 +269,57 @@ def test_a_row_of_equal_compute_needs_the_rate_of_its_method(play):
     assert code != 0
     assert "flare_compute_0: its learning rate is that of row flare_0, whose grid of rates is not finished" in errors
     assert not [line for line in said if line.startswith("train")]
+
+
+def test_a_further_seed_takes_the_rate_of_seed_0_and_has_an_adapt_stage_of_its_own(play, tmp_path):
+    code, _, errors = play(SEEDS="1", ROWS="dit4dit_1")
+    assert code != 0
+    assert "dit4dit_1: its learning rate is that of row dit4dit_0, whose grid of rates is not finished" in errors
+    code, said, _ = play(SEEDS="0 1", ROWS="dit4dit_0 dit4dit_1 wam_1")
+    assert code == 0
+    adapted = [line for line in said if "--stage adapt" in line]
+    assert [(line.split("--output ")[1].split()[0], line.split("--stage.seed ")[1].split()[0]) for line in adapted] == [
+        ("outputs/methods/dit4dit_adapt", "0"),
+        ("outputs/methods/wam_adapt_1", "1"),
+        ("outputs/methods/dit4dit_adapt_1", "1"),
+    ]
+    first, second = (
+        [line for line in said if f"--output outputs/methods/{row} " in line] for row in ("wam_1", "dit4dit_1")
+    )
+    assert "--init-from outputs/methods/wam_adapt_1" in first[0]
+    assert "--stage.learning-rate 0.3 " in first[0]  # the recipe's
+    assert "--stage.seed 1 --stage.learning-rate 0.9 " in second[0]
+    assert len([line for line in said if "_grid/" in line and line.startswith("train")]) == 3  # of dit4dit_0 alone
+
+
+def test_a_row_is_tested_against_the_references_of_its_own_seed():
+    rows = [row for row in measured("tabletop") if row.seed == 0 and row.name in ("wam", "agra", "uwm")]
+    several = [*rows, *(replace(row, seed=1) for row in rows if row.name != "agra")]
+    (heads, _, *lines), count = methods._tests_table(several)
+    assert heads[3:] == [f"method alone / {name} of its seed alone, p (Holm)" for name in ("agra", "wam")]
+    assert count == 2 * 3 + 2 * 1  # three pairs of seed 0 and one of seed 1, under two kinds of noise
+    shown = {tuple(line[:3]): line[3:] for line in lines}
+    assert shown["uwm", "1", "zero"] == ["", shown["uwm", "0", "zero"][1]]
+    assert shown["wam", "1", "zero"] == ["", ""]
+    assert [len(line) for line in lines] == [5] * 2 * len(several)
+    (second,) = [table for table in methods_tables(several) if str(table.title).startswith("against wam, seed 1")]
+    assert second.row_count == 2  # uwm of seed 1
+
+
+def test_holm():
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    values = [0.04, 0.001, 0.03, 0.9, 0.03, 0.2]
+    assert methods.holm(values) == pytest.approx(multitest.multipletests(values, method="holm")[1])
+    assert methods.holm([0.02]) == [0.02]
+    assert methods.holm([]) == []
+
+
+def test_the_table_of_tests_says_how_many_it_holds():
+    rows = [row for row in measured("tabletop") if row.seed == 0 and row.name in ("wam", "agra", "uwm")]
+    text = methods.markdown(rows)
+    assert "The last table holds 6 different tests." in text
+    (line,) = re.findall(r"^\| wam \| 0 \| zero \| (\d.*)$", text, re.M)[-1:]
+    assert line.startswith("13 / 29, 0.020 (0.020)")  # the largest p of all, which stands in AGRA's line too
 
 
 def test_equal_compute(capsys):
@@ -264,13 +338,18 @@ def test_equal_compute(capsys):
 
 
 def test_every_row_of_the_comparison_names_a_recipe_and_a_start():
+    """Rows of seed 0 and of another one, which trains what is bundled for seed 0."""
     script = next(path for path in RUNS if path.name == "methods.sh").read_text()
-    rows = [line.split() for line in script.split("<<'ROWS'\n")[1].split("\nROWS")[0].splitlines()]
-    assert len({(name, seed) for name, seed, _, _ in rows}) == len(rows)
+    function = re.search(r"^rows\(\) \{.*?^\}", script, re.S | re.M)
+    assert function is not None
+    command = ["bash", "-c", f"SEEDS='0 2'\n{function.group(0)}\nrows"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in said.splitlines()]
+    assert len(rows) == 2 * len({name for name, *_ in rows}) == 2 * 22
+    assert {seed for _, seed, *_ in rows} == {"0", "2"}
     for _, seed, recipe, start in rows:
-        assert seed.isdigit()
         stages = {Stage.ADAPT, Stage.JOINT} if start == "adapt" else {Stage.JOINT}
-        assert start in ("adapt", "scratch") or (BUNDLED / start).is_dir()
+        assert start in ("adapt", "scratch") or (seed == "0" and (BUNDLED / start).is_dir())
         assert all(RECIPES[recipe](stage).stage.batch_size == 32 for stage in stages)
 
 

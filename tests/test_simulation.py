@@ -52,8 +52,9 @@ def test_objects_are_evaluated(tmp_path):
 
 def test_the_checksum_of_a_checkpoint_is_for_servers(tmp_path):
     for policy in ("expert", "tabletop-agra"):
-        with pytest.raises(ValueError, match=f"checkpoint_sha256: expected none for {policy}"):
-            agra.evaluate(policy, output=tmp_path / "r.jsonl", checkpoint_sha256="abc")
+        for given in ("checkpoint_sha256", "computed_on"):
+            with pytest.raises(ValueError, match=f"{given}: expected none for {policy}"):
+                agra.evaluate(policy, output=tmp_path / "r.jsonl", **{given: "abc"})
 
 
 def test_names_are_evaluated(tmp_path):
@@ -104,7 +105,7 @@ def test_results_name_where_the_answers_start(tmp_path):
         settings("expert", "expert", action_noise="zero")
 
 
-def test_results_belong_to_one_checkpoint(tmp_path):
+def test_results_belong_to_one_checkpoint_and_one_kind_of_device(tmp_path, monkeypatch):
     """A run that trained on between two calls: the second one is refused, and a file of its own names the other one."""
 
     def evaluate(output):
@@ -117,6 +118,11 @@ def test_results_belong_to_one_checkpoint(tmp_path):
     assert first.policy == "run"
     assert first.header["checkpoint_sha256"] == files.sha256(run / "step_000001" / "manifest.json")
     assert evaluate("r.jsonl") == first
+    assert first.header["computed_on"] == "cpu, float32"
+    with monkeypatch.context() as patch:
+        patch.setattr("agra.simulation.device_and_precision", lambda checkpoint, device: "cuda, bfloat16")
+        with pytest.raises(ValueError, match="computed_on 'cpu, float32' instead of 'cuda, bfloat16'; choose another"):
+            evaluate("r.jsonl")
     shutil.copytree(run / "step_000001", run / "step_000002")
     with (run / "step_000002" / "manifest.json").open("a") as file:
         file.write("\n")

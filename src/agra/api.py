@@ -39,7 +39,11 @@ from agra.diagnostics.monitors import GroundingMonitor, PredictionMonitor, Visua
 from agra.diagnostics.record import read_diagnosis
 from agra.diagnostics.report.page import PolicyEntry, build_report
 from agra.diagnostics.report.rerun_export import write_recording
-from agra.diagnostics.report.visual_reliance_section import VISUAL_RELIANCE
+from agra.diagnostics.report.visual_reliance_section import (
+    VISUAL_RELIANCE,
+    read_visual_reliance,
+    remove_visual_reliance,
+)
 from agra.diagnostics.samples.masks import read_masks, with_masks
 from agra.diagnostics.samples.probe_sample import load_samples
 from agra.diagnostics.samples.sources import (
@@ -58,7 +62,7 @@ from agra.policies.instructions import FILE as INSTRUCTIONS
 from agra.policies.load import load_policy
 from agra.precision import allow_tensor_cores, local_device
 from agra.rng import seed_everything
-from agra.simulation import EXPERT, make_simulator, open_policy
+from agra.simulation import EXPERT, make_simulator, manifest_sha256, open_policy
 from agra.simulation import evaluate as evaluate
 from agra.training.distributed import DistributedContext, distributed_context
 from agra.training.initialization import load_initial_weights
@@ -300,14 +304,18 @@ def diagnose(
 ) -> Path:
     """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
 
-    The samples come from the simulator, or from `probes`, a folder of `agra probes`. `masks` are annotations of their
+    The samples come from the simulator, or from `probes`, a folder of `agra probes`, for which visual reliance is not
+    measured. A diagnosis that was there is replaced. `masks` are annotations of their
     frames (`agra.diagnostics.samples.masks`). `action_noise` and `video_noise` are those of
     `agra.policies.policy.MethodPolicy`.
     """
-    policy = load_policy(run, device=device, action_noise=action_noise, video_noise=video_noise)
+    checkpoint = resolve(run)  # the same one for all that follows, whatever a training run adds
+    policy = load_policy(
+        checkpoint, name=Path(run).name, device=device, action_noise=action_noise, video_noise=video_noise
+    )
     settings = comparison_teacher(policy.config, teacher) if isinstance(policy.method, ReadsTokens) else None
     network = None if settings is None else load_teacher(settings).to(policy.device)
-    projectors = trained_projectors(run) if network is not None and teacher == "own" else None
+    projectors = trained_projectors(checkpoint) if network is not None and teacher == "own" else None
     if projectors is not None:  # in the type of the hidden states that they read
         projectors = projectors.to(policy.device, next(policy.method.parameters()).dtype)
     output = artifact_dir(run) / "diagnosis"
@@ -324,6 +332,7 @@ def diagnose(
                 initial, action_names = initial_observations(env, reliance.step + 1), env.embodiment.action_names
         finally:
             env.close()
+    remove_visual_reliance(output)  # it is written last, and so marks a complete diagnosis of a simulator
     run_diagnosis(
         policy,
         moments if masks is None else with_masks(moments, read_masks(masks)),
@@ -331,6 +340,7 @@ def diagnose(
         teacher=None if network is None else lambda frames: network(frames).cpu().numpy(),
         teacher_name="" if settings is None else settings.kind,
         projectors=projectors,
+        checkpoint_sha256=manifest_sha256(checkpoint),
         seed=seed,
         config=config,
     )
@@ -365,7 +375,9 @@ def study(
         if simulator is None:
             return
         evaluate(run, simulator, output=run / "results.jsonl", name=name, limit=limit, device=device)
-        if samples and not (run / "diagnosis" / "diagnosis.json").is_file():
+        folder = run / "diagnosis"
+        measured = config.visual_reliance is None or read_visual_reliance(folder) is not None
+        if samples and not (measured and (folder / "diagnosis.json").is_file()):
             settings = DiagnosisConfig(gallery=0)
             diagnose(run, simulator=simulator, samples=samples, device=device, config=settings)
 

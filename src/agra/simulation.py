@@ -88,6 +88,7 @@ def evaluate(
     action_noise: ActionNoise | None = None,
     video_noise: VideoNoise | None = None,
     checkpoint_sha256: str | None = None,
+    computed_on: str | None = None,
     shard: Shard | None = None,
     progress: bool = True,
 ) -> Results:
@@ -101,19 +102,20 @@ def evaluate(
     must agree. For a server of another package they are only recorded in the results.
     `videos` trials of each regime are saved as mp4. A `shard` plays its part of the trials
     (`agra.evaluation.protocols`). A run folder means its newest checkpoint at the time of the call, and the results name
-    that checkpoint (`agra.evaluation.results.CHECKPOINT`). Results of another one are not continued. For a server,
-    `checkpoint_sha256` names its checkpoint, if it is known.
+    that checkpoint, and the device's type and precision (`agra.evaluation.results.CHECKPOINT`, `COMPUTED_ON`). Results of
+    others are not continued. For a server, `checkpoint_sha256` and `computed_on` name them, if they are known.
 
     With several `workers`, each process opens its own policy and simulator, so both must be names. The episodes are the
     same for any number of workers. Raises what `agra.evaluation.rollout.evaluate` raises.
     """
     output, name = results_file(policy, output, name, key_mapping)
     checkpoint = checkpoint_of(policy, key_mapping)
-    if checkpoint_sha256 is not None and (checkpoint is not None or policy == EXPERT):
-        raise ValueError(f"checkpoint_sha256: expected none for {policy}, because it is for policies behind a server")
+    for given, value in (("checkpoint_sha256", checkpoint_sha256), ("computed_on", computed_on)):
+        if value is not None and (checkpoint is not None or policy == EXPERT):
+            raise ValueError(f"{given}: expected none for {policy}, because it is for policies behind a server")
     if checkpoint is not None:
         policy = checkpoint  # the same one for all workers, whatever a training run adds
-        checkpoint_sha256 = manifest_sha256(checkpoint)
+        checkpoint_sha256, computed_on = manifest_sha256(checkpoint), device_and_precision(checkpoint, device)
     policy_settings = {"key_mapping": key_mapping} if key_mapping else {}
     noise = _noise(policy, {"action_noise": action_noise, "video_noise": video_noise}, key_mapping)
     policy_settings |= {name: kind for name, kind in noise.items() if kind != "random"}
@@ -160,6 +162,7 @@ def evaluate(
             policy_name=name,
             policy_settings=policy_settings,
             checkpoint_sha256=checkpoint_sha256,
+            computed_on=computed_on,
             shard=shard,
             progress=progress,
         )
@@ -211,6 +214,16 @@ def checkpoint_of(policy: Policy | str | Path, key_mapping: str | None = None) -
 def manifest_sha256(checkpoint: Path) -> str:
     """Return the checksum of a checkpoint's manifest, which holds the checksums of its files."""
     return files.sha256(checkpoint / "manifest.json")
+
+
+def device_and_precision(checkpoint: Path, device: str) -> str:
+    """Return the type of a checkpoint's device and the precision of its weights there, such as "cuda, bfloat16"."""
+    from agra.checkpoints.read import read_config
+    from agra.precision import compute_dtype, local_device
+
+    local = local_device(device)
+    dtype = compute_dtype(local, read_config(checkpoint).stage.precision)
+    return f"{local.type}, {str(dtype).removeprefix('torch.')}"
 
 
 def _noise(policy: Policy | str | Path, requested: Mapping[str, str | None], key_mapping: str | None) -> dict[str, Any]:

@@ -190,7 +190,8 @@ class PolicyRequest:
 class Trial:
     """One evaluation trial as JSON-serialisable data that fully determines the simulated scene.
 
-    `name` is unique in its list. `scene` is the simulator's description of objects, positions and colours.
+    `name` is unique in its list. `seed` is that of the policy's noise. `scene` is the simulator's description of objects,
+    positions and colours.
     """
 
     name: str

@@ -137,6 +137,8 @@ class StandInPolicy:
     name = "stand-in"
     frame_size = (16, 20)
     past = ()
+    action_noise = "random"
+    video_noise = "random"
     instructions = SimpleNamespace(encoder=StandInText())
 
     def __init__(self, method):

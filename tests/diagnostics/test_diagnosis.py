@@ -27,6 +27,11 @@ def test_diagnose_finds_the_token_and_round_trips(policy, samples, tmp_path, tar
     read = read_diagnosis(tmp_path / "d")
     assert read.keys == [(s.trial, s.step) for s in samples]
     assert read.header["teacher"] == "pixels"
+    assert [read.header[key] for key in ("checkpoint_sha256", "action_noise", "video_noise")] == [
+        None,
+        "random",
+        "random",
+    ]
     assert read.header["grid"] == [3, 4, 5]
     for name, array in written.arrays.items():
         np.testing.assert_array_equal(read.arrays[name], array)

@@ -15,6 +15,7 @@ from agra.cli.main import main
 from agra.diagnostics.samples.probe_sample import load_samples, save_samples
 from agra.diagnostics.samples.sources import dataset_samples, write_pictures
 from agra.diagnostics.study import variants
+from agra.diagnostics.visual_reliance import MEASURES, VisualReliance
 from agra.evaluation.collect import collect
 from agra.evaluation.protocols import default_protocol
 from agra.evaluation.results import read_results
@@ -110,6 +111,30 @@ def test_a_study_evaluates_as_agra_evaluate_does(tmp_path, monkeypatch):
     assert header["policy_settings"] == {"action_noise": "zero"}
 
 
+def test_a_study_diagnoses_again_what_was_interrupted_before_the_visual_reliance(tmp_path, monkeypatch):
+    def trained(config, *, output, **options):
+        shutil.copytree(BUNDLED / "tabletop-agra", output / "step_000001", dirs_exist_ok=True)
+        return True
+
+    def diagnose(run, **options):
+        diagnosed.append(run.name)
+        (run / "diagnosis").mkdir(exist_ok=True)
+        (run / "diagnosis" / "diagnosis.json").touch()
+
+    diagnosed = []
+    monkeypatch.setattr(api, "train", trained)
+    monkeypatch.setattr(api, "evaluate", lambda run, simulator, **options: None)
+    monkeypatch.setattr(api, "diagnose", diagnose)
+    for _ in range(2):
+        api.study(tiny(), over="alignment", output=tmp_path, layers=(1,))
+    assert diagnosed == ["without", "layer_1"] * 2
+    for name in ("without", "layer_1"):
+        reliance = VisualReliance(trials=(), groups=(), values=dict.fromkeys(MEASURES, np.empty(0)))
+        reliance.save(tmp_path / name / "diagnosis" / "visual_reliance.json")
+    api.study(tiny(), over="alignment", output=tmp_path, layers=(1,))
+    assert len(diagnosed) == 4
+
+
 def test_dataset_samples_are_annotated_and_monitored_in_training(config, tmp_path, capsys):
     samples = dataset_samples(config, 3)
     assert len({sample.name for sample in samples}) == 3
@@ -134,7 +159,12 @@ def test_dataset_samples_are_annotated_and_monitored_in_training(config, tmp_pat
     assert len(logged) == 2
     assert best(tmp_path / "run")[1] == max(logged)
 
+    earlier = [tmp_path / "run" / "diagnosis" / name for name in ("visual_reliance.json", "looking.json")]
+    earlier[0].parent.mkdir()
+    for path in earlier:
+        path.write_text("{}")
     api.diagnose(tmp_path / "run", simulator="none", samples=0, probes=tmp_path / "probes", teacher="none")
+    assert not [path for path in earlier if path.exists()]  # visual reliance is not measured on probes
     assert (tmp_path / "run" / "diagnosis" / "diagnosis.json").is_file()
     with pytest.raises(SystemExit):
         main(["study", "tiny", "--over", "depth", "--output", str(tmp_path / "x")])

@@ -81,11 +81,36 @@ def test_results_in_a_simulator_s_environment_name_the_served_checkpoint(tmp_pat
     checkpoint = resolve("tabletop-agra")
     assert served_policy == str(checkpoint)
     assert arguments[arguments.index("--checkpoint-sha256") + 1] == manifest_sha256(checkpoint)
+    assert arguments[arguments.index("--computed-on") + 1] == "cpu, float32"
     assert arguments[arguments.index("--name") + 1] == "tabletop-agra"
     with pytest.raises(SystemExit):
         main(["evaluate", "tabletop-agra", "--simulator-python", sys.executable, "--checkpoint-sha256", "abc"])
     assert "--checkpoint-sha256: expected none with --simulator-python, which sets it" in capsys.readouterr().err
     assert len(calls) == 1
+
+
+def test_no_flag_is_dropped_on_the_way_to_a_simulator_s_environment(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(
+        "agra.evaluation.remote.evaluate_in_subprocess",
+        lambda policy, python, arguments, serve: calls.append(arguments) or 0,
+    )
+    monkeypatch.chdir(tmp_path)
+    there = ["evaluate", "tabletop-agra", "--simulator-python", sys.executable]
+    main([*there, "--no-render"])
+    main(there)
+    assert ["--no-render" in arguments for arguments in calls] == [True, False]
+    for command, message in (
+        ([*there, "--key-mapping", "groot_gr1"], "--key-mapping: expected none with --simulator-python"),
+        (
+            ["evaluate", "expert", "--output", "r.jsonl", "--execute-steps", "5"],
+            "the expert is asked at every step, got 5",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert len(calls) == 2
 
 
 def test_a_killed_simulator_is_reported(tmp_path, monkeypatch):

@@ -122,6 +122,17 @@ def test_the_difference_is_that_of_the_columns():
     assert "points over all trials, paired bootstrap over tasks" in " ".join(shown.split())
 
 
+def test_a_comparison_names_where_answers_start():
+    zero = {"policy_settings": {"action_noise": "zero", "video_noise": "fixed"}}
+    a, b = make_results("a", {"semantic": "1100"}, **zero), make_results("b", {"semantic": "1010"})
+    shown = " ".join(text(comparison_table(compare(a, b))).split())
+    assert "A: a, from zero action noise, fixed video noise B: b, from random action noise" in shown
+    assert "(A) and from random action noise (B), which alone changes success" in shown
+    assert "which alone changes success" not in text(comparison_table(compare(a, a)))
+    foreign = make_results("c", {"semantic": "1010"}, policy_settings={"key_mapping": "groot_gr1"})
+    assert compare(foreign, b).start_a == "its server's noise"
+
+
 def test_leaderboard():
     ours = make_results("ours", {"unseen_combinations": "1101"}, simulator="robocasa_gr1", settings={"camera": "ego"})
     ours.header["protocol"].update(termination="chunk")
@@ -157,8 +168,10 @@ def test_averages_over_groups_of_tasks():
         ("very hard", 5, 0),
     ]
     assert (summary.average.value, summary.group_average.value) == (pytest.approx(0.56), 0.25)
-    assert "25% (25-25)" in text(summary_table(results))
-    assert "100% (100-100)" in text(group_table(results))
+    shown = text(summary_table(results))
+    assert "25% (22-41)" in shown
+    assert "where tasks have one rate, the average's interval is Wilson's over tasks" in " ".join(shown.split())
+    assert "100% (88-100)" in text(group_table(results))
     assert group_table(A) is None
     few = metaworld_results({"easy"}, tasks=["reach-v3", "drawer-open-v3", "push-v3"])
     (summary,) = summarise(few)
@@ -171,7 +184,7 @@ def test_leaderboard_of_metaworld():
     lines = text(leaderboard_table([results], "metaworld"))
     table = " ".join(lines.replace("│", " ").split())
     assert table.index("pi0 3.5B, from PaliGemma") < table.index("* ours") < table.index("pi0 3.5B, robot-pretrained")
-    assert "* ours 50% (50-50)" in table
+    assert "* ours 50% (40-63)" in table
     assert all(part in table for part in ("easy 100.0%", "very hard 0.0%", "68.0% over tasks"))
     assert "57.3 % 50 x 10" in table  # an average over groups has no interval of pooled episodes
     assert "reproductions print 75.8 and 76.2" in table

@@ -403,25 +403,24 @@ def test_another_header_is_refused(tmp_path):
         play(tmp_path / "none.jsonl", trials=[])
 
 
-def test_results_name_their_checkpoint(tmp_path):
-    """Another checkpoint is refused, also that of a server, which is unknown. A file of an earlier version goes on as it is."""
+@pytest.mark.parametrize("key", ["checkpoint_sha256", "computed_on"])
+def test_results_name_their_checkpoint_and_device(key, tmp_path):
+    """Another one is refused, also that of a server, which is unknown. A file of an earlier version goes on as it is."""
     path = tmp_path / "r.jsonl"
-    whole = play(path, checkpoint_sha256="abc")
-    assert whole.header["checkpoint_sha256"] == "abc"
+    whole = play(path, **{key: "abc"})
+    assert whole.header[key] == "abc"
     for other in ("def", None):
-        with pytest.raises(
-            ValueError, match=rf"holds results with checkpoint_sha256 'abc' instead of {other!r}; choose"
-        ):
-            play(path, checkpoint_sha256=other)
+        with pytest.raises(ValueError, match=rf"holds results with {key} 'abc' instead of {other!r}; choose"):
+            play(path, **{key: other})
     assert read_results(path) == whole
     earlier = tmp_path / "earlier.jsonl"
-    assert "checkpoint_sha256" not in play(earlier).header
+    assert key not in play(earlier).header
     lines = earlier.read_text().splitlines(keepends=True)
     earlier.write_text("".join(lines[:-2]))
-    again = play(earlier, checkpoint_sha256="abc")
+    again = play(earlier, **{key: "abc"})
     assert len(again.trials) == len(whole.trials)
     assert again == read_results(earlier)
-    assert "checkpoint_sha256" not in again.header
+    assert key not in again.header
 
 
 def test_expert_is_a_policy(tmp_path):

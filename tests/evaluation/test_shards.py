@@ -86,17 +86,17 @@ def test_incomplete_or_different_shards_are_not_merged(tmp_path):
     assert len(shard_paths(output)) == 4
 
 
-def test_shards_of_different_checkpoints_are_not_merged(tmp_path):
+@pytest.mark.parametrize("key", ["checkpoint_sha256", "computed_on"])
+def test_shards_of_different_checkpoints_or_devices_are_not_merged(key, tmp_path):
     output = tmp_path / "r.jsonl"
-    for shard, checkpoint in zip(FOUR, ("abc", "abc", "abc", "def"), strict=True):
-        play(output, shard=shard, checkpoint_sha256=checkpoint)
-    with pytest.raises(
-        ValueError, match=r"shard-3-of-4.jsonl: checkpoint_sha256 is 'def', but 'abc' in r.shard-0-of-4"
-    ):
+    for shard, value in zip(FOUR, (None, "abc", "abc", "def"), strict=True):  # the first one is of an earlier version
+        play(output, shard=shard, **{key: value})
+    with pytest.raises(ValueError, match=rf"shard-3-of-4.jsonl: {key} is 'def', but 'abc' in r.shard-1-of-4"):
         merge_results(output)
-    FOUR[3].path(output).unlink()
-    play(output, shard=FOUR[3], checkpoint_sha256="abc")
-    assert merge_results(output).header["checkpoint_sha256"] == "abc"
+    for shard in (FOUR[0], FOUR[3]):
+        shard.path(output).unlink()
+        play(output, shard=shard, **{key: "abc"})
+    assert merge_results(output).header[key] == "abc"
 
 
 def test_shards_of_earlier_versions_are_merged_with_others(tmp_path):

@@ -6,9 +6,9 @@ from scipy import stats
 
 from agra.evaluation.statistics import (
     clustered_bootstrap,
+    crossed_bootstrap,
     mcnemar,
     minimum_detectable_effect,
-    nested_bootstrap,
     p_text,
     paired_bootstrap,
     paired_minimum_detectable_effect,
@@ -84,7 +84,6 @@ def test_bootstrap_is_the_mean_over_tasks():
     average = clustered_bootstrap(values, tasks)
     assert (average.value, average.clusters) == (0.75, 2)
     assert average == clustered_bootstrap(values, tasks)
-    assert clustered_bootstrap([1, 1, 1, 1], "aabb") == (1, 1, 1, 2)
     with pytest.raises(ValueError, match="at least two clusters, got 1"):
         clustered_bootstrap([1, 0], "aa")
     with pytest.raises(ValueError, match="3 cluster labels do not fit values of shape"):
@@ -99,6 +98,40 @@ def test_bootstrap_against_student():
     assert (average.low, average.high) == pytest.approx(student, abs=0.006)
 
 
+def test_where_all_tasks_agree_the_interval_is_wilsons_over_tasks():
+    failures, labels = [0.0] * 500, np.repeat(np.arange(50), 10).tolist()
+    assert clustered_bootstrap(failures, labels) == (0, 0, pytest.approx(wilson_interval(0, 50)[1]), 50)
+    assert clustered_bootstrap([1, 1, 1, 1], "aabb") == (1, pytest.approx(wilson_interval(2, 2)[0]), 1, 2)
+    halves = clustered_bootstrap([1, 0, 1, 0], "aabb")
+    assert (halves.value - halves.low, halves.high - halves.value) == pytest.approx([wilson_interval(0, 2)[1] / 2] * 2)
+    strata = dict(enumerate(np.repeat(range(4), (28, 11, 6, 5))))
+    sides = [wilson_interval(0, size)[1] for size in (28, 11, 6, 5)]
+    grouped = stratified_average(failures, labels, strata)
+    assert grouped == (0, 0, pytest.approx(math.hypot(*sides) / 4), 50)
+    some = [
+        float(label < 28 and trial % 2) for trial, label in enumerate(labels)
+    ]  # half of the trials of the first group
+    assert stratified_average(some, labels, strata).high > 0.125 + 0.9 * math.hypot(*sides[1:]) / 4
+    both = paired_bootstrap([1] * 180, [1] * 180, [0] * 180)
+    assert (both.low, both.high) == pytest.approx((-both.high, wilson_interval(0, 180)[1]))
+    better = paired_bootstrap([1] * 6, [0] * 6, "aabcde")
+    assert better == (1, pytest.approx(1 - 2 * wilson_interval(0, 5)[1]), 1, 5)
+    assert crossed_bootstrap(by_trial([[0.0] * 40] * 3), bounds=(0, 1))[:3] == (
+        0,
+        0,
+        pytest.approx(wilson_interval(0, 40)[1]),
+    )
+    with pytest.raises(ValueError, match=r"expected a value in \[0.0, 1.0\], got -1.0; give its bounds"):
+        clustered_bootstrap([-1, -1], "ab")
+
+
+def test_the_interval_of_a_group_of_hard_tasks_covers():
+    """Five tasks with ten trials each and rates of 2 %: half of the benchmarks have no success at all."""
+    rng = np.random.default_rng(8)
+    averages = [clustered_bootstrap(rng.random(50) < 0.02, np.arange(50) % 5, resamples=500) for _ in range(200)]
+    assert np.mean([average.low <= 0.02 <= average.high for average in averages]) > 0.93
+
+
 def test_stratified_average():
     """Groups weigh the same whatever their number of tasks. For groups of one size it is Welch's test of a difference."""
     strata = dict.fromkeys("abcd", "easy") | dict.fromkeys("efgh", "hard")
@@ -109,7 +142,6 @@ def test_stratified_average():
     assert average == pytest.approx((np.mean(a + b), interval.low / 2, interval.high / 2, 8))
     unequal = stratified_average([1, 1, 1, 0, 1, 0, 0, 0], "aabbcdef", {**strata, "d": "hard"})
     assert unequal.value == pytest.approx(((1 + 0.5 + 1) / 3 + 0) / 2)
-    assert stratified_average([1, 1, 0, 0], "abef", strata) == (0.5, 0.5, 0.5, 4)
     with pytest.raises(ValueError, match="at least two clusters in every stratum"):
         stratified_average([1, 0, 1], "abe", strata)
 
@@ -166,7 +198,6 @@ def test_the_difference_is_that_of_the_rates_where_tasks_have_unequal_numbers_of
     difference = paired_bootstrap(a, b, tasks)
     assert (difference.value, difference.clusters) == (pytest.approx(1 / 3), 5)
     assert difference.low <= 0 < 1 / 3 < difference.high
-    assert paired_bootstrap([1] * 6, b, tasks) == (1, 1, 1, 5)
 
 
 def test_with_equal_numbers_of_trials_the_difference_is_the_mean_over_tasks():
@@ -200,13 +231,32 @@ def test_paired_minimum_detectable_effect_is_seen_in_four_of_five():
         paired_minimum_detectable_effect(10, 1.2)
 
 
-def test_the_nested_bootstrap_draws_groups_and_their_values():
+def by_trial(table):
+    return {seed: dict(enumerate(row)) for seed, row in enumerate(table)}
+
+
+def test_the_crossed_bootstrap_draws_groups_and_the_trials_that_they_share():
     rng = np.random.default_rng(0)
-    one = [float(rng.random() < 0.5) for _ in range(200)]
-    mean, low, high, count = nested_bootstrap([one])
-    assert (mean, count) == (pytest.approx(np.mean(one)), 1)
+    one = (rng.random(200) < 0.5).astype(float)
+    mean, low, high, count = crossed_bootstrap(by_trial([one]), bounds=(0, 1))
+    assert (mean, count) == (pytest.approx(one.mean()), 1)
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(mean * (1 - mean) / 200), rel=0.1)
-    apart = [[float(seed)] * 200 for seed in (0, 1)]  # all variation is between groups
-    assert nested_bootstrap(apart)[:3] == (0.5, 0.0, 1.0)
-    with pytest.raises(ValueError, match=r"expected groups of at least one value, got \[2, 0\]"):
-        nested_bootstrap([[0.0, 1.0], []])
+    five = crossed_bootstrap(by_trial([one] * 5), bounds=(0, 1))  # no seed adds anything to the first one
+    assert (five.low, five.high) == pytest.approx((low, high), abs=0.01)
+    apart = [np.full(200, seed) for seed in (0, 1)]  # all variation is between groups
+    assert crossed_bootstrap(by_trial(apart), bounds=(0, 1))[:3] == pytest.approx((0.5, 0.0, 1.0))
+    for groups in ({}, {0: {}}, {0: {"a": 1.0, "b": 0.0}, 1: {"a": 1.0}}, {0: {"a": 1.0}, 1: {"b": 1.0}}):
+        with pytest.raises(ValueError, match="expected the same trials in every group, at least one"):
+            crossed_bootstrap(groups, bounds=(0, 1))
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.3])
+def test_the_crossed_bootstrap_covers(effect):
+    """Five seeds on the same 180 easy and hard trials: the interval covers the rate over all seeds and trials, one half."""
+    rng = np.random.default_rng(1)
+    covered = []
+    for _ in range(100):
+        ease = rng.normal(size=180) + effect * rng.normal(size=(5, 1))
+        average = crossed_bootstrap(by_trial(rng.random((5, 180)) < stats.norm.cdf(ease)), bounds=(0, 1), resamples=500)
+        covered.append(average.low <= 0.5 <= average.high)
+    assert 0.9 <= np.mean(covered) <= 0.99

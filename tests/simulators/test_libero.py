@@ -35,6 +35,7 @@ def test_trials(env):
     for regime in env.regimes:
         listed = env.trials(regime)
         assert len({trial.name for trial in listed}) == len(listed) == 500
+        assert len({trial.seed for trial in listed}) == 500  # no two trials share the policy's noise
     standard, language, task = (env.trials(r)[0].instruction for r in ("in_distribution", "language", "task"))
     assert standard == "pick up the alphabet soup and place it in the basket"
     assert language == "grab alphabet soup and put it into basket"

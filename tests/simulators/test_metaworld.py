@@ -66,10 +66,13 @@ def test_trials():
     assert len(INSTRUCTIONS) == 50
     assert len({trial.name for trial in listed}) == len(listed) == 50 * EPISODES
     assert {trial.simulator for trial in listed} == {"metaworld"}
+    assert len({trial.seed for trial in listed}) == len(listed)  # no two trials share the policy's noise
+    assert [trial.scene["seed"] for trial in listed] == [*range(EPISODES)] * 50
     demonstrated = training_trials(120, 0)
     assert [trial.task for trial in demonstrated[:50]] == list(INSTRUCTIONS)
     assert len({(trial.task, trial.seed) for trial in demonstrated}) == 120
-    assert not {trial.seed for trial in demonstrated} & {trial.seed for trial in listed}
+    assert [trial.seed for trial in demonstrated] == [trial.scene["seed"] for trial in demonstrated]
+    assert not {trial.seed for trial in demonstrated} & {trial.scene["seed"] for trial in listed}
     assert not {trial.seed for trial in demonstrated} & {trial.seed for trial in training_trials(120, 1)}
 
 
@@ -88,7 +91,7 @@ class Still:
 
 
 def trial_of(task, episode=0):
-    return next(trial for trial in trials() if (trial.task, trial.seed) == (task, episode))
+    return next(trial for trial in trials() if (trial.task, trial.scene["seed"]) == (task, episode))
 
 
 def test_contract(env):

@@ -31,6 +31,7 @@ def evaluate(
     threads: int | None = None,
     shard: str | None = None,
     checkpoint_sha256: str | None = None,
+    computed_on: str | None = None,
 ) -> None:
     """Play a benchmark's trials and write one JSON line for each. Resumes after an interruption.
 
@@ -65,23 +66,33 @@ def evaluate(
         threads: threads of torch in each process. By default OMP_NUM_THREADS, or all cores.
         shard: I/N plays part I, from 0, of N into a file of its own beside the output. `agra merge` joins them.
         checkpoint_sha256: checksum of the checkpoint behind a server, for the results. --simulator-python sets it.
+        computed_on: device and precision of the policy behind a server, such as "cuda, bfloat16", for the results.
+            --simulator-python sets it.
     """
     from dataclasses import replace
 
     from agra.evaluation.protocols import parse_shard
     from agra.evaluation.tables import group_table, print_table, summary_table, task_table
-    from agra.simulation import checkpoint_of, manifest_sha256, results_file, usual_protocol
+    from agra.simulation import checkpoint_of, device_and_precision, manifest_sha256, results_file, usual_protocol
     from agra.simulation import evaluate as run
 
     protocol = replace(usual_protocol(policy, simulator), max_steps=max_steps)
     if termination is not None:
         protocol = replace(protocol, termination=termination)
-    if execute_steps is not None and policy != "expert":
+    if execute_steps is not None:
+        if policy == "expert" and execute_steps != 1:
+            raise ValueError(f"--execute-steps: the expert is asked at every step, got {execute_steps}; leave it out")
         protocol = replace(protocol, execute_steps=execute_steps)
     if simulator_python is not None:
-        if checkpoint_sha256 is not None:
-            raise ValueError("--checkpoint-sha256: expected none with --simulator-python, which sets it")
-        output, name = results_file(policy, output, name, key_mapping)
+        for flag, value in (("--checkpoint-sha256", checkpoint_sha256), ("--computed-on", computed_on)):
+            if value is not None:
+                raise ValueError(f"{flag}: expected none with --simulator-python, which sets it")
+        if key_mapping is not None:
+            raise ValueError(
+                "--key-mapping: expected none with --simulator-python, which serves a checkpoint of agra; run agra evaluate "
+                "ADDRESS --key-mapping in the simulator's own environment"
+            )
+        output, name = results_file(policy, output, name)
         noise, checkpoint = {"action_noise": action_noise, "video_noise": video_noise}, checkpoint_of(policy)
         settings: dict[str, Any] = {
             "simulator": simulator,
@@ -92,9 +103,11 @@ def evaluate(
             "limit": limit,
             "workers": workers,
             "videos": videos,
+            "no_render": not render,
             "by_task": by_task,
             "shard": shard,
             "checkpoint_sha256": None if checkpoint is None else manifest_sha256(checkpoint),
+            "computed_on": None if checkpoint is None else device_and_precision(checkpoint, device),
             **noise,
             **vars(protocol),
         }
@@ -120,6 +133,7 @@ def evaluate(
         video_noise=video_noise,
         shard=None if shard is None else parse_shard(shard),
         checkpoint_sha256=checkpoint_sha256,
+        computed_on=computed_on,
     )
     print_table(summary_table(results))
     groups = group_table(results)

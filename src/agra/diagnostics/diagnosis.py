@@ -43,13 +43,15 @@ def diagnose(
     teacher: TeacherFeatures | None = None,
     teacher_name: str = "",
     projectors: Projectors | None = None,
+    checkpoint_sha256: str | None = None,
     seed: int = 0,
     config: DiagnosisConfig | None = None,
     progress: bool = True,
 ) -> Diagnosis:
     """Measure `policy` on `samples` and write the folder `output` (see `agra.diagnostics.record`).
 
-    `projectors` are those of the policy's alignment and belong to `teacher`. A sample whose mask is empty, or too large
+    `projectors` are those of the policy's alignment and belong to `teacher`. `checkpoint_sha256`, of the checkpoint's
+    manifest, and the policy's kinds of noise go into the header. A sample whose mask is empty, or too large
     to be matched with background, keeps a row with nulls and a `note`, and is left out of the averages. Instruments
     that do not apply to the method are listed in the header as `not_applicable`, and their values are null. Raises
     ValueError without samples, for duplicate samples, and for a sample with other frames than the method's token grid.
@@ -90,6 +92,9 @@ def diagnose(
     _add_probe_errors(rows, samples, states, None if grid is None else grid[1:])
     header = {
         "policy": policy.name,
+        "checkpoint_sha256": checkpoint_sha256,
+        "action_noise": policy.action_noise,
+        "video_noise": policy.video_noise,
         "seed": seed,
         "settings": asdict(config),
         "teacher": teacher_name if teacher is not None else None,

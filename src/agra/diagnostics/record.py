@@ -1,6 +1,6 @@
 """The folder of a diagnosis, which `agra report` and other programs read without torch.
 
-    diagnosis.json   policy, seed, settings, grid, instruments that are not applicable, and a summary with intervals
+    diagnosis.json   policy, checkpoint, noise, seed, settings, grid, instruments that are not applicable, and a summary with intervals
     metrics.jsonl    one object per sample
     arrays.npz       attention and masks of every sample, pictures of the gallery's samples
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from agra import files
 from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, matched_sensitivity_ratio
+from agra.evaluation.results import start_of_answers
 
 FORMAT = 2
 FILES = ("metrics.jsonl", "arrays.npz", "diagnosis.json")
@@ -38,6 +39,11 @@ class Diagnosis:
     header: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     arrays: Mapping[str, np.ndarray]
+
+    @property
+    def start(self) -> str:
+        """The noise from which the policy's answers start, in words. Diagnoses until version 0.1 do not name it."""
+        return start_of_answers(self.header) if "action_noise" in self.header else "noise that was not recorded"
 
     @property
     def keys(self) -> list[tuple[str, int]]:

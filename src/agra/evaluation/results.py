@@ -31,6 +31,24 @@ CHECKPOINT = "checkpoint_sha256"
 """Key of a header: the sha256 of the manifest of the evaluated checkpoint. Absent for a policy without a checkpoint, for a
 server whose checkpoint is not given, and in files of earlier versions.
 """
+COMPUTED_ON = "computed_on"
+"""Key of a header: the type of the policy's device and the precision of its weights, such as "cuda, bfloat16". Absent for a
+policy object, the expert, other servers, and in files of earlier versions.
+"""
+RECORDED = (CHECKPOINT, COMPUTED_ON)
+"""Keys that a file of an earlier version may lack. It is continued and merged without them."""
+
+
+def start_of_answers(settings: Mapping[str, Any]) -> str:
+    """The noise from which a policy's answers start, in words. Headers leave out random noise.
+
+    A server of another package takes no such setting.
+    """
+    if "key_mapping" in settings and "action_noise" not in settings:
+        return "its server's noise"
+    video = settings.get("video_noise", "random")
+    words = f"{settings.get('action_noise', 'random')} action noise"
+    return words if video == "random" else f"{words}, {video} video noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +89,11 @@ class Results:
     def policy(self) -> str:
         """The evaluated policy's name."""
         return self.header["policy"]
+
+    @property
+    def start(self) -> str:
+        """The noise from which the policy's answers start (`start_of_answers`)."""
+        return start_of_answers(self.header.get("policy_settings", {}))
 
     def regime(self, name: str) -> tuple[TrialResult, ...]:
         """The trials of one regime."""
@@ -116,7 +139,7 @@ def merge_results(output: str | Path) -> Results:
     """Write the results file `output` from its shards beside it. It equals that of a single evaluation but for its times.
 
     Videos are in the folder of `output` already. The shards stay. Raises FileNotFoundError without shards, and ValueError
-    for shards with different headers (of different checkpoints too), a trial in two of them, or missing trials.
+    for shards with different headers (of different checkpoints or devices too), a trial in two of them, or missing trials.
     """
     output = Path(output)
     paths = sorted(shard_paths(output))
@@ -125,18 +148,16 @@ def merge_results(output: str | Path) -> Results:
     with files.lock(output.parent, f".{output.name}.lock", output=output):
         earlier = [output] if output.is_file() else []
         parts = {path: read_results(path, partial=True) for path in (*paths, *earlier)}
-        reference = next((path for path, part in parts.items() if CHECKPOINT in part.header), paths[0])
-        header = parts[reference].header
+        first = {key: (path, value) for path in reversed(parts) for key, value in parts[path].header.items()}
         for path, part in parts.items():
-            for key, expected in header.items():
+            for key, (reference, expected) in first.items():
                 stored = part.header.get(key)
-                if stored != expected and not (key == CHECKPOINT and stored is None):
+                if stored != expected and not (key in RECORDED and stored is None):
                     raise ValueError(
                         f"{path}: {key} is {stored!r}, but {expected!r} in {reference.name}; remove the shards of another "
                         "evaluation"
                     )
-        if any(CHECKPOINT not in part.header for part in parts.values()):  # of an earlier version
-            header = {key: value for key, value in header.items() if key != CHECKPOINT}
+        header = {key: value for key, (_, value) in first.items() if all(key in p.header for p in parts.values())}
         trials = [trial for path in paths for trial in parts[path].trials]
         names = [trial.trial for trial in trials]
         if repeated := {name for name in names if names.count(name) > 1}:
@@ -277,11 +298,13 @@ class Comparison:
 
     name_a: str
     name_b: str
+    start_a: str  # the noise from which answers start
+    start_b: str
     pairs: tuple[Pair, ...]
 
 
 def compare(results_a: Results, results_b: Results) -> Comparison:
-    """Pair two policies' trials by name, regime by regime.
+    """Pair two policies' trials by name, regime by regime. Answers may start from different noise, which the result names.
 
     Raises ValueError for different simulators, trial lists or protocols.
     """
@@ -299,4 +322,10 @@ def compare(results_a: Results, results_b: Results) -> Comparison:
         outcomes = [trial.success for trial in trials], [by_name[trial.trial] for trial in trials]
         difference = paired_bootstrap(*outcomes, [trial.task for trial in trials])
         pairs.append(Pair(regime=a.regime, a=a, b=b, test=mcnemar(*outcomes), difference=difference))
-    return Comparison(name_a=results_a.policy, name_b=results_b.policy, pairs=tuple(pairs))
+    return Comparison(
+        name_a=results_a.policy,
+        name_b=results_b.policy,
+        start_a=results_a.start,
+        start_b=results_b.start,
+        pairs=tuple(pairs),
+    )

@@ -16,7 +16,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from agra import files
 from agra.evaluation.protocols import Protocol, Shard
-from agra.evaluation.results import CHECKPOINT, Results, TrialResult, read_results, results_line, write_results
+from agra.evaluation.results import (
+    CHECKPOINT,
+    COMPUTED_ON,
+    RECORDED,
+    Results,
+    TrialResult,
+    read_results,
+    results_line,
+    write_results,
+)
 from agra.evaluation.workers import ATTEMPTS, imap_unordered
 from agra.types import (
     ActionChunk,
@@ -162,6 +171,7 @@ def evaluate(
     attempts: int = ATTEMPTS,
     policy_settings: Mapping[str, Any] | None = None,
     checkpoint_sha256: str | None = None,
+    computed_on: str | None = None,
     shard: Shard | None = None,
     progress: bool = True,
 ) -> Results:
@@ -172,18 +182,18 @@ def evaluate(
     to save as mp4 under `<output's stem>-videos/`. With `workers` > 1, each process plays with its own `make_player()`,
     which must be picklable, and `policy` may be None. The episodes are the same for any number of workers: no process
     plays two at a time, and a trial holds everything that decides its episode. `policy_settings` (JSON-serialisable) and
-    `checkpoint_sha256` (that of the checkpoint's manifest, None for a policy without one) go into the header. A `shard`
-    plays its part of the trials into a file of its own beside `output` (`agra.evaluation.protocols`).
+    `checkpoint_sha256` (that of the checkpoint's manifest, None for a policy without one) go into the header, and so does
+    `computed_on`, device and precision of the answers (`agra.evaluation.results.COMPUTED_ON`). A `shard` plays its part of the trials into a file of its own beside `output` (`agra.evaluation.protocols`).
 
     If the simulator fails or its process dies, the same trial is played again from its start, up to `attempts` times,
     and its line records that. Raises `SimulatorFailed` at the end, listing the trials that could not be played: the
     file is then incomplete, and the next call retries them. Raises ValueError if `output` has another header (policy,
-    checkpoint, protocol, trials or versions) or is in use by another process, and OSError, naming the file, on a full disk.
+    checkpoint, device, protocol, trials or versions) or is in use by another process, and OSError, naming the file, on a full disk.
     """
     path = Path(output) if shard is None else shard.path(Path(output))
     header = _header(policy_name, policy_settings or {}, simulator, trials, protocol)
-    if checkpoint_sha256 is not None:
-        header[CHECKPOINT] = checkpoint_sha256
+    answers = {CHECKPOINT: checkpoint_sha256, COMPUTED_ON: computed_on}
+    header |= {key: value for key, value in answers.items() if value is not None}
     if workers == 1 and policy is not None:
         # The given pair plays first. After a failure of its simulator, make_player (if given) replaces it.
         replacement = make_player or partial(_pair, policy, simulator)
@@ -317,16 +327,16 @@ def _header(
 def _open_results(path: Path, header: dict[str, Any]) -> dict[str, bool]:
     """Successes by name of the trials that `path` already holds. A new file receives its header.
 
-    A file of an earlier version, whose header names no checkpoint, keeps that header.
+    A file of an earlier version, whose header names no checkpoint or device, keeps that header.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_results(path, header, [])
         return {}
     previous = read_results(path, partial=True)
-    for key in dict.fromkeys((*header, CHECKPOINT)):
+    for key in dict.fromkeys((*header, *RECORDED)):
         stored, expected = previous.header.get(key), header.get(key)
-        if stored != expected and not (key == CHECKPOINT and stored is None):
+        if stored != expected and not (key in RECORDED and stored is None):
             raise ValueError(
                 f"{path}: holds results with {key} {stored!r} instead of {expected!r};"
                 " choose another --output or remove the file"

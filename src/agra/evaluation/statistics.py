@@ -59,7 +59,7 @@ def expanded_percentile_interval(
     seed: int = 0,
     vectorized: bool = True,
 ) -> tuple[float, float]:
-    """Bootstrap interval (low, high) of a statistic over independent units. Two levels need `nested_bootstrap`.
+    """Bootstrap interval (low, high) of a statistic over independent units. Crossed groups need `crossed_bootstrap`.
 
     `statistic` takes the numbers, 0 to `units` - 1, of the resampled units. If it is `vectorized`, it takes many
     resamples at once and reduces the last axis. The percentile bootstrap of few units is too narrow, because it uses a
@@ -83,6 +83,20 @@ def expanded_percentile_interval(
     return float(low), float(high)
 
 
+def agreeing_interval(
+    value: float, units: int, bounds: tuple[float, float] = (0.0, 1.0), confidence: float = 0.95
+) -> tuple[float, float]:
+    """A conservative interval (low, high) of the mean over a population of which all sampled `units` have one `value`.
+
+    At most the fraction of the population differs that Wilson's interval of 0 of `units` allows, each unit by as much as
+    `bounds` allow. A rate of 0 or 1 gets Wilson's interval of no or of all units. Raises ValueError outside `bounds`.
+    """
+    if not bounds[0] <= value <= bounds[1]:
+        raise ValueError(f"agreeing_interval: expected a value in {list(bounds)}, got {value}; give its bounds")
+    different = wilson_interval(0, units, confidence)[1]
+    return value - different * (value - bounds[0]), value + different * (bounds[1] - value)
+
+
 class Average(NamedTuple):
     """A mean over `clusters` independent units, with its interval."""
 
@@ -102,41 +116,50 @@ def clustered_bootstrap(
 ) -> Average:
     """The mean of the cluster means of `values` (N,), with an interval that resamples whole clusters.
 
-    `clusters` labels each value. If all clusters agree, the interval is a point. Raises ValueError for fewer than two
-    clusters.
+    `clusters` labels each value. If all clusters agree, the interval is Wilson's over clusters (`agreeing_interval`),
+    for values in [0, 1]. Raises ValueError for fewer than two clusters.
     """
     means = np.array(list(_cluster_means(values, clusters).values()))
     count = len(means)
     if count < 2:
         raise ValueError(f"clustered_bootstrap: expected at least two clusters, got {count}")
     if np.ptp(means) == 0:
-        return Average(float(means[0]), float(means[0]), float(means[0]), count)
+        return Average(float(means[0]), *agreeing_interval(float(means[0]), count, confidence=confidence), count)
     low, high = expanded_percentile_interval(
         lambda numbers: means[numbers].mean(axis=-1), count, confidence=confidence, resamples=resamples, seed=seed
     )
     return Average(float(means.mean()), low, high, count)
 
 
-def nested_bootstrap(
-    groups: Sequence[Sequence[float]], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+def crossed_bootstrap(
+    groups: Mapping[Any, Mapping[Any, float]],
+    *,
+    bounds: tuple[float, float],
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Average:
-    """The mean of the groups' means, such as those of training seeds, with a percentile interval that resamples groups, and
-    the values of every drawn group.
+    """The mean over groups, such as training seeds, and trials, with a percentile interval. `groups` holds values by trial.
 
-    With one group it covers its values alone. With few groups it is too narrow, because the percentiles are not
-    widened. Raises ValueError for an empty group.
+    The design is crossed: every group has the same trials, and what makes a trial hard is common to all groups. A
+    resample draws groups, and one set of trials for all of them (Owen 2007, the pigeonhole bootstrap). With one group
+    the interval covers the trials alone. With few groups that differ it is too narrow, because the percentiles are not
+    widened. If all values agree, it is Wilson's over trials (`agreeing_interval`), where values can lie in `bounds`.
+    Raises ValueError without values, and for groups with different trials.
     """
-    if not groups or not all(len(group) for group in groups):
-        raise ValueError(f"nested_bootstrap: expected groups of at least one value, got {list(map(len, groups))}")
-    rng, arrays = np.random.default_rng(seed), [np.asarray(group, dtype=np.float64) for group in groups]
-    drawn = rng.integers(len(arrays), size=(resamples, len(arrays)))
-    means = np.empty(drawn.shape)
-    for number, array in enumerate(arrays):
-        count = int((drawn == number).sum())
-        means[drawn == number] = array[rng.integers(len(array), size=(count, len(array)))].mean(axis=1)
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(means.mean(axis=1), [tail, 100 - tail])
-    return Average(float(np.mean([a.mean() for a in arrays])), float(low), float(high), len(arrays))
+    names = list(next(iter(groups.values()), ()))
+    if not names or any(set(values) != set(names) for values in groups.values()):
+        sizes = [len(values) for values in groups.values()]
+        raise ValueError(f"crossed_bootstrap: expected the same trials in every group, at least one, got {sizes}")
+    table = np.array([[values[name] for name in names] for values in groups.values()], dtype=np.float64)
+    rng, (rows, columns), value = np.random.default_rng(seed), table.shape, float(table.mean())
+    if np.ptp(table) == 0:
+        return Average(value, *agreeing_interval(value, columns, bounds, confidence), rows)
+    drawn_groups = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples)
+    drawn_trials = rng.multinomial(columns, np.full(columns, 1 / columns), size=resamples)
+    means = (drawn_groups @ table * drawn_trials).sum(axis=1) / table.size
+    low, high = np.percentile(means, [50 * (1 - confidence), 50 * (1 + confidence)])
+    return Average(value, float(low), float(high), rows)
 
 
 def stratified_average(
@@ -146,11 +169,12 @@ def stratified_average(
     *,
     confidence: float = 0.95,
 ) -> Average:
-    """The mean over strata of the mean of their cluster means of `values` (N,), with Student's interval.
+    """The mean over strata of the mean of their cluster means of `values` (N,) in [0, 1], with Student's interval.
 
     `clusters` labels each value and `strata` maps cluster to stratum. The variance comes from the clusters within each
-    stratum, the degrees of freedom from Welch and Satterthwaite. The interval is cut to the range of `values`. Raises
-    ValueError for a stratum with fewer than two clusters.
+    stratum, the degrees of freedom from Welch and Satterthwaite. A stratum whose clusters agree has no variance. Its
+    margins are those of Wilson's interval over its clusters (`agreeing_interval`), and squares of margins add up (Zou
+    and Donner 2008). Raises ValueError for a stratum with fewer than two clusters.
     """
     means = _cluster_means(values, clusters)
     groups: dict[object, list[float]] = {}
@@ -160,12 +184,16 @@ def stratified_average(
         raise ValueError(f"stratified_average: expected at least two clusters in every stratum, got {groups}")
     value = float(np.mean([np.mean(group) for group in groups.values()]))
     terms = np.array([np.var(group, ddof=1) / len(group) for group in groups.values()]) / len(groups) ** 2
-    if not terms.any():
-        return Average(value, value, value, len(means))
-    freedom = terms.sum() ** 2 / (terms**2 / [len(group) - 1 for group in groups.values()]).sum()
-    margin = math.sqrt(terms.sum()) * float(stats.t.ppf((1 + confidence) / 2, freedom))
-    low, high = max(value - margin, float(np.min(values))), min(value + margin, float(np.max(values)))
-    return Average(value, low, high, len(means))
+    margin = 0.0
+    if terms.any():
+        freedom = terms.sum() ** 2 / (terms**2 / [len(group) - 1 for group in groups.values()]).sum()
+        margin = math.sqrt(terms.sum()) * float(stats.t.ppf((1 + confidence) / 2, freedom))
+    below, above = margin**2, margin**2
+    for group in groups.values():
+        if np.ptp(group) == 0:
+            low, high = agreeing_interval(group[0], len(group), confidence=confidence)
+            below, above = below + ((group[0] - low) / len(groups)) ** 2, above + ((high - group[0]) / len(groups)) ** 2
+    return Average(value, max(value - math.sqrt(below), 0.0), min(value + math.sqrt(above), 1.0), len(means))
 
 
 def _cluster_means(values: Sequence[float] | np.ndarray, clusters: Sequence[object]) -> dict[object, float]:
@@ -198,8 +226,8 @@ def paired_bootstrap(
     """Success rate of A minus that of B on the same trials, with its interval. `tasks` labels each trial.
 
     Resamples whole tasks if there are at least `MIN_CLUSTERS`, else trials. `clusters` of the result is their number.
-    A task weighs as much as it has trials, in the value and in every resample. If all tasks agree, the interval is a
-    point. That of a single trial is [-1, 1].
+    A task weighs as much as it has trials, in the value and in every resample. If all tasks (or trials) agree, the
+    interval is Wilson's over them (`agreeing_interval`). That of a single trial is [-1, 1].
     """
     a, b = _pairs(paired_a, paired_b)
     if len(a) < 2:
@@ -208,7 +236,7 @@ def paired_bootstrap(
     _, sums, sizes = _cluster_sums(a.astype(float) - b, clusters)
     value, count = float(sums.sum() / sizes.sum()), len(sums)
     if np.ptp(sums / sizes) == 0:
-        return Average(value, value, value, count)
+        return Average(value, *agreeing_interval(value, count, (-1.0, 1.0), confidence=confidence), count)
     low, high = expanded_percentile_interval(
         lambda numbers: sums[numbers].sum(axis=-1) / sizes[numbers].sum(axis=-1),
         count,

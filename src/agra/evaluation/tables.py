@@ -19,6 +19,9 @@ from agra.evaluation.statistics import (
     wilson_interval,
 )
 
+AGREEING = "where tasks have one rate, the average's interval is Wilson's over tasks"
+"""Note of a table with averages over tasks, whose intervals resample tasks where these differ."""
+
 
 def summary_table(results: Results) -> Table:
     """A policy's figures: success with Wilson's interval, and averages over tasks and over groups of tasks.
@@ -52,7 +55,10 @@ def summary_table(results: Results) -> Table:
     effect = minimum_detectable_effect(last.trials, last.rate)
     detectable = "no improvement is" if math.isinf(effect) else f"an improvement of {_points(effect)} is"
     failures = f"; {last.failures} failures of the simulator, each trial repeated" * bool(last.failures)
-    table.caption = f"{detectable} detectable with {last.trials} other trials (80 % power, 5 % level){failures}"
+    agreeing = f"; {AGREEING}" if averaged or grouped else ""
+    table.caption = (
+        f"{detectable} detectable with {last.trials} other trials (80 % power, 5 % level){failures}{agreeing}"
+    )
     return table
 
 
@@ -64,6 +70,7 @@ def group_table(results: Results) -> Table | None:
         for group in summary.groups:
             average = _average(group.average) or f"{group.rate:.0%}"
             table.add_row(summary.regime, group.group, f"{group.tasks}", f"{group.trials}", average)
+    table.caption = AGREEING
     return table if table.rows else None
 
 
@@ -82,7 +89,8 @@ def task_table(results: Results) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Two policies side by side: difference with its paired interval, McNemar's test, detectable difference."""
-    title = f"A: {comparison.name_a}   B: {comparison.name_b}"
+    start_a, start_b = comparison.start_a, comparison.start_b
+    title = f"A: {comparison.name_a}, from {start_a}   B: {comparison.name_b}, from {start_b}"
     table = _table(
         title, "regime", "trials", "A (95 %)", "B (95 %)", "A - B (95 %)", "only A", "only B", "p", "detectable"
     )
@@ -99,6 +107,8 @@ def comparison_table(comparison: Comparison) -> Table:
         f"A - B: points over all trials, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
         "McNemar's exact test; detectable: smallest difference that these pairs show with 80 % power"
     )
+    if start_a != start_b:
+        table.caption += f". Answers start from {start_a} (A) and from {start_b} (B), which alone changes success"
     return table
 
 
@@ -162,12 +172,12 @@ def methods_tables(rows: Sequence[MeasuredRow], results: Sequence[Results] = ())
 
 
 def _tests(reference: MeasuredRow, entries: Sequence[tuple], regimes: Sequence[str]) -> Table:
-    """McNemar's tests of all entries against one method, under the same kind of noise."""
+    """McNemar's tests of the entries of one seed, and of further results, against a method, under the same kind of noise."""
     title = f"against {reference.name}, seed {reference.seed}: trials solved by the method alone / by {reference.name} alone"
     table = _table(title, "method", "seed", "noise", *regimes)
     table.caption = "p: McNemar's exact test, not corrected for the number of tests"
     for name, seed, _, noise, measured in entries:
-        if (name, seed) != (reference.name, f"{reference.seed}"):
+        if seed in ("", f"{reference.seed}") and (name, seed) != (reference.name, f"{reference.seed}"):
             tests = [pair.test for pair in compare(measured, reference.results[noise]).pairs]
             table.add_row(name, seed, noise, *(f"{t.only_a} / {t.only_b}, p {p_text(t.p_value)}" for t in tests))
     return table
@@ -193,8 +203,7 @@ def _measured_row(results: Results, summary: Summary) -> tuple[str, str, str, st
         f"{protocol['execute_steps']} actions executed of each chunk",
         f"at most {header['max_steps']} steps",
         f"success checked after each {protocol['termination']}",
-        f"{header.get('policy_settings', {}).get('action_noise', 'random')} action noise",
-        *(f"{kind} video noise" for kind in [header.get("policy_settings", {}).get("video_noise")] if kind),
+        results.start,
         *(f"{key.replace('_', ' ')} {value}" for key, value in header.get("settings", {}).items()),
     ]
     if summary.groups:

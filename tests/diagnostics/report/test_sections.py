@@ -8,6 +8,7 @@ import pytest
 from agra.diagnostics.metrics import IntervalEstimate
 from agra.diagnostics.record import Diagnosis, read_diagnosis, write_diagnosis
 from agra.diagnostics.report.comparison_table import difference_cell, mcnemar_cell, number, percent
+from agra.diagnostics.report.grounding_section import print_grounding
 from agra.diagnostics.report.page import PolicyEntry, build_report
 from agra.diagnostics.report.training_section import read_log
 from agra.diagnostics.visual_reliance import Swaps, VisualReliance
@@ -125,6 +126,27 @@ def test_different_trials_are_not_compared(write_policy, tmp_path):
     lines = two.results.read_text().replace('"trials_sha256": "x"', '"trials_sha256": "y"')
     two.results.write_text(lines)
     assert "not comparable: trials differ" in Page(build_report([one, two], tmp_path / "r.html").read_text()).words
+
+
+def test_policies_whose_answers_start_elsewhere_are_marked(write_policy, tmp_path, capsys):
+    one, two = write_policy("one"), write_policy("two")
+    mark = "answers start from zero action noise, the reference's from random action noise"
+    assert "answers start from" not in Page(build_report([one, two], tmp_path / "r.html").read_text()).words
+    lines = two.results.read_text().replace(
+        '"max_steps": 9', '"max_steps": 9, "policy_settings": {"action_noise": "zero"}'
+    )
+    two.results.write_text(lines)
+    page = Page(build_report([one, two], tmp_path / "r.html").read_text())
+    assert "one from random action noise, two from zero action noise" in page.words
+    assert page.words.count(mark) >= 5  # success, all of it and by regime
+    header = json.loads((two.diagnosis / "diagnosis.json").read_text())
+    (two.diagnosis / "diagnosis.json").write_text(json.dumps(header | {"action_noise": "zero"}))
+    print_grounding([(i, p.name, read_diagnosis(p.diagnosis)) for i, p in enumerate((one, two))])
+    assert "action noise" in capsys.readouterr().out  # broken over lines
+    earlier = {key: value for key, value in header.items() if key not in ("action_noise", "video_noise")}
+    (two.diagnosis / "diagnosis.json").write_text(json.dumps(earlier))
+    words = Page(build_report([one, two], tmp_path / "r.html").read_text()).words
+    assert "answers start from noise that was not recorded, the reference's from random action noise" in words
 
 
 def test_samples_are_paired_by_name(write_policy, tmp_path):

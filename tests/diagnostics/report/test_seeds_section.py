@@ -74,6 +74,18 @@ def test_differences_pair_common_seeds_on_the_same_demonstrations(columns):
     assert dict(seeds_section(apart, CONFIGS, DATA)["differences"])["agra_2 minus wam"][0].text == "no common seed"
 
 
+def test_arms_whose_answers_start_elsewhere_are_marked(columns):
+    zero = [
+        (i, name, make_results(name, ROWS[name][1], policy_settings={"action_noise": "zero"})) for i, name, _ in columns
+    ]
+    rows = dict(seeds_section([*columns[:2], *zero[2:4]], CONFIGS, DATA)["differences"])
+    assert (
+        rows["agra minus wam"][0].range
+        == "answers start from zero action noise, the reference's from random action noise"
+    )
+    assert not dict(seeds_section(columns, CONFIGS, DATA)["differences"])["agra minus wam"][0].range
+
+
 def test_a_clear_difference_over_three_seeds():
     rows = [(name, seed) for name in ("a", "b") for seed in range(3)]
     columns = [

@@ -5,7 +5,7 @@ Every difference is given with its interval. If the interval includes zero, the 
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import rich.console
 import rich.table
@@ -59,6 +59,26 @@ class TableRow:
         if self.cells[reference] == NOT_APPLICABLE:
             return Cell(text="not comparable: not applicable to the reference")
         return self.verdict(place, reference)
+
+
+def noting_starts(row: TableRow, starts: Sequence[str | None]) -> TableRow:
+    """The row with verdicts that say where two policies' answers start, if that differs.
+
+    `starts` holds the words of each policy (`agra.evaluation.results.start_of_answers`), None where it was not measured.
+    """
+    verdict = row.verdict
+    if verdict is None:
+        return row
+
+    def noted(place: int, reference: int) -> Cell:
+        cell, ours, theirs = verdict(place, reference), starts[place], starts[reference]
+        if ours is None or theirs is None or ours == theirs:
+            return cell
+        return replace(
+            cell, range=f"{cell.range}; answers start from {ours}, the reference's from {theirs}".lstrip("; ")
+        )
+
+    return replace(row, verdict=noted)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from agra.diagnostics.report.comparison_table import (
     TableRow,
     between,
     mcnemar_cell,
+    noting_starts,
     number,
     percent,
 )
@@ -96,11 +97,8 @@ def _row(columns: Sequence[ResultsColumn], regime: str, judge: Judge, label: str
         test = mcnemar([a[key] for key in a], [b[key] for key in a])
         return mcnemar_cell(test.only_a, test.only_b, test.p_value, len(a), name=name, reference=reference_name)
 
-    return TableRow(
-        label=label,
-        cells=[_rate(by_trial) for by_trial in outcomes],
-        verdict=verdict,
-    )
+    row = TableRow(label=label, cells=[_rate(by_trial) for by_trial in outcomes], verdict=verdict)
+    return noting_starts(row, [None if r is None else r.start for _, _, r in columns])
 
 
 def _rate(outcomes: dict[str, bool] | None) -> Cell:
@@ -130,10 +128,16 @@ def _intro(evaluated: Sequence[tuple[int, str, Results]]) -> str:
     total = sum(int(regime["full"]) for regime in header["regimes"].values())
     played = len(evaluated[0][2].trials)
     part = "" if played == total else f", evenly spread over the {total} of the full lists"
+    starts = [results.start for _, _, results in evaluated]
+    if len(set(starts)) == 1:
+        started = f"Answers start from {starts[0]}."
+    else:
+        named = ", ".join(f"{name} from {results.start}" for _, name, results in evaluated)
+        started = f"Answers start from different noise, which alone changes success: {named}."
     return (
         f"{played} trials in {header['simulator']}{part}. Every policy gets the same scenes, instructions and seeds. "
         "Intervals are Wilson's. Policies are compared on the same trials by McNemar's exact test, which uses only the "
-        "trials that exactly one of the two solved."
+        f"trials that exactly one of the two solved. {started}"
     )
 
 

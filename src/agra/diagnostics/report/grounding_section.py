@@ -25,6 +25,7 @@ from agra.diagnostics.report.comparison_table import (
     Verdict,
     difference_cell,
     estimate_cell,
+    noting_starts,
     number,
     percent,
     print_table,
@@ -200,7 +201,9 @@ def _samples(diagnosed: Sequence[tuple[int, str, Diagnosis]], kinds: Sequence[st
 def grounding_rows(columns: Sequence[DiagnosisColumn], kinds: Sequence[str]) -> tuple[list[TableRow], list[TableRow]]:
     """The rows of the attention metrics, and those of the sensitivity ratios."""
     ratios = {(i, kind): _ratio(d, kind) for i, _, d in columns if d is not None for kind in kinds}
-    return [_metric_row(columns, *metric) for metric in METRICS], [_ratio_row(columns, kind, ratios) for kind in kinds]
+    starts = [None if d is None else d.start for _, _, d in columns]
+    attention = [noting_starts(_metric_row(columns, *metric), starts) for metric in METRICS]
+    return attention, [noting_starts(_ratio_row(columns, kind, ratios), starts) for kind in kinds]
 
 
 def of_regime(columns: Sequence[DiagnosisColumn], regime: str) -> list[DiagnosisColumn]:
@@ -291,6 +294,11 @@ def _note(named: Sequence[tuple[str, Diagnosis]]) -> str:
         f"under each of {settings['noise_samples']} samples of the policy's noise, averaged on both sides. The table "
         "shows the median over samples, and differences of medians."
     ]
+    starts = dict.fromkeys(diagnosis.start for _, diagnosis in named)
+    if len(starts) == 1:
+        parts.append(f"Answers start from {next(iter(starts))}.")
+    else:
+        parts.append(f"Answers start from {', '.join(f'{d.start} ({name})' for name, d in named)}.")
     for name, diagnosis in named:
         left_out = sum(row["note"] is not None for row in diagnosis.rows)
         if left_out and diagnosis.applies("interventions"):

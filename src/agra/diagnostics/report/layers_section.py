@@ -9,7 +9,15 @@ import numpy as np
 
 from agra.diagnostics.metrics import IntervalEstimate, bootstrap_interval, paired_difference
 from agra.diagnostics.record import Diagnosis
-from agra.diagnostics.report.comparison_table import Cell, Table, TableRow, difference_cell, estimate_cell, number
+from agra.diagnostics.report.comparison_table import (
+    Cell,
+    Table,
+    TableRow,
+    difference_cell,
+    estimate_cell,
+    noting_starts,
+    number,
+)
 from agra.diagnostics.report.figures import Interval, interval_chart
 from agra.diagnostics.report.grounding_section import DiagnosisColumn, instrument_cell, paired_rows
 
@@ -153,4 +161,5 @@ def _compared(
             difference = paired_difference(measured[left], theirs[right], groups=trials, resamples=500)
         return difference_cell(difference, name=name)
 
-    return TableRow(label=label, hint=hint, cells=cells, extra=estimate_cell(extra), verdict=verdict)
+    row = TableRow(label=label, hint=hint, cells=cells, extra=estimate_cell(extra), verdict=verdict)
+    return noting_starts(row, [None if d is None else d.start for _, _, d in columns])

@@ -71,7 +71,10 @@ def build_report(
     configs = {p.name: current_config(_read_json(p.config)) for p in policies if p.config is not None}
     demonstrations = {p.name: _demonstrations(configs.get(p.name)) for p in policies}
     evaluation, grounding = evaluation_section(results), grounding_section(columns)
-    reliance = visual_reliance_section([(i, p.name, read_visual_reliance(p.diagnosis)) for i, p in enumerate(policies)])
+    reliance = visual_reliance_section(
+        [(i, p.name, read_visual_reliance(p.diagnosis)) for i, p in enumerate(policies)],
+        [None if d is None else d.start for d in diagnoses],
+    )
 
     page = _template().render(
         nonce=secrets.token_urlsafe(18),

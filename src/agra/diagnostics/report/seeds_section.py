@@ -5,13 +5,13 @@ An arm is a set of policies whose configs differ in the seed alone.
 
 import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agra.diagnostics.report.comparison_table import MISSING, Cell, against_first_of, between, percent
 from agra.diagnostics.report.evaluation_section import SHARED_HEADER, ResultsColumn, regime_words
 from agra.evaluation.results import Results
-from agra.evaluation.statistics import nested_bootstrap
+from agra.evaluation.statistics import crossed_bootstrap
 
 Outcomes = Mapping[int, Mapping[str, float]]
 """Success, or a difference of success, by seed and trial."""
@@ -99,11 +99,10 @@ def _seeds(seeds: Iterable[int]) -> Cell:
 
 
 def _success(outcomes: Outcomes) -> Cell:
-    groups = [list(trials.values()) for trials in outcomes.values() if trials]
-    if not groups:
+    if not all(outcomes.values()):
         return MISSING
-    average = nested_bootstrap(groups)
-    rates = [sum(group) / len(group) for group in groups]
+    average = crossed_bootstrap(outcomes, bounds=(0.0, 1.0))
+    rates = _means(outcomes)
     spread = f"; seeds {percent(min(rates))} to {percent(max(rates))}" if len(rates) > 1 else ""
     return Cell(text=percent(average.value), range=between(average.low, average.high, percent) + spread)
 
@@ -120,21 +119,28 @@ def _difference(arm: Arm, reference: Arm, groups: Sequence[str]) -> tuple[str, l
     ]
     if any(header != headers[0] for header in headers):
         return label, [_seeds(common), *(Cell(text="not comparable: other trials or another protocol") for _ in groups)]
-    return label, [_seeds(common), *(_paired(arm.outcomes(g), reference.outcomes(g), common) for g in groups)]
+    seeds, start, other = _seeds(common), arm.results[common[0]].start, reference.results[common[0]].start
+    if start != other:
+        seeds = replace(seeds, range=f"answers start from {start}, the reference's from {other}")
+    return label, [seeds, *(_paired(arm.outcomes(g), reference.outcomes(g), common) for g in groups)]
 
 
 def _paired(ours: Outcomes, theirs: Outcomes, seeds: Sequence[int]) -> Cell:
-    pairs = [[ours[s][trial] - theirs[s][trial] for trial in ours[s] if trial in theirs[s]] for s in seeds]
-    pairs = [group for group in pairs if group]
-    if not pairs:
+    pairs = {seed: {trial: value - theirs[seed][trial] for trial, value in ours[seed].items()} for seed in seeds}
+    if not all(pairs.values()):
         return MISSING
-    average = nested_bootstrap(pairs)
-    by_seed = ", ".join(_points(sum(group) / len(group)) for group in pairs)
+    average = crossed_bootstrap(pairs, bounds=(-1.0, 1.0))
+    by_seed = ", ".join(map(_points, _means(pairs)))
     return Cell(
         text=f"{_points(average.value)} points",
         range=f"[{_points(average.low)}, {_points(average.high)}]; by seed {by_seed}",
         clear=average.low > 0 or average.high < 0,
     )
+
+
+def _means(outcomes: Outcomes) -> list[float]:
+    """The mean over the trials of each seed."""
+    return [sum(trials.values()) / len(trials) for trials in outcomes.values()]
 
 
 def _points(fraction: float) -> str:

@@ -17,6 +17,7 @@ from agra.diagnostics.report.comparison_table import (
     TableRow,
     difference_cell,
     estimate_cell,
+    noting_starts,
     number,
     percent,
 )
@@ -61,12 +62,27 @@ def read_visual_reliance(diagnosis: Path | None) -> VisualReliance | None:
     return next((VisualReliance.load(path) for path in paths if path.is_file()), None)
 
 
-def visual_reliance_section(columns: Sequence[VisualRelianceColumn]) -> dict[str, Any] | None:
-    """The table of visual reliance. None if it was measured for no policy."""
+def remove_visual_reliance(diagnosis: Path) -> None:
+    """Remove the visual reliance of an earlier diagnosis, which must not stand beside a new one."""
+    for name in (VISUAL_RELIANCE, _EARLIER):
+        (diagnosis / name).unlink(missing_ok=True)
+
+
+def visual_reliance_section(
+    columns: Sequence[VisualRelianceColumn], starts: Sequence[str | None]
+) -> dict[str, Any] | None:
+    """The table of visual reliance. None if it was measured for no policy.
+
+    `starts` names the noise from which each policy's answers start, None where it was not diagnosed.
+    """
     measured = [reliance for _, _, reliance in columns if reliance is not None]
     if not measured:
         return None
-    rows = [_row(columns, *row) for row in ROWS if any(_has(reliance, *row[:2]) for reliance in measured)]
+    rows = [
+        noting_starts(_row(columns, *row), starts)
+        for row in ROWS
+        if any(_has(reliance, *row[:2]) for reliance in measured)
+    ]
     count = len(measured[0].trials)
     return {
         "table": Table(corner="measure", rows=rows, extra="reference"),

@@ -6,6 +6,7 @@
 import contextlib
 import io
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,21 +68,23 @@ class Libero:
         self._task: tuple[str, int] | None = None
 
     def trials(self, regime: str) -> tuple[Trial, ...]:
-        """50 episodes of each task, one per official initial state."""
+        """50 episodes of each task, one per official initial state. The seed of the policy's noise comes from the trial's
+        name.
+        """
         if regime not in self.regimes:
             raise ValueError(f"unknown regime {regime!r}; available: {', '.join(self.regimes)}")
-        name, tasks = self.name + PERTURBATIONS[regime], _tasks(self.name + PERTURBATIONS[regime])
+        suite = self.name + PERTURBATIONS[regime]
         return tuple(
             Trial(
-                name=f"{regime}/{task.name}/{episode:02d}",
+                name=(name := f"{regime}/{task.name}/{episode:02d}"),
                 simulator=self.name,
                 regime=regime,
                 task=task.name,
-                seed=episode,
+                seed=zlib.crc32(name.encode()),
                 instruction=_instruction(regime, task),
-                scene={"suite": name, "task_id": number, "initial_state": episode},
+                scene={"suite": suite, "task_id": number, "initial_state": episode},
             )
-            for number, task in enumerate(tasks)
+            for number, task in enumerate(_tasks(suite))
             for episode in range(EPISODES)
         )
 

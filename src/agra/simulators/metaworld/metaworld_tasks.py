@@ -4,7 +4,9 @@ The instructions are those of the public dataset lerobot/metaworld_mt50, so that
 instructions in evaluation.
 """
 
+import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from agra.types import Trial
 
@@ -67,8 +69,12 @@ EPISODES = 50
 
 
 def trials() -> tuple[Trial, ...]:
-    """The evaluation list: task after task, episode i of every task with seed i."""
-    return tuple(_trial("test", task, episode) for task in INSTRUCTIONS for episode in range(EPISODES))
+    """The evaluation list: task after task, scene i of every task with seed i.
+
+    The seed of the policy's noise comes from the trial's name, so that no two trials share their noise.
+    """
+    listed = (_trial("test", task, episode) for task in INSTRUCTIONS for episode in range(EPISODES))
+    return tuple(replace(trial, seed=zlib.crc32(trial.name.encode())) for trial in listed)
 
 
 def training_trials(count: int, seed: int) -> Sequence[Trial]:

@@ -9,12 +9,8 @@ from agra.simulators.tabletop.goals import GOALS, PickAndPlace
 from agra.simulators.tabletop.hands import HAND_MODELS
 from agra.simulators.tabletop.rendering import Renderer
 from agra.simulators.tabletop.scene import Scene
-from agra.simulators.tabletop.tabletop_tasks import OPEN_STEAMER, PICK_AND_PLACE
 from agra.simulators.tabletop.tabletop_tasks import trials as regime_trials
 from agra.types import NO_FRAME, REGIMES, Observation, Step, Trial
-
-MAX_STEPS = {PICK_AND_PLACE: 60, OPEN_STEAMER: 100}
-"""Control steps of an episode by task, about three times the expert's."""
 
 
 class Tabletop:
@@ -29,7 +25,7 @@ class Tabletop:
     """
 
     fps = 10
-    max_steps = max(MAX_STEPS.values())
+    max_steps = 100  # of every task, at least twice the expert's
     regimes: tuple[str, ...] = REGIMES
 
     def __init__(self, *, frame_size: tuple[int, int] = (128, 224), hands: str = "tabletop") -> None:
