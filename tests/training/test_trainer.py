@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -110,6 +111,44 @@ def test_sigterm_saves_and_the_rest_follows(small_config, make_batch, tmp_path):
     assert newest(tmp_path / "cut").name == "step_000003"
     assert make_trainer(small_config, tmp_path / "cut", make_batch).run()
     _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
+
+
+@pytest.fixture
+def failing_logger(monkeypatch):
+    """A logger that fails when it closes."""
+
+    @contextmanager
+    def fail(*args, **kwargs):
+        yield lambda row, pictures=None: None
+        raise ConnectionError("network is down")
+
+    monkeypatch.setattr("agra.training.trainer.open_loggers", fail)
+
+
+def test_the_last_checkpoint_is_written_before_the_loggers_close(small_config, make_batch, tmp_path, failing_logger):
+    with pytest.raises(ConnectionError):
+        make_trainer(small_config, tmp_path, make_batch).run()
+    assert newest(tmp_path).name == "step_000006"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_sigterm_during_the_last_save_does_not_end_it(small_config, make_batch, tmp_path, monkeypatch, stopped):
+    """Also where an earlier SIGTERM stopped the run."""
+    config = replace(small_config, stage=replace(small_config.stage, steps=3, save_every=10, validate_every=10))
+
+    def terminate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(config, tmp_path, make_batch, on_step=terminate if stopped else None)
+    save, earlier = write.save, []
+    previous = signal.signal(signal.SIGTERM, lambda *_: earlier.append(1))  # instead of the end of the tests
+    monkeypatch.setattr(write, "save", lambda *args, **kw: terminate() or save(*args, **kw))
+    try:
+        assert trainer.run() is not stopped
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not earlier
+    assert newest(tmp_path).name == ("step_000001" if stopped else "step_000003")
 
 
 def test_training_lowers_the_loss(small_config, make_batch, tmp_path):
@@ -253,6 +292,30 @@ def test_clipping_gives_torch_s_bits(max_norm):
     assert all(torch.equal(mine.grad, other.grad) for mine, other in zip(ours, theirs, strict=True))
 
 
+def test_none_leaves_the_gradients_as_they_are():
+    layer = torch.nn.Linear(7, 5)
+    layer(torch.full((3, 7), 50.0)).square().sum().backward()
+    before = [parameter.grad.clone() for parameter in layer.parameters()]
+    assert clip_gradients(list(layer.parameters()), None) > 1
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(layer.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"clip_norm": 0.0}, r"stage\.clip_norm: expected a number above 0, or None for no clipping, got 0\.0"),
+        ({"clip_norm": -1.0}, r"stage\.clip_norm: .* got -1\.0"),
+        ({"learning_rate": -1e-3}, r"stage\.learning_rate: expected at least 0, got -0\.001"),
+        ({"learning_rate_by_part": {"bridge": -1.0}}, r"stage\.learning_rate_by_part\.bridge: expected at least 0"),
+        ({"weight_decay": -1.0}, r"stage\.weight_decay: expected at least 0, got -1\.0"),
+        ({"weight_decay": float("nan")}, r"stage\.weight_decay: expected at least 0, got nan"),
+    ],
+)
+def test_settings_that_would_train_backwards_are_refused(changes, problem):
+    with pytest.raises(ValueError, match=problem):
+        StageConfig(**changes)
+
+
 def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
     """Six steps, validated at 2, 4 and 6, keeping one checkpoint: the best figure comes at step 2."""
     figures = {2: 5.0, 4: 1.0, 6: 3.0}
@@ -315,8 +378,24 @@ def test_a_figure_that_is_not_logged_is_named(small_config, make_batch, tmp_path
         ValueError, match=r"no figure is logged as 'validation/score'; choose one of validation/action_loss"
     ):
         make_trainer(config, tmp_path, make_batch).run()
+    assert newest(tmp_path).name == "step_000003", "the steps until then are not lost"
     with pytest.raises(ValueError, match="expected min:NAME or max:NAME"):
         replace(small_config.stage, keep_best="validation/loss")
+
+
+def test_a_best_checkpoint_needs_a_validation(small_config, make_batch, tmp_path):
+    config = replace(small_config, stage=replace(small_config.stage, keep_best="min:validation/action_loss"))
+    with pytest.raises(ValueError, match=r"stage\.keep_best: .* neither held-out windows nor monitors"):
+        make_trainer(config, tmp_path, make_batch, validation=False)
+
+
+def test_a_validation_may_leave_out_a_figure_that_an_earlier_one_had(small_config, make_batch, tmp_path):
+    figures = {2: {"ratio": 2.0}, 4: {"other": 0.0}, 6: {"ratio": 1.0}}
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/ratio"))
+    trainer = make_trainer(config, tmp_path, make_batch)
+    trainer.monitors = {"probe": lambda method: figures[trainer.step]}
+    assert trainer.run()
+    assert best(tmp_path) == (tmp_path / "step_000006", 1.0)
 
 
 def test_a_checkpoint_written_late_still_names_its_own_step(small_config, make_batch, tmp_path, monkeypatch):

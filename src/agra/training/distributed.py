@@ -78,13 +78,17 @@ def distributed_context(device: str, *, shard_degree: int | None, deterministic:
 
 @contextmanager
 def stop_signals() -> Iterator[Sequence[int]]:
-    """Collect SIGINT and SIGTERM in the list inside this context instead of raising. A second one acts as usual."""
+    """Collect SIGINT and SIGTERM in the list inside this context instead of raising. A second SIGINT acts as usual.
+
+    Later SIGTERMs are collected too: a launcher may repeat the scheduler's while the checkpoint is written.
+    """
     received: list[int] = []
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[signal.SIGINT])
 
     for number in previous:
         signal.signal(number, handle)

@@ -77,12 +77,19 @@ class Trainer:
         self.output, self.extra_files = output, extra_files
         self.loggers = loggers
         self.meter = meter or ThroughputMeter(device=self.context.device)
+        if self.stage.keep_best and validation is None and not self.monitors:
+            raise ValueError(
+                f"stage.keep_best: {self.stage.keep_best!r} needs a validation, and there are neither held-out windows "
+                "nor monitors; raise data.validation_fraction, turn a monitor on, or leave keep_best empty"
+            )
         freeze(self.method, self.stage)
         groups = list(parameter_groups(self.method, self.stage))
         self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
         self.names = trained_names(self.method)
         self.step, self.saved = 0, -1
         self._held_out: list[MicroBatch] | None = None
+        self._best_is_known = False
+        """Whether a validation of this process has logged the figure of `keep_best`."""
         self.stopped_by: int | None = None
         """The signal that ended `run` early."""
         self._pending: distributed_checkpoint.PendingSave | None = None
@@ -93,8 +100,8 @@ class Trainer:
         """Train to the end, from the newest checkpoint if there is one. Returns False if SIGTERM stopped it early.
 
         After SIGTERM or SIGINT to any process, all processes finish the present step and save. SIGINT then raises
-        KeyboardInterrupt. A loss or gradient that is not finite raises ValueError and leaves the last checkpoint as it
-        is.
+        KeyboardInterrupt, and a second SIGINT at once. A loss or gradient that is not finite raises ValueError and
+        leaves the last checkpoint as it is.
         """
         self._resume()
         try:
@@ -111,7 +118,9 @@ class Trainer:
                     if self.step % self.stage.save_every == 0 and self.step < self.stage.steps:
                         self.save()
                     advance(self.step, row["loss"])
-            self.save()
+                # Before the loggers close, which may fail or hang, and while signals are still collected.
+                self.save()
+                self._finish_save()
         finally:
             self._finish_save()
         done = self.step >= self.stage.steps
@@ -309,16 +318,23 @@ class Trainer:
     def _keep_best(self, figures: Mapping[str, float]) -> None:
         """Save a checkpoint where the figure of `keep_best` is the best so far.
 
-        Raises ValueError where it is not logged.
+        A validation may leave the figure out where an earlier one had it, as monitors do with a ratio that is not
+        finite. Otherwise its absence saves a checkpoint and raises ValueError.
         """
         if not self.stage.keep_best:
             return
         direction, name = self.stage.keep_best.split(":", 1)
+        earlier = best(self.output)
         if name not in figures:
+            if self._best_is_known or earlier is not None:
+                return
+            self.save()
+            self._finish_save()
             raise ValueError(
                 f"stage.keep_best: no figure is logged as {name!r}; choose one of {', '.join(sorted(figures))}"
             )
-        value, earlier = figures[name], best(self.output)
+        self._best_is_known = True
+        value = figures[name]
         if not math.isfinite(value) or (
             earlier and (value >= earlier[1] if direction == "min" else value <= earlier[1])
         ):
