@@ -39,8 +39,10 @@ from agra.recipes import (
 )
 from agra.rng import sharded_rng
 from agra.stages import Stage, StageConfig
-from agra.training.memory_estimate import measure
+from agra.training.initialization import load_initial_weights
+from agra.training.memory_estimate import fake_batch, measure
 from agra.training.parallelize import ParallelConfig
+from agra.training.trainer import Trainer
 from agra.types import Observation
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.text import TextConfig
@@ -539,6 +541,28 @@ def test_the_embeddings_head_is_dropped(trained, tmp_path):
             assert torch.equal(value, fresh[name.removeprefix("target_")])
         elif not name.startswith("encoder."):
             assert torch.equal(started[name], value)
+
+
+def test_embodiments_keep_their_rows_where_the_embeddings_head_is_kept(tmp_path):
+    """Without a target the joint stage starts from the whole embedding, with its banks of embodiments."""
+
+    def config(stage, *embodiments, target="none"):
+        method = replace(SMALL, target=target, action_dit=replace(SMALL.action_dit, num_embodiments=2))
+        steps = StageConfig(name=stage, steps=1, batch_size=2, precision="float32")
+        return RunConfig(method=method, data=DataConfig(embodiments=embodiments), stage=steps)
+
+    adapt = config(Stage.ADAPT, "x", "y")
+    Trainer(
+        adapt, adapt.method.build(), batch=lambda step: fake_batch(adapt.method, 2), validation=None,
+        output=tmp_path / "adapt", extra_files={}, loggers=(),
+    ).run()  # fmt: skip
+    swapped = config(Stage.JOINT, "y", "x")
+    with pytest.raises(ValueError, match=r"data\.embodiments: 'y' is row 0 here and row 1 in .*: x y"):
+        load_initial_weights(swapped.method.build(), tmp_path / "adapt", swapped)
+    same = config(Stage.JOINT, "x", "y")
+    load_initial_weights(same.method.build(), tmp_path / "adapt", same)
+    encoder_alone = config(Stage.JOINT, "y", "x", target="average")
+    load_initial_weights(encoder_alone.method.build(), tmp_path / "adapt", encoder_alone)
 
 
 def test_a_continued_run_keeps_head_and_projector(trained, tmp_path):
