@@ -23,7 +23,7 @@ from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.record import read_diagnosis
 from agra.evaluation.collect import collect
 from agra.lora import LoRAConfig
-from agra.methods.flare import EncoderConfig, FLAREConfig
+from agra.methods.flare import EncoderConfig, FLAREConfig, unit_variance
 from agra.methods.method import observation_inputs
 from agra.policies.export import export
 from agra.policies.load import load_policy
@@ -314,11 +314,26 @@ def test_the_targets_variance_shows_a_collapse():
     method, batch = make_method(config), random_batch(config)
     units = ByHand(method).target(batch.targets[[0, 2, 3], 0], batch.instruction)
     units = units / units.norm(dim=-1, keepdim=True)
-    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).mean() for m in range(2)) / 2
+    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).sum() / 2 for m in range(2)) / 2
     torch.testing.assert_close(method(batch).figures["target_variance"], expected, rtol=1e-4, atol=1e-5)
     collapsed = replace(batch, targets=batch.targets[:1].expand_as(batch.targets))
     assert method(collapsed).figures["target_variance"].abs() < 1e-5
     assert "target_frame_variance" not in method.eval()(batch).figures
+
+
+def test_the_targets_variance_does_not_depend_on_the_number_of_samples():
+    tokens = torch.randn(3200, 2, 5, generator=torch.Generator().manual_seed(0)) + 1
+    whole = unit_variance(tokens)
+    for count in (2, 32):
+        parts = torch.stack([unit_variance(part) for part in tokens.split(count)])
+        torch.testing.assert_close(parts.mean(), whole, rtol=0.02, atol=0)
+
+
+@torch.no_grad()
+def test_a_micro_batch_of_one_sample_has_no_variance():
+    method, batch = make_method().eval(), random_batch()
+    figures = method(batch.micro_batch(0, len(batch))).figures
+    assert set(figures) == {"alignment_cosine_gain"}
 
 
 @torch.no_grad()
@@ -328,7 +343,7 @@ def test_validation_tells_frames_from_instructions():
     assert "target_frame_variance" not in method(batch).figures
     units = ByHand(method).target(batch.targets[[0, 2, 3], 0], batch.instruction[:1].expand(3, -1, -1))
     units = units / units.norm(dim=-1, keepdim=True)
-    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).mean() for m in range(2)) / 2
+    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).sum() / 2 for m in range(2)) / 2
     torch.testing.assert_close(method.eval()(batch).figures["target_frame_variance"], expected, rtol=1e-4, atol=1e-5)
     one_frame = method(replace(batch, targets=batch.targets[:1].expand_as(batch.targets))).figures
     assert one_frame["target_variance"] > 1e-4

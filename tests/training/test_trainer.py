@@ -357,7 +357,7 @@ def test_a_stage_starts_from_the_best_checkpoint(small_config, make_batch, tmp_p
         assert torch.equal(value, weights[f"bridge.{name}"]), name
     later.run()
     record_origin(tmp_path / "later", tmp_path / "run" / "best")
-    assert json.loads((tmp_path / "later" / "origin.json").read_text()) == {"init": "../run/step_000002"}
+    assert json.loads((tmp_path / "later" / "origin.json").read_text()) == {"init": "../run/step_000002", "head": None}
     assert [stage.config for stage in lineage(tmp_path / "later")] == [config, small_config]
     with pytest.raises(FileNotFoundError, match="later/best: the run has no best checkpoint"):
         load_initial_weights(trainer.method, tmp_path / "later" / "best", small_config)
@@ -387,6 +387,12 @@ def test_a_best_checkpoint_needs_a_validation(small_config, make_batch, tmp_path
     config = replace(small_config, stage=replace(small_config.stage, keep_best="min:validation/action_loss"))
     with pytest.raises(ValueError, match=r"stage\.keep_best: .* neither held-out windows nor monitors"):
         make_trainer(config, tmp_path, make_batch, validation=False)
+
+
+def test_a_figure_that_depends_on_the_micro_batches_chooses_no_checkpoint(small_config, make_batch, tmp_path):
+    stage = replace(small_config.stage, keep_best="max:validation/alignment_cosine_gain")
+    with pytest.raises(ValueError, match=r"depends on .* a micro-batch; choose min:validation/alignment_loss"):
+        make_trainer(replace(small_config, stage=stage), tmp_path, make_batch)
 
 
 def test_a_validation_may_leave_out_a_figure_that_an_earlier_one_had(small_config, make_batch, tmp_path):

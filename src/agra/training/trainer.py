@@ -82,6 +82,11 @@ class Trainer:
                 f"stage.keep_best: {self.stage.keep_best!r} needs a validation, and there are neither held-out windows "
                 "nor monitors; raise data.validation_fraction, turn a monitor on, or leave keep_best empty"
             )
+        if self.stage.keep_best.endswith("alignment_cosine_gain"):
+            raise ValueError(
+                "stage.keep_best: alignment_cosine_gain depends on the number of samples in a micro-batch; choose "
+                "min:validation/alignment_loss"
+            )
         freeze(self.method, self.stage)
         groups = list(parameter_groups(self.method, self.stage))
         self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
@@ -348,8 +353,9 @@ class Trainer:
     def _validate(self) -> tuple[dict[str, float], Pictures]:
         """Compute the losses of held-out windows, always with the same noise, and the monitors' figures and pictures.
 
-        The windows are spread over processes and micro-batches as a step's are. The values are therefore the same for
-        any spread, and the memory is that of a micro-batch without gradients.
+        The windows are spread over processes and micro-batches as a step's are. The losses are therefore the same for
+        any spread, and the memory is that of a micro-batch without gradients. `alignment_cosine_gain` compares with the
+        mean of a micro-batch, so it depends on the spread. FLARE's `target_variance` agrees in expectation.
         """
         figures: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}
