@@ -282,3 +282,13 @@ def test_every_method_stays_compiled_in_training_and_validation(recipe):
         method.eval()
         with torch.no_grad():
             method(batch)
+
+
+def test_a_single_process_uses_the_gpu_that_it_is_given(monkeypatch):
+    """The random numbers that each shard restores are those of torch's current device."""
+    gpu, used = torch.device("cuda", 1), []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("agra.training.distributed.local_device", lambda name: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    with distributed_context("cuda:1", shard_degree=None, deterministic=False) as context:
+        assert (context.device, used) == (gpu, [gpu])

@@ -240,6 +240,38 @@ def test_other_settings_do_not_resume_silently(small_config, make_batch, tmp_pat
         make_trainer(other, tmp_path, make_batch).run()
 
 
+def test_settings_that_change_no_weight_may_change(small_config, make_batch, tmp_path):
+    first = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/score"))
+    trainer = make_trainer(
+        first, tmp_path, make_batch, on_step=lambda s: s == 4 and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    trainer.monitors = {"probe": lambda method: {"score": 0.0}}
+    assert not trainer.run()
+    assert best(tmp_path) is not None
+    stage = replace(small_config.stage, log_every=2, validate_every=3, save_every=1, keep_checkpoints=5, keep_best="")
+    data = replace(small_config.data, path="elsewhere", cache="elsewhere/cache")
+    monitor = replace(small_config.monitor, predictions=2)
+    second = replace(small_config, stage=stage, data=data, monitor=monitor, visual_reliance=None, action_noise="random")
+    assert make_trainer(second, tmp_path, make_batch).run()
+    assert best(tmp_path) is None, "the figures of two names cannot be compared"
+    make_trainer(small_config, tmp_path / "whole", make_batch).run()
+    _assert_same(_weights(tmp_path), _weights(tmp_path / "whole"))
+
+
+def test_moved_data_must_be_the_same(small_config, make_batch, tmp_path):
+    def resumed(statistics, **places):
+        config = replace(small_config, data=replace(small_config.data, **places))
+        trainer = make_trainer(config, tmp_path, make_batch)
+        trainer.extra_files = {"norm_stats.json": lambda path: path.write_text(statistics)}
+        return trainer.run()
+
+    assert resumed("the data's", path="here")
+    assert resumed("the data's", path="there")
+    for places in ({"path": "there"}, {"path": "here", "cache": "there"}):
+        with pytest.raises(ValueError, match=r"norm_stats\.json: differs from that of the data in .*; resume with"):
+            resumed("others'", **places)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_config, make_batch, tmp_path):
     def poisoned(config, seed):
         batch = make_batch(config, seed=seed)

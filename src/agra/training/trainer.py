@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from agra import files
 from agra.batch import Batch
 from agra.checkpoints import distributed_checkpoint, write
-from agra.checkpoints.folder import ADAPTERS, OPTIMIZER, best, newest, note_best, verify
+from agra.checkpoints.folder import ADAPTERS, BEST, OPTIMIZER, best, newest, note_best, verify
 from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards, stored_names
 from agra.config import RunConfig, first_difference
 from agra.data.sampling.prefetch import on_device
@@ -182,11 +183,15 @@ class Trainer:
             return
         verify(folder, part=self.context.rank, parts=self.context.world_size)
         saved = read_config(folder)
-        if saved != self.config:
+        if (difference := first_difference(saved, self.config)) is not None:
             raise ValueError(
-                f"{folder}: made by another config ({first_difference(saved, self.config)}); choose another output "
-                "folder, or resume with the same settings"
+                f"{folder}: made by another config ({difference}); choose another output folder, or resume with the "
+                "same settings"
             )
+        if (saved.data.path, saved.data.cache) != (self.config.data.path, self.config.data.cache):
+            self._check_moved_data(folder)
+        if saved.stage.keep_best != self.stage.keep_best and self.context.is_main:
+            (self.output / BEST).unlink(missing_ok=True)  # of another figure
         if self.context.mesh is None and not (folder / "sharded").is_dir():
             load_parts(self.method.parts(), folder)
             write.load_optimizer(self.optimizer, folder / OPTIMIZER, self.names)
@@ -195,6 +200,21 @@ class Trainer:
             write.make_optimizer_state(self.optimizer, stored_names(stored), self.names)
             read_shards(self._tensors(), stored, self._saving)
         self.step = self.saved = json.loads((folder / "trainer.json").read_text())["step"]
+
+    def _check_moved_data(self, folder: Path) -> None:
+        """Compare what the data determine in a checkpoint, such as their statistics, with what they determine now.
+
+        Raises ValueError for other data.
+        """
+        with TemporaryDirectory() as temporary:
+            for name, write_file in self.extra_files.items():
+                path, stored = Path(temporary) / name, folder / name
+                write_file(path)
+                if stored.is_file() and files.sha256(path) != files.sha256(stored):
+                    raise ValueError(
+                        f"{stored}: differs from that of the data in {self.config.data.path} and the cache "
+                        f"{self.config.data.cache}; resume with the data and features that the run started with"
+                    )
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
