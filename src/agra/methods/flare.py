@@ -323,7 +323,7 @@ class FLARE(Method):
         target = self.targets(batch, rows)
         predicted = self.projector(future.unflatten(0, (-1, self.config.action_draws))[rows])
         expanded = target[:, None].expand_as(predicted)  # R draws M P
-        scale = _num_targets(batch) / denominator
+        scale = batch.num_targets / denominator
         figures = {"alignment_cosine_gain": cosine_gain([predicted], expanded).detach() * scale}
         several = len(batch) > 1  # and not `target`, whose length differs between the micro-batches of a step
         if several:
@@ -346,11 +346,11 @@ class FLARE(Method):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Count the actions to learn and the samples with targets."""
-        return super().counts(batch) | {"targets": float(_num_targets(batch))}
+        return super().counts(batch) | {"targets": float(batch.num_targets)}
 
     def denominators(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss denominators of a whole step. Every one is at least 1."""
-        targets = torch.full((), max(1, _num_targets(batch)), device=batch.state.device)
+        targets = torch.full((), max(1, batch.num_targets), device=batch.state.device)
         return {"actions": batch.action_mask.sum().clamp(min=1), "targets": targets}
 
     # --- acting and instruments ---------------------------------------------------------------------------------------
@@ -443,8 +443,3 @@ def unit_variance(tokens: Float[Tensor, "R M P"]) -> Float[Tensor, ""]:
     """
     within = 1 - F.normalize(tokens.float(), dim=-1).mean(dim=0).square().sum(dim=-1).mean()
     return within * len(tokens) / max(1, len(tokens) - 1)
-
-
-def _num_targets(batch: Batch) -> int:
-    """The number of samples with targets."""
-    return len(batch) if batch.target_rows is None else len(batch.target_rows)

@@ -1,8 +1,7 @@
 """Memory, FLOPs, time and cost of a run before its launch.
 
 A step and a validation are counted on fake tensors (`agra.training.memory_estimate`) and laid out on the machines. Two
-numbers are assumptions: the fraction of a GPU's peak that a step reaches, and the rate of communication. The memory of
-frozen encoders that run while training is not counted.
+numbers are assumptions: a step's fraction of a GPU's peak, and the rate of communication. Encoders' memory is left out.
 """
 
 from collections.abc import Sequence
@@ -143,9 +142,8 @@ def lay_out(config: RunConfig, machines: Machines, counted: Sequence[StepCost]) 
     local, counts = config.stage.batch_size // machines.gpus, _accumulation_steps(config, machines)
     all_flops = encoding_flops_per_sample(config.method)
     encoding = {name: flops for name, flops in all_flops.items() if cached_name(name) not in config.data.cached}
-    layouts = tuple(
-        _layout(step_cost, local, counts, machines, encoding=sum(encoding.values())) for step_cost in counted
-    )
+    total = sum(encoding.values())
+    layouts = tuple(_layout(step_cost, local, counts, machines, encoding=total) for step_cost in counted)
     best = min(layouts, key=lambda layout: layout.seconds)
     validations = 1 + config.stage.steps // config.stage.validate_every
     hours = (best.seconds * config.stage.steps + best.validation_seconds * validations) / 3600
@@ -288,9 +286,10 @@ def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
 def _describe_encoding(result: Plan) -> str:
     if not result.encoding:
         return ""
-    flops = sum(result.encoding.values())
+    flops, names = sum(result.encoding.values()), " and ".join(result.encoding)
     fraction = flops / (flops + result.step_cost.flops_per_sample)
-    return f", and {flops / 1e12:.3g} for encoding {' and '.join(result.encoding)} while training: {fraction:.0%} of a step. Their memory is not counted"
+    text = f", and {flops / 1e12:.3g} for encoding {names} while training: {fraction:.0%} of a step"
+    return text + ". Their memory is not counted"
 
 
 def _hours(result: Plan, config: RunConfig, machines: Machines, utilisation: float) -> float:
