@@ -57,6 +57,15 @@ def test_a_start_of_a_run_through_a_symbolic_link(folder):
     check_origin(folder / "linked", folder / "adapt", None)
 
 
+def test_a_run_that_moved_alone_resumes(folder):
+    moved = folder / "elsewhere" / "run"
+    moved.parent.mkdir()
+    (folder / "run").rename(moved)
+    check_origin(moved, folder / "adapt", HUB)
+    with pytest.raises(ValueError, match=r"--init-from .*other: .* it started from \.\./adapt"):
+        check_origin(moved, folder / "other", HUB)
+
+
 def test_runs_without_a_record_resume(folder):
     run = folder / "run"
     (run / "origin.json").write_text('{"init": null}')

@@ -62,13 +62,20 @@ def _place(run: Path, source: str | Path | None) -> str | None:
 
 
 def _same(run: Path, recorded: str | None, given: str | Path) -> bool:
-    """Compare a recorded place with a given one. A run's folder is the same as that of its newest checkpoint."""
+    """Compare a recorded place with a given one. A run's folder is the same as that of its newest checkpoint.
+
+    A recorded folder that is gone, such as one that did not move with the run, is compared by its name.
+    """
     if recorded is None:
         return False
     there, here = run / recorded, find(given)
+    if not here.is_dir() and str(given) == recorded:
+        return True
     # Earlier versions recorded the path between two names, of which a symbolic link may have been a part.
-    readings = {_checkpoint(place) for place in (there, Path(os.path.abspath(there)))}
-    return _checkpoint(here) in readings or (not here.is_dir() and str(given) == recorded)
+    readings = [there, Path(os.path.abspath(there))]
+    if here.is_dir() and not any(place.is_dir() for place in readings):
+        return here.name == Path(recorded).name
+    return _checkpoint(here) in map(_checkpoint, readings)
 
 
 def _checkpoint(place: Path) -> Path:
