@@ -84,7 +84,7 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
         return replace(config, method=replace(method, model=replace(model, **changes)))
 
     def sized(size: tuple[int, int]) -> RunConfig:
-        grid = replace(model, frame_size=size).token_grid
+        grid = replace(model, frame_size=size, bridge=replace(model.bridge, position_grid=None)).token_grid
         return with_model(frame_size=size, bridge=replace(model.bridge, position_grid=grid))
 
     def deeper(layers: int) -> RunConfig:

@@ -7,6 +7,7 @@ compares the whole step: the public code runs codec, text encoder and teacher on
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,7 +146,7 @@ def step(method: WAMMethod, batch: Callable[[], Batch]) -> Callable[[], None]:
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
         losses(method, batch()).total.backward()
-        torch.nn.utils.clip_grad_norm_(method.parameters(), CONFIG.stage.clip_norm)
+        torch.nn.utils.clip_grad_norm_(method.parameters(), CONFIG.stage.clip_norm or math.inf)
         optimizer.step()
 
     return train

@@ -11,6 +11,7 @@ DATA=${DATA:-}                                  # a folder with the 24 datasets;
 COSMOS=${COSMOS:-nvidia/Cosmos-Predict2.5-2B}   # hub id, or a local folder in its layout
 COMMON="--with $PRESETS ${DATA:+--data.path $DATA} --data.cache $OUT/cache --device cuda"
 CHECKPOINTING=${CHECKPOINTING:-1} MICRO_BATCHES=${MICRO_BATCHES:-2}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=290      # seconds from SIGTERM to SIGKILL, to finish a step and save. torchrun's default is 30
 train() {
   torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" \
     --parallel.activation-checkpointing "$CHECKPOINTING" --parallel.gradient-accumulation-steps "$MICRO_BATCHES"

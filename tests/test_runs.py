@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -61,6 +62,61 @@ def test_a_script_parses_and_names_what_exists(path):
     assert not set(re.findall(r"--[\w.-]+", text)) & renamed
     known = {f"--parallel.{field.name.replace('_', '-')}" for field in fields(ParallelConfig)}
     assert set(re.findall(r"--parallel\.[\w-]+", text)) <= known
+
+
+def job():
+    """The pod of the Kubernetes Job and its container."""
+    _, described = yaml.safe_load_all((methods.ROOT / "runs" / "kubernetes.yaml").read_text())
+    pod = described["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return pod, container
+
+
+@pytest.fixture
+def start_pod(tmp_path):
+    """Start the container's command with a shell script in torchrun's place. Its folder is `tmp_path`/shared."""
+    _, container = job()
+    (tmp_path / "shared" / "joint").mkdir(parents=True)
+    pods = []
+
+    def start(torchrun):
+        script = tmp_path / "torchrun"
+        script.write_text(f"#!/usr/bin/env bash\ncd {tmp_path}\n{torchrun}\n")
+        script.chmod(0o755)
+        text = container["args"][0].replace("/shared", str(tmp_path / "shared"))
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JOB_COMPLETION_INDEX": "0"}
+        pods.append(subprocess.Popen([*container["command"], text], env=environment))
+        return pods[-1]
+
+    yield start
+    for pod in pods:
+        pod.kill()
+        pod.wait()
+
+
+def test_a_pod_is_finished_with_the_last_step_alone(start_pod, tmp_path):
+    """torchrun exits with code 0 after SIGTERM too. A finished pod of an indexed Job is never restarted."""
+    assert start_pod("exit 0").wait(timeout=30) != 0
+    assert start_pod("mkdir shared/joint/step_080000").wait(timeout=30) == 0
+    assert start_pod("touch started").wait(timeout=30) == 0
+    assert not (tmp_path / "started").exists(), "a restarted pod would wait for the finished ones"
+
+
+def test_an_evicted_pod_waits_until_its_processes_have_saved(start_pod, tmp_path):
+    pod = start_pod("trap 'sleep 0.3; touch saved; exit 0' TERM\ntouch started\nwhile true; do sleep 0.05; done")
+    until = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    pod.terminate()
+    assert pod.wait(timeout=30) != 0
+    assert (tmp_path / "saved").exists()
+
+
+def test_torchrun_leaves_time_for_a_checkpoint():
+    pod, container = job()
+    (seconds,) = [int(v["value"]) for v in container["env"] if v["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    assert pod["terminationGracePeriodSeconds"] - 30 <= seconds < pod["terminationGracePeriodSeconds"]
+    assert f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={seconds}" in (methods.ROOT / "runs" / "gr1.sh").read_text()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Section 7: training steps per second of `tiny`, as the trainer runs them and as one CUDA graph."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
@@ -52,7 +53,7 @@ def _graph(setting: Setting) -> Figures:
         with autocast(setting.device, config.stage.precision):
             loss = method(batch).total
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.stage.clip_norm)
+        torch.nn.utils.clip_grad_norm_(trained, config.stage.clip_norm or math.inf)
         optimizer.step()
 
     replay = step

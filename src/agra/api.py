@@ -16,7 +16,7 @@ from torch import Tensor
 from agra import files
 from agra.alignment.teacher import load_teacher
 from agra.checkpoints.folder import artifact_dir, newest, resolve
-from agra.checkpoints.lineage import describe, lineage, record_origin
+from agra.checkpoints.lineage import check_origin, describe, lineage, record_origin
 from agra.checkpoints.recorded_sizes import FILE as RECORDED_SIZES
 from agra.checkpoints.recorded_sizes import write_recorded_sizes
 from agra.config import RunConfig, VisualRelianceConfig
@@ -108,10 +108,10 @@ def train(
     """Train one stage into `output`, or resume the run there. Returns False if SIGTERM stopped it early.
 
     A new run starts from `init_from` (see `load_initial_weights`), and its action head from the GR00T-N1.5 model
-    `head`. `loggers` are names of `agra.training.loggers.LOGGERS`, by default TensorBoard where it is installed.
-    `prepare_missing` is called where features are not cached, in a run of one process. Without it they are an error.
-    Under torchrun every process calls this with the same arguments. Raises ValueError where the batch does not
-    divide over processes and micro-batches.
+    `head`. A resumed run keeps its start. Another one raises ValueError. `loggers` are names of
+    `agra.training.loggers.LOGGERS`, by default TensorBoard where it is installed. `prepare_missing` is called where
+    features are not cached, in a run of one process. Without it they are an error. Under torchrun every process calls
+    this with the same arguments. Raises ValueError where the batch does not divide over processes and micro-batches.
     """
     parallel = parallel or ParallelConfig()
     check_loggers(loggers or ())
@@ -136,9 +136,11 @@ def train(
             method.update_averages(restart=True)
 
         fresh = newest(output) is None
-        if fresh and context.is_main:
+        if not fresh:
+            check_origin(output, init_from, head)
+        elif context.is_main:
             output.mkdir(parents=True, exist_ok=True)
-            record_origin(output, init_from)
+            record_origin(output, init_from, head)
         return _train(config, output, initialize if fresh else None, parallel, context, loggers, prepare_missing)
 
 

@@ -40,6 +40,11 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def num_targets(self) -> int:
+        """Number of samples with targets."""
+        return len(self) if self.target_rows is None else len(self.target_rows)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on another device."""
         return replace(self, **{k: v.to(device, non_blocking=non_blocking) for k, v in self.tensors.items()})

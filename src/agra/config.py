@@ -163,12 +163,21 @@ class RunConfig:
             raise ValueError(f"{source}: {problem}{_suggestion(error)}") from error
 
 
-def first_difference(saved: RunConfig, present: RunConfig) -> str:
-    """Name the first field in which two configs differ, in a phrase."""
+_NOT_TRAINING = {
+    *("data.path", "data.cache", "monitor", "visual_reliance", "action_noise", "video_noise"),
+    *(f"stage.{name}" for name in ("log_every", "validate_every", "save_every", "keep_checkpoints", "keep_best")),
+}
+"""Fields that change no weight. `data.path` and `data.cache` are places, whose contents are checked elsewhere."""
+
+
+def first_difference(saved: RunConfig, present: RunConfig) -> str | None:
+    """Name the first field that may change the weights and in which two configs differ, in a phrase. None without one."""
     saved_fields, present_fields = (flat(json.loads(config.to_json())) for config in (saved, present))
-    names = sorted({*saved_fields, *present_fields})
-    name = next(name for name in names if saved_fields.get(name) != present_fields.get(name))
-    return f"{name} is {saved_fields.get(name)!r} there and {present_fields.get(name)!r} here"
+    for name in sorted({*saved_fields, *present_fields}):
+        there, here = saved_fields.get(name), present_fields.get(name)
+        if there != here and not {name, name.split(".")[0]} & _NOT_TRAINING:
+            return f"{name} is {there!r} there and {here!r} here"
+    return None
 
 
 def flat(tree: object, prefix: str = "") -> dict[str, object]:

@@ -16,6 +16,10 @@ Precision = Literal["auto", "bfloat16", "float32"]
 otherwise, so that results do not depend on the model of the CPU."""
 
 
+_RECOMPILE_LIMIT = 64
+"""Number of graphs of one function that Dynamo may hold."""
+
+
 def local_device(name: str | torch.device) -> torch.device:
     """Return the device of this process. Under torchrun, "cuda" is the GPU of the local rank.
 
@@ -108,3 +112,13 @@ def prepare_fake_tensors() -> None:
 
     Thread(target=register_and_stay, name="fake-tensors", daemon=True).start()
     registered.wait()
+
+
+def prepare_compilation() -> None:
+    """Make fake tensors safe (`prepare_fake_tensors`), and let Dynamo hold many graphs of one function.
+
+    Beyond its own limit of 8, Dynamo runs a function uncompiled. A network's blocks share a function, and so do the
+    batch sizes of several policies in one process.
+    """
+    prepare_fake_tensors()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)

@@ -43,8 +43,8 @@ class StageConfig:
     """Weight decay of AdamW. Vectors, such as biases and norms, have none."""
     betas: tuple[float, float] = (0.95, 0.999)
     """Decays of AdamW's first and second moment."""
-    clip_norm: float = 1.0
-    """Largest norm of the whole gradient. A longer gradient is scaled down to it."""
+    clip_norm: float | None = 1.0
+    """Largest norm of all gradients together. A longer gradient is scaled down to it. None turns clipping off."""
     ema_decay: float | None = None
     """Decay of an additional exponential moving average of the trained weights. Not in the paper
     (docs/paper.md #26)."""
@@ -73,6 +73,14 @@ class StageConfig:
         for name in ("steps", "batch_size", "log_every", "validate_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name}: expected at least 1, got {getattr(self, name)}")
+        rates = {f"learning_rate_by_part.{part}": rate for part, rate in self.learning_rate_by_part.items()}
+        for name, value in ({"learning_rate": self.learning_rate, "weight_decay": self.weight_decay} | rates).items():
+            if not value >= 0:
+                raise ValueError(f"stage.{name}: expected at least 0, got {value}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(
+                f"stage.clip_norm: expected a number above 0, or None for no clipping, got {self.clip_norm}"
+            )
         if self.keep_best and not re.fullmatch(r"(min|max):\S+", self.keep_best):
             raise ValueError(f"stage.keep_best: expected min:NAME or max:NAME, got {self.keep_best!r}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:

@@ -1,5 +1,6 @@
 """Checkpoints are written whole or not at all."""
 
+import errno
 import json
 import os
 
@@ -27,6 +28,26 @@ def test_save_keeps_the_newest_and_lists_checksums(tmp_path):
     assert newest(tmp_path).name == "step_1000005"
     assert resolve(tmp_path) == resolve(tmp_path / "step_1000005")
     verify(newest(tmp_path))
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stays_until_the_next_save(tmp_path, monkeypatch, caplog):
+    """NFS refuses to remove a folder from which another process reads."""
+    remove = checkpoint.shutil.rmtree
+
+    def refuse(path, ignore_errors=False):
+        if path.name == "step_000001":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, ignore_errors=ignore_errors)
+
+    checkpoint.save(tmp_path, 1, _files(), keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", refuse)
+        assert checkpoint.save(tmp_path, 2, _files(), keep=1) == tmp_path / "step_000002"
+    assert "step_000001: the old checkpoint could not be removed" in caplog.text
+    verify(newest(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001", "step_000002"]
+    checkpoint.save(tmp_path, 3, _files(), keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
 
 
 def test_an_unfinished_write_does_not_count(tmp_path):

@@ -18,7 +18,7 @@ from agra import api
 from agra.checkpoints.folder import newest
 from agra.data.features.online import OnlineEncoder
 from agra.data.features.preparation import open_instructions
-from agra.data.sampling.prefetch import Prefetched
+from agra.data.sampling.prefetch import Prefetched, on_device
 from agra.data.source import embodiment_stats, open_sources
 from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.samples.probe_sample import save_samples
@@ -198,6 +198,18 @@ def test_planned_memory_is_the_allocator_s(tmp_path, checkpointing):
         trainer._train_step(0, [])
         trainer._validate()
     assert torch.cuda.max_memory_allocated() == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_steps_reuse_the_memory_of_copied_batches():
+    """Each step copies its batch as the trainer does."""
+    batch, reserved = fake_batch(tiny().method, 64).pin_memory(), []
+    for _ in range(40):
+        for moved in on_device([batch], torch.device("cuda")):
+            moved.state.sum()
+        torch.cuda.synchronize()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[3]
 
 
 @pytest.mark.gpu

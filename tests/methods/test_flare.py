@@ -23,7 +23,7 @@ from agra.diagnostics.measurement import DiagnosisConfig
 from agra.diagnostics.record import read_diagnosis
 from agra.evaluation.collect import collect
 from agra.lora import LoRAConfig
-from agra.methods.flare import EncoderConfig, FLAREConfig
+from agra.methods.flare import EncoderConfig, FLAREConfig, unit_variance
 from agra.methods.method import observation_inputs
 from agra.policies.export import export
 from agra.policies.load import load_policy
@@ -39,8 +39,10 @@ from agra.recipes import (
 )
 from agra.rng import sharded_rng
 from agra.stages import Stage, StageConfig
-from agra.training.memory_estimate import measure
+from agra.training.initialization import load_initial_weights
+from agra.training.memory_estimate import fake_batch, measure
 from agra.training.parallelize import ParallelConfig
+from agra.training.trainer import Trainer
 from agra.types import Observation
 from agra.wam.action_dit import ActionDiTConfig
 from agra.wam.text import TextConfig
@@ -312,11 +314,26 @@ def test_the_targets_variance_shows_a_collapse():
     method, batch = make_method(config), random_batch(config)
     units = ByHand(method).target(batch.targets[[0, 2, 3], 0], batch.instruction)
     units = units / units.norm(dim=-1, keepdim=True)
-    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).mean() for m in range(2)) / 2
+    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).sum() / 2 for m in range(2)) / 2
     torch.testing.assert_close(method(batch).figures["target_variance"], expected, rtol=1e-4, atol=1e-5)
     collapsed = replace(batch, targets=batch.targets[:1].expand_as(batch.targets))
     assert method(collapsed).figures["target_variance"].abs() < 1e-5
     assert "target_frame_variance" not in method.eval()(batch).figures
+
+
+def test_the_targets_variance_does_not_depend_on_the_number_of_samples():
+    tokens = torch.randn(3200, 2, 5, generator=torch.Generator().manual_seed(0)) + 1
+    whole = unit_variance(tokens)
+    for count in (2, 32):
+        parts = torch.stack([unit_variance(part) for part in tokens.split(count)])
+        torch.testing.assert_close(parts.mean(), whole, rtol=0.02, atol=0)
+
+
+@torch.no_grad()
+def test_a_micro_batch_of_one_sample_has_no_variance():
+    method, batch = make_method().eval(), random_batch()
+    figures = method(batch.micro_batch(0, len(batch))).figures
+    assert set(figures) == {"alignment_cosine_gain"}
 
 
 @torch.no_grad()
@@ -326,7 +343,7 @@ def test_validation_tells_frames_from_instructions():
     assert "target_frame_variance" not in method(batch).figures
     units = ByHand(method).target(batch.targets[[0, 2, 3], 0], batch.instruction[:1].expand(3, -1, -1))
     units = units / units.norm(dim=-1, keepdim=True)
-    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).mean() for m in range(2)) / 2
+    expected = sum((units[:, m] - units[:, m].mean(0)).square().sum(-1).sum() / 2 for m in range(2)) / 2
     torch.testing.assert_close(method.eval()(batch).figures["target_frame_variance"], expected, rtol=1e-4, atol=1e-5)
     one_frame = method(replace(batch, targets=batch.targets[:1].expand_as(batch.targets))).figures
     assert one_frame["target_variance"] > 1e-4
@@ -539,6 +556,28 @@ def test_the_embeddings_head_is_dropped(trained, tmp_path):
             assert torch.equal(value, fresh[name.removeprefix("target_")])
         elif not name.startswith("encoder."):
             assert torch.equal(started[name], value)
+
+
+def test_embodiments_keep_their_rows_where_the_embeddings_head_is_kept(tmp_path):
+    """Without a target the joint stage starts from the whole embedding, with its banks of embodiments."""
+
+    def config(stage, *embodiments, target="none"):
+        method = replace(SMALL, target=target, action_dit=replace(SMALL.action_dit, num_embodiments=2))
+        steps = StageConfig(name=stage, steps=1, batch_size=2, precision="float32")
+        return RunConfig(method=method, data=DataConfig(embodiments=embodiments), stage=steps)
+
+    adapt = config(Stage.ADAPT, "x", "y")
+    Trainer(
+        adapt, adapt.method.build(), batch=lambda step: fake_batch(adapt.method, 2), validation=None,
+        output=tmp_path / "adapt", extra_files={}, loggers=(),
+    ).run()  # fmt: skip
+    swapped = config(Stage.JOINT, "y", "x")
+    with pytest.raises(ValueError, match=r"data\.embodiments: 'y' is row 0 here and row 1 in .*: x y"):
+        load_initial_weights(swapped.method.build(), tmp_path / "adapt", swapped)
+    same = config(Stage.JOINT, "x", "y")
+    load_initial_weights(same.method.build(), tmp_path / "adapt", same)
+    encoder_alone = config(Stage.JOINT, "y", "x", target="average")
+    load_initial_weights(encoder_alone.method.build(), tmp_path / "adapt", encoder_alone)
 
 
 def test_a_continued_run_keeps_head_and_projector(trained, tmp_path):

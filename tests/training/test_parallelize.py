@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from agra.checkpoints.folder import newest, verify
 from agra.checkpoints.read import load_parts, read_config
 from agra.policies.export import export
+from agra.recipes import RECIPES
+from agra.stages import Stage
 from agra.training.distributed import distributed_context, make_mesh
-from agra.training.parallelize import ParallelConfig, check_batch_size
+from agra.training.memory_estimate import fake_batch
+from agra.training.parallelize import ParallelConfig, apply, check_batch_size
 from tests.support.ranks import Launcher
 from tests.support.small import with_model
 
@@ -227,3 +230,65 @@ def test_batches_divide_into_equal_micro_batches():
         check_batch_size(32, 1, 1, 3)
     with pytest.raises(ValueError, match="is 2 samples in a micro-batch; the method needs a multiple of 4"):
         check_batch_size(32, 4, 2, 8)
+
+
+@pytest.fixture
+def capture_alone(monkeypatch):
+    """Dynamo's capture without the compiler behind it, with an error where it would give a function up."""
+    compile_ = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("capture_alone")
+def test_blocks_of_many_shapes_stay_compiled():
+    """As those of the diffusion policy's U-Net, which share one function."""
+
+    class Blocks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Block(width) for width in range(2, 12))
+
+        def blocks(self):
+            return list(self.layers)
+
+    class Block(torch.nn.Linear):
+        def __init__(self, width):
+            super().__init__(width, width)
+
+        def forward(self, x):
+            return super().forward(x) * self.in_features
+
+    method = Blocks()
+    apply(method, ParallelConfig(compile=True))
+    for block in method.blocks():
+        block(torch.ones(2, block.in_features))
+    assert torch._dynamo.config.recompile_limit > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(name for name in RECIPES if name.startswith("tiny")))
+@pytest.mark.usefixtures("capture_alone")
+def test_every_method_stays_compiled_in_training_and_validation(recipe):
+    config = RECIPES[recipe](Stage.JOINT)
+    method, batch = config.method.build(), fake_batch(config.method, 4)
+    apply(method, ParallelConfig(compile=True))
+    for _ in range(2):
+        method.train()
+        method(batch).total.backward()
+        method.eval()
+        with torch.no_grad():
+            method(batch)
+
+
+def test_a_single_process_uses_the_gpu_that_it_is_given(monkeypatch):
+    """The random numbers that each shard restores are those of torch's current device."""
+    gpu, used = torch.device("cuda", 1), []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("agra.training.distributed.local_device", lambda name: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    with distributed_context("cuda:1", shard_degree=None, deterministic=False) as context:
+        assert (context.device, used) == (gpu, [gpu])

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agra.cli.main import main
-from agra.recipes import at_stage, tiny
+from agra.recipes import at_stage, tiny, tiny_lda_scratch, tiny_vla
 from agra.stages import Stage
 from agra.training.memory_estimate import count_flops, fake_batch, fake_method, flops_per_sample, measure
 from agra.training.metrics import ThroughputMeter
 from agra.training.optimization import parameter_groups
 from agra.training.parallelize import ParallelConfig, apply, shard
-from agra.training.plan import CHECKPOINTED, Machines, lay_out, plan
+from agra.training.plan import CHECKPOINTED, Machines, describe, lay_out, plan
 from tests.support.small import make_small_config, with_objective
 
 
@@ -113,6 +113,24 @@ def test_checkpointing_keeps_less(monkeypatch):
         Machines(gpus=8, shard_degree=3)
     with pytest.raises(ValueError, match="rate: expected more than 0, got 0"):
         Machines(gpus=8, bandwidth=0)
+
+
+@pytest.mark.parametrize("recipe", [tiny_vla, tiny_lda_scratch])
+def test_teacher_features_in_the_cache_are_not_encoded_while_training(recipe):
+    """`data.cached` lists them as targets, also where they are an input."""
+    config, step_cost = recipe(), small_cost()
+    assert lay_out(config, Machines(gpus=1), [step_cost]).encoding == {}
+    config = replace(config, data=replace(config.data, cached=()))
+    result = lay_out(config, Machines(gpus=1), [step_cost])
+    assert "features" in result.encoding
+    assert "features while training" in describe(result, config, Machines(gpus=1))
+    assert "Their memory is not counted" in describe(result, config, Machines(gpus=1))
+
+
+def test_averages_of_the_weights_are_planned(small_config):
+    averaged = measure(replace(small_config, stage=replace(small_config.stage, ema_decay=0.9)))
+    assert averaged.states == small_cost().states + 4 * averaged.trained
+    assert averaged.peak(8) == small_cost().peak(8) + 4 * averaged.trained
 
 
 def test_a_wrong_number_of_gpus_is_refused_before_anything_is_counted(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,6 +113,44 @@ def test_sigterm_saves_and_the_rest_follows(small_config, make_batch, tmp_path):
     _assert_same(_weights(tmp_path / "whole"), _weights(tmp_path / "cut"))
 
 
+@pytest.fixture
+def failing_logger(monkeypatch):
+    """A logger that fails when it closes."""
+
+    @contextmanager
+    def fail(*args, **kwargs):
+        yield lambda row, pictures=None: None
+        raise ConnectionError("network is down")
+
+    monkeypatch.setattr("agra.training.trainer.open_loggers", fail)
+
+
+def test_the_last_checkpoint_is_written_before_the_loggers_close(small_config, make_batch, tmp_path, failing_logger):
+    with pytest.raises(ConnectionError):
+        make_trainer(small_config, tmp_path, make_batch).run()
+    assert newest(tmp_path).name == "step_000006"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_sigterm_during_the_last_save_does_not_end_it(small_config, make_batch, tmp_path, monkeypatch, stopped):
+    """Also where an earlier SIGTERM stopped the run."""
+    config = replace(small_config, stage=replace(small_config.stage, steps=3, save_every=10, validate_every=10))
+
+    def terminate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = make_trainer(config, tmp_path, make_batch, on_step=terminate if stopped else None)
+    save, earlier = write.save, []
+    previous = signal.signal(signal.SIGTERM, lambda *_: earlier.append(1))  # instead of the end of the tests
+    monkeypatch.setattr(write, "save", lambda *args, **kw: terminate() or save(*args, **kw))
+    try:
+        assert trainer.run() is not stopped
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not earlier
+    assert newest(tmp_path).name == ("step_000001" if stopped else "step_000003")
+
+
 def test_training_lowers_the_loss(small_config, make_batch, tmp_path):
     config = replace(small_config, stage=replace(small_config.stage, steps=60, learning_rate=3e-3))
     trainer = make_trainer(config, tmp_path, lambda config, seed: make_batch(config, seed=0), validation=False)
@@ -201,6 +240,38 @@ def test_other_settings_do_not_resume_silently(small_config, make_batch, tmp_pat
         make_trainer(other, tmp_path, make_batch).run()
 
 
+def test_settings_that_change_no_weight_may_change(small_config, make_batch, tmp_path):
+    first = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/score"))
+    trainer = make_trainer(
+        first, tmp_path, make_batch, on_step=lambda s: s == 4 and os.kill(os.getpid(), signal.SIGTERM)
+    )
+    trainer.monitors = {"probe": lambda method: {"score": 0.0}}
+    assert not trainer.run()
+    assert best(tmp_path) is not None
+    stage = replace(small_config.stage, log_every=2, validate_every=3, save_every=1, keep_checkpoints=5, keep_best="")
+    data = replace(small_config.data, path="elsewhere", cache="elsewhere/cache")
+    monitor = replace(small_config.monitor, predictions=2)
+    second = replace(small_config, stage=stage, data=data, monitor=monitor, visual_reliance=None, action_noise="random")
+    assert make_trainer(second, tmp_path, make_batch).run()
+    assert best(tmp_path) is None, "the figures of two names cannot be compared"
+    make_trainer(small_config, tmp_path / "whole", make_batch).run()
+    _assert_same(_weights(tmp_path), _weights(tmp_path / "whole"))
+
+
+def test_moved_data_must_be_the_same(small_config, make_batch, tmp_path):
+    def resumed(statistics, **places):
+        config = replace(small_config, data=replace(small_config.data, **places))
+        trainer = make_trainer(config, tmp_path, make_batch)
+        trainer.extra_files = {"norm_stats.json": lambda path: path.write_text(statistics)}
+        return trainer.run()
+
+    assert resumed("the data's", path="here")
+    assert resumed("the data's", path="there")
+    for places in ({"path": "there"}, {"path": "here", "cache": "there"}):
+        with pytest.raises(ValueError, match=r"norm_stats\.json: differs from that of the data in .*; resume with"):
+            resumed("others'", **places)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_config, make_batch, tmp_path):
     def poisoned(config, seed):
         batch = make_batch(config, seed=seed)
@@ -253,6 +324,30 @@ def test_clipping_gives_torch_s_bits(max_norm):
     assert all(torch.equal(mine.grad, other.grad) for mine, other in zip(ours, theirs, strict=True))
 
 
+def test_none_leaves_the_gradients_as_they_are():
+    layer = torch.nn.Linear(7, 5)
+    layer(torch.full((3, 7), 50.0)).square().sum().backward()
+    before = [parameter.grad.clone() for parameter in layer.parameters()]
+    assert clip_gradients(list(layer.parameters()), None) > 1
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(layer.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"clip_norm": 0.0}, r"stage\.clip_norm: expected a number above 0, or None for no clipping, got 0\.0"),
+        ({"clip_norm": -1.0}, r"stage\.clip_norm: .* got -1\.0"),
+        ({"learning_rate": -1e-3}, r"stage\.learning_rate: expected at least 0, got -0\.001"),
+        ({"learning_rate_by_part": {"bridge": -1.0}}, r"stage\.learning_rate_by_part\.bridge: expected at least 0"),
+        ({"weight_decay": -1.0}, r"stage\.weight_decay: expected at least 0, got -1\.0"),
+        ({"weight_decay": float("nan")}, r"stage\.weight_decay: expected at least 0, got nan"),
+    ],
+)
+def test_settings_that_would_train_backwards_are_refused(changes, problem):
+    with pytest.raises(ValueError, match=problem):
+        StageConfig(**changes)
+
+
 def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
     """Six steps, validated at 2, 4 and 6, keeping one checkpoint: the best figure comes at step 2."""
     figures = {2: 5.0, 4: 1.0, 6: 3.0}
@@ -294,7 +389,7 @@ def test_a_stage_starts_from_the_best_checkpoint(small_config, make_batch, tmp_p
         assert torch.equal(value, weights[f"bridge.{name}"]), name
     later.run()
     record_origin(tmp_path / "later", tmp_path / "run" / "best")
-    assert json.loads((tmp_path / "later" / "origin.json").read_text()) == {"init": "../run/step_000002"}
+    assert json.loads((tmp_path / "later" / "origin.json").read_text()) == {"init": "../run/step_000002", "head": None}
     assert [stage.config for stage in lineage(tmp_path / "later")] == [config, small_config]
     with pytest.raises(FileNotFoundError, match="later/best: the run has no best checkpoint"):
         load_initial_weights(trainer.method, tmp_path / "later" / "best", small_config)
@@ -315,8 +410,30 @@ def test_a_figure_that_is_not_logged_is_named(small_config, make_batch, tmp_path
         ValueError, match=r"no figure is logged as 'validation/score'; choose one of validation/action_loss"
     ):
         make_trainer(config, tmp_path, make_batch).run()
+    assert newest(tmp_path).name == "step_000003", "the steps until then are not lost"
     with pytest.raises(ValueError, match="expected min:NAME or max:NAME"):
         replace(small_config.stage, keep_best="validation/loss")
+
+
+def test_a_best_checkpoint_needs_a_validation(small_config, make_batch, tmp_path):
+    config = replace(small_config, stage=replace(small_config.stage, keep_best="min:validation/action_loss"))
+    with pytest.raises(ValueError, match=r"stage\.keep_best: .* neither held-out windows nor monitors"):
+        make_trainer(config, tmp_path, make_batch, validation=False)
+
+
+def test_a_figure_that_depends_on_the_micro_batches_chooses_no_checkpoint(small_config, make_batch, tmp_path):
+    stage = replace(small_config.stage, keep_best="max:validation/alignment_cosine_gain")
+    with pytest.raises(ValueError, match=r"depends on .* a micro-batch; choose min:validation/alignment_loss"):
+        make_trainer(replace(small_config, stage=stage), tmp_path, make_batch)
+
+
+def test_a_validation_may_leave_out_a_figure_that_an_earlier_one_had(small_config, make_batch, tmp_path):
+    figures = {2: {"ratio": 2.0}, 4: {"other": 0.0}, 6: {"ratio": 1.0}}
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="min:probe/ratio"))
+    trainer = make_trainer(config, tmp_path, make_batch)
+    trainer.monitors = {"probe": lambda method: figures[trainer.step]}
+    assert trainer.run()
+    assert best(tmp_path) == (tmp_path / "step_000006", 1.0)
 
 
 def test_a_checkpoint_written_late_still_names_its_own_step(small_config, make_batch, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agra.recipes import tiny
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoOutput
 
@@ -161,3 +162,21 @@ def test_text_attention_is_that_of_the_conditioning_pass(wam, small_config, make
     assert attention[2].shape == (4, *small_config.method.model.token_grid, 5)
     torch.testing.assert_close(attention[2].sum(-1), torch.ones(4, *small_config.method.model.token_grid))
     assert calls[0][1][:, 1:].eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_frames": 9}, r"\(3, 4, 7\) of frame_size \(64, 112\) and num_frames 9, or None, got \(2, 4, 7\)"),
+        (
+            {"frame_size": (64, 128)},
+            r"\(2, 4, 8\) of frame_size \(64, 128\) and num_frames 5, or None, got \(2, 4, 7\)",
+        ),
+        ({"bridge": {"position_grid": (1, 1, 1)}}, r"\(2, 4, 7\) .*, got \(1, 1, 1\)"),
+    ],
+)
+def test_positions_of_another_grid_are_refused(changes, expected):
+    model = tiny().method.model
+    bridge = replace(model.bridge, **changes.get("bridge", {}))
+    with pytest.raises(ValueError, match=rf"bridge\.position_grid: expected the token grid {expected}"):
+        replace(model, **(changes | {"bridge": bridge}))

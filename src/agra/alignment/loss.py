@@ -137,8 +137,8 @@ def cosine_gain(
 ) -> Float[Tensor, ""]:
     """Return the mean cosine minus that of a constant prediction, the batch mean of the targets at each position.
 
-    In a static scene the constant prediction already reaches a cosine of about 0.9, so the loss alone says little. Not
-    in the paper.
+    In a static scene the constant prediction already reaches a cosine of about 0.9, so the loss alone says little. The
+    gain of a small batch is lower, since its mean is nearer to its samples. Not in the paper.
     """
     constant = targets.mean(dim=0, keepdim=True).expand_as(targets)
     return -alignment_loss(projected, targets) - cosine(constant, targets).mean()

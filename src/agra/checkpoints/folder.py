@@ -29,6 +29,8 @@ from agra import files
 BUNDLED = Path(__file__).parent.parent / "assets"
 """The folder of the bundled policies, which are exports by name."""
 ADAPTERS, OPTIMIZER = "lora.safetensors", "optimizer.safetensors"
+BEST = "best.json"
+"""File of a run's folder with the best checkpoint by `stage.keep_best`."""
 READ = ("*.safetensors", "sharded/*.safetensors", "norm_stats.json", "recorded_sizes.json", "trainer.json")
 """Patterns of the files that readers open. The manifest must list these files."""
 REMEDY = "take it from its source again"
@@ -47,7 +49,7 @@ def newest(run: Path) -> Path | None:
 
 def best(run: Path) -> tuple[Path, float] | None:
     """Return the best checkpoint by `stage.keep_best` and its figure, or None where the run has none."""
-    path = run / "best.json"
+    path = run / BEST
     if not path.is_file():
         return None
     record = json.loads(path.read_text())
@@ -56,7 +58,7 @@ def best(run: Path) -> tuple[Path, float] | None:
 
 def note_best(run: Path, step: int, value: float) -> None:
     """Record that a saved checkpoint is the best so far."""
-    files.write_text(run / "best.json", json.dumps({"step": step, "value": value}) + "\n")
+    files.write_text(run / BEST, json.dumps({"step": step, "value": value}) + "\n")
 
 
 def find(name: str | Path) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agra import files
-from agra.checkpoints.folder import artifact_dir, find, read_object, resolve
+from agra.checkpoints.folder import artifact_dir, find, newest, read_object, resolve
 from agra.checkpoints.read import config_of, read_config
 from agra.config import RunConfig
 from agra.stages import Stage, StageConfig
@@ -29,15 +29,57 @@ class TrainedStage:
     checkpoint: Path | None = None
 
 
-def record_origin(run: Path, init_from: str | Path | None) -> None:
-    """Write a run's starting point into its folder: a hub id, or a relative path, so that both folders can move
-    together.
+def record_origin(run: Path, init_from: str | Path | None, head: str | Path | None = None) -> None:
+    """Write a run's starting point and the model of its action head into its folder.
+
+    Each is a hub id, or a relative path, so that both folders can move together.
     """
-    origin = None
-    if init_from is not None:
-        path = find(init_from)
-        origin = os.path.relpath(path, run) if path.is_dir() else str(init_from)
-    files.write_text(run / "origin.json", json.dumps({"init": origin}) + "\n")
+    origin = {"init": _place(run, init_from), "head": _place(run, head)}
+    files.write_text(run / "origin.json", json.dumps(origin) + "\n")
+
+
+def check_origin(run: Path, init_from: str | Path | None, head: str | Path | None) -> None:
+    """Compare the given starting point of a resumed run with the recorded one. None agrees with any.
+
+    Runs of earlier versions recorded no head. Raises ValueError where they differ.
+    """
+    path = run / "origin.json"
+    recorded = read_object(path) if path.is_file() else {}
+    for key, flag, given in (("init", "--init-from", init_from), ("head", "--head", head)):
+        if given is not None and key in recorded and not _same(run, recorded[key], given):
+            raise ValueError(
+                f"{flag} {given}: {run} is resumed, and it started from {recorded[key] or 'fresh weights'}; leave {flag} "
+                "out, or choose another output folder for a new run"
+            )
+
+
+def _place(run: Path, source: str | Path | None) -> str | None:
+    """Return a folder's path from `run`, through no symbolic link, or a hub id as it is."""
+    if source is None:
+        return None
+    path = find(source)
+    return os.path.relpath(path.resolve(), run.resolve()) if path.is_dir() else str(source)
+
+
+def _same(run: Path, recorded: str | None, given: str | Path) -> bool:
+    """Compare a recorded place with a given one. A run's folder is the same as that of its newest checkpoint.
+
+    A recorded folder that is gone, such as one that did not move with the run, is compared by its name.
+    """
+    if recorded is None:
+        return False
+    there, here = run / recorded, find(given)
+    if not here.is_dir() and str(given) == recorded:
+        return True
+    # Earlier versions recorded the path between two names, of which a symbolic link may have been a part.
+    readings = [there, Path(os.path.abspath(there))]
+    if here.is_dir() and not any(place.is_dir() for place in readings):
+        return here.name == Path(recorded).name
+    return _checkpoint(here) in map(_checkpoint, readings)
+
+
+def _checkpoint(place: Path) -> Path:
+    return (newest(place) or place).resolve()
 
 
 def lineage(policy: str | Path) -> list[TrainedStage]:

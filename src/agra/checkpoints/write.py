@@ -1,6 +1,7 @@
 """Atomic writing of checkpoints by one process. `agra.checkpoints.folder` describes their layout."""
 
 import json
+import logging
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -13,6 +14,8 @@ from agra import files
 from agra.checkpoints.folder import STEP, best, newest
 from agra.checkpoints.migration import current_name
 from agra.weights import read_tensors
+
+log = logging.getLogger("agra.checkpoints")
 
 Writers = Mapping[str, Callable[[Path], object]]
 """File names and the functions that write the files at a given path."""
@@ -57,7 +60,8 @@ def unwritten(run: Path, step: int, cause: BaseException) -> OSError:
 def commit(temporary: Path, run: Path, step: int, manifest: Mapping[str, str], *, keep: int) -> Path:
     """Add the manifest (name to sha256) to a step's files and rename their folder.
 
-    Afterwards all checkpoints but the newest `keep` and the best are removed.
+    Afterwards all checkpoints but the newest `keep` and the best are removed. One that cannot be removed, for example
+    because another process reads it over NFS, is logged and left for the next commit.
     """
     target = run / f"step_{step:06d}"
     files.write_text(temporary / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -69,7 +73,12 @@ def commit(temporary: Path, run: Path, step: int, manifest: Mapping[str, str], *
     best_checkpoint = best(run)
     for earlier in finished[:-keep]:
         if best_checkpoint is None or earlier != best_checkpoint[0]:
-            shutil.rmtree(earlier)
+            try:
+                shutil.rmtree(earlier)
+            except OSError as error:
+                log.warning(
+                    "%s: the old checkpoint could not be removed (%s); the next save tries again", earlier, error
+                )
     return target
 
 

@@ -314,6 +314,7 @@ class FLARE(Method):
         In a batch without targets the first sample stands in, with weight 0, so that all processes run the same
         operations. The figures are the cosine's gain over the mean target, and the targets' variance (`unit_variance`).
         Validation adds the variance of the averaged encoder's targets under one instruction, which frames alone cause.
+        A micro-batch of one sample has no variance, so its figures leave both out.
         """
         assert self.projector is not None
         rows: Any = slice(None)
@@ -322,12 +323,12 @@ class FLARE(Method):
         target = self.targets(batch, rows)
         predicted = self.projector(future.unflatten(0, (-1, self.config.action_draws))[rows])
         expanded = target[:, None].expand_as(predicted)  # R draws M P
-        scale = _num_targets(batch) / denominator
-        figures = {
-            "alignment_cosine_gain": cosine_gain([predicted], expanded).detach() * scale,
-            "target_variance": unit_variance(target) * scale,
-        }
-        if self.target_encoder is not None and not self.training:
+        scale = batch.num_targets / denominator
+        figures = {"alignment_cosine_gain": cosine_gain([predicted], expanded).detach() * scale}
+        several = len(batch) > 1  # and not `target`, whose length differs between the micro-batches of a step
+        if several:
+            figures["target_variance"] = unit_variance(target) * scale
+        if several and self.target_encoder is not None and not self.training:
             assert batch.instruction is not None
             one = replace(batch, instruction=batch.instruction[:1].expand_as(batch.instruction))
             figures["target_frame_variance"] = unit_variance(self.targets(one, rows)) * scale
@@ -345,11 +346,11 @@ class FLARE(Method):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Count the actions to learn and the samples with targets."""
-        return super().counts(batch) | {"targets": float(_num_targets(batch))}
+        return super().counts(batch) | {"targets": float(batch.num_targets)}
 
     def denominators(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss denominators of a whole step. Every one is at least 1."""
-        targets = torch.full((), max(1, _num_targets(batch)), device=batch.state.device)
+        targets = torch.full((), max(1, batch.num_targets), device=batch.state.device)
         return {"actions": batch.action_mask.sum().clamp(min=1), "targets": targets}
 
     # --- acting and instruments ---------------------------------------------------------------------------------------
@@ -436,10 +437,9 @@ class FLARE(Method):
 
 
 def unit_variance(tokens: Float[Tensor, "R M P"]) -> Float[Tensor, ""]:
-    """Return the variance over R samples of tokens of length 1: from 0, all equal, to 1. Averaged over the M tokens."""
-    return 1 - F.normalize(tokens.float(), dim=-1).mean(dim=0).square().sum(dim=-1).mean()
+    """Estimate the variance of tokens of length 1 from R samples: from 0, all equal, to 1. Averaged over the M tokens.
 
-
-def _num_targets(batch: Batch) -> int:
-    """The number of samples with targets."""
-    return len(batch) if batch.target_rows is None else len(batch.target_rows)
+    The estimate does not depend on R in expectation. One sample gives 0.
+    """
+    within = 1 - F.normalize(tokens.float(), dim=-1).mean(dim=0).square().sum(dim=-1).mean()
+    return within * len(tokens) / max(1, len(tokens) - 1)

@@ -373,7 +373,7 @@ class WAMMethod(Method):
 
         Both are scaled by the number of these samples over `denominator`.
         """
-        pairs, scale = self.aligned_pairs(batch, hidden), _num_targets(batch) / denominator
+        pairs, scale = self.aligned_pairs(batch, hidden), batch.num_targets / denominator
         loss = torch.stack([alignment_loss(projected, targets) for projected, targets in pairs]).mean()
         gain = torch.stack([cosine_gain(projected, targets) for projected, targets in pairs]).mean().detach()
         return loss * scale, gain * scale
@@ -409,11 +409,11 @@ class WAMMethod(Method):
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Count the actions to learn and the samples with targets."""
-        return super().counts(batch) | {"targets": float(_num_targets(batch))}
+        return super().counts(batch) | {"targets": float(batch.num_targets)}
 
     def denominators(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss denominators of a whole step, on its device. Every one is at least 1."""
-        targets = torch.full((), max(1, _num_targets(batch)), device=batch.state.device)
+        targets = torch.full((), max(1, batch.num_targets), device=batch.state.device)
         return {"actions": batch.action_mask.sum().clamp(min=1), "targets": targets}
 
     def _noise_levels(self, count: int) -> Float[Tensor, "count"]:
@@ -571,8 +571,3 @@ class WAMMethod(Method):
         assert inputs.latents is not None
         assert inputs.instruction is not None
         return self.wam.text_attention(inputs.latents, noise["video"], inputs.instruction, layers=layers)
-
-
-def _num_targets(batch: Batch) -> int:
-    """The number of samples with targets."""
-    return len(batch) if batch.target_rows is None else len(batch.target_rows)

@@ -70,7 +70,7 @@ def distributed_context(device: str, *, shard_degree: int | None, deterministic:
         if world_size == 1:
             if (shard_degree or 1) > 1:
                 raise ValueError(_too_few(shard_degree, 1))
-            yield DistributedContext(device=local_device(device))
+            yield DistributedContext(device=_use(device))
         else:
             with _process_group(device, shard_degree, world_size) as context:
                 yield context
@@ -78,13 +78,17 @@ def distributed_context(device: str, *, shard_degree: int | None, deterministic:
 
 @contextmanager
 def stop_signals() -> Iterator[Sequence[int]]:
-    """Collect SIGINT and SIGTERM in the list inside this context instead of raising. A second one acts as usual."""
+    """Collect SIGINT and SIGTERM in the list inside this context instead of raising. A second SIGINT acts as usual.
+
+    Later SIGTERMs are collected too: a launcher may repeat the scheduler's while the checkpoint is written.
+    """
     received: list[int] = []
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[signal.SIGINT])
 
     for number in previous:
         signal.signal(number, handle)
@@ -111,15 +115,21 @@ def make_mesh(device_type: str, shard_degree: int | None, world_size: int) -> De
 
 @contextmanager
 def _process_group(device: str, shard_degree: int | None, world_size: int) -> Iterator[DistributedContext]:
-    local = local_device(device)
-    if local.type == "cuda":
-        torch.cuda.set_device(local)
+    local = _use(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo")
     try:
         mesh = make_mesh(local.type, shard_degree, world_size)
         yield DistributedContext(rank=dist.get_rank(), world_size=world_size, device=local, mesh=mesh)
     finally:
         dist.destroy_process_group()
+
+
+def _use(device: str) -> torch.device:
+    """Make this process's device the current one, whose random numbers `agra.rng` stores."""
+    local = local_device(device)
+    if local.type == "cuda":
+        torch.cuda.set_device(local)
+    return local
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from agra.config import RunConfig
 from agra.data.features.preparation import target_limit
 from agra.data.source import Source
 from agra.methods.method import MethodConfig
-from agra.training.memory_estimate import encoding_flops_per_sample, feature_width, flops_per_sample
+from agra.training.memory_estimate import cached_name, encoding_flops_per_sample, feature_width, flops_per_sample
 from agra.wam.codec import latent_shape
 
 
@@ -42,15 +42,11 @@ def encoding_costs(config: RunConfig, sources: Sequence[Source]) -> list[Encodin
     encoding, step = encoding_flops_per_sample(method), flops_per_sample(config)
     costs = []
     for name, flops in encoding.items():
-        store = "targets" if name == "features" else name
+        store = cached_name(name)
         limits = [target_limit(method, config.data, source) if store == "targets" else None for source in sources]
         steps = sum(_steps(source, limit) for source, limit in zip(sources, limits, strict=True))
         bytes_per_step = 2 * _values(method, name) + 4  # float16 and a checksum
-        online = sum(
-            encoding[other]
-            for other in encoding
-            if other == name or ("targets" if other == "features" else other) not in cached
-        )
+        online = sum(encoding[other] for other in encoding if other == name or cached_name(other) not in cached)
         costs.append(
             EncodingCost(
                 feature=name,
@@ -65,7 +61,7 @@ def encoding_costs(config: RunConfig, sources: Sequence[Source]) -> list[Encodin
 
 def _values(method: MethodConfig, feature: str) -> int:
     """Return the count of numbers that the cache holds for a control step."""
-    if feature in ("targets", "features"):
+    if cached_name(feature) == "targets":
         return math.prod(method.shapes.feature_grid) * feature_width(method)
     assert method.codec is not None
     frames = method.needs().clip if feature == "latents" else 1

@@ -9,6 +9,7 @@ from agra.config import RunConfig
 from agra.lora import merged
 from agra.methods.method import Method
 from agra.stages import Stage
+from agra.wam.action_dit import EmbodimentLinear
 
 
 @runtime_checkable
@@ -25,7 +26,8 @@ def load_initial_weights(method: Method, source: str | Path, config: RunConfig) 
 
     A checkpoint of `adapt` gives the parts that it trained. One of `joint` or `finetune` gives every part that both
     methods have and whose weights fit (`Method.shared_parts`). Other parts stay fresh. Adapters of the earlier stage
-    are merged. Raises ValueError where the checkpoint does not fit this stage.
+    are merged. Raises ValueError where the checkpoint does not fit this stage, or where an embodiment has another row
+    in the loaded embodiment banks.
     """
     folder = find(source)
     if not _is_checkpoint(folder):
@@ -48,10 +50,12 @@ def load_initial_weights(method: Method, source: str | Path, config: RunConfig) 
     elif config.stage.name is Stage.ADAPT:
         raise ValueError(f"{path}: a {earlier.stage.name} checkpoint does not start an adapt stage")
     else:
-        _check_embodiments(earlier.data.embodiments, config.data.embodiments, path)
         loaded = {part: module for part, module in parts.items() if part in stored}
     with merged(loaded, earlier.stage.lora, leave_out=method.always_frozen()):
-        load_parts(method.shared_parts(loaded, earlier.method), path)
+        shared = method.shared_parts(loaded, earlier.method)
+        if any(isinstance(module, EmbodimentLinear) for part in shared.values() for module in part.modules()):
+            _check_embodiments(earlier.data.embodiments, config.data.embodiments, path)
+        load_parts(shared, path)
 
 
 def _is_checkpoint(folder: Path) -> bool:

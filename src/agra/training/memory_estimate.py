@@ -55,6 +55,8 @@ class StepCost:
     """Number of parameters of each part of the method."""
     trained: int
     """Number of parameters that this stage trains."""
+    averages: bool
+    """True where the optimiser's state holds an average of every trained parameter too (`stage.ema_decay`)."""
     largest_block: int
     """Parameters of the largest block. It is gathered whole while it runs."""
     root: int
@@ -77,8 +79,8 @@ class StepCost:
 
     @property
     def states(self) -> int:
-        """Bytes of parameters and AdamW's state."""
-        return 4 * (sum(self.parameters.values()) + 2 * self.trained)
+        """Bytes of parameters and of the optimiser's state: AdamW's two moments, and the averages."""
+        return 4 * (sum(self.parameters.values()) + (2 + self.averages) * self.trained)
 
     def peak(self, samples: int) -> int:
         """Return the bytes of a single process with `samples` in flight, at the fullest moment of a step or a
@@ -111,6 +113,7 @@ def measure(config: RunConfig, *, activation_checkpointing: float = 0.0, gather_
             checkpointed=activation_checkpointing,
             parameters={name: _count(part) for name, part in method.parts().items()},
             trained=trained,
+            averages=config.stage.ema_decay is not None,
             largest_block=max((_count(block) for block in method.blocks()), default=0),
             root=root,
             gathered=two.gathered + root,
@@ -148,6 +151,14 @@ def encoding_flops_per_sample(config: MethodConfig) -> dict[str, float]:
         if teacher is not None and frames:
             flops[name] = len(frames) * teacher_shape(teacher).flops
     return flops
+
+
+def cached_name(feature: str) -> str:
+    """Return the name under which `data.cached` lists a feature of `encoding_flops_per_sample`.
+
+    The teacher's features are one entry, as an input and as a target.
+    """
+    return "targets" if feature == "features" else feature
 
 
 def _codec_flops(codec: CodecConfig, config: MethodConfig, num_frames: int) -> float:

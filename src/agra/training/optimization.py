@@ -61,14 +61,14 @@ def parameter_groups(method: Method, stage: StageConfig) -> Iterator[dict]:
                 }
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
     """Scale the gradients to a total norm of at most `max_norm`, over all processes. Returns the norm before.
 
-    A norm that is not finite leaves the gradients as they are.
+    None, or a norm that is not finite, leaves the gradients as they are.
     """
     total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = _whole(total).item()
-    if math.isfinite(norm):
+    if max_norm is not None and math.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return norm
 

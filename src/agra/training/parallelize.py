@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agra.lora import attach
 from agra.methods.method import Method
-from agra.precision import prepare_fake_tensors
+from agra.precision import prepare_compilation
 from agra.stages import StageConfig
 from agra.training.distributed import DistributedContext
 from agra.training.optimization import freeze
@@ -131,7 +131,7 @@ def apply(method: Method, parallel: ParallelConfig, device: torch.device | None 
     on_gpu = device is not None and device.type == "cuda"
     compiles = on_gpu if parallel.compile is None else parallel.compile
     if compiles:
-        prepare_fake_tensors()
+        prepare_compilation()
     for index, block in enumerate(method.blocks()):
         if compiles:
             block.forward = torch.compile(block.forward)

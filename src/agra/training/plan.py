@@ -1,7 +1,7 @@
 """Memory, FLOPs, time and cost of a run before its launch.
 
 A step and a validation are counted on fake tensors (`agra.training.memory_estimate`) and laid out on the machines. Two
-numbers are assumptions: the fraction of a GPU's peak that a step reaches, and the rate of communication.
+numbers are assumptions: a step's fraction of a GPU's peak, and the rate of communication. Encoders' memory is left out.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from agra.config import RunConfig
-from agra.training.memory_estimate import StepCost, encoding_flops_per_sample, measure
+from agra.training.memory_estimate import StepCost, cached_name, encoding_flops_per_sample, measure
 from agra.training.parallelize import check_batch_size
 
 PEAK_FLOPS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
@@ -141,10 +141,9 @@ def lay_out(config: RunConfig, machines: Machines, counted: Sequence[StepCost]) 
     _check_gpus(config, machines)
     local, counts = config.stage.batch_size // machines.gpus, _accumulation_steps(config, machines)
     all_flops = encoding_flops_per_sample(config.method)
-    encoding = {name: flops for name, flops in all_flops.items() if name not in config.data.cached}
-    layouts = tuple(
-        _layout(step_cost, local, counts, machines, encoding=sum(encoding.values())) for step_cost in counted
-    )
+    encoding = {name: flops for name, flops in all_flops.items() if cached_name(name) not in config.data.cached}
+    total = sum(encoding.values())
+    layouts = tuple(_layout(step_cost, local, counts, machines, encoding=total) for step_cost in counted)
     best = min(layouts, key=lambda layout: layout.seconds)
     validations = 1 + config.stage.steps // config.stage.validate_every
     hours = (best.seconds * config.stage.steps + best.validation_seconds * validations) / 3600
@@ -287,9 +286,10 @@ def describe(result: Plan, config: RunConfig, machines: Machines) -> str:
 def _describe_encoding(result: Plan) -> str:
     if not result.encoding:
         return ""
-    flops = sum(result.encoding.values())
+    flops, names = sum(result.encoding.values()), " and ".join(result.encoding)
     fraction = flops / (flops + result.step_cost.flops_per_sample)
-    return f", and {flops / 1e12:.3g} for encoding {' and '.join(result.encoding)} while training: {fraction:.0%} of a step"
+    text = f", and {flops / 1e12:.3g} for encoding {names} while training: {fraction:.0%} of a step"
+    return text + ". Their memory is not counted"
 
 
 def _hours(result: Plan, config: RunConfig, machines: Machines, utilisation: float) -> float:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from agra import files
 from agra.batch import Batch
 from agra.checkpoints import distributed_checkpoint, write
-from agra.checkpoints.folder import ADAPTERS, OPTIMIZER, best, newest, note_best, verify
+from agra.checkpoints.folder import ADAPTERS, BEST, OPTIMIZER, best, newest, note_best, verify
 from agra.checkpoints.read import load_parts, part_tensors, read_config, read_shards, stored_names
 from agra.config import RunConfig, first_difference
 from agra.data.sampling.prefetch import on_device
@@ -77,12 +78,24 @@ class Trainer:
         self.output, self.extra_files = output, extra_files
         self.loggers = loggers
         self.meter = meter or ThroughputMeter(device=self.context.device)
+        if self.stage.keep_best and validation is None and not self.monitors:
+            raise ValueError(
+                f"stage.keep_best: {self.stage.keep_best!r} needs a validation, and there are neither held-out windows "
+                "nor monitors; raise data.validation_fraction, turn a monitor on, or leave keep_best empty"
+            )
+        if self.stage.keep_best.endswith("alignment_cosine_gain"):
+            raise ValueError(
+                "stage.keep_best: alignment_cosine_gain depends on the number of samples in a micro-batch; choose "
+                "min:validation/alignment_loss"
+            )
         freeze(self.method, self.stage)
         groups = list(parameter_groups(self.method, self.stage))
         self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, fused=True)
         self.names = trained_names(self.method)
         self.step, self.saved = 0, -1
         self._held_out: list[MicroBatch] | None = None
+        self._best_is_known = False
+        """Whether a validation of this process has logged the figure of `keep_best`."""
         self.stopped_by: int | None = None
         """The signal that ended `run` early."""
         self._pending: distributed_checkpoint.PendingSave | None = None
@@ -93,8 +106,8 @@ class Trainer:
         """Train to the end, from the newest checkpoint if there is one. Returns False if SIGTERM stopped it early.
 
         After SIGTERM or SIGINT to any process, all processes finish the present step and save. SIGINT then raises
-        KeyboardInterrupt. A loss or gradient that is not finite raises ValueError and leaves the last checkpoint as it
-        is.
+        KeyboardInterrupt, and a second SIGINT at once. A loss or gradient that is not finite raises ValueError and
+        leaves the last checkpoint as it is.
         """
         self._resume()
         try:
@@ -111,7 +124,9 @@ class Trainer:
                     if self.step % self.stage.save_every == 0 and self.step < self.stage.steps:
                         self.save()
                     advance(self.step, row["loss"])
-            self.save()
+                # Before the loggers close, which may fail or hang, and while signals are still collected.
+                self.save()
+                self._finish_save()
         finally:
             self._finish_save()
         done = self.step >= self.stage.steps
@@ -168,11 +183,15 @@ class Trainer:
             return
         verify(folder, part=self.context.rank, parts=self.context.world_size)
         saved = read_config(folder)
-        if saved != self.config:
+        if (difference := first_difference(saved, self.config)) is not None:
             raise ValueError(
-                f"{folder}: made by another config ({first_difference(saved, self.config)}); choose another output "
-                "folder, or resume with the same settings"
+                f"{folder}: made by another config ({difference}); choose another output folder, or resume with the "
+                "same settings"
             )
+        if (saved.data.path, saved.data.cache) != (self.config.data.path, self.config.data.cache):
+            self._check_moved_data(folder)
+        if saved.stage.keep_best != self.stage.keep_best and self.context.is_main:
+            (self.output / BEST).unlink(missing_ok=True)  # of another figure
         if self.context.mesh is None and not (folder / "sharded").is_dir():
             load_parts(self.method.parts(), folder)
             write.load_optimizer(self.optimizer, folder / OPTIMIZER, self.names)
@@ -181,6 +200,21 @@ class Trainer:
             write.make_optimizer_state(self.optimizer, stored_names(stored), self.names)
             read_shards(self._tensors(), stored, self._saving)
         self.step = self.saved = json.loads((folder / "trainer.json").read_text())["step"]
+
+    def _check_moved_data(self, folder: Path) -> None:
+        """Compare what the data determine in a checkpoint, such as their statistics, with what they determine now.
+
+        Raises ValueError for other data.
+        """
+        with TemporaryDirectory() as temporary:
+            for name, write_file in self.extra_files.items():
+                path, stored = Path(temporary) / name, folder / name
+                write_file(path)
+                if stored.is_file() and files.sha256(path) != files.sha256(stored):
+                    raise ValueError(
+                        f"{stored}: differs from that of the data in {self.config.data.path} and the cache "
+                        f"{self.config.data.cache}; resume with the data and features that the run started with"
+                    )
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -309,16 +343,23 @@ class Trainer:
     def _keep_best(self, figures: Mapping[str, float]) -> None:
         """Save a checkpoint where the figure of `keep_best` is the best so far.
 
-        Raises ValueError where it is not logged.
+        A validation may leave the figure out where an earlier one had it, as monitors do with a ratio that is not
+        finite. Otherwise its absence saves a checkpoint and raises ValueError.
         """
         if not self.stage.keep_best:
             return
         direction, name = self.stage.keep_best.split(":", 1)
+        earlier = best(self.output)
         if name not in figures:
+            if self._best_is_known or earlier is not None:
+                return
+            self.save()
+            self._finish_save()
             raise ValueError(
                 f"stage.keep_best: no figure is logged as {name!r}; choose one of {', '.join(sorted(figures))}"
             )
-        value, earlier = figures[name], best(self.output)
+        self._best_is_known = True
+        value = figures[name]
         if not math.isfinite(value) or (
             earlier and (value >= earlier[1] if direction == "min" else value <= earlier[1])
         ):
@@ -332,8 +373,9 @@ class Trainer:
     def _validate(self) -> tuple[dict[str, float], Pictures]:
         """Compute the losses of held-out windows, always with the same noise, and the monitors' figures and pictures.
 
-        The windows are spread over processes and micro-batches as a step's are. The values are therefore the same for
-        any spread, and the memory is that of a micro-batch without gradients.
+        The windows are spread over processes and micro-batches as a step's are. The losses are therefore the same for
+        any spread, and the memory is that of a micro-batch without gradients. `alignment_cosine_gain` compares with the
+        mean of a micro-batch, so it depends on the spread. FLARE's `target_variance` agrees in expectation.
         """
         figures: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from agra.flow import Predict, continue_chunk, euler
-from agra.precision import prepare_fake_tensors
+from agra.precision import prepare_compilation
 from agra.wam.action_dit import SubBlock
 from agra.wam.model import WAM
 from agra.wam.video_dit import VideoBlock
@@ -28,8 +28,6 @@ from agra.wam.video_dit import VideoBlock
 KeysValues = tuple[Tensor, Tensor]
 BATCH_SIZES = (1, 2, 4, 8, 16)
 """Batch sizes of compiled inference. Other batches are padded to the next size, so that few graphs are compiled."""
-_RECOMPILE_LIMIT = 64
-"""Number of graphs of one function that Dynamo may hold: all batch sizes of several policies in one process."""
 
 
 def padded_size(count: int) -> int:
@@ -78,8 +76,7 @@ class FastWAM:
     def compile(self) -> None:
         """Compile the three parts at their first call of each batch size. Without `compiled` do nothing."""
         if self.compiled:
-            prepare_fake_tensors()
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+            prepare_compilation()
             options: Any = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
             self._parts = {name: torch.compile(part, **options) for name, part in self._parts.items()}
 

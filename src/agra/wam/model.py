@@ -65,6 +65,11 @@ class WAMConfig:
                 f"video_dit.max_size: {video.max_size} is too small for the token grid {self.token_grid}; its largest "
                 f"side may be {largest}"
             )
+        if bridge.position_grid not in (None, self.token_grid):
+            raise ValueError(
+                f"bridge.position_grid: expected the token grid {self.token_grid} of frame_size {self.frame_size} and "
+                f"num_frames {self.num_frames}, or None, got {bridge.position_grid}"
+            )
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

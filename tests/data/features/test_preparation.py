@@ -22,7 +22,10 @@ from agra.types import Embodiment, Episode
 from tests.support.full_disk import file_size_limit
 
 ROBOT = Embodiment(name="tabletop", state_names=tuple("abcdefghijkl"), action_names=tuple("abcdefghijkl"))
-FLAGS = ("--method.model.frame-size", "32", "48", "--method.alignment.teacher.input-size", "28", "42")
+FLAGS = (
+    *("--method.model.frame-size", "32", "48", "--method.model.bridge.position-grid", "2", "2", "3"),
+    *("--method.alignment.teacher.input-size", "28", "42"),
+)
 
 
 def make_episode(index: int, length: int) -> Episode:
@@ -50,7 +53,7 @@ def config_of(dataset: Path, cache: Path):
     teacher = replace(method.alignment.teacher, input_size=(28, 42))
     method = replace(
         method,
-        model=replace(method.model, frame_size=(32, 48)),
+        model=replace(method.model, frame_size=(32, 48), bridge=replace(method.model.bridge, position_grid=(2, 2, 3))),
         alignment=replace(method.alignment, teacher=teacher),
     )
     data = DataConfig(path=str(dataset), cache=str(cache), frame_stride=4, target_steps=4)

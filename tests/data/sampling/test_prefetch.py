@@ -1,7 +1,9 @@
 import threading
 
 import pytest
+import torch
 
+from agra.data.sampling import prefetch
 from agra.data.sampling.prefetch import Prefetched
 
 
@@ -43,3 +45,14 @@ def test_an_error_is_raised_by_its_own_step():
         with pytest.raises(ValueError, match=r"file-000\.parquet: damaged"):
             batches(1)
         assert batches(2) == 2
+
+
+def test_all_copies_to_a_device_share_a_stream(monkeypatch):
+    """The allocator keeps freed memory for each stream. `tests/device/test_gpu.py` measures it."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    prefetch._copy_stream.cache_clear()
+    try:
+        first, second = (prefetch._copy_stream(torch.device("cuda", index)) for index in (0, 1))
+        assert prefetch._copy_stream(torch.device("cuda:0")) is first is not second
+    finally:
+        prefetch._copy_stream.cache_clear()

@@ -55,6 +55,7 @@ class Method:
     state_dim: int = 4
     action_dim: int = 5
     states: tuple[int, ...] = ()
+    batch_multiple: int = 1
 
     @property
     def shapes(self) -> Shapes:
@@ -267,6 +268,29 @@ def test_validation_windows(parts):
     assert torch.equal(torch.stack([share.latents for share in shares], 1).flatten(0, 1), batch.latents)
     with pytest.raises(ValueError, match="validation needs held-out episodes"):
         make(parts, {"validation_fraction": 0.0}).validation_batch()
+
+
+@pytest.mark.parametrize("spread", [1, 2, 4])
+def test_each_part_of_a_validation_batch_holds_every_source(parts, spread):
+    """LDA's tasks are quarters of each micro-batch, and `video_batch_fraction` takes the first ones of it."""
+    config, (source,), features, stats, tokens = parts
+    fewer = replace(source, validation=range(2, 4))
+
+    def batch(multiple, rank=0, world_size=1):
+        options = {"batch_size": 64, "seed": 3, "rank": rank, "world_size": world_size}
+        method, sources = Method(batch_multiple=multiple), (source, fewer, source)
+        sampler = WindowSampler(config, method, sources, features * 3, stats, instructions=tokens, **options)
+        windows = []
+        sampler._assemble = windows.append
+        sampler.validation_batch()
+        return windows[0]
+
+    plain, divided = batch(1), batch(4)
+    assert set(map(tuple, plain)) == set(map(tuple, divided))
+    for rank in range(spread):
+        quarters = batch(4, rank, spread).reshape(4, -1, 3)
+        assert [set(quarter[:, 0]) for quarter in quarters] == [{0, 1, 2}] * 4
+    assert (np.diff(plain[:, 0]) >= 0).all(), "other methods keep their order"
 
 
 def test_first_windows(parts):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from types import TracebackType
 
 import torch
@@ -50,15 +51,16 @@ class Prefetched:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield every batch on `device`. On a GPU the next batch is copied on a separate stream during the computation.
+    """Yield every batch on `device`. On a GPU each batch is copied during the computation with the one before it.
 
-    The CPU does not wait for the copy of a pinned batch. At most two batches are on the GPU.
+    The first copy, and so that of a single batch, overlaps with no computation of this call. The CPU does not wait for
+    the copy of a pinned batch. At most two batches are on the GPU.
     """
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
         return
-    stream = torch.cuda.Stream(device)
+    stream = _copy_stream(device)
 
     def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         copied = torch.cuda.Event()
@@ -74,6 +76,12 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
             yield _ready(*present, device)
     if upcoming is not None:
         yield _ready(*upcoming, device)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a device's stream for copies. Memory that was freed on a stream serves that stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def _ready(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:

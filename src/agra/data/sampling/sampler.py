@@ -116,6 +116,8 @@ class WindowSampler:
                 "a larger data.validation_fraction"
             )
         rows = np.linspace(0, ends[-1] - 1, self.batch_size).round().astype(np.int64)
+        # A method that divides its batch takes windows from everywhere into each part.
+        rows = rows[np.argsort(np.arange(self.batch_size) % self.method.batch_multiple, kind="stable")]
         places = _at(rows, ends)[self.rank :: self.world_size]
         return self._assemble(np.array([(*self.validation[index], start) for index, start in places]))
 
