@@ -232,7 +232,7 @@ def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
         "ms an answer",
         "error / constant, cm",
         "blind",
-        "image swapped, cm",
+        "image swapped / demonstrated, cm",
         "sensitivity ratio, mean",
     ]
     lines = [heads, ["---"] * len(heads)]
@@ -248,13 +248,25 @@ def _training_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
             else f"{info['learning_rate']:.3g}, chosen before",
             f"{info['training']['held_out'][-1][CHOSEN_BY]:.3f}",
             *(windows_per_second(info), f"{info['cpu_ms_per_answer']:.0f}"),
-            f"{100 * reliance['error']:.1f} / {100 * reliance['constant_error']:.1f}",
-            "yes" if reliance["error_minus_constant"][2] >= 0 else "no",
-            f"{100 * reliance['image_swap_shift']:.1f}",
+            *_reliance_cells(reliance),
             f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["count"] else "not applicable",
         ]
         lines.append(cells)
     return lines
+
+
+def _reliance_cells(reliance: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Error beside a constant's, blindness, and the shift under another image beside the demonstrations'.
+
+    A star marks the earlier instrument, which had no demonstrated shift (docs/diagnosis.md).
+    """
+    demonstrated = reliance.get("demonstrated_swap_shift")
+    star = "*" if demonstrated is None else ""
+    return (
+        f"{100 * reliance['error']:.1f} / {100 * reliance['constant_error']:.1f}{star}",
+        ("yes" if reliance["error_minus_constant"][2] >= 0 else "no") + star,
+        f"{100 * reliance['image_swap_shift']:.1f}" + (star or f" / {100 * demonstrated:.1f}"),
+    )
 
 
 def _success_table(rows: Sequence[MeasuredRow]) -> list[list[str]]:
