@@ -199,14 +199,16 @@ def _grounding(rows: Sequence[MeasuredRow]) -> Table:
 
 
 def _first_looks(rows: Sequence[MeasuredRow]) -> Table:
-    """Error of the displacement that the first chunk asks for, of a constant, and the shift by another scene's image."""
+    """Error of the displacement that the first chunk asks for, of a constant, and its shift under another scene's image beside the
+    demonstrations'.
+    """
     table = _head("first look at held-out scenes, cm", *(f"{row.name}, seed {row.seed}" for row in rows))
     for name in dict.fromkeys(name for row in rows for name in row.info["first_looks"]):
         cells = []
         for row in rows:
             found: Mapping[str, float] = row.info["first_looks"].get(name, {})
             values = [f"{100 * found[measure]:.1f}" if measure in found else "-" for measure in MEASURES]
-            cells.append("{} / {}, swap {}".format(*values))
+            cells.append("{} / {}, swap {} of {}".format(*values))
         table.append([name, *cells])
     return table
 

@@ -37,7 +37,7 @@ from agra.types import Observation
 from agra.wam.text import TextConfig, mean_token
 from tests.support.method_life import check_evaluated_by_name, check_resumed, check_served_episode
 from tests.support.point_world import PointWorld, demonstrator, make_trial
-from tests.support.two_ranks import train_in_two_ranks
+from tests.support.two_ranks import assert_same_weights, train_in_two_ranks
 
 ROOT = Path(__file__).parents[2]
 LEROBOT = ROOT / ".venv-lerobot" / "bin" / "python"
@@ -473,8 +473,7 @@ def test_two_ranks_train_what_one_process_trains(trained, tmp_path):
     rarely = replace(config, stage=replace(config.stage, save_every=100, validate_every=100))
     train_in_two_ranks(rarely, tmp_path / "run")
     sharded, whole = load_policy(tmp_path / "run"), load_policy(run)
-    for name, value in whole.method.state_dict().items():
-        torch.testing.assert_close(sharded.method.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+    assert_same_weights(sharded.method.state_dict(), whole.method.state_dict())
 
 
 def test_it_is_served(trained):

@@ -23,6 +23,15 @@ def train_in_two_ranks(config, output, *, module=""):
     subprocess.run(command, cwd=ROOT, env={**os.environ, **common}, check=True, timeout=300)
 
 
+def assert_same_weights(weights, expected):
+    """Compare whole tensors: AdamW turns the rounding of a single gradient near zero into a step."""
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.endswith("to_k.bias"):  # it changes no attention, its gradient is rounding, which AdamW makes large
+            continue
+        assert (weights[name] - value).norm() <= 1e-4 * value.norm() + 1e-6, name
+
+
 def main(config, output, *modules):
     """Fork the two processes, which share the seconds of importing."""
     from agra.api import train
