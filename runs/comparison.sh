@@ -18,7 +18,7 @@ run_arm() {
     --data.path "$BASE/demonstrations" --data.cache "$BASE/cache" "$@"
   python runs/methods.py finished "$run"
   agra evaluate "$run" --limit 20 --videos 0
-  [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40
+  grep -qs demonstrated_swap_shift "$run/diagnosis/visual_reliance.json" || agra diagnose "$run" --samples 40
 }
 export -f run_arm
 

@@ -25,7 +25,7 @@ evaluate_bundled() {
 }
 both evaluate_bundled
 agra compare "$OUT/tabletop-wam/results.jsonl" "$OUT/tabletop-agra/results.jsonl"
-diagnose() { [ -f "$OUT/$1/diagnosis/visual_reliance.json" ] || agra diagnose "$OUT/$1"; }
+diagnose() { grep -qs demonstrated_swap_shift "$OUT/$1/diagnosis/visual_reliance.json" || agra diagnose "$OUT/$1"; }
 diagnose_bundled() { diagnose "tabletop-$1"; }
 both diagnose_bundled
 agra report "$OUT/tabletop-wam" "$OUT/tabletop-agra" --output "$OUT/bundled.html"

@@ -81,7 +81,7 @@ row() {
   python runs/methods.py finished "$run"
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/results.jsonl" --action-noise random
   agra evaluate "$run" --name "$name" --videos 0 --device "$DEVICE" --output "$run/zero.jsonl" --action-noise zero
-  [ -f "$run/diagnosis/visual_reliance.json" ] || agra diagnose "$run" --samples 40 --device "$DEVICE" --action-noise random
+  grep -qs demonstrated_swap_shift "$run/diagnosis/visual_reliance.json" || agra diagnose "$run" --samples 40 --device "$DEVICE" --action-noise random
   python runs/methods.py record "$run" "$MEASURED/${name}_$seed" --recipe "$recipe"
 }
 export -f row data

@@ -37,6 +37,6 @@ both export_half
 evaluate() { agra evaluate "$OUT/tabletop-$1"; }
 both evaluate
 agra compare "$OUT/tabletop-wam/results.jsonl" "$OUT/tabletop-agra/results.jsonl"
-diagnose() { [ -f "$OUT/tabletop-$1/diagnosis/visual_reliance.json" ] || agra diagnose "$OUT/tabletop-$1" --samples 160; }
+diagnose() { grep -qs demonstrated_swap_shift "$OUT/tabletop-$1/diagnosis/visual_reliance.json" || agra diagnose "$OUT/tabletop-$1" --samples 160; }
 both diagnose
 agra report "$OUT/tabletop-wam" "$OUT/tabletop-agra" --output "$OUT/report.html"

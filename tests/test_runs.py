@@ -177,7 +177,7 @@ if [ -n "$FAIL" ] && [[ "$*" = "$FAIL"* ]]; then exit 1; fi
 case "$1" in
   diagnose)
     case "$2" in tabletop-*) folder="outputs/$2" ;; *) folder="$2" ;; esac
-    mkdir -p "$folder/diagnosis" && touch "$folder/diagnosis/visual_reliance.json" ;;
+    mkdir -p "$folder/diagnosis" && echo demonstrated_swap_shift >"$folder/diagnosis/visual_reliance.json" ;;
   export) mkdir -p "$4" ;;
 esac
 """

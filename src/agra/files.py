@@ -102,10 +102,11 @@ def _locked(place: Path, output: Path) -> int:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip() or "unknown"
+            holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip()
             os.close(handle)
+            holder = f" (pid {holder})" if holder else ""  # its writer may not have come to that yet
             raise ValueError(
-                f"{output}: another process (pid {holder}) writes here; wait for it, stop it or choose another output"
+                f"{output}: another process{holder} writes here; wait for it, stop it or choose another output"
             ) from None
         if os.fstat(handle).st_nlink:
             return handle

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from agra.diagnostics.visual_reliance import (
+    EarlierInstrument,
     InitialObservation,
     Swaps,
     VisualReliance,
@@ -134,6 +135,21 @@ def test_image_donors_have_other_targets_and_not_another_object_at_the_same_plac
     assert moved.min() > 0
 
 
+def test_rows_with_one_target_exchange_images_too():
+    for demonstrated in (np.ones((4, 2)), np.full((4, 2), np.nan)):
+        swaps = Swaps.of(["a"] * 4, ["take it"] * 4, demonstrated, {})
+        assert (swaps.image != np.arange(4)).all()
+
+
+def test_constants_of_a_large_group_are_its_median():
+    demonstrated = np.random.default_rng(0).normal(size=(300, 2))
+    groups = ["a"] * 300
+    swaps = Swaps.of(groups, groups, demonstrated, {})
+    reliance = VisualReliance.of({"unchanged": demonstrated}, demonstrated, swaps, trials=groups, groups=groups)
+    distance = np.linalg.norm(demonstrated - geometric_median(demonstrated), axis=-1)
+    np.testing.assert_allclose(reliance.values["constant_error"], distance)
+
+
 def test_the_noise_is_the_trials_own_and_that_of_all_its_variants(initial):
     class Noise:
         seeds: ClassVar[set[int]] = set()
@@ -201,7 +217,11 @@ def test_visual_reliance_survives_the_round_trip(initial, tmp_path):
     assert (again.trials, again.groups) == (reliance.trials, reliance.groups)
     for name, values in reliance.values.items():
         np.testing.assert_array_equal(again.values[name], values)
-    (tmp_path / "visual_reliance.json").write_text('{"trials": ["a"], "groups": ["b"], "values": {}}')
+    (tmp_path / "visual_reliance.json").write_text('{"trials": ["a"], "groups": ["b"], "values": {"error": [1]}}')
+    with pytest.raises(EarlierInstrument, match="was measured by an earlier version; diagnose the policy again"):
+        VisualReliance.load(tmp_path / "visual_reliance.json")
+    values = '{"demonstrated_swap_shift": [1]}'
+    (tmp_path / "visual_reliance.json").write_text(f'{{"trials": ["a"], "groups": ["b"], "values": {values}}}')
     with pytest.raises(ValueError, match="expected a value of each of error"):
         VisualReliance.load(tmp_path / "visual_reliance.json")
 

@@ -129,6 +129,9 @@ def test_a_comparison_names_where_answers_start():
     assert "A: a, from zero action noise, fixed video noise B: b, from random action noise" in shown
     assert "(A) and from random action noise (B), which alone changes success" in shown
     assert "which alone changes success" not in text(comparison_table(compare(a, a)))
+    expert = compare(make_results("expert", {"semantic": "1010"}), a)
+    assert "A: expert, from no noise" in text(comparison_table(expert))
+    assert "which alone changes success" not in text(comparison_table(expert))
     foreign = make_results("c", {"semantic": "1010"}, policy_settings={"key_mapping": "groot_gr1"})
     assert compare(foreign, b).start_a == "its server's noise"
 

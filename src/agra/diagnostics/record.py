@@ -1,6 +1,6 @@
 """The folder of a diagnosis, which `agra report` and other programs read without torch.
 
-    diagnosis.json   policy, checkpoint, noise, seed, settings, grid, instruments that are not applicable, and a summary with intervals
+    diagnosis.json   policy, checkpoint, noise, seed, settings, grid, instruments that are not applicable, summary with intervals
     metrics.jsonl    one object per sample
     arrays.npz       attention and masks of every sample, pictures of the gallery's samples
 

@@ -72,15 +72,21 @@ class Swaps:
         """Take images from another row of the group, and instructions from the rival or, without one, from the same
         row.
 
-        Of all rotations of a group's rows the images take the one that moves the demonstrated targets farthest on
+        Of up to 64 rotations of a group's rows the images take the one that moves the demonstrated targets farthest on
         average. Trials are often listed by place, and an image with another object at the same place shows nothing.
         A rival's image is the row's own and counts as no move.
         """
         image = np.arange(len(groups))
+        same_scene = np.full(len(groups), -1)
+        same_scene[list(rival)] = list(rival.values())
         for group in dict.fromkeys(groups):
             rows = np.flatnonzero(np.asarray(groups) == group)
-            rotations = [np.roll(rows, shift) for shift in range(len(rows))]
-            image[rows] = max(rotations, key=lambda donors: _moved(demonstrated, rows, donors, rival).mean())
+            farthest = -1.0
+            for shift in np.unique(np.linspace(1, len(rows) - 1, 64).astype(int)) if len(rows) > 1 else ():
+                donors = np.roll(rows, shift)
+                distance = np.linalg.norm(demonstrated[donors] - demonstrated[rows], axis=-1)
+                if (moved := np.where(same_scene[rows] == donors, 0, np.nan_to_num(distance)).mean()) > farthest:
+                    image[rows], farthest = donors, moved
         donors = [rival.get(row, int(partner)) for row, partner in enumerate(image)]
         instruction = [donor if instructions[donor] != instructions[row] else row for row, donor in enumerate(donors)]
         return cls(image=image, instruction=np.array(instruction, dtype=np.int64), rival=rival)
@@ -129,8 +135,9 @@ def measure_visual_reliance(
 ) -> "VisualReliance":
     """Compare a policy's first chunk between the variants.
 
-    The noise of an observation comes from `seed` and the trial's name, the same for all variants. Works for any policy, also a remote one. For a policy that reads no instruction, the measures of the swapped
-    instruction are not applicable. Raises ValueError without initial observations.
+    The noise of an observation comes from `seed` and the trial's name, the same for all variants. Works for any
+    policy, also a remote one. For a policy that reads no instruction, the measures of the swapped instruction are
+    not applicable. Raises ValueError without initial observations.
     """
     if not initial:
         raise ValueError("visual reliance: no initial observations")
@@ -147,6 +154,10 @@ def measure_visual_reliance(
             rows.append(config.target(policy.act(observation).actions, action_names))
         targets[variant] = np.stack(rows)
     return VisualReliance.of(targets, demonstrated, swaps, trials=[start.trial for start in initial], groups=groups)
+
+
+class EarlierInstrument(ValueError):
+    """A file of version 0.1, whose measures have another meaning (docs/diagnosis.md)."""
 
 
 MEASURES = (
@@ -223,8 +234,10 @@ class VisualReliance:
 
     @classmethod
     def load(cls, path: Path) -> "VisualReliance":
-        """Inverse of `save`."""
+        """Inverse of `save`. Raises ValueError for another file, and its subclass `EarlierInstrument`."""
         content = json.loads(path.read_text())
+        if "demonstrated_swap_shift" not in content["values"]:
+            raise EarlierInstrument(f"{path}: was measured by an earlier version; diagnose the policy again")
         values = {name: np.array(row, dtype=np.float64) for name, row in content["values"].items()}
         if set(values) != set(MEASURES) or any(len(row) != len(content["trials"]) for row in values.values()):
             raise ValueError(
@@ -240,10 +253,13 @@ def blank(frame: np.ndarray) -> np.ndarray:
 
 
 def _constant(targets: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """The geometric median of the rest of each row's group. NaN in a group of one."""
+    """The geometric median of the rest of each row's group, or of a group of more than 200. NaN in a group of one."""
     constants = np.full(targets.shape, np.nan)
     for group in dict.fromkeys(groups):
         rows = np.flatnonzero(np.asarray(groups) == group)
+        if len(rows) > 200:  # one of them matters little, and a median for each takes time
+            constants[rows] = geometric_median(targets[rows])
+            continue
         for row in rows if len(rows) > 1 else ():
             constants[row] = geometric_median(targets[rows[rows != row]])
     return constants
@@ -256,12 +272,6 @@ def geometric_median(points: Float[np.ndarray, "N d"], *, iterations: int = 100)
         weights = 1 / np.maximum(np.linalg.norm(points - median, axis=-1), 1e-9)
         median = weights @ points / weights.sum()
     return median
-
-
-def _moved(demonstrated: np.ndarray, rows: np.ndarray, donors: np.ndarray, rival: Mapping[int, int]) -> np.ndarray:
-    """Distances between the demonstrated targets of rows and donors, 0 where the donor has the row's own scene."""
-    distance = np.linalg.norm(demonstrated[donors] - demonstrated[rows], axis=-1)
-    return np.where([rival.get(int(row)) == donor for row, donor in zip(rows, donors, strict=True)], 0, distance)
 
 
 def _shift(moved: np.ndarray, unchanged: np.ndarray, donors: np.ndarray) -> np.ndarray:

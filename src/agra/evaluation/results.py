@@ -39,6 +39,10 @@ RECORDED = (CHECKPOINT, COMPUTED_ON)
 """Keys that a file of an earlier version may lack. It is continued and merged without them."""
 
 
+NO_NOISE = "no noise"
+"""Start of the answers of a scripted expert."""
+
+
 def start_of_answers(settings: Mapping[str, Any]) -> str:
     """The noise from which a policy's answers start, in words. Headers leave out random noise.
 
@@ -93,7 +97,8 @@ class Results:
     @property
     def start(self) -> str:
         """The noise from which the policy's answers start (`start_of_answers`)."""
-        return start_of_answers(self.header.get("policy_settings", {}))
+        settings = self.header.get("policy_settings", {})
+        return NO_NOISE if self.policy == "expert" and not settings else start_of_answers(settings)
 
     def regime(self, name: str) -> tuple[TrialResult, ...]:
         """The trials of one regime."""

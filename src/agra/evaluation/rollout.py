@@ -183,7 +183,8 @@ def evaluate(
     which must be picklable, and `policy` may be None. The episodes are the same for any number of workers: no process
     plays two at a time, and a trial holds everything that decides its episode. `policy_settings` (JSON-serialisable) and
     `checkpoint_sha256` (that of the checkpoint's manifest, None for a policy without one) go into the header, and so does
-    `computed_on`, device and precision of the answers (`agra.evaluation.results.COMPUTED_ON`). A `shard` plays its part of the trials into a file of its own beside `output` (`agra.evaluation.protocols`).
+    `computed_on`, device and precision of the answers (`agra.evaluation.results.COMPUTED_ON`). A `shard` plays its
+    part of the trials into a file of its own beside `output` (`agra.evaluation.protocols`).
 
     If the simulator fails or its process dies, the same trial is played again from its start, up to `attempts` times,
     and its line records that. Raises `SimulatorFailed` at the end, listing the trials that could not be played: the

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from agra.evaluation.measured import NOISES, MeasuredRow
 from agra.evaluation.published import Published, published
-from agra.evaluation.results import Comparison, Results, Summary, compare, summarise
+from agra.evaluation.results import NO_NOISE, Comparison, Results, Summary, compare, summarise
 from agra.evaluation.statistics import (
     Average,
     minimum_detectable_effect,
@@ -107,7 +107,7 @@ def comparison_table(comparison: Comparison) -> Table:
         f"A - B: points over all trials, paired bootstrap over {unit}; only A, only B: trials that one policy alone solved; p: "
         "McNemar's exact test; detectable: smallest difference that these pairs show with 80 % power"
     )
-    if start_a != start_b:
+    if start_a != start_b and NO_NOISE not in (start_a, start_b):
         table.caption += f". Answers start from {start_a} (A) and from {start_b} (B), which alone changes success"
     return table
 

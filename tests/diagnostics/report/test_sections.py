@@ -11,6 +11,7 @@ from agra.diagnostics.report.comparison_table import difference_cell, mcnemar_ce
 from agra.diagnostics.report.grounding_section import print_grounding
 from agra.diagnostics.report.page import PolicyEntry, build_report
 from agra.diagnostics.report.training_section import read_log
+from agra.diagnostics.report.visual_reliance_section import read_visual_reliance
 from agra.diagnostics.visual_reliance import Swaps, VisualReliance
 from agra.types import REGIMES
 
@@ -208,7 +209,7 @@ def make_reliance(error, shift, trials):
     return VisualReliance.of(targets, demonstrated, swaps, trials=trials, groups=groups)
 
 
-def test_visual_reliance_is_compared_on_the_same_trials(write_policy, tmp_path):
+def test_visual_reliance_is_compared_on_the_same_trials(write_policy, tmp_path, caplog):
     entries = [write_policy("wam"), write_policy("agra")]
     trials = [f"trial {i}" for i in range(24)]
     make_reliance(0.06, 0.004, trials).save(tmp_path / "wam" / "diagnosis" / "visual_reliance.json")
@@ -219,14 +220,20 @@ def test_visual_reliance_is_compared_on_the_same_trials(write_policy, tmp_path):
     assert "agra lower difference −4.0 cm" in page.words
     assert "agra higher difference +4.6 cm" in page.words
     assert page.words.count("Image swapped") == 3  # of two groups, and in the summary
-    (tmp_path / "wam" / "diagnosis" / "visual_reliance.json").rename(tmp_path / "wam" / "diagnosis" / "looking.json")
-    earlier = Page(build_report(entries, tmp_path / "report.html").read_text())
-    assert "agra lower difference −4.0 cm" in earlier.words
     make_reliance(0.02, 0.05, trials[::-1]).save(tmp_path / "agra" / "diagnosis" / "visual_reliance.json")
     with pytest.raises(
         ValueError, match="agra and wam: visual reliance was measured on different trials; diagnose them again"
     ):
         build_report(entries, tmp_path / "report.html")
+    file = tmp_path / "wam" / "diagnosis" / "visual_reliance.json"
+    content = json.loads(file.read_text())
+    del content["values"]["demonstrated_swap_shift"]
+    file.write_text(json.dumps(content))  # of the earlier instrument
+    assert read_visual_reliance(file.parent) is None
+    assert f"{file}: was measured by an earlier version; diagnose the policy again" in caplog.text
+    page = Page(build_report(entries, tmp_path / "report.html").read_text())
+    assert "agra lower difference −4.0 cm" not in page.words
+    assert "2.0 cm [2.0 cm, 2.0 cm]" in page.words
 
 
 def test_an_instrument_that_a_method_cannot_offer_is_not_applicable(

@@ -173,7 +173,9 @@ def test_further_cameras_have_keys_of_their_own():
     renamed = encode_request(InferRequest(observation=seen), WireKeys(view="cameras/{view}"), several)
     assert np.array_equal(renamed["cameras/wrist"], wrist[2])
     for complaint, changes in {
-        r"observation/wrist_image: missing; expected the keys observation/image": {"observation/wrist_image": ...},
+        r"observation/wrist_image: missing; the policy reads each camera by itself, and clients of version 0.1 send one": {
+            "observation/wrist_image": ...
+        },
         r"observation/wrist_image: expected \(H, W, 3\) uint8": {"observation/wrist_image": wrist},
         r"past_views: expected a map of wrist, got nothing": {"past_views": ...},
         r"past_views: expected a map of wrist, got hand": {"past_views": {"hand": wrist[:2]}},

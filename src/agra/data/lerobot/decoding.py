@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -41,7 +42,7 @@ def decode_frames(
                 raise ValueError(f"{path}: has no video stream; {REMEDY}")
             stream = container.streams.video[0]
             _check_stream(path, stream, fps, total)
-            shown = _presentation_times(path, container, stream, times, fps, total)
+            shown = _presentation_times(path, stream, times, fps, total)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
             # By default FFmpeg conceals a damaged packet with a guessed picture.
@@ -138,9 +139,18 @@ def _check_stream(path: Path, stream: av.VideoStream, fps: float, total: int | N
         raise ValueError(f"{path}: has {stream.frames} frames, expected {total} for the rows of its episode; {REMEDY}")
 
 
+@lru_cache(maxsize=256)
+def _all_times(path: Path, size: int, changed: int) -> np.ndarray:
+    """Return when all frames of a file are shown. Reads the whole file, once while its size and time of change stay."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        with packets_of(container, stream) as packets:
+            return float(stream.time_base) * np.array(sorted(p.pts for p in packets if p.pts is not None))
+
+
 def _presentation_times(
     path: Path,
-    container: av.container.InputContainer,
     stream: av.VideoStream,
     times: np.ndarray,
     fps: float,
@@ -154,9 +164,8 @@ def _presentation_times(
     rate = stream.average_rate
     if not rate or (stream.frames and abs(float(rate) / fps - 1) * stream.frames < 0.5):
         return times
-    assert stream.time_base is not None
-    with packets_of(container, stream) as packets:
-        shown = float(stream.time_base) * np.array(sorted(packet.pts for packet in packets if packet.pts is not None))
+    state = path.stat()
+    shown = _all_times(path, state.st_size, state.st_mtime_ns)
     if total is not None and len(shown) == total:
         numbers = np.round(times * fps).astype(np.int64)
         if numbers[-1] >= total:

@@ -11,6 +11,7 @@ import rich.console
 import rich.table
 
 from agra.diagnostics.metrics import IntervalEstimate
+from agra.evaluation.results import NO_NOISE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def noting_starts(row: TableRow, starts: Sequence[str | None]) -> TableRow:
 
     def noted(place: int, reference: int) -> Cell:
         cell, ours, theirs = verdict(place, reference), starts[place], starts[reference]
-        if ours is None or theirs is None or ours == theirs:
+        if ours == theirs or {ours, theirs} & {None, NO_NOISE}:
             return cell
         return replace(
             cell, range=f"{cell.range}; answers start from {ours}, the reference's from {theirs}".lstrip("; ")

@@ -16,7 +16,7 @@ from agra.diagnostics.report.comparison_table import (
     percent,
 )
 from agra.diagnostics.report.figures import Interval, interval_chart
-from agra.evaluation.results import Results, TrialResult, summarise
+from agra.evaluation.results import NO_NOISE, Results, TrialResult, summarise
 from agra.evaluation.statistics import mcnemar, wilson_interval
 
 ResultsColumn = tuple[int, str, Results | None]
@@ -128,16 +128,18 @@ def _intro(evaluated: Sequence[tuple[int, str, Results]]) -> str:
     total = sum(int(regime["full"]) for regime in header["regimes"].values())
     played = len(evaluated[0][2].trials)
     part = "" if played == total else f", evenly spread over the {total} of the full lists"
-    starts = [results.start for _, _, results in evaluated]
-    if len(set(starts)) == 1:
-        started = f"Answers start from {starts[0]}."
+    starts = {name: results.start for _, name, results in evaluated if results.start != NO_NOISE}
+    if len(set(starts.values())) == 1:
+        started = f"Answers start from {next(iter(starts.values()))}."
+    elif not starts:
+        started = ""
     else:
-        named = ", ".join(f"{name} from {results.start}" for _, name, results in evaluated)
+        named = ", ".join(f"{name} from {start}" for name, start in starts.items())
         started = f"Answers start from different noise, which alone changes success: {named}."
     return (
         f"{played} trials in {header['simulator']}{part}. Every policy gets the same scenes, instructions and seeds. "
         "Intervals are Wilson's. Policies are compared on the same trials by McNemar's exact test, which uses only the "
-        f"trials that exactly one of the two solved. {started}"
+        f"trials that exactly one of the two solved. {started}".rstrip()
     )
 
 

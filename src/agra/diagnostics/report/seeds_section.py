@@ -10,7 +10,7 @@ from typing import Any
 
 from agra.diagnostics.report.comparison_table import MISSING, Cell, against_first_of, between, percent
 from agra.diagnostics.report.evaluation_section import SHARED_HEADER, ResultsColumn, regime_words
-from agra.evaluation.results import Results
+from agra.evaluation.results import NO_NOISE, Results
 from agra.evaluation.statistics import crossed_bootstrap
 
 Outcomes = Mapping[int, Mapping[str, float]]
@@ -120,7 +120,7 @@ def _difference(arm: Arm, reference: Arm, groups: Sequence[str]) -> tuple[str, l
     if any(header != headers[0] for header in headers):
         return label, [_seeds(common), *(Cell(text="not comparable: other trials or another protocol") for _ in groups)]
     seeds, start, other = _seeds(common), arm.results[common[0]].start, reference.results[common[0]].start
-    if start != other:
+    if start != other and NO_NOISE not in (start, other):
         seeds = replace(seeds, range=f"answers start from {start}, the reference's from {other}")
     return label, [seeds, *(_paired(arm.outcomes(g), reference.outcomes(g), common) for g in groups)]
 

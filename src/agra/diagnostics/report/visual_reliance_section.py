@@ -2,6 +2,7 @@
 it.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,9 @@ from agra.diagnostics.report.comparison_table import (
     number,
     percent,
 )
-from agra.diagnostics.visual_reliance import VisualReliance
+from agra.diagnostics.visual_reliance import EarlierInstrument, VisualReliance
+
+log = logging.getLogger(__name__)
 
 VISUAL_RELIANCE = "visual_reliance.json"
 """The file in a diagnosis folder."""
@@ -57,9 +60,15 @@ ROWS = (
 
 
 def read_visual_reliance(diagnosis: Path | None) -> VisualReliance | None:
-    """The visual reliance in a diagnosis folder. None if it was not measured."""
-    paths = [] if diagnosis is None else [diagnosis / name for name in (VISUAL_RELIANCE, _EARLIER)]
-    return next((VisualReliance.load(path) for path in paths if path.is_file()), None)
+    """The visual reliance in a diagnosis folder. None if it was not measured, or by an earlier version, which is logged."""
+    path = None if diagnosis is None else diagnosis / VISUAL_RELIANCE
+    if path is None or not path.is_file():
+        return None
+    try:
+        return VisualReliance.load(path)
+    except EarlierInstrument as error:
+        log.warning("%s", error)
+        return None
 
 
 def remove_visual_reliance(diagnosis: Path) -> None:

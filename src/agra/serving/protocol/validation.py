@@ -33,6 +33,11 @@ def parse_request(message: Any, spec: PolicySpec, keys: WireKeys) -> InferReques
     embodiment = _embodiment(message.get("embodiment"), spec)
     robot = spec.embodiments[embodiment]
     view_keys = keys.views(robot.views)
+    if view_keys and not view_keys.values() & message.keys():
+        raise RequestError(
+            f"{', '.join(view_keys.values())}: missing; the policy reads each camera by itself, and clients of version 0.1 "
+            "send one joined frame: update agra beside the robot"
+        )
     _check_present(message, (*_required(keys), *view_keys.values()))
     observation = Observation(
         past=_past(message, embodiment, robot, spec),

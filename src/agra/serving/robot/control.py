@@ -115,7 +115,8 @@ def control(
     """Run a connected robot for `steps` control steps at `fps` per second. It is at rest when this returns or raises.
 
     With `dry_run` everything happens except the commands. Without `real_time` the steps follow each other at once, for
-    simulated time. Each run is an episode of the `recorder`. `until` ends the run early. Raises ValueError when the policy refuses an observation.
+    simulated time. Each run is an episode of the `recorder`. `until` ends the run early. Raises ValueError when the
+    policy refuses an observation.
     """
     if not fps > 0 or steps < 1:
         raise ValueError(f"control: expected a positive rate and at least 1 step, got {fps} and {steps}")
