@@ -224,7 +224,15 @@ def rows(tmp_path):
             "training": {"cpu_seconds": 16.0, "held_out": [{"validation/action_loss": 0.5}]},
             "demonstrations": {"set": "clean", "episodes": 2750, "held_out": 250},
             "cpu_ms_per_answer": 28.4,
-            "first_looks": {"all": {"scenes": 5, "error": 0.02, "constant_error": 0.05, "image_swap_shift": 0.03}},
+            "first_looks": {
+                "all": {
+                    "scenes": 5,
+                    "error": 0.02,
+                    "constant_error": 0.05,
+                    "image_swap_shift": 0.03,
+                    "demonstrated_swap_shift": 0.04,
+                }
+            },
             "grounding": GROUNDING if name == "agra" else None,
             "cpu_seconds": {"collection": 3600.0, "preparation": None, "evaluation": {"zero": 1800.0}},
         }
@@ -244,7 +252,7 @@ def test_the_tables(rows):
     assert "| agra minus wam | 0 | zero | +1 [" in difference
     assert "| 1 and 0 of 100 | 1.000 |" in difference
     assert "| clean: 2,500 | text | 1,500 | 64 | 4 | 0.500 | 28 | 1.00 | unknown | 0.00 | 0.50 |" in training
-    assert "| all | 2.0 / 5.0, swap 3.0 | 2.0 / 5.0, swap 3.0 |" in looks
+    assert "| all | 2.0 / 5.0, swap 3.0 of 4.0 | 2.0 / 5.0, swap 3.0 of 4.0 |" in looks
     assert grounding.splitlines()[2:] == [
         "| agra | 0 | 25 [20, 30] | 0.8 [0.7, 0.9] |" + " 2 [1.5, 2.5] |" * 3 + " - |"
     ]
