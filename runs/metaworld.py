@@ -199,8 +199,9 @@ def _grounding(rows: Sequence[MeasuredRow]) -> Table:
 
 
 def _first_looks(rows: Sequence[MeasuredRow]) -> Table:
-    """Error of the displacement that the first chunk asks for, of a constant, and its shift under another scene's image beside the
-    demonstrations'.
+    """Error of the displacement that the first chunk asks for, and of a constant.
+
+    Then its shift under another scene's image, of the demonstrations'.
     """
     table = _head("first look at held-out scenes, cm", *(f"{row.name}, seed {row.seed}" for row in rows))
     for name in dict.fromkeys(name for row in rows for name in row.info["first_looks"]):

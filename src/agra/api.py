@@ -307,8 +307,8 @@ def diagnose(
     """Diagnose a policy, such as a run's newest checkpoint, and write the folder `diagnosis` beside its results.
 
     The samples come from the simulator, or from `probes`, a folder of `agra probes`, for which visual reliance is not
-    measured. A diagnosis that was there is replaced. `masks` are annotations of their
-    frames (`agra.diagnostics.samples.masks`). `action_noise` and `video_noise` are those of
+    measured. A diagnosis that was there is replaced. `masks` are annotations of the samples' frames
+    (`agra.diagnostics.samples.masks`). `action_noise` and `video_noise` are those of
     `agra.policies.policy.MethodPolicy`.
     """
     checkpoint = resolve(run)  # the same one for all that follows, whatever a training run adds

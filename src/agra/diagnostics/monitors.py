@@ -21,7 +21,13 @@ from agra.config import MonitorConfig
 from agra.diagnostics.instruments.attention import action_attention
 from agra.diagnostics.instruments.intervention import InterventionInputs, SetDeviation, set_deviation
 from agra.diagnostics.metrics import attention_in_mask_ratio, centroid_error, matched_sensitivity_ratio
-from agra.diagnostics.visual_reliance import InputVariant, Swaps, VisualReliance, groups_by_instruction
+from agra.diagnostics.visual_reliance import (
+    InputVariant,
+    Swaps,
+    VisualReliance,
+    best_constants,
+    groups_by_instruction,
+)
 from agra.methods.method import Attends, Imagines, Method, MethodConfig, ReadsTokens, observation_inputs
 from agra.wam.codec import Codec, decode_frames
 
@@ -188,6 +194,7 @@ class VisualRelianceMonitor:
         self.groups = groups_by_instruction(instructions)
         self.demonstrated = targets(actions)
         self.swaps = Swaps.of(self.groups, instructions, self.demonstrated, {})
+        self.constants = best_constants(self.demonstrated, self.groups)
 
     @torch.no_grad()
     def __call__(self, method: Method) -> dict[str, float]:
@@ -195,7 +202,9 @@ class VisualRelianceMonitor:
         with _evaluating(method):
             targets = self._targets_by_variant(method)
         names = [str(row) for row in range(len(self.groups))]
-        reliance = VisualReliance.of(targets, self.demonstrated, self.swaps, trials=names, groups=self.groups)
+        reliance = VisualReliance.of(
+            targets, self.demonstrated, self.swaps, trials=names, groups=self.groups, constants=self.constants
+        )
         means = reliance.means()
         if means.get("constant_error"):
             means["error_ratio"] = means["error"] / means["constant_error"]

@@ -188,11 +188,15 @@ class VisualReliance:
         *,
         trials: Sequence[str],
         groups: Sequence[str],
+        constants: Float[np.ndarray, "N d"] | None = None,
     ) -> "VisualReliance":
         """The measures of the targets (N, d) of every variant, given the demonstrated targets (N, d).
 
-        The measures of a missing variant are NaN.
+        The measures of a missing variant are NaN. `constants` are those of `best_constants`, for callers that measure
+        the same demonstrations often.
         """
+        if constants is None:
+            constants = best_constants(demonstrated, groups)
         unchanged = targets["unchanged"]
         missing = np.full_like(unchanged, np.nan)
         image_swapped, image_masked, instruction_swapped = (targets.get(variant, missing) for variant in VARIANTS[1:])
@@ -202,7 +206,7 @@ class VisualReliance:
             follows[row] = rival_distance < distance if np.isfinite(distance) else np.nan
         values = {
             "error": np.linalg.norm(unchanged - demonstrated, axis=-1),
-            "constant_error": np.linalg.norm(_constant(demonstrated, groups) - demonstrated, axis=-1),
+            "constant_error": np.linalg.norm(constants - demonstrated, axis=-1),
             "image_swap_shift": _shift(image_swapped, unchanged, swaps.image),
             "demonstrated_swap_shift": _shift(demonstrated[swaps.image], demonstrated, swaps.image),
             "image_mask_shift": np.linalg.norm(image_masked - unchanged, axis=-1),
@@ -252,7 +256,7 @@ def blank(frame: np.ndarray) -> np.ndarray:
     return np.broadcast_to(colour, frame.shape).copy()
 
 
-def _constant(targets: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+def best_constants(targets: Float[np.ndarray, "N d"], groups: Sequence[str]) -> Float[np.ndarray, "N d"]:
     """The geometric median of the rest of each row's group, or of a group of more than 200. NaN in a group of one."""
     constants = np.full(targets.shape, np.nan)
     for group in dict.fromkeys(groups):

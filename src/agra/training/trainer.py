@@ -95,7 +95,7 @@ class Trainer:
         self.step, self.saved = 0, -1
         self._held_out: list[MicroBatch] | None = None
         self._best_is_known = False
-        """Whether a validation of this process has logged the figure of `keep_best`."""
+        """True once a validation of this process has logged the figure of `keep_best`."""
         self.stopped_by: int | None = None
         """The signal that ended `run` early."""
         self._pending: distributed_checkpoint.PendingSave | None = None

@@ -17,9 +17,9 @@ class AgraConfig(PreTrainedConfig):
 
     `camera` names the camera, such as ego_view for `observation.images.ego_view`. Several, separated by commas, are
     those of `--data.camera` and `--data.extra-cameras` in training, in that order. None takes the only camera.
-    `embodiment` is needed for a policy with several. `n_action_steps` actions of each chunk are executed, as `agra evaluate --execute-steps`.
-    `seed` is the first episode's where the environment gives none, and each further episode adds one. `timeout` is in
-    seconds. The server's key is read from the variable AGRA_API_KEY and is in no file.
+    `embodiment` is needed for a policy with several. `n_action_steps` actions of each chunk are executed, as
+    `agra evaluate --execute-steps`. `seed` is the first episode's where the environment gives none, and each further
+    episode adds one. `timeout` is in seconds. The server's key is read from the variable AGRA_API_KEY and is in no file.
     """
 
     server: str = "ws://127.0.0.1:8000"

@@ -32,10 +32,9 @@ def convert(
 ) -> Path:
     """Write the dataset `source` (a folder or a hub id) as `version` into the new folder `output`.
 
-    `finish` may change the written folder before its checksums are made and it gets its name.
-    Raises ValueError for an unknown version, an output that exists or that another process writes, or a damaged source,
-    FileNotFoundError for a missing
-    source, and OSError where the disk is full. Nothing is left on disk then.
+    `finish` may change the written folder before its checksums are made and it gets its name. Raises ValueError for an
+    unknown version, an output that exists or that another process writes, or a damaged source, FileNotFoundError for a
+    missing source, and OSError where the disk is full. Nothing is left on disk then.
     """
     if version not in VERSIONS:
         raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")

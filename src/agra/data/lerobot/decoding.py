@@ -50,13 +50,13 @@ def decode_frames(
             starts = _seek_times(float(shown[0]))
             for start in starts:
                 try:
-                    found = _frames_from(container, stream, start, shown, 0.5 / fps, size)
+                    clip = _frames_from(container, stream, start, shown, 0.5 / fps, size)
                 except av.error.FFmpegError:
                     if start == starts[-1]:
                         raise
                     continue  # the leading frames of an open group of pictures need the group before it
-                if found is not None:
-                    frames = found
+                if clip is not None:
+                    frames = clip
                     break
     except (av.error.FFmpegError, OverflowError) as error:
         raise ValueError(f"{path}: damaged video ({str(error).splitlines()[0]}); {REMEDY}") from error
