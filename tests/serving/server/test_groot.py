@@ -114,7 +114,7 @@ def test_a_camera_that_is_missing_or_of_other_axes_is_refused():
             "video.wrist: missing; expected the keys video.ego_view, video.wrist": None,
             r"video.wrist: expected the axes of video.ego_view, got (2, 16, 48, 3)": request["video.wrist"][:, 0],
             "video.wrist: expected 2 environments as in video.ego_view, got 1": request["video.wrist"][:1],
-            "video.wrist: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got a int": 3,
+            "video.wrist: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got int 3": 3,
         }.items():
             changed = {k: v for k, v in {**request, "video.wrist": wrist}.items() if v is not None}
             assert error in client.call("get_action", changed)["error"]

@@ -28,7 +28,7 @@ def parse_request(message: Any, spec: PolicySpec, keys: WireKeys) -> InferReques
     Raises RequestError with the key, the expected value and the actual one.
     """
     if not isinstance(message, dict):
-        raise RequestError(f"request: expected a map with the keys {_listed(_required(keys))}, got {_kind(message)}")
+        raise RequestError(f"request: expected a map with the keys {_listed(_required(keys))}, got {kind_of(message)}")
     _check_present(message, _required(keys))
     embodiment = _embodiment(message.get("embodiment"), spec)
     robot = spec.embodiments[embodiment]
@@ -63,7 +63,7 @@ def parse_frame(key: str, value: Any) -> np.ndarray:
     low, high = FRAME_SIDES
     valid = isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3
     if not valid or not all(low <= side <= high for side in value.shape[:2]):
-        raise RequestError(f"{key}: expected (H, W, 3) uint8 with H and W from {low} to {high}, got {_kind(value)}")
+        raise RequestError(f"{key}: expected (H, W, 3) uint8 with H and W from {low} to {high}, got {kind_of(value)}")
     return value
 
 
@@ -77,7 +77,7 @@ def parse_floats(key: str, value: Any, shape: tuple[int | str, ...]) -> np.ndarr
     if not valid or any(
         (n < 1) if isinstance(size, str) else (n != size) for n, size in zip(value.shape, shape, strict=True)
     ):
-        raise RequestError(f"{key}: expected ({expected}) float, got {_kind(value)}")
+        raise RequestError(f"{key}: expected ({expected}) float, got {kind_of(value)}")
     with np.errstate(over="ignore"):
         converted = value.astype(np.float32)
     if not np.isfinite(converted).all():
@@ -89,7 +89,7 @@ def parse_floats(key: str, value: Any, shape: tuple[int | str, ...]) -> np.ndarr
 def parse_text(key: str, value: Any, longest: int) -> str:
     """Check a text of 1 to `longest` characters. Raises RequestError."""
     if not isinstance(value, str) or not value.strip() or len(value) > longest:
-        got = f"{len(value)} characters" if isinstance(value, str) else _kind(value)
+        got = f"{len(value)} characters" if isinstance(value, str) else kind_of(value)
         raise RequestError(f"{key}: expected a text of 1 to {longest} characters, got {got}")
     return value
 
@@ -113,13 +113,13 @@ def _past(
     clips: dict[str, Any] = {"past_image": message.get("past_image")}
     if robot.views:
         if not isinstance(given, dict) or given.keys() != {*robot.views}:
-            got = _listed(given) if isinstance(given, dict) else _kind(given)
+            got = _listed(given) if isinstance(given, dict) else kind_of(given)
             raise RequestError(f"past_views: expected a map of {', '.join(robot.views)}, got {got}")
         clips |= {f"past_views.{view}": given[view] for view in robot.views}
     count = len(spec.past)
     for key, frames in clips.items():
         if not isinstance(frames, np.ndarray) or frames.ndim != 4 or len(frames) != count:
-            raise RequestError(f"{key}: expected ({count}, H, W, 3) uint8, got {_kind(frames)}")
+            raise RequestError(f"{key}: expected ({count}, H, W, 3) uint8, got {kind_of(frames)}")
     rows = parse_floats("past_state", states, (count, robot.state_dim))
     pictures = [[parse_frame(key, frames[step]) for key, frames in clips.items()] for step in range(count)]
     return tuple(
@@ -168,13 +168,13 @@ def _integer(key: str, value: Any, largest: int) -> int | None:
     if isinstance(value, np.integer):
         value = int(value)
     if type(value) is not int or not 0 <= value <= largest:
-        raise RequestError(f"{key}: expected an integer from 0 to {largest}, got {_kind(value)}")
+        raise RequestError(f"{key}: expected an integer from 0 to {largest}, got {kind_of(value)}")
     return value
 
 
 def _imagine(value: Any, spec: PolicySpec) -> bool:
     if value is not None and type(value) is not bool:
-        raise RequestError(f"imagine: expected true or false, got {_kind(value)}")
+        raise RequestError(f"imagine: expected true or false, got {kind_of(value)}")
     if value and not spec.imagines:
         raise RequestError("imagine: not enabled; start the server with --imagine")
     return bool(value)
@@ -183,11 +183,11 @@ def _imagine(value: Any, spec: PolicySpec) -> bool:
 def _request_id(value: Any) -> int | str | None:
     if value is None or type(value) is int or (isinstance(value, str) and len(value) <= 100):
         return value
-    raise RequestError(f"request_id: expected {OPTIONAL['request_id'].partition(':')[0]}, got {_kind(value)}")
+    raise RequestError(f"request_id: expected {OPTIONAL['request_id'].partition(':')[0]}, got {kind_of(value)}")
 
 
-def _kind(value: Any) -> str:
-    """A short name of a value for error messages."""
+def kind_of(value: Any) -> str:
+    """Return a short name of a value for error messages."""
     if isinstance(value, np.ndarray):
         return f"{value.shape} {value.dtype}"
     if isinstance(value, bool | int | float | np.generic):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from agra.serving.protocol.messages import MAX_INSTRUCTION
-from agra.serving.protocol.validation import RequestError, parse_floats, parse_frame, parse_text
+from agra.serving.protocol.validation import RequestError, kind_of, parse_floats, parse_frame, parse_text
 from agra.serving.server.config import GrootWire
 from agra.types import EmbodimentSpec, Observation, PolicySpec
 
@@ -54,9 +54,9 @@ def parse_observations(
     batched = isinstance(videos[cameras[0]], np.ndarray) and videos[cameras[0]].ndim == 5
     for key, frames in videos.items():
         if not isinstance(frames, np.ndarray) or frames.ndim not in (4, 5) or 0 in frames.shape:
-            raise RequestError(f"{key}: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got {_kind(frames)}")
+            raise RequestError(f"{key}: expected (T, H, W, 3) or (B, T, H, W, 3) uint8, got {kind_of(frames)}")
         if (frames.ndim == 5) != batched:
-            raise RequestError(f"{key}: expected the axes of {cameras[0]}, got {_kind(frames)}")
+            raise RequestError(f"{key}: expected the axes of {cameras[0]}, got {kind_of(frames)}")
     videos = {key: frames if batched else frames[None] for key, frames in videos.items()}
     count = len(videos[cameras[0]])
     if count > MAX_BATCH:
@@ -76,7 +76,7 @@ def parse_observations(
     texts = message[annotation]
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, list) or len(texts) not in (1, count):
-        raise RequestError(f"{annotation}: expected a list of 1 or {count} texts, got {_kind(texts)}")
+        raise RequestError(f"{annotation}: expected a list of 1 or {count} texts, got {kind_of(texts)}")
     texts = [parse_text(annotation, text, MAX_INSTRUCTION) for text in texts] * (count if len(texts) == 1 else 1)
     observations = []
     for number, (rows, instruction) in enumerate(zip(states, texts, strict=True)):
@@ -123,7 +123,3 @@ def modality_config(spec: PolicySpec, embodiment: str, config: GrootWire) -> dic
         name: {"__ModalityConfig_class__": True, "as_json": json.dumps(modality) if n15 else modality}
         for name, modality in modalities.items()
     }
-
-
-def _kind(value: Any) -> str:
-    return f"{value.shape} {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
