@@ -338,6 +338,15 @@ class WarmsUp(Protocol):
         ...
 
 
+@runtime_checkable
+class LendsEncoder(Protocol):
+    """A `BatchPolicy` whose text encoder can serve another policy. Optional."""
+
+    def lend_encoder(self, other: BatchPolicy) -> None:
+        """Give a new policy the text encoder that this one has loaded, where it needs the same one."""
+        ...
+
+
 class Ranges(Protocol):
     """Statistics of an embodiment by name ("min", "max", ...), one number per dimension."""
 

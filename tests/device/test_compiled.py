@@ -3,6 +3,7 @@
 Dynamo captures as usual. Its graphs run eagerly here, which takes seconds. `test_gpu.py` compiles them for a GPU.
 """
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 
 from agra import api
 from agra.policies.load import load_policy
+from agra.serving.server.config import Limits
+from agra.serving.server.service import PolicyService
 from agra.types import PolicyRequest
 from agra.wam.fast import BATCH_SIZES, padded_size
 
@@ -100,7 +103,9 @@ def test_newer_weights_are_adopted_without_compiling(trained, observation):
     reference = load_policy(trained / "run_1")
     first.warm_up(1)
     before = ask(first, observation, ["go 1"])
+    first.lend_encoder(second)
     assert first.adopt(second)
+    assert {weight.device.type for weight in second.method.parameters()} == {"meta"}, "no second copy stays"
     after, expected = (ask(policy, observation, ["go 1"]) for policy in (first, reference))
     for old, ours, theirs in zip(before, after, expected, strict=True):
         np.testing.assert_allclose(ours.actions, theirs.actions, atol=1e-5)
@@ -131,3 +136,40 @@ def test_fake_tensors_outlive_the_thread_that_used_them_first():
         [sys.executable, "-c", COUNTED_IN_THREADS], env={**os.environ, "PYTHONPATH": path}, check=False
     )
     assert done.returncode == 0
+
+
+def test_only_the_thread_that_compiles_marks_steps(trained, monkeypatch):
+    """Below torch 2.13 the first mark of a process ties CUDA graphs to its thread, and the service tests in another."""
+    threads, own = [], []
+    monkeypatch.setattr(
+        torch.compiler, "cudagraph_mark_step_begin", lambda: threads.append(threading.current_thread().name)
+    )
+
+    async def start() -> None:
+        service = PolicyService(load_policy(trained / "run_0", compiled=True), Limits(max_batch=1))
+        await service.start()
+        await service._batcher.call(lambda: own.append(threading.current_thread().name))
+        await service.close()
+
+    asyncio.run(start())
+    assert set(threads) == set(own)
+
+
+def test_a_new_checkpoint_shares_the_text_encoder_before_it_is_tested(trained):
+    first, second = (load_policy(trained / f"run_{seed}") for seed in (0, 1))
+    loads = []
+    for policy in (first, second):
+        policy.instructions.known = {}  # so that the test itself needs the encoder
+        load = policy.instructions._load
+        policy.instructions._load = lambda load=load, policy=policy: loads.append(policy) or load()
+
+    async def reload() -> None:
+        service = PolicyService(first, Limits(max_batch=1))
+        await service.start()
+        await service.check(second)
+        await service.swap(second)
+        await service.close()
+
+    asyncio.run(reload())
+    assert loads == [first]
+    assert second.instructions.encoder is first.instructions.encoder

@@ -7,6 +7,7 @@ text. A robot that needs no other instructions needs no text encoder, which has 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,7 @@ class Instructions:
         `projection` is the part of the text encoder that comes from the checkpoint, if there is one.
         """
         self._load, self.known, self.projection = load, known or {}, projection
+        self._encoding = Lock()  # tokenizers raise errors when two threads use one
         self.tokens = lru_cache(maxsize=_CACHED)(self._tokens)
         """(L, E) float32 tokens of an instruction, as in training."""
 
@@ -51,14 +53,14 @@ class Instructions:
             _ = self.encoder
 
     def take_encoder(self, other: "Instructions") -> None:
-        """Take over the text encoder that `other`, of the same `TextConfig`, has loaded.
+        """Take over the text encoder that `other`, of the same `TextConfig` and device, has loaded.
 
         Where the projections differ it is loaded instead, and where `other` has loaded none nothing happens.
         """
         if self._load is None or "encoder" not in vars(other):
             return
         if _weights_equal(self.projection, other.projection):
-            self.encoder = other.encoder
+            self.encoder, self._encoding = other.encoder, other._encoding
         else:
             self.load()
 
@@ -72,7 +74,9 @@ class Instructions:
                 "encoder"
             )
         # Rounded to float16, as in training's cache.
-        return self.encoder.encode([instruction])[0].half().float()
+        encoder = self.encoder
+        with self._encoding:
+            return encoder.encode([instruction])[0].half().float()
 
 
 class StoredInstructions(Mapping[str, Tensor]):

@@ -151,12 +151,22 @@ class MethodPolicy:
 
         return counters["stats"]["unique_graphs"]
 
+    def lend_encoder(self, other: BatchPolicy) -> None:
+        """Give another policy the text encoder that this one has loaded, where it is the same one.
+
+        A server calls it before it tests a new checkpoint, so that a second encoder is not loaded.
+        """
+        if not isinstance(other, MethodPolicy) or self.config.method.text != other.config.method.text:
+            return
+        if self.instructions is not None and other.instructions is not None and self.device == other.device:
+            other.instructions.take_encoder(self.instructions)
+
     def adopt(self, other: BatchPolicy) -> bool:
         """Take over another policy's weights in place, where compiled graphs stay valid: same method, options and
         device.
 
-        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. A loaded text encoder
-        is kept. Call it between two calls of `act_batch`.
+        Returns False, with nothing changed, where they do not stay valid or nothing is compiled. Afterwards `other`
+        cannot act. Call it between two calls of `act_batch`.
         """
         if not isinstance(other, MethodPolicy) or not self._actor.compiled:
             return False
@@ -168,13 +178,14 @@ class MethodPolicy:
         )
         if not same:
             return False
-        if self.instructions is not None and other.instructions is not None:
-            other.instructions.take_encoder(self.instructions)
         self._actor.update(other.method)
         self._prepared.cache_clear()
         self.name, self.config, self.stats, self.imagines = other.name, other.config, other.stats, other.imagines
         self.action_noise, self.video_noise = other.action_noise, other.video_noise
         self.observations = other.observations
+        # `other` refers to itself and stays until the garbage collector finds it. Its weights go now.
+        del other._actor
+        other.method.to("meta")
         return True
 
     # --- acting -------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class FastWAM:
         self._rope = model.video_dit.transformer.rope(padded)
         self._positions, self._modulation, self._levels = self._constants(padded)
         self._parts: dict[str, Any] = {"condition": self._condition, "guide": self._guide, "act": self._act}
+        self._runs_compiled = False
 
     def compile(self) -> None:
         """Compile the three parts at their first call of each batch size. Without `compiled` do nothing."""
@@ -79,6 +80,7 @@ class FastWAM:
             prepare_compilation()
             options: Any = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
             self._parts = {name: torch.compile(part, **options) for name, part in self._parts.items()}
+            self._runs_compiled = True
 
     def _constants(self, padded: Tensor) -> tuple[Tensor | None, list[tuple[Tensor, ...]], list[_Level]]:
         """Compute what the weights alone decide: learned positions, video blocks' modulation, the head's levels."""
@@ -148,8 +150,13 @@ class FastWAM:
         return hidden
 
     def begin(self) -> None:
-        """Begin a new answer: the compiled parts may overwrite the results of the last one."""
-        torch.compiler.cudagraph_mark_step_begin()
+        """Begin a new answer: the compiled parts may overwrite the results of the last one.
+
+        Before `compile` this does nothing. Below torch 2.13 the first mark of a process ties CUDA graphs to its thread,
+        and a server tests a policy in another thread than it compiles in.
+        """
+        if self._runs_compiled:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def guide(self, hidden: Mapping[int, Float[Tensor, "P T H W D"]]) -> tuple[Float[Tensor, "P N D"], ...]:
         """Return the guidance of every cross-attention block (Eqs. 15, 17, 20)."""
