@@ -10,8 +10,11 @@ PRESETS=${PRESETS:-gr1} OUT=${OUT:-outputs/gr1} GPUS=${GPUS:-8} RECIPE=${RECIPE:
 DATA=${DATA:-}                                  # a folder with the 24 datasets; by default they come from the hub
 COSMOS=${COSMOS:-nvidia/Cosmos-Predict2.5-2B}   # hub id, or a local folder in its layout
 COMMON="--with $PRESETS ${DATA:+--data.path $DATA} --data.cache $OUT/cache --device cuda"
+# A local folder also holds the VAE and the text encoder.
+[ ! -d "$COSMOS" ] || COMMON+=" --method.model.codec.source $COSMOS --method.model.text.source $COSMOS"
 CHECKPOINTING=${CHECKPOINTING:-1} MICRO_BATCHES=${MICRO_BATCHES:-2}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=290      # seconds from SIGTERM to SIGKILL, to finish a step and save. torchrun's default is 30
+# Seconds from SIGTERM to SIGKILL, to finish a step and save. torchrun's default is 30. torch 2.11 does not read this variable.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=290
 train() {
   torchrun --standalone --nproc-per-node "$GPUS" -m agra.cli train "$@" \
     --parallel.activation-checkpointing "$CHECKPOINTING" --parallel.gradient-accumulation-steps "$MICRO_BATCHES"

@@ -117,6 +117,20 @@ def test_a_removed_lock_file_locks_nothing(tmp_path, monkeypatch):
         files.lock(tmp_path).__enter__()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(handle, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with files.lock(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    assert "no locks" in caplog.text
+    number = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        files.lock(tmp_path).__enter__()
+
+
 HOLD = "import sys, time\nfrom agra import files\nwith files.lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
 
 

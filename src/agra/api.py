@@ -135,7 +135,14 @@ def train(
                 _load_head(method, head, head_rows)
             method.update_averages(restart=True)
 
-        fresh = newest(output) is None
+        checkpoint = newest(output)
+        found = set(context.gather("none" if checkpoint is None else checkpoint.name))
+        if len(found) > 1:
+            raise ValueError(
+                f"{output}: the processes see different newest checkpoints ({', '.join(sorted(found))}); it must be on a "
+                "file system that all machines share. If it is, start again when they see the same"
+            )
+        fresh = checkpoint is None
         if not fresh:
             check_origin(output, init_from, head)
         elif context.is_main:

@@ -1,7 +1,9 @@
 """Safe file writing through a temporary name and a rename, checksums, and a lock against a second writer."""
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -10,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+log = logging.getLogger("agra.files")
 
 
 @contextmanager
@@ -96,12 +101,21 @@ def lock(folder: Path, name: str = LOCK, *, output: Path | None = None, keep: bo
 
 
 def _locked(place: Path, output: Path) -> int:
-    """Return the handle of the lock file at `place`, locked. Raises ValueError where another process holds it."""
+    """Return the handle of the lock file at `place`, locked. Raises ValueError where another process holds it.
+
+    A file system without locks, such as Lustre mounted without `flock`, gives a warning and no lock.
+    """
     while True:
         handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:
+                log.warning("%s: the file system has no locks; let no second process write here", output)
+                return handle
+            if not isinstance(error, BlockingIOError):
+                os.close(handle)
+                raise
             holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip()
             os.close(handle)
             holder = f" (pid {holder})" if holder else ""  # its writer may not have come to that yet

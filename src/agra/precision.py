@@ -1,6 +1,7 @@
 """Devices and numerical precision, shared by training, inference and the frozen networks."""
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -33,7 +34,10 @@ def local_device(name: str | torch.device) -> torch.device:
         raise ValueError(f"device {device}: torch finds no GPU; check the driver and that torch is a CUDA build")
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     if index >= count:
-        raise ValueError(f"device cuda:{index}: there are {count} GPUs; start at most one process for each")
+        raise ValueError(
+            f"device cuda:{index}: there are {count} GPUs; start at most one process for each, and let every process see "
+            "all GPUs of its machine (with Slurm --gpus-per-node, not --gpus-per-task)"
+        )
     return torch.device("cuda", index)
 
 
@@ -114,11 +118,16 @@ def prepare_fake_tensors() -> None:
     registered.wait()
 
 
-def prepare_compilation() -> None:
+def prepare_compilation(device: torch.device) -> None:
     """Make fake tensors safe (`prepare_fake_tensors`), and let Dynamo hold many graphs of one function.
 
     Beyond its own limit of 8, Dynamo runs a function uncompiled. A network's blocks share a function, and so do the
-    batch sizes of several policies in one process.
+    batch sizes of several policies in one process. Raises ValueError for a GPU on a machine without a C compiler.
     """
+    if device.type == "cuda" and not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        raise ValueError(
+            "compilation for a GPU needs a C compiler, which Triton calls: install gcc (on Debian gcc and libc6-dev), set "
+            "CC, or run uncompiled (agra train --parallel.compile False, agra serve without --compiled)"
+        )
     prepare_fake_tensors()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)

@@ -269,6 +269,7 @@ def test_auto_precision_follows_the_device(packaged, monkeypatch, helps):
     """The data type of a product tells the precision, whether or not the CPU has bfloat16 instructions."""
     assert packaged.config.precision == "auto"
     monkeypatch.setattr(agra.precision, "bfloat16_helps", lambda device: helps)
+    assert packaged.key["precision"] == ("bfloat16" if helps else "auto"), "the two do not share a cache"
     dtypes = []
     linear = next(module for module in packaged.model.modules() if isinstance(module, torch.nn.Linear))
     handle = linear.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))

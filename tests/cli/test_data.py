@@ -44,6 +44,18 @@ def test_convert(tmp_path, capsys):
     assert "no EgoDex trajectories here" in line or "no group 'transforms'" in line
 
 
+def test_prepare_opens_the_networks_that_training_will_need(folder, tmp_path, monkeypatch):
+    """Those of features that are not cached, since the machines of the training may have no network connection."""
+    opened = []
+    monkeypatch.setattr("agra.data.features.online.open_codec", lambda *arguments, **options: opened.append("codec"))
+    monkeypatch.setattr(
+        "agra.data.features.online.open_teacher", lambda *arguments, **options: opened.append("teacher")
+    )
+    flags = ["--data.path", str(folder / "one"), "--data.cache", str(tmp_path), *SMALL, "--data.cached", "frames"]
+    main(["prepare", "tiny", *flags])
+    assert opened == ["codec", "teacher"]
+
+
 def test_mixture_by_file(folder, tmp_path, capsys):
     sources = [{"path": "one", "embodiment": "dot"}, {"path": "two", "embodiment": "dot", "weight": 3.0}]
     (tmp_path / "mix.json").write_text(json.dumps(sources))
@@ -114,7 +126,10 @@ def test_a_shard_of_prepare_is_one_of_several_processes(folder, monkeypatch):
             calls.append((rank, world_size))
             return []
 
+        def open_uncached(self):
+            calls.append("opened")
+
     monkeypatch.setattr("agra.api.preparation", lambda config, device: Recorded())
     for shard in (("--shard", "3/4"), ("--rank", "1", "--world-size", "2"), ()):
         main(["prepare", "tiny", "--data.path", str(folder / "one"), *shard])
-    assert calls == [(3, 4), (1, 2), (0, 1)]
+    assert calls == [(3, 4), (1, 2), (0, 1), "opened"]

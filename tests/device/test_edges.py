@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import agra.precision
 from agra import api
 from agra.checkpoints.folder import OPTIMIZER, newest
 from agra.data.features.preparation import open_instructions
@@ -13,7 +14,7 @@ from agra.data.source import embodiment_stats, open_sources
 from agra.diagnostics.samples.probe_sample import save_samples
 from agra.diagnostics.samples.sources import dataset_samples, probe_inputs
 from agra.policies.load import load_policy
-from agra.precision import allow_tensor_cores, local_device
+from agra.precision import allow_tensor_cores, local_device, prepare_compilation
 from agra.training.distributed import DistributedContext
 from agra.training.optimization import parameter_groups
 from agra.wam.action_dit import ActionDiT, ActionDiTConfig, EmbodimentLinear
@@ -38,6 +39,23 @@ def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch, make_config):
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ValueError, match="cuda:4: there are 4 GPUs"):
         local_device("cuda")
+
+
+def test_compilation_for_a_gpu_needs_a_compiler(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(agra.precision.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C compiler, which Triton calls: install gcc"):
+        prepare_compilation(torch.device("cuda"))
+    prepare_compilation(torch.device("cpu"))
+    monkeypatch.setenv("CC", "cc")
+    prepare_compilation(torch.device("cuda"))
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(trained, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(DistributedContext, "gather", lambda self, value: [value, "step_000007"])
+    with pytest.raises(ValueError, match=r"run: the processes see different newest checkpoints \(none, step_000007\)"):
+        api.train(prepared, output=tmp_path / "run")
+    assert not [*(tmp_path / "run").glob("*.json")]
 
 
 def test_float32_products_may_run_in_tf32_on_a_gpu(monkeypatch, trained):

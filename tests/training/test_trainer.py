@@ -19,6 +19,7 @@ from agra.config import RunConfig
 from agra.recipes import at_stage
 from agra.rng import seed_everything
 from agra.stages import Stage, StageConfig
+from agra.training.distributed import DistributedContext
 from agra.training.initialization import load_initial_weights
 from agra.training.optimization import clip_gradients
 from agra.training.trainer import Trainer
@@ -361,6 +362,18 @@ def test_the_best_checkpoint_is_kept(small_config, make_batch, tmp_path):
     assert resolve(tmp_path / "best") == tmp_path / "step_000002"
     assert artifact_dir(tmp_path / "best") == tmp_path
     assert resolve(tmp_path) == tmp_path / "step_000006"
+
+
+def test_the_main_process_decides_what_is_best(small_config, make_batch, tmp_path, monkeypatch):
+    """Where a figure of this process is better by rounding, it still saves with the others or not at all."""
+    verdicts = []
+    monkeypatch.setattr(DistributedContext, "gather", lambda self, value: verdicts.append(value) or ["worse", value])
+    config = replace(small_config, stage=replace(small_config.stage, validate_every=2, keep_best="max:probe/score"))
+    trainer = make_trainer(config, tmp_path, make_batch)
+    trainer.monitors = {"probe": lambda method: {"score": 1.0}}
+    assert trainer.run()
+    assert verdicts[0] == "best"
+    assert best(tmp_path) is None
 
 
 def test_a_best_checkpoint_is_written_once(small_config, make_batch, tmp_path, monkeypatch):

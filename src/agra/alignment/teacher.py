@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from agra.alignment.dinov2_onnx import CONFIG, read_packaged_dinov2
 from agra.hub import loading
-from agra.precision import Precision, autocast
+from agra.precision import Precision, autocast, compute_dtype
 from agra.weights import frozen, weights_digest
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -212,13 +212,16 @@ class Teacher(nn.Module):
     @property
     def key(self) -> dict[str, Any]:
         """JSON-serialisable identity of settings and weights for caches. Equal keys give equal targets."""
+        device, precision = next(self.model.parameters()).device, self.config.precision
+        if compute_dtype(device, precision) is torch.bfloat16:
+            precision = "bfloat16"  # also where `auto` means it
         return {
             "kind": self.config.kind,
             "input_size": list(self.config.input_size),
             "layer": self.config.layer,
             **({"depths": list(self.config.depths)} if self.config.depths else {}),
             **({"token": self.config.token} if self.config.token != "patches" else {}),
-            "precision": self.config.precision,
+            "precision": precision,
             "width": self.width,
             "patch_size": self.patch_size,
             "weights": self._digest,

@@ -209,6 +209,8 @@ def prepare(arguments: list[str]) -> None:
     if not options.estimate:
         for folder in features.run(rank=rank, world_size=world_size):
             print(folder)
+        if rank == 0:
+            features.open_uncached()
 
 
 def prepare_missing(features: "Preparation") -> None:

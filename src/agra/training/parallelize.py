@@ -128,10 +128,10 @@ def build(
 def apply(method: Method, parallel: ParallelConfig, device: torch.device | None = None) -> None:
     """Compile and checkpoint the blocks in place, for `device`. Parameters keep their names."""
     fraction = parallel.activation_checkpointing
-    on_gpu = device is not None and device.type == "cuda"
-    compiles = on_gpu if parallel.compile is None else parallel.compile
+    device = device or torch.device("cpu")
+    compiles = device.type == "cuda" if parallel.compile is None else parallel.compile
     if compiles:
-        prepare_compilation()
+        prepare_compilation(device)
     for index, block in enumerate(method.blocks()):
         if compiles:
             block.forward = torch.compile(block.forward)

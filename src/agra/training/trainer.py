@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 import torch
@@ -348,26 +348,33 @@ class Trainer:
         """
         if not self.stage.keep_best:
             return
-        direction, name = self.stage.keep_best.split(":", 1)
-        earlier = best(self.output)
-        if name not in figures:
-            if self._best_is_known or earlier is not None:
-                return
-            self.save()
-            self._finish_save()
-            raise ValueError(
-                f"stage.keep_best: no figure is logged as {name!r}; choose one of {', '.join(sorted(figures))}"
-            )
-        self._best_is_known = True
-        value = figures[name]
-        if not math.isfinite(value) or (
-            earlier and (value >= earlier[1] if direction == "min" else value <= earlier[1])
-        ):
+        # The main process decides for all, since monitors' figures may differ in rounding.
+        verdict = self.context.gather(self._verdict(figures))[0]
+        if verdict == "worse":
             return
         self.save()
         self._finish_save()
+        name = self.stage.keep_best.split(":", 1)[1]
+        if verdict == "unknown":
+            raise ValueError(
+                f"stage.keep_best: no figure is logged as {name!r}; choose one of {', '.join(sorted(figures))}"
+            )
         if self.context.is_main:
-            note_best(self.output, self.step, value)
+            note_best(self.output, self.step, figures[name])
+
+    def _verdict(self, figures: Mapping[str, float]) -> Literal["best", "worse", "unknown"]:
+        """Compare the figure of `keep_best` with the best so far. It is unknown where no validation has had it."""
+        direction, name = cast(str, self.stage.keep_best).split(":", 1)
+        earlier = best(self.output)
+        if name not in figures:
+            return "worse" if self._best_is_known or earlier is not None else "unknown"
+        self._best_is_known = True
+        value = figures[name]
+        if not math.isfinite(value):
+            return "worse"
+        if earlier is None or (value < earlier[1] if direction == "min" else value > earlier[1]):
+            return "best"
+        return "worse"
 
     @torch.no_grad()
     def _validate(self) -> tuple[dict[str, float], Pictures]:

@@ -77,7 +77,7 @@ class FastWAM:
     def compile(self) -> None:
         """Compile the three parts at their first call of each batch size. Without `compiled` do nothing."""
         if self.compiled:
-            prepare_compilation()
+            prepare_compilation(self._mask.device)
             options: Any = {"mode": "reduce-overhead", "dynamic": False, "fullgraph": True}
             self._parts = {name: torch.compile(part, **options) for name, part in self._parts.items()}
             self._runs_compiled = True

@@ -18,6 +18,7 @@ from agra.data.features.cache import MEMORY_LIMIT, CachedFeature
 from agra.data.features.encoders import codec_settings, digest, open_codec, open_teacher, open_text_encoder
 from agra.data.features.instruction_tokens import InstructionTokens
 from agra.data.features.jobs import FrameLatents, Frames, Latents, Targets
+from agra.data.features.online import OnlineEncoder
 from agra.data.lerobot.checksums import dataset_files
 from agra.data.source import Source
 from agra.methods.method import MethodConfig
@@ -90,6 +91,13 @@ class Preparation:
                 files.write_text(index, json.dumps(path.name) + "\n")
             folders += paths
         return folders
+
+    def open_uncached(self) -> None:
+        """Open the networks of features that are not cached, so that their files are here before training needs them.
+
+        Machines without network then find them. Raises FileNotFoundError where a network cannot be read.
+        """
+        OnlineEncoder.open(self.method, self.data, self.sources)
 
     def _of(self, source: Source) -> list[cache.Feature]:
         return [construct(source) for construct in self._features.values()]

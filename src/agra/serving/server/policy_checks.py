@@ -16,6 +16,7 @@ from agra.types import (
     EmbodimentSpec,
     KnowsInstructions,
     KnowsRanges,
+    LendsEncoder,
     Observation,
     PolicyRequest,
     PolicySpec,
@@ -111,11 +112,13 @@ def check_finite(chunk: ActionChunk) -> None:
         raise NotFinite(f"the answer is {chunk.actions[step, dimension]} in step {step}, dimension {dimension}")
 
 
-def check_policy(policy: BatchPolicy) -> None:
-    """Run a policy on a blank observation of each embodiment.
+def check_policy(policy: BatchPolicy, serving: BatchPolicy | None = None) -> None:
+    """Run a policy on a blank observation of each embodiment. The one that is `serving` lends it its text encoder.
 
     Raises ValueError for a chunk of the wrong shape or with numbers that are not finite, and any error of the policy.
     """
+    if isinstance(serving, LendsEncoder):
+        serving.lend_encoder(policy)
     spec, ranges = policy.spec, trained_ranges(policy)
     if not spec.embodiments:
         raise ValueError(f"policy {spec.name}: expected at least one embodiment, got none")

@@ -27,7 +27,7 @@ from agra.serving.server.policy_checks import (
     trained_ranges,
     warn_without_past,
 )
-from agra.types import ActionChunk, BatchPolicy, LendsEncoder, PolicyRequest, PolicySpec, WarmsUp
+from agra.types import ActionChunk, BatchPolicy, PolicyRequest, PolicySpec, WarmsUp
 
 log = logging.getLogger("agra.serving")
 
@@ -172,15 +172,12 @@ class PolicyService:
     async def check(self, policy: BatchPolicy) -> None:
         """Check another policy on a blank observation of each embodiment while the present one serves.
 
-        The present policy lends it its text encoder first. Raises any error of the policy, and ValueError for a chunk of the wrong shape, with numbers that are not finite,
+        Raises any error of the policy, and ValueError for a chunk of the wrong shape, with numbers that are not finite,
         or later than `check_timeout`.
         """
-        current = self._batcher.policy
         try:
             async with asyncio.timeout(self.limits.check_timeout):
-                if isinstance(current, LendsEncoder):
-                    await asyncio.to_thread(current.lend_encoder, policy)
-                await asyncio.to_thread(check_policy, policy)
+                await asyncio.to_thread(check_policy, policy, self._batcher.policy)
         except TimeoutError as error:
             raise ValueError(f"policy {policy.spec.name}: no answer within {self.limits.check_timeout:g} s") from error
 
