@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from threading import Event, Thread
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ Precision = Literal["auto", "bfloat16", "float32"]
 """Precision of matrix products under autocast. `auto` is bfloat16 on GPUs with instructions for it and float32
 otherwise, so that results do not depend on the model of the CPU."""
 
+
+Result = TypeVar("Result")
 
 _RECOMPILE_LIMIT = 64
 """Number of graphs of one function that Dynamo may hold."""
@@ -74,7 +76,7 @@ def autocast_to_weights(module: nn.Module) -> AbstractContextManager:
     return torch.autocast(weight.device.type, torch.bfloat16)
 
 
-def without_autocast(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def without_autocast(module: Callable[[Tensor], Result], x: Tensor) -> Result:
     """Return `module(x)`, computed in the data type of `x`.
 
     CUDA's autocast runs layer norms in float32 and keeps a float32 copy of their inputs for the backward pass. The

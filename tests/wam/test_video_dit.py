@@ -85,6 +85,18 @@ def test_gradients_equal_diffusers():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_levels_are_embedded_in_the_precision_of_the_weights():
+    """As in Cosmos's training. The stock embedding under autocast is that of another level."""
+    model, level = _random(), torch.tensor([[0.8, 0.803]])
+    whole = model.embed_levels(level, torch.zeros(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = model.embed_levels(level, torch.zeros(1, dtype=torch.bfloat16))
+        rounded = model.transformer.time_embed(torch.zeros(1, dtype=torch.bfloat16), level.flatten())
+    for one, exact, theirs in zip(ours, whole, rounded, strict=True):
+        assert torch.equal(one, exact.bfloat16())
+        assert not torch.equal(one.flatten(), theirs.flatten())
+
+
 def test_hidden_states_are_the_blocks_outputs():
     model = _random()
     latents, text, mask = _inputs()

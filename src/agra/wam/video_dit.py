@@ -165,9 +165,17 @@ class VideoDiT(nn.Module):
     def embed_levels(
         self, noise_level: Float[Tensor, "B F"], like: Tensor
     ) -> tuple[Float[Tensor, "B F M"], Float[Tensor, "B F D"]]:
-        """Compute Cosmos's two embeddings of noise levels, (temb, embedded), in the precision of `like`."""
-        temb, embedded = self.transformer.time_embed(like, noise_level.flatten())
-        return temb.view(*noise_level.shape, -1), embedded.view(*noise_level.shape, -1)
+        """Compute Cosmos's two embeddings of noise levels, (temb, embedded), in the data type of `like`.
+
+        They are computed in the precision of the weights, also under autocast, as in Cosmos's own training. diffusers
+        rounds the sinusoids to bfloat16 first, which hides differences of the level below about 0.003.
+        """
+        precise = like.new_empty(0, dtype=self.dtype)
+        temb, embedded = without_autocast(
+            lambda level: self.transformer.time_embed(precise, level), noise_level.flatten()
+        )
+        shape = *noise_level.shape, -1
+        return temb.to(like.dtype).view(shape), embedded.to(like.dtype).view(shape)
 
     def project_text(self, instruction: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E2"]:
         """Apply Cosmos's frozen text projection. Tokens that are already projected, as in a cache, stay unchanged."""
