@@ -4,6 +4,7 @@
 other only as docs/architecture.md allows.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from gradio import Blocks
 
 _RESULTS = ("results.jsonl", "diagnosis")
+_LOOKS, _SECONDS_BETWEEN_LOOKS = 7, 10.0
 
 
 def preparation(config: RunConfig, *, device: str = "cpu") -> Preparation:
@@ -135,20 +137,30 @@ def train(
                 _load_head(method, head, head_rows)
             method.update_averages(restart=True)
 
-        checkpoint = newest(output)
-        found = set(context.gather("none" if checkpoint is None else checkpoint.name))
-        if len(found) > 1:
-            raise ValueError(
-                f"{output}: the processes see different newest checkpoints ({', '.join(sorted(found))}); it must be on a "
-                "file system that all machines share. If it is, start again when they see the same"
-            )
-        fresh = checkpoint is None
+        fresh = _agree_on_newest(output, context) is None
         if not fresh:
             check_origin(output, init_from, head)
         elif context.is_main:
             output.mkdir(parents=True, exist_ok=True)
             record_origin(output, init_from, head)
         return _train(config, output, initialize if fresh else None, parallel, context, loggers, prepare_missing)
+
+
+def _agree_on_newest(output: Path, context: DistributedContext) -> Path | None:
+    """Return the newest checkpoint in `output`, the same one for all processes.
+
+    A machine's view of a shared folder may be late, so they look for a minute. Raises ValueError if they still differ.
+    """
+    for _ in range(_LOOKS):
+        checkpoint = newest(output)
+        found = set(context.gather("none" if checkpoint is None else checkpoint.name))
+        if len(found) == 1:
+            return checkpoint
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    raise ValueError(
+        f"{output}: the processes see different newest checkpoints ({', '.join(sorted(found))}); the folder must be on a "
+        "file system that all machines share"
+    )
 
 
 def _load_head(method: Method, head: str, rows: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOCK = ".lock"
-_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 log = logging.getLogger("agra.files")
 

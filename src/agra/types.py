@@ -332,8 +332,8 @@ class WarmsUp(Protocol):
     def adopt(self, other: BatchPolicy) -> bool:
         """Copy another policy's weights and statistics in place, between two forward passes.
 
-        This policy then acts as `other` does, and stays compiled. Returns False and changes nothing if that is not
-        possible, for example because shapes differ.
+        This policy then acts as `other` does, and stays compiled. `other` may no longer act. Returns False and changes
+        nothing if that is not possible, for example because shapes differ.
         """
         ...
 

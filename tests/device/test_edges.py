@@ -52,6 +52,10 @@ def test_compilation_for_a_gpu_needs_a_compiler(monkeypatch):
 
 
 def test_ranks_that_see_different_checkpoints_do_not_start(trained, prepared, tmp_path, monkeypatch):
+    seen = iter([["none", "step_000007"], ["none", "none"]])
+    monkeypatch.setattr(api, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(DistributedContext, "gather", lambda self, value: next(seen))
+    assert api._agree_on_newest(tmp_path / "late", DistributedContext()) is None
     monkeypatch.setattr(DistributedContext, "gather", lambda self, value: [value, "step_000007"])
     with pytest.raises(ValueError, match=r"run: the processes see different newest checkpoints \(none, step_000007\)"):
         api.train(prepared, output=tmp_path / "run")

@@ -85,8 +85,8 @@ def test_gradients_equal_diffusers():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_levels_are_embedded_in_the_precision_of_the_weights():
-    """As in Cosmos's training. The stock embedding under autocast is that of another level."""
+def test_levels_are_embedded_in_float32():
+    """As in Cosmos's own code, in training and with the bfloat16 weights of an answer."""
     model, level = _random(), torch.tensor([[0.8, 0.803]])
     whole = model.embed_levels(level, torch.zeros(1))
     with torch.autocast("cpu", torch.bfloat16):
@@ -95,6 +95,13 @@ def test_levels_are_embedded_in_the_precision_of_the_weights():
     for one, exact, theirs in zip(ours, whole, rounded, strict=True):
         assert torch.equal(one, exact.bfloat16())
         assert not torch.equal(one.flatten(), theirs.flatten())
+    stored = {name: weight.bfloat16().float() for name, weight in model.state_dict().items()}
+    rounded = _random()
+    rounded.load_state_dict(stored)
+    expected = rounded.embed_levels(level, torch.zeros(1))
+    answer = rounded.bfloat16().embed_levels(level, torch.zeros(1, dtype=torch.bfloat16))
+    for one, exact in zip(answer, expected, strict=True):
+        assert torch.equal(one, exact.bfloat16())
 
 
 def test_hidden_states_are_the_blocks_outputs():

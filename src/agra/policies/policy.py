@@ -183,8 +183,9 @@ class MethodPolicy:
         self.name, self.config, self.stats, self.imagines = other.name, other.config, other.stats, other.imagines
         self.action_noise, self.video_noise = other.action_noise, other.video_noise
         self.observations = other.observations
-        # `other` refers to itself and stays until the garbage collector finds it. Its weights go now.
+        # Callers may still hold `other`. What it has on the device goes now.
         del other._actor
+        other._prepared.cache_clear()
         other.method.to("meta")
         return True
 

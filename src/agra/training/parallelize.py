@@ -48,9 +48,10 @@ class ParallelConfig:
     """Compile the blocks. By default on GPUs alone."""
     gather_bfloat16: bool = False
     """Gather parameters over processes in bfloat16 instead of float32: half the traffic, and no bfloat16 copies of the
-    weights for the backward pass. Matrix products are the same in a stage that computes in bfloat16. Normalised queries
-    and keys, the bridge's affine norms and the action head's tokens are rounded too, which moves the gradient about as
-    much as autocast does (tests/device/test_gather.py)."""
+    weights for the backward pass. Matrix products of a stage that computes in bfloat16 are the same, but for those of the
+    video DiT's noise levels. Their weights are rounded, and so are normalised queries and keys, the bridge's affine
+    norms and the action head's tokens, which moves the gradient about as much as autocast does
+    (tests/device/test_gather.py)."""
     deterministic: bool = False
     """Use deterministic operations alone. An operation without a deterministic version raises RuntimeError. CPU
     operations are always deterministic. On a GPU they are slower."""

@@ -338,7 +338,7 @@ class Trainer:
             figures, pictures = self._validate()
             if figures or pictures:
                 log({"step": self.step, **figures}, pictures)
-                self._keep_best(figures)
+            self._keep_best(figures)
 
     def _keep_best(self, figures: Mapping[str, float]) -> None:
         """Save a checkpoint where the figure of `keep_best` is the best so far.

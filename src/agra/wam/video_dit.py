@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_cosmos import CosmosTransformer3DModel
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from agra.hub import model_folder, weight_files
 from agra.precision import without_autocast
@@ -167,12 +168,14 @@ class VideoDiT(nn.Module):
     ) -> tuple[Float[Tensor, "B F M"], Float[Tensor, "B F D"]]:
         """Compute Cosmos's two embeddings of noise levels, (temb, embedded), in the data type of `like`.
 
-        They are computed in the precision of the weights, also under autocast, as in Cosmos's own training. diffusers
-        rounds the sinusoids to bfloat16 first, which hides differences of the level below about 0.003.
+        They are computed in float32, also under autocast and with bfloat16 weights, as in Cosmos's own code. diffusers
+        rounds them to bfloat16, which moves them about as far as a change of the level by 0.003.
         """
-        precise = like.new_empty(0, dtype=self.dtype)
+        embed = self.transformer.time_embed
+        weights = {name: weight.float() for name, weight in embed.named_parameters()}
+        precise = like.new_empty(0, dtype=torch.float32)
         temb, embedded = without_autocast(
-            lambda level: self.transformer.time_embed(precise, level), noise_level.flatten()
+            lambda level: functional_call(embed, weights, (precise, level)), noise_level.flatten().float()
         )
         shape = *noise_level.shape, -1
         return temb.to(like.dtype).view(shape), embedded.to(like.dtype).view(shape)
