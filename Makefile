@@ -124,7 +124,7 @@ opencv:
 
 .venv-%/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install -q -e '.[$*,client]' 'pyzmq>=26' pytest
+	.venv-$*/bin/pip install -q -e '.[$*,serve]' pytest
 	@touch $@
 
 # LeRobot 0.6 needs Python 3.12 or newer and torch below 2.12. About 5 GB.

@@ -24,28 +24,28 @@ def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def installed(name, extras, found):
-    """Collect the distributions that `name` with `extras` requires, as far as they are installed."""
+def add_requirements(name, extras, required):
+    """Add `name` and all that it requires with `extras`, as far as they are installed. `required` maps names to extras."""
     try:
         requirements = distribution(name).requires or []
     except PackageNotFoundError:
         return
-    found.setdefault(normal(name), set())
-    wanted = extras - found[normal(name)]
-    if not wanted and found[normal(name)]:
+    wanted = extras | {""}
+    seen = required.setdefault(normal(name), set())
+    if wanted <= seen:
         return
-    found[normal(name)] |= extras | {""}
+    seen |= wanted
     for requirement in map(Requirement, requirements):
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in extras | {""}):
-            installed(requirement.name, set(requirement.extras), found)
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in wanted):
+            add_requirements(requirement.name, set(requirement.extras), required)
 
 
 @pytest.mark.parametrize("extras", USES)
 def test_an_extra_installs_what_its_use_imports(extras, tmp_path):
     """The extra's distributions are linked into a folder of their own, in which another Python without packages looks."""
-    found = {}
-    installed("agra", set(extras.split(",")), found)
-    for name in found.keys() - {"agra"}:
+    required = {}
+    add_requirements("agra", set(extras.split(",")), required)
+    for name in required.keys() - {"agra"}:
         files = distribution(name).files or []
         for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
             link = tmp_path / top

@@ -1,7 +1,7 @@
 """Faster training and inference against the stock computation (benchmarks/stock.py).
 
 In float32 the two agree up to rounding. In bfloat16 both are compared with the stock computation in float32. The error of
-ours may exceed the error of the stock computation by two fifths at most in a gradient, and by a quarter in an answer.
+ours may exceed the error of the stock computation by a quarter at most.
 """
 
 import statistics
@@ -56,7 +56,7 @@ def test_a_training_step_in_float32(pair, small_config, make_batch, checkpointed
 
 def test_a_training_step_in_bfloat16(pair, small_config, make_batch):
     ratios, distances = [], []
-    for seed in range(30):  # the medians, because single gradients of a small model jump when a ReLU switches
+    for seed in range(60):  # the medians, because single gradients of a small model jump when a ReLU switches
         batch = make_batch(small_config, seed=seed)
         _, exact = losses_and_gradients(pair[1], batch)
         ours, stock = (distance(losses_and_gradients(method, batch, half=True)[1], exact) for method in pair)
@@ -64,7 +64,7 @@ def test_a_training_step_in_bfloat16(pair, small_config, make_batch):
         distances.append(stock)
         ratios.append(ours / stock)
     assert statistics.median(distances) < 0.1
-    assert statistics.median(ratios) < 1.4
+    assert statistics.median(ratios) < 1.25
 
 
 @torch.no_grad()

@@ -153,12 +153,12 @@ def _agree_on_newest(output: Path, context: DistributedContext) -> Path | None:
     """
     for _ in range(_LOOKS):
         checkpoint = newest(output)
-        found = set(context.gather("none" if checkpoint is None else checkpoint.name))
-        if len(found) == 1:
+        names = set(context.gather("none" if checkpoint is None else checkpoint.name))
+        if len(names) == 1:
             return checkpoint
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     raise ValueError(
-        f"{output}: the processes see different newest checkpoints ({', '.join(sorted(found))}); the folder must be on a "
+        f"{output}: the processes see different newest checkpoints ({', '.join(sorted(names))}); the folder must be on a "
         "file system that all machines share"
     )
 

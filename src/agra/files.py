@@ -109,19 +109,19 @@ def _locked(place: Path, output: Path) -> int:
         handle = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _WITHOUT_LOCKS:
-                log.warning("%s: the file system has no locks; let no second process write here", output)
-                return handle
-            if not isinstance(error, BlockingIOError):
-                os.close(handle)
-                raise
+        except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode("ascii", errors="replace").strip()
             os.close(handle)
             holder = f" (pid {holder})" if holder else ""  # its writer may not have come to that yet
             raise ValueError(
                 f"{output}: another process{holder} writes here; wait for it, stop it or choose another output"
             ) from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                os.close(handle)
+                raise
+            log.warning("%s: the file system has no locks; let no second process write here", output)
+            return handle
         if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)  # the last holder has removed this file since

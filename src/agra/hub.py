@@ -34,10 +34,8 @@ def package_folder(package: str, what: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            f'{what} needs the package "{package.replace("_", "-")}": pip install {package.replace("_", "-")}, or all of '
-            "the extra demo"
-        )
+        name = package.replace("_", "-")
+        raise ImportError(f'{what} needs the package "{name}": pip install {name}, or all of the extra demo')
     return Path(spec.submodule_search_locations[0])
 
 
